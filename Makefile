@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make train` and `make test`. Each sets up .venv once and starts at once after that.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test slow format dist clean
+
+train: .venv/.installed-lm
+	$(BIN)/statefeed train recipes/quickstart.yaml
+
+test: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+format: .venv/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+dist: .venv/.installed-dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv dist build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-%: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	touch $@
