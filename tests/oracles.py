@@ -1,0 +1,265 @@
+"""The truth, slowly: every rule from its equations, in float64 loops that know nothing of the package.
+
+Letters as in the package: T time, B batch, I input, H hidden, S state width. A state s is h, or for the LSTM (h, c)
+joined, so S = H or 2H; states[0] is the initial state and states[t + 1] the state after step t. Step t is the
+transition into states[t + 1], and J[t], D[t], F[t] belong to that transition. e[t] is the gradient that reaches the
+state after step t from outside the recurrence. Cells are "tanh" and "relu" (RNN), "gru" and "lstm"; weights are a
+dictionary with torch's names without their layer suffix.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vjp, vmap
+
+Weights = dict[str, Tensor]
+
+# One step of one row --------------------------------------------------------------------------------------------------
+
+
+def gates(cell: str, w: Weights, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """The gates of one step, after their nonlinearities: (r, z, n) or (i, f, g, o)."""
+    fed = w["weight_ih"] @ x + w.get("bias_ih", 0.0)
+    kept = w["weight_hh"] @ h + w.get("bias_hh", 0.0)
+    if cell == "gru":
+        (r, z, n), (r_h, z_h, n_h) = fed.chunk(3), kept.chunk(3)
+        r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+        return r, z, torch.tanh(n + r * n_h)
+    i, f, g, o = (fed + kept).chunk(4)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
+def step(cell: str, w: Weights, x: Tensor, s: Tensor) -> Tensor:
+    """The state after one step."""
+    if cell == "gru":
+        _, z, n = gates(cell, w, x, s)
+        return (1 - z) * n + z * s
+    if cell == "lstm":
+        h, c = s.chunk(2)
+        i, f, g, o = gates(cell, w, x, h)
+        c = f * c + i * g
+        return torch.cat((o * torch.tanh(c), c))
+    a = w["weight_ih"] @ x + w.get("bias_ih", 0.0) + w["weight_hh"] @ s + w.get("bias_hh", 0.0)
+    return torch.tanh(a) if cell == "tanh" else torch.relu(a)
+
+
+# One layer, one direction ---------------------------------------------------------------------------------------------
+
+
+def run(cell: str, w: Weights, x: Tensor, initial: Tensor) -> Tensor:
+    """All states, (T + 1, B, S), from inputs (T, B, I) and the initial state (B, S)."""
+    states = [initial]
+    for x_t in x:
+        states.append(torch.stack([step(cell, w, row, s) for row, s in zip(x_t, states[-1], strict=True)]))
+    return torch.stack(states)
+
+
+def jacobians(cell: str, w: Weights, x: Tensor, states: Tensor) -> Tensor:
+    """J[t] = d state after step t / d state before it: (T, B, S, S), rows after, columns before."""
+    one = jacrev(lambda s, row: step(cell, w, row, s))
+    return torch.stack([vmap(one)(s, x_t) for s, x_t in zip(states[:-1], x, strict=True)])
+
+
+def diagonals(cell: str, w: Weights, x: Tensor, states: Tensor, diagonal: str | float | Tensor) -> Tensor:
+    """D[t] of a rule, (T, B, S): "dsf", "gate", "jacobian", a number, a stationary (S,) or a full (T, B, S)."""
+    after = states[1:]
+    if isinstance(diagonal, str) and diagonal == "dsf":
+        diagonal = torch.linspace(0, 1, after.shape[-1], dtype=torch.float64)
+    elif isinstance(diagonal, str) and diagonal == "jacobian":
+        diagonal = jacobians(cell, w, x, states).diagonal(dim1=-2, dim2=-1)
+    elif isinstance(diagonal, str) and diagonal == "gate":
+        width = w["weight_hh"].shape[1]
+        every = vmap(vmap(lambda row, s: torch.cat(gates(cell, w, row, s[:width]))))(x, states[:-1])
+        if cell == "gru":
+            diagonal = every[..., width : 2 * width]
+        else:
+            diagonal = torch.cat((torch.zeros_like(after[..., :width]), every[..., width : 2 * width]), -1)
+    return torch.as_tensor(diagonal, dtype=after.dtype).expand(after.shape)
+
+
+def feedbacks(cell: str, w: Weights, x: Tensor, states: Tensor, D: Tensor) -> Tensor:
+    """F[t], the stand-in for J[t]: diag(D), and in the LSTM what D_c feeds back to c is the whole gradient at c."""
+    F = torch.diag_embed(D)
+    if cell == "lstm":
+        width = w["weight_hh"].shape[1]
+        c = states[1:, :, width:]
+        o = vmap(vmap(lambda row, s: gates(cell, w, row, s[:width])[3]))(x, states[:-1])
+        F[..., :width, width:] = torch.diag_embed(o * (1 - torch.tanh(c) ** 2) * D[..., width:])
+    return F
+
+
+def returned(M: Tensor, delta: Tensor) -> Tensor:
+    """What each step gives back to the state before it: M^T delta."""
+    return torch.einsum("...ij,...i->...j", M, delta)
+
+
+def shift(back: Tensor) -> Tensor:
+    """What reaches the state after step t is what step t + 1 gave back."""
+    return torch.cat((back[1:], torch.zeros_like(back[:1])))
+
+
+def backward_scan(e: Tensor, F: Tensor) -> Tensor:
+    """delta[t] = e[t] + F[t + 1]^T delta[t + 1]."""
+    delta = e.clone()
+    for t in reversed(range(len(e) - 1)):
+        delta[t] += returned(F[t + 1], delta[t + 1])
+    return delta
+
+
+def adjoint(e: Tensor, J: Tensor, F: Tensor, corrections: int) -> tuple[Tensor, Tensor]:
+    """delta of a rule, (T, B, S), and the gradient of the initial state; F = J is exact."""
+    delta = backward_scan(e, F)
+    first = returned(F[0], delta[0])
+    for _ in range(corrections):
+        missing = returned(J - F, delta)
+        delta = backward_scan(e + shift(missing), F)
+        first = returned(F[0], delta[0]) + missing[0]
+    return delta, first
+
+
+def local_gradients(cell: str, w: Weights, x: Tensor, states: Tensor, delta: Tensor) -> tuple[Weights, Tensor]:
+    """Gradients of weights and inputs, each step's state before it held fixed."""
+    total, dx = {name: torch.zeros_like(value) for name, value in w.items()}, torch.zeros_like(x)
+    for t in range(len(x)):
+        for b in range(x.shape[1]):
+            _, back = vjp(lambda w, row, s=states[t, b]: step(cell, w, row, s), w, x[t, b])
+            dw, dx[t, b] = back(delta[t, b])
+            total = {name: total[name] + dw[name] for name in total}
+    return total, dx
+
+
+def layer_gradients(
+    cell: str, w: Weights, x: Tensor, initial: Tensor, e: Tensor, rule: tuple[str | float | Tensor, int] | None
+) -> Weights:
+    """Gradients of the weights, of "x" and of "initial" under a rule (diagonal, corrections), or exact for None."""
+    states = run(cell, w, x, initial)
+    J = jacobians(cell, w, x, states)
+    if rule is None:
+        delta, first = adjoint(e, J, J, 0)
+    else:
+        D = diagonals(cell, w, x, states, rule[0])
+        delta, first = adjoint(e, J, feedbacks(cell, w, x, states, D), rule[1])
+    dw, dx = local_gradients(cell, w, x, states, delta)
+    return {**dw, "x": dx, "initial": first}
+
+
+def truncated_gradients(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Tensor, k: int) -> Weights:
+    """k-step truncated BPTT by its own definition: each step's loss differentiated alone, through k transitions."""
+    states = run(cell, w, x, initial)
+    leaves = {**{name: value.clone().requires_grad_() for name, value in w.items()}, "x": x.clone().requires_grad_()}
+    leaves["initial"] = initial.clone().requires_grad_()
+    total = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    for t in range(len(x)):
+        first = max(t - k, 0)
+        before = leaves["initial"] if t - k < 0 else states[first]
+        last = run(cell, leaves, leaves["x"][first : t + 1], before)[-1]
+        found = torch.autograd.grad(last, list(leaves.values()), e[t], materialize_grads=True)
+        for name, value in zip(leaves, found, strict=True):
+            total[name] += value
+    return total
+
+
+def running_mean(values: Sequence[Tensor]) -> Tensor:
+    """The calibrated diagonal after updates with these means: weight 1/n, and never less than one hundredth."""
+    mean = torch.zeros_like(values[0])
+    for n, value in enumerate(values, start=1):
+        mean = mean + max(1 / n, 0.01) * (value - mean)
+    return mean
+
+
+# Layers, directions, sequences of different lengths -------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """What a whole network computes: one output (T_b, directions * H) per sequence, final states, gradients."""
+
+    outputs: list[Tensor]
+    final: Tensor  # (layers * directions, B, S)
+    gradients: dict[str, Tensor]  # by parameter name, and "initial": (layers * directions, B, S)
+    inputs: list[Tensor]  # the gradient of every sequence
+    diagonals: Tensor  # (layers * directions, S): the mean of diag(J) over the steps of all sequences
+
+
+def weights_of(parameters: Weights, suffix: str) -> Weights:
+    """The weights of one layer and direction, their suffix ("_l0", "_l1_reverse") taken off."""
+    return {name[: -len(suffix)]: value for name, value in parameters.items() if name.endswith(suffix)}
+
+
+def network(
+    cell: str,
+    parameters: Weights,
+    sequences: list[Tensor],
+    initial: Tensor,
+    output_gradients: list[Tensor],
+    final_gradients: Tensor,
+    rule: tuple[str | float | Tensor | Callable[[int, Tensor], Tensor], int] | None,
+) -> Network:
+    """Every sequence alone through every layer and direction, forward and back.
+
+    The initial state is (layers * directions, B, S). A callable diagonal is given the index of the layer and direction
+    and the mean of diag(J) over all its steps.
+    """
+    directions = ["", "_reverse"] if "weight_ih_l0_reverse" in parameters else [""]
+    suffixes = [f"_l{n}{d}" for n in range(len(initial) // len(directions)) for d in directions]
+    width = parameters["weight_hh_l0"].shape[1]
+
+    def turned(suffix: str, value: Tensor) -> Tensor:
+        return value.flip(0) if suffix.endswith("_reverse") else value
+
+    inputs, final, taken, means = [sequences], [], [], []
+    for index in range(0, len(suffixes), len(directions)):
+        outputs = [[] for _ in sequences]
+        for place, suffix in enumerate(suffixes[index : index + len(directions)], start=index):
+            w = weights_of(parameters, suffix)
+            x = [turned(suffix, sequence)[:, None] for sequence in inputs[-1]]
+            states = [run(cell, w, x[b], initial[place, b : b + 1]) for b in range(len(x))]
+            J = [jacobians(cell, w, x[b], states[b]) for b in range(len(x))]
+            taken.append((suffix, w, x, states, J))
+            means.append(torch.cat([j.diagonal(dim1=-2, dim2=-1).flatten(0, 1) for j in J]).mean(0))
+            final.append(torch.cat([s[-1] for s in states]))
+            for b, s in enumerate(states):
+                outputs[b].append(turned(suffix, s[1:, 0, :width]))
+        inputs.append([torch.cat(parts, -1) for parts in outputs])
+
+    gradients, first = {}, torch.zeros_like(initial)
+    above = output_gradients
+    for index in reversed(range(0, len(suffixes), len(directions))):
+        below = [torch.zeros_like(sequence) for sequence in inputs[index // len(directions)]]
+        for side in range(len(directions)):
+            place = index + side
+            suffix, w, x, states, J = taken[place]
+            total = {name: torch.zeros_like(value) for name, value in w.items()}
+            for b in range(len(sequences)):
+                e = torch.zeros_like(states[b][1:])
+                e[:, 0, :width] = turned(suffix, above[b][:, side * width : (side + 1) * width])
+                e[-1, 0] += final_gradients[place, b]
+                if rule is None:
+                    delta, start = adjoint(e, J[b], J[b], 0)
+                else:
+                    diagonal = rule[0](place, means[place]) if callable(rule[0]) else rule[0]
+                    D = diagonals(cell, w, x[b], states[b], diagonal)
+                    delta, start = adjoint(e, J[b], feedbacks(cell, w, x[b], states[b], D), rule[1])
+                dw, dx = local_gradients(cell, w, x[b], states[b], delta)
+                total = {name: total[name] + dw[name] for name in total}
+                below[b] += turned(suffix, dx[:, 0])
+                first[place, b] = start[0]
+            gradients.update({name + suffix: value for name, value in total.items()})
+        above = below
+    gradients["initial"] = first
+    return Network(inputs[-1], torch.stack(final), gradients, above, torch.stack(means))
+
+
+# The scan -------------------------------------------------------------------------------------------------------------
+
+
+def scan(x: Tensor, a: Tensor, reverse: bool = False, initial: Tensor | None = None) -> Tensor:
+    """y[t] = a[t] y[t - 1] + x[t] from y[-1] = initial; reversed: y[t] = a[t] y[t + 1] + x[t] from y[T] = initial."""
+    a = a.expand(x.shape)
+    y = torch.zeros_like(x[0]) if initial is None else initial
+    every = {}
+    for t in reversed(range(len(x))) if reverse else range(len(x)):
+        y = a[t] * y + x[t]
+        every[t] = y
+    return torch.stack([every[t] for t in range(len(x))])
