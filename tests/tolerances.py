@@ -16,8 +16,9 @@ SAME = 1e-11
 SAME_BY_CANCELLATION = 1e-9
 # What a wrong rule must exceed, so that a case that must differ cannot pass by rounding: nine orders above SAME.
 DIFFERENT = 1e-2
-# Our float32 error, in units of the reference's own: another order of summation and another tanh, no more.
-MULTIPLE = 4.0
+# Our float32 error, in units of the reference's own: another order of summation, powers by squaring, another tanh.
+# A product in bfloat16 or TF32 where float32 is due would cost a thousand.
+MULTIPLE = 8.0
 # The reference may be right to the last bit by luck; nobody is asked for less than a few units of roundoff.
 ROUNDOFFS = 8.0
 
