@@ -1,3 +1,10 @@
 """Recurrent networks trained without sequential backpropagation through time: the front door."""
 
+from statefeed.alignment import Agreement, Alignment, alignment
+from statefeed.feedback import Feedback
+from statefeed.modules import GRU, LSTM, RNN
+from statefeed.scan import diagonal_scan
+
 __version__ = "0.1.0"
+
+__all__ = ["GRU", "LSTM", "RNN", "Agreement", "Alignment", "Feedback", "alignment", "diagonal_scan"]

@@ -1,0 +1,364 @@
+"""RNN, GRU and LSTM: torch.nn's layers with a feedback rule; layers, directions, batches and packing live here."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from statefeed import cells
+from statefeed.feedback import Feedback, FeedbackLike
+from statefeed.recurrence import Calibration, recurrence
+
+
+class _WithFeedback(nn.RNNBase):
+    """The forward pass of torch.nn.RNNBase, layer by layer, each under the feedback rule."""
+
+    _feedback: Feedback
+
+    def __init__(self, *args: Any, feedback: FeedbackLike, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.feedback = feedback
+
+    @property
+    def feedback(self) -> Feedback:
+        """The rule of the backward pass; settable at any time, in every spelling of ``Feedback``."""
+        return self._feedback
+
+    @feedback.setter
+    def feedback(self, rule: FeedbackLike) -> None:
+        feedback = rule if isinstance(rule, Feedback) else Feedback(rule)
+        size = self._states * self.hidden_size
+        weight: Tensor = getattr(self, "weight_hh_l0")  # noqa: B009
+        if feedback.diagonal == "gate" and isinstance(self, nn.RNN):
+            raise ValueError(
+                'feedback "gate" needs a direct path from state to state, and an RNN has none; use "jacobian" or '
+                '"calibrated"'
+            )
+        feedback.stationary(size, weight.dtype, weight.device)
+        if feedback.diagonal == "calibrated" and "diagonal" not in self._buffers:
+            directions = self.num_layers * (2 if self.bidirectional else 1)
+            self.register_buffer("diagonal", weight.new_zeros(directions, size), persistent=False)
+            updates = torch.zeros(directions, dtype=torch.int64, device=weight.device)
+            self.register_buffer("diagonal_updates", updates, persistent=False)
+        self._feedback = feedback
+
+    @property
+    def _states(self) -> int:
+        return 2 if isinstance(self, nn.LSTM) else 1
+
+    @property
+    def _cell(self) -> cells.Cell:
+        return {"GRU": cells.GRU, "LSTM": cells.LSTM, "RNN_TANH": cells.RNN_TANH, "RNN_RELU": cells.RNN_RELU}[self.mode]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, feedback={str(self._feedback)!r}"
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """What torch.nn's layer of the same name returns; its gradient follows ``feedback``.
+
+        Args:
+            input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+            hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; (h, c) for an
+                LSTM; zeros if None.
+
+        Returns:
+            outputs and final state, as torch.nn's layer.
+
+        Gradient: approximate unless ``feedback`` is ``"bptt"`` or has k >= T corrections. Without autograd
+            (``torch.no_grad``) torch's own path runs.
+        """
+        if self._feedback.exact or not torch.is_grad_enabled():
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+            B, unbatched = int(batch_sizes[0]), False
+        else:
+            x, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
+            x, hx, unbatched = self._batched(x, hx)
+            B = x.shape[0 if self.batch_first else 1]
+        if hx is None:
+            shape = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
+            zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            hx = (zeros, zeros) if self._states == 2 else zeros
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(x, hx, batch_sizes)
+
+        states = hx if self._states == 2 else (hx,)
+        dense = batch_sizes is None
+        y, final = self._layers(x.transpose(0, 1) if dense and self.batch_first else x, batch_sizes, states)
+        hidden: Any = final if self._states == 2 else final[0]
+        if not dense:
+            packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
+        if self.batch_first:
+            y = y.transpose(0, 1)
+        if unbatched:
+            y = y.squeeze(0 if self.batch_first else 1)
+            hidden = tuple(s.squeeze(1) for s in hidden) if self._states == 2 else hidden.squeeze(1)
+        return y, hidden
+
+    def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
+        """Input and initial state with a batch axis, and whether one had to be added."""
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        unbatched = x.dim() == 2
+        for s in () if hx is None else (hx if self._states == 2 else (hx,)):
+            if s.dim() != x.dim():
+                form = "unbatched 2-D" if unbatched else "batched 3-D"
+                raise RuntimeError(f"For {form} input, hx should also be {x.dim()}-D but got {s.dim()}-D tensor")
+        if unbatched:
+            x = x.unsqueeze(0 if self.batch_first else 1)
+            if hx is not None:
+                hx = tuple(s.unsqueeze(1) for s in hx) if self._states == 2 else hx.unsqueeze(1)
+        return x, hx, unbatched
+
+    def _layers(
+        self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers and directions over x (T, B, I) or packed rows; states (L * directions, B, H)."""
+        if not self._feedback.corrections and any(s.requires_grad for s in states):
+            warnings.warn(
+                f'the initial state requires grad under feedback "{self._feedback}": without corrections its gradient '
+                'is D[1] * delta[1], not the exact one (zero under "ft-bptt")',
+                stacklevel=5,
+            )
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        backwards = _reversal(batch_sizes, x.device) if self.bidirectional and batch_sizes is not None else None
+        finals: list[tuple[Tensor, ...]] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for suffix in suffixes:
+                k = len(finals)
+                weights = [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
+                y, final = recurrence(
+                    self._cell,
+                    self._feedback,
+                    self._calibration(k),
+                    _reverse(x, backwards) if suffix else x,
+                    batch_sizes,
+                    tuple(s[k] for s in states),
+                    weights,
+                )
+                outputs.append(_reverse(y, backwards) if suffix else y)
+                finals.append(final)
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+            if self.dropout and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+    def _calibration(self, k: int) -> Calibration | None:
+        if self._feedback.diagonal != "calibrated":
+            return None
+        return Calibration(self.diagonal[k], self.diagonal_updates[k], self.training)  # type: ignore[index]
+
+
+def _reverse(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows.flip(0) if index is None else rows[index]
+
+
+def _reversal(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """Where each packed row lies when every sequence is reversed within its own length; its own inverse."""
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    sequence = torch.cat([torch.arange(int(n)) for n in batch_sizes])
+    t = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes)
+    lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+    return (starts[lengths[sequence] - 1 - t] + sequence).to(device)
+
+
+class RNN(_WithFeedback, nn.RNN):
+    """torch.nn.RNN with a feedback rule.
+
+    ``h[t] = act(x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh)``, forward exactly as torch.nn.RNN; backward
+    ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
+
+    Args:
+        input_size: I, features of one step.
+        hidden_size: H, features of the state.
+        num_layers: L, stacked layers.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether there are b_ih and b_hh.
+        batch_first: (B, T, .) instead of (T, B, .).
+        dropout: probability, between layers, in training.
+        bidirectional: a second direction in every layer.
+        device: of the parameters.
+        dtype: of the parameters.
+        feedback: the gradient rule, in any spelling of ``Feedback`` but ``"gate"``; settable as ``layer.feedback``.
+
+    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+
+    Raises:
+        ValueError: a rule that is none, or ``"gate"``: an RNN has no direct path.
+
+    Cost: backward per step O(H) for the state, and three products over all steps at once.
+
+    Example:
+        >>> layer = RNN(3, 5, feedback="jacobian")
+        >>> y, h = layer(torch.zeros(7, 2, 3))
+        >>> tuple(y.shape), tuple(h.shape)
+        ((7, 2, 5), (1, 2, 5))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        feedback: FeedbackLike = "dsf",
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            nonlinearity,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            feedback=feedback,
+        )
+
+
+class GRU(_WithFeedback, nn.GRU):
+    """torch.nn.GRU with a feedback rule.
+
+    ``h[t] = (1 - z) n + z h[t-1]``, ``n = tanh(W_in x + b_in + r (W_hn h[t-1] + b_hn))``, forward exactly as
+    torch.nn.GRU; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
+
+    Args:
+        input_size: I, features of one step.
+        hidden_size: H, features of the state.
+        num_layers: L, stacked layers.
+        bias: whether there are b_ih and b_hh.
+        batch_first: (B, T, .) instead of (T, B, .).
+        dropout: probability, between layers, in training.
+        bidirectional: a second direction in every layer.
+        device: of the parameters.
+        dtype: of the parameters.
+        feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
+
+    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+
+    Raises:
+        ValueError: a rule that is none.
+
+    Cost: backward per step O(H) for the state, and large products over all steps at once.
+
+    Example:
+        >>> layer = GRU(3, 5, num_layers=2, batch_first=True, feedback="gate+1")
+        >>> y, h = layer(torch.zeros(2, 7, 3))
+        >>> tuple(y.shape), tuple(h.shape)
+        ((2, 7, 5), (2, 2, 5))
+        >>> layer.feedback = "dsf"
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        feedback: FeedbackLike = "dsf",
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            feedback=feedback,
+        )
+
+
+class LSTM(_WithFeedback, nn.LSTM):
+    """torch.nn.LSTM with a feedback rule.
+
+    ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, forward exactly as torch.nn.LSTM; backward two scans,
+    ``delta_h[t] = e_h[t] + D_h * delta_h[t+1]`` and ``gamma[t] = e_c[t] + o (1 - tanh(c)^2) * delta_h[t] + D_c *
+    gamma[t+1]``, and local gradients (arXiv 2503.23104).
+
+    Args:
+        input_size: I, features of one step.
+        hidden_size: H, features of h and of c.
+        num_layers: L, stacked layers.
+        bias: whether there are b_ih and b_hh.
+        batch_first: (B, T, .) instead of (T, B, .).
+        dropout: probability, between layers, in training.
+        bidirectional: a second direction in every layer.
+        proj_size: only 0.
+        device: of the parameters.
+        dtype: of the parameters.
+        feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
+            runs over (h, c) joined and has the shape (2H,).
+
+    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+
+    Raises:
+        ValueError: a rule that is none, or a proj_size.
+
+    Cost: backward per step O(H) for the states, and large products over all steps at once.
+
+    Example:
+        >>> layer = LSTM(3, 5, bidirectional=True)
+        >>> y, (h, c) = layer(torch.zeros(7, 2, 3))
+        >>> tuple(y.shape), tuple(c.shape)
+        ((7, 2, 10), (2, 2, 5))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        feedback: FeedbackLike = "dsf",
+    ) -> None:
+        if proj_size:
+            raise ValueError(
+                f"proj_size must be 0, got {proj_size}: the feedback needs h and c of one width; torch.nn.LSTM has it"
+            )
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            feedback=feedback,
+        )

@@ -1,0 +1,129 @@
+"""The linear recurrence y[t] = a[t] y[t-1] + x[t], forward or reverse, one definition and three methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statefeed.scan import fft, prefix, sequential
+
+METHODS = {"sequential": sequential.scan, "prefix": prefix.scan, "fft": fft.scan}
+
+
+def diagonal_scan(
+    x: Tensor,
+    a: Tensor,
+    reverse: bool = False,
+    initial: Tensor | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """The states of a diagonal linear recurrence.
+
+    ``y[t] = a[t] * y[t-1] + x[t]`` with ``y[-1] = initial``; with ``reverse``, ``y[t] = a[t] * y[t+1] + x[t]`` with
+    ``y[T] = initial``, which is the same scan on inputs flipped in time. Nothing is divided by ``a``: zero and negative
+    values are as good as others.
+
+    Args:
+        x: inputs, shape (T, ..., S), real or complex floating point, time first.
+        a: diagonal, shape (S,) if stationary, or the shape of x.
+        reverse: run from T - 1 down to 0.
+        initial: state before the first step, shape (..., S); zero if None.
+        method:
+
+            - ``"sequential"``: a loop, T dependent steps, work O(T).
+            - ``"prefix"``: odd-even prefix sum, 2 log2(T) dependent steps, work O(T).
+            - ``"fft"``: a convolution with (1, a, a^2, ...), stationary ``a`` only, work O(T log T), computed in double
+              precision. With diagonals up to and including 1 and T up to 65,536, inputs of unit variance in float32,
+              its largest error was no larger than that of the prefix sum (``tests/test_scan.py`` holds it to that).
+            - ``"auto"``: ``"prefix"`` for every diagonal. An output's error then depends only on the steps it is made
+              of, and it was the fastest of the three at every length measured (``statefeed bench scan``).
+
+    Returns:
+        y, the shape of x, dtype the promotion of all arguments. bfloat16 and float16 are accumulated in float32.
+
+    Gradient: exact, in x, a and initial, to any order.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown method, or ``"fft"`` with a time-varying diagonal.
+        TypeError: an argument that is not floating point or complex.
+
+    Cost: O(T * B * S) time and memory, O(T log T * B * S) for ``"fft"``.
+
+    Example:
+        >>> import torch
+        >>> diagonal_scan(torch.ones(3, 1), torch.tensor([0.5])).flatten().tolist()
+        [1.0, 1.5, 1.75]
+    """
+    _check(x, a, initial, method)
+    dtype = torch.promote_types(x.dtype, a.dtype)
+    if initial is not None:
+        dtype = torch.promote_types(dtype, initial.dtype)
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    start = None if initial is None else initial.to(wide)
+    chosen = "prefix" if method == "auto" else method
+    y: Tensor = _Scan.apply(x.to(wide), a.to(wide), start, reverse, chosen)  # type: ignore[no-untyped-call]
+    return y.to(dtype)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: str) -> Tensor:
+        if reverse:
+            y = METHODS[method](x.flip(0), a if a.dim() == 1 else a.flip(0), initial).flip(0)
+        else:
+            y = METHODS[method](x, a, initial)
+        ctx.save_for_backward(a, initial, y)
+        ctx.reverse, ctx.method = reverse, method
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        a, initial, y = ctx.saved_tensors
+        conj = a.conj().resolve_conj()
+        # The adjoint runs the other way, and meets at step t the factor that led out of t.
+        led_out = conj if a.dim() == 1 else _shift(conj, None, not ctx.reverse)
+        grad_x = diagonal_scan(grad_y, led_out, not ctx.reverse, None, ctx.method)
+        grad_a = grad_initial = None
+        if ctx.needs_input_grad[1]:
+            grad_a = grad_x * _shift(y, initial, ctx.reverse).conj()
+            if a.dim() == 1:
+                grad_a = grad_a.sum(tuple(range(grad_a.dim() - 1)))
+        if ctx.needs_input_grad[2]:
+            first = -1 if ctx.reverse else 0
+            grad_initial = (
+                torch.zeros_like(initial) if not len(y) else (conj if a.dim() == 1 else conj[first]) * grad_x[first]
+            )
+        return grad_x, grad_a, grad_initial, None, None
+
+
+def _shift(y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+    """The value one step earlier in the direction of the scan; ``initial`` (or zero) before the first."""
+    edge = torch.zeros_like(y[:1]) if initial is None else initial[None]
+    if not len(y):
+        return y
+    return torch.cat([y[1:], edge]) if reverse else torch.cat([edge, y[:-1]])
+
+
+def _check(x: Tensor, a: Tensor, initial: Tensor | None, method: str) -> None:
+    for name, value in (("x", x), ("a", a), ("initial", initial)):
+        if value is not None and not (value.is_floating_point() or value.is_complex()):
+            raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"x must have the shape (T, ..., S), got {tuple(x.shape)}")
+    if a.shape not in (x.shape[-1:], x.shape):
+        raise ValueError(
+            f"a must have the shape (S,) = ({x.shape[-1]},) or that of x, {tuple(x.shape)}, got {tuple(a.shape)}"
+        )
+    if initial is not None and initial.shape != x.shape[1:]:
+        raise ValueError(
+            f"initial must have the shape of one step of x, {tuple(x.shape[1:])}, got {tuple(initial.shape)}"
+        )
+    if method not in ("auto", *METHODS):
+        raise ValueError(f'method must be "auto", "sequential", "prefix" or "fft", got {method!r}')
+    if method == "fft" and a.dim() != 1:
+        raise ValueError(
+            f'method "fft" needs a stationary diagonal of shape ({x.shape[-1]},), got a of shape {tuple(a.shape)}; '
+            'use "prefix"'
+        )
