@@ -1,0 +1,182 @@
+"""The feedback rule as a value: its spellings, what it refuses, equality, and where it warns."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import statefeed as sf
+
+pytestmark = pytest.mark.filterwarnings("ignore:feedback .* adds corrections")
+
+NAMES = ["ft-bptt", "dsf", "calibrated", "gate", "jacobian"]
+LAYERS = [sf.RNN, sf.GRU, sf.LSTM]
+SAME_RULE = [
+    (None, "bptt"),
+    (0.0, "ft-bptt"),
+    (0, "ft-bptt"),
+    (-0.0, "ft-bptt"),
+    (0.5, sf.Feedback(0.5)),
+    (1, 1.0),
+    ("gate+1", sf.Feedback("gate", corrections=1)),
+    ("gate+0", "gate"),
+    ("ft-bptt+5", sf.Feedback(0.0, 5)),
+    ("jacobian+2", sf.Feedback("jacobian", 2)),
+    (torch.tensor([0.25, 0.5]), sf.Feedback(torch.tensor([0.25, 0.5]))),
+]
+REFUSED = [
+    "dfs",
+    "",
+    "+",
+    "gate+",
+    "gate+-1",
+    "gate-1",
+    "gate+1.5",
+    "gate+1+1",
+    "bptt+1",
+    "nan",
+    "inf",
+    math.nan,
+    math.inf,
+    -math.inf,
+    torch.tensor([0.5, math.nan]),
+    torch.tensor([0.5, math.inf]),
+    torch.zeros(2, 2),
+    torch.tensor(0.5),
+    torch.zeros(2, dtype=torch.int64),
+]
+
+
+def rule_of(spelling):
+    return spelling if isinstance(spelling, sf.Feedback) else sf.Feedback(spelling)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_RULE)
+def test_two_spellings_of_one_rule_are_equal(one, other):
+    assert rule_of(one) == rule_of(other)
+    assert hash(rule_of(one)) == hash(rule_of(other))
+
+
+def test_different_rules_are_different():
+    rules = [*NAMES, "bptt", "gate+1", "gate+2", "dsf+1", 0.5, 1.0, torch.tensor([0.5]), torch.tensor([0.5, 0.5])]
+    rules = [sf.Feedback(rule) for rule in rules]
+    assert len(set(rules)) == len(rules)
+    assert all(a != b for n, a in enumerate(rules) for b in rules[:n])
+    assert sf.Feedback("gate") != "gate+1"
+
+
+@pytest.mark.parametrize("name", [n + k for n in NAMES for k in ("", "+1", "+12")] + ["bptt", "0.5", "-0.5+2", "1e-3"])
+def test_repr_and_str_come_back_as_the_same_rule(name):
+    rule = sf.Feedback(name)
+    assert eval(repr(rule), {"Feedback": sf.Feedback}) == rule
+    assert sf.Feedback(str(rule)) == rule
+    assert str(sf.Feedback(str(rule))) == str(rule)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_str_is_the_spelling(name):
+    assert str(sf.Feedback(name)) == name
+    assert str(sf.Feedback(name, corrections=3)) == f"{name}+3"
+
+
+@pytest.mark.parametrize("rule", ["gate+1", 0.5, torch.tensor([0.5, 0.25])])
+def test_a_rule_survives_copying_and_pickling(rule):
+    rule = sf.Feedback(rule, corrections=2) if isinstance(rule, float) else sf.Feedback(rule)
+    for again in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert again == rule
+        assert hash(again) == hash(rule)
+
+
+def test_a_rule_cannot_be_changed_through_what_it_was_made_of():
+    diagonal = torch.tensor([0.5, 0.25])
+    rule = sf.Feedback(diagonal)
+    before = hash(rule)
+    diagonal.zero_()
+    assert hash(rule) == before
+    assert rule == sf.Feedback(torch.tensor([0.5, 0.25]))
+    with pytest.raises(AttributeError):
+        rule.corrections = 3
+
+
+@pytest.mark.parametrize("spelling", REFUSED)
+def test_what_is_no_rule_is_refused_in_one_sentence(spelling):
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        sf.Feedback(spelling)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        sf.GRU(3, 2, feedback=spelling)
+    layer = sf.GRU(3, 2, feedback="gate")
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        layer.feedback = spelling
+    assert layer.feedback == sf.Feedback("gate")
+
+
+@pytest.mark.parametrize("corrections", [-1, 1.5, True, "1"])
+def test_corrections_are_a_count(corrections):
+    with pytest.raises(ValueError, match="corrections"):
+        sf.Feedback("gate", corrections=corrections)
+
+
+@pytest.mark.parametrize("rule", [[0.5, 0.5], object(), b"dsf"])
+def test_other_types_are_refused(rule):
+    with pytest.raises((TypeError, ValueError), match=r"^[^\n]+$"):
+        sf.Feedback(rule)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_diagonal_has_one_value_per_unit_of_the_state(cls):
+    width = 6 if cls is sf.LSTM else 3
+    right = torch.linspace(-0.5, 0.5, width)
+    assert cls(2, 3, feedback=right).feedback == sf.Feedback(right)
+    for wrong in (torch.zeros(width - 1), torch.zeros(width + 1), torch.zeros(9 - width), torch.zeros(0)):
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            cls(2, 3, feedback=wrong)
+
+
+def test_an_rnn_has_no_gate():
+    with pytest.raises(ValueError, match="gate"):
+        sf.RNN(2, 3, feedback="gate")
+    layer = sf.RNN(2, 3)
+    for rule in ("gate", "gate+1", sf.Feedback("gate", 2)):
+        with pytest.raises(ValueError, match="gate"):
+            layer.feedback = rule
+    assert layer.feedback == sf.Feedback("dsf")
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_layer_takes_gives_and_shows_its_rule(cls):
+    layer = cls(2, 3)
+    assert layer.feedback == sf.Feedback("dsf")
+    for rule in ("bptt", None, "ft-bptt", 0.5, "calibrated+1", "jacobian", sf.Feedback("jacobian", 2)):
+        layer.feedback = rule
+        assert isinstance(layer.feedback, sf.Feedback)
+        assert layer.feedback == rule_of(rule)
+        assert str(rule_of(rule)) in repr(layer)
+        assert "feedback=" in repr(layer)
+    with pytest.raises(TypeError):
+        cls(2, 3, 1, "tanh", True, False, 0.0, False, None, None, "dsf") if cls is sf.RNN else cls(
+            2, 3, 1, True, False, 0.0, False, 0, None, None, "dsf", "dsf"
+        )
+
+
+@pytest.mark.parametrize("diagonal", ["dsf", 1.0, torch.tensor([0.1, 0.2, -1.0])])
+def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagonal):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        layer = sf.GRU(2, 3, feedback=sf.Feedback(diagonal, corrections=1))
+        for _ in range(3):
+            layer(torch.zeros(4, 1, 2))[0].sum().backward()
+    assert len(seen) == 1
+    assert "calibrated" in str(seen[0].message)
+    with pytest.warns(UserWarning, match="calibrated"):
+        layer.feedback = sf.Feedback(diagonal, corrections=2)
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "bptt", 1.0])
+def test_other_rules_are_not_warned_of(rule):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = sf.GRU(2, 3, feedback=rule)
+        layer(torch.zeros(4, 1, 2))[0].sum().backward()
