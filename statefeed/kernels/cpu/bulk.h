@@ -1,0 +1,118 @@
+// Large products over all rows at once: inputs times packed weights, and weight gradients.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "product.h"
+#include "threads.h"
+
+namespace statefeed {
+
+constexpr int bulk_vectors = 2;
+constexpr int bulk_depth = 512;  // rows whose packed panels stay in cache
+template <class T>
+constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors>;
+
+// Memory that a thread keeps from call to call, because fresh pages cost more than the packing that fills them.
+template <class T>
+T* scratch(int64_t count) {
+  thread_local std::vector<T> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory = std::vector<T>(static_cast<size_t>(count));
+  return memory.data();
+}
+
+template <class T>
+inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t u = 0; u < width; u += L) {
+      const int count = static_cast<int>(std::min<int64_t>(L, width - u));
+      Vector<T> value = load(sum + i * bulk_vectors * L + u);
+      if (bias) value += load(bias + u, count);
+      if (add) value += load(out + i * stride + u, count);
+      store(out + i * stride + u, value, count);
+    }
+}
+
+template <class T>
+struct Product {
+  int64_t rows, depth, units, a_stride, out_stride;
+  const T *a, *packed, *bias;
+  T* out;
+  bool add;
+};
+
+// out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out)
+template <class T>
+void product(const Product<T>& s) {
+  constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
+  constexpr int64_t block = 8 * M;  // rows that stay in cache while all panels pass by
+  const int64_t panels = panel_count(s.units, N * L), tiles = panel_count(s.rows, M);
+  const int64_t threads = s.rows * s.units * s.depth < 100000 ? 1 : thread_count();
+  const bool by_rows = tiles >= 4 * threads;
+  const int64_t ranks = std::max<int64_t>(1, std::min(threads, by_rows ? tiles : panels));
+  each_rank(ranks, [&](int64_t begin, int64_t end) {
+    const int64_t rank_end = end - 1;
+    const Range own_tiles = by_rows ? Range{share(tiles, begin, ranks).begin, share(tiles, rank_end, ranks).end} : Range{0, tiles};
+    const Range own_panels = by_rows ? Range{0, panels} : Range{share(panels, begin, ranks).begin, share(panels, rank_end, ranks).end};
+    const int64_t last_row = std::min(own_tiles.end * M, s.rows);
+    alignas(64) T sum[tile_size<T, bulk_vectors>];
+    for (int64_t from = own_tiles.begin * M; from < last_row; from += block)
+      for (int64_t p = own_panels.begin; p < own_panels.end; ++p)
+        for (int64_t row = from; row < std::min(from + block, last_row); row += M) {
+          const int64_t count = std::min<int64_t>(M, last_row - row), unit = p * N * L;
+          tile_of<T, N, false>(count, s.a + row * s.a_stride, s.a_stride, s.packed + p * s.depth * N * L, s.depth, sum);
+          put_tile(sum, count, std::min<int64_t>(N * L, s.units - unit), s.bias ? s.bias + unit : nullptr, s.add,
+                   s.out + row * s.out_stride + unit, s.out_stride);
+        }
+  });
+}
+
+template <class T>
+struct RowSum {
+  int64_t rows, units, inputs, a_stride, b_stride, out_stride;
+  const T *a, *b;
+  T* out;
+};
+
+// out (units, inputs) += a (rows, units)^T @ b (rows, inputs)
+template <class T>
+void add_row_products(const RowSum<T>& s) {
+  constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>, width = N * L;
+  constexpr int64_t depth = bulk_depth;
+  const int64_t panels = panel_count(s.inputs, width), tiles = panel_count(s.units, M);
+  const int64_t threads = s.rows * s.units * s.inputs < 100000 ? 1 : thread_count();
+  T* packed = scratch<T>(panels * width * std::min(depth, s.rows));
+  for (int64_t from = 0; from < s.rows; from += depth) {
+    const int64_t count = std::min(depth, s.rows - from);
+    each_rank(std::min(threads, panels), [&](int64_t begin, int64_t end) {
+      const int64_t ranks = std::min(threads, panels);
+      for (int64_t p = share(panels, begin, ranks).begin; p < share(panels, end - 1, ranks).end; ++p)
+        for (int64_t k = 0; k < count; ++k)
+          for (int j = 0; j < N; ++j) {
+            const int64_t unit = p * width + j * L, inside = std::min<int64_t>(L, s.inputs - unit);
+            store(packed + (p * count + k) * width + j * L,
+                  inside > 0 ? load(s.b + (from + k) * s.b_stride + unit, static_cast<int>(inside)) : Vector<T>{});
+          }
+    });
+    const int64_t ranks = std::min(threads, tiles);
+    each_rank(ranks, [&](int64_t begin, int64_t end) {
+      alignas(64) T sum[tile_size<T, bulk_vectors>];
+      T rows[bulk_rows_size<T>];
+      for (int64_t i = share(tiles, begin, ranks).begin; i < share(tiles, end - 1, ranks).end; ++i) {
+        const int64_t unit = i * M, inside = std::min<int64_t>(M, s.units - unit);
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t m = 0; m < inside; ++m) rows[k * M + m] = s.a[(from + k) * s.a_stride + unit + m];
+        for (int64_t p = 0; p < panels; ++p) {
+          tile_of<T, N, true>(inside, rows, M, packed + p * count * width, count, sum);
+          put_tile(sum, inside, std::min<int64_t>(width, s.inputs - p * width), static_cast<const T*>(nullptr), true,
+                   s.out + unit * s.out_stride + p * width, s.out_stride);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace statefeed

@@ -1,0 +1,17 @@
+// The gru loops for float and double.
+#include "kernels.h"
+#include "loops.h"
+
+namespace statefeed {
+
+template <class T>
+const CellKernels<T>& gru_kernels() {
+  using Cell = Gru<T>;
+  static const CellKernels<T> kernels{Cell::gates,       Cell::states,      Cell::unit_vectors,
+                                      forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
+  return kernels;
+}
+template const CellKernels<float>& gru_kernels<float>();
+template const CellKernels<double>& gru_kernels<double>();
+
+}  // namespace statefeed

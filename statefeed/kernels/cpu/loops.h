@@ -1,0 +1,187 @@
+// The loops over time: forward, reverse (feedback or exact) and the sum of Jacobian diagonals, for any cell.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cells.h"
+#include "product.h"
+#include "threads.h"
+
+namespace statefeed {
+
+// How the threads divide a step: by rows nobody waits for anybody; by units every thread keeps its part of the
+// weights in its own cache, but all meet after every step.
+struct Plan {
+  int64_t ranks;
+  bool by_rows;
+  std::unique_lock<std::mutex> lock;
+};
+
+inline Plan plan_steps(int64_t batch, bool ragged, int64_t tile_rows, int64_t panels, int64_t work_per_step) {
+  const int64_t threads = thread_count();
+  if (threads > 1 && batch >= threads * tile_rows && !ragged) return {threads, true, {}};
+  constexpr int64_t worth_a_barrier = 40000;  // multiply-adds a step, about a microsecond
+  const int64_t ranks = std::min({threads, panels, work_per_step / worth_a_barrier + 1});
+  std::unique_lock<std::mutex> lock(barrier_team(), std::defer_lock);
+  if (ranks > 1 && lock.try_lock()) return {ranks, false, std::move(lock)};
+  return {1, true, {}};
+}
+
+template <class T, class Cell>
+void forward_step(const Forward<T>& s, int64_t offset, const T* previous, Range rows, Range panels) {
+  constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<T, N>;
+  alignas(64) T sum[tile_size<T, N>];
+  const int64_t H = s.hidden;
+  for (int64_t p = panels.begin; p < panels.end; ++p)
+    for (int64_t first = rows.begin; first < rows.end; first += M) {
+      const int64_t count = std::min<int64_t>(M, rows.end - first);
+      tile_of<T, N>(count, previous + first * H, H, s.packed + p * H * N * L, H, sum);
+      for (int64_t b = first; b < first + count; ++b)
+        for (int u = 0; u < U; ++u) {
+          const int64_t unit = (p * U + u) * L, row = offset + b;
+          if (unit >= H) break;
+          Cell::step({s.gates + row * Cell::gates * H, s.extra ? s.extra + row * H : nullptr, s.y + row * H,
+                      s.c ? s.c + b * H : nullptr, previous + b * H, s.bias, sum + ((b - first) * N + u) * L, H, unit,
+                      static_cast<int>(std::min<int64_t>(L, H - unit))});
+        }
+    }
+}
+
+template <class T, class Cell>
+void forward(const Forward<T>& s) {
+  constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
+  const int64_t panels = panel_count(s.hidden, U * lanes<T>);
+  const Plan plan = plan_steps(s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * s.hidden * s.hidden);
+  Barrier barrier;
+  each_rank(plan.ranks, [&](int64_t begin, int64_t end) {
+    const T* previous = s.first_h;
+    for (int64_t t = 0, offset = 0; t < s.steps; offset += s.size(t++)) {
+      for (int64_t rank = begin; rank < end; ++rank) {
+        const Range rows = plan.by_rows ? share(s.size(t), rank, plan.ranks) : Range{0, s.size(t)};
+        const Range columns = plan.by_rows ? Range{0, panels} : share(panels, rank, plan.ranks);
+        forward_step<T, Cell>(s, offset, previous, rows, columns);
+      }
+      previous = s.y + offset * s.hidden;
+      if (!plan.by_rows) barrier.wait(end - begin, plan.ranks);
+    }
+  });
+}
+
+template <class T, class Cell, class Visit>
+void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Range vectors, T* sums, Visit visit) {
+  constexpr int L = lanes<T>;
+  constexpr int64_t S = Cell::states;
+  const int64_t H = s.hidden;
+  const int64_t before = t == 0 ? 0 : offset - s.size(t - 1);
+  const T* previous = t == 0 ? s.first_h : s.y + before * H;
+  const T* previous_c = t == 0 ? s.first_c : s.extra + before * H;
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const int64_t row = offset + b;
+    ReverseRow<T> at{s.gates + row * Cell::gates * H,
+                     s.extra + row * H,
+                     s.y + row * H,
+                     previous + b * H,
+                     previous_c + b * H,
+                     s.e + row * H,
+                     s.diagonal,
+                     s.residual ? s.residual + row * S * H : nullptr,
+                     s.next_residual ? s.next_residual + row * S * H : nullptr,
+                     s.carry + b * S * H,
+                     s.d + row * Cell::gates * H,
+                     s.d_hidden + row * H,
+                     sums,
+                     H,
+                     0,
+                     L};
+    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
+      at.unit = v * L;
+      at.count = static_cast<int>(std::min<int64_t>(L, H - at.unit));
+      visit(at);
+    }
+  }
+}
+
+// carry += d_hidden @ W_hh: what the exact backward does at every step.
+template <class T, class Cell>
+void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
+  constexpr int N = 2, L = lanes<T>, M = max_rows<T, N>;
+  const int64_t H = s.hidden, stride = Cell::gates * H, depth = Cell::split * H;
+  alignas(64) T sum[2][tile_size<T, N>];
+  for (int64_t p = panels.begin; p < panels.end; ++p)
+    for (int64_t first = rows.begin; first < rows.end; first += M) {
+      const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
+      const T* panel = s.packed + p * stride * N * L;
+      const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
+      tile_of<T, N>(count, s.d + row * stride, stride, panel, depth, sum[0]);
+      if (depth < stride) tile_of<T, N>(count, s.d_hidden + row * H, H, panel + depth * N * L, stride - depth, sum[1]);
+      for (int64_t b = 0; b < count; ++b) {
+        T* carry = s.carry + (first + b) * Cell::states * H + unit;
+        for (int64_t u = 0; u < width; ++u)
+          carry[u] += sum[0][b * N * L + u] + (depth < stride ? sum[1][b * N * L + u] : T(0));
+      }
+    }
+}
+
+template <class T, class Cell, Diagonal D>
+void reverse_as(const Reverse<T>& s) {
+  constexpr int L = lanes<T>, N = 2;
+  const int64_t H = s.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), threads = thread_count();
+  Plan plan{threads, s.batch >= 2 * threads && !s.sizes, {}};
+  if (s.packed)
+    plan = plan_steps(s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * H * H);
+  else if (!plan.by_rows)
+    plan.ranks = std::min(threads, vectors);
+  int64_t total = s.sizes ? 0 : s.steps * s.batch;
+  for (int64_t t = 0; s.sizes && t < s.steps; ++t) total += s.sizes[t];
+  if (!s.packed && total * H < 20000) plan.ranks = 1;
+  const int64_t width = Cell::sums * H;
+  std::vector<T> sums(static_cast<size_t>(plan.ranks * width));
+  Barrier barrier;
+  each_rank(plan.ranks, [&](int64_t begin, int64_t end) {
+    for (int64_t t = s.steps - 1, offset = total; t >= 0; --t) {
+      offset -= s.size(t);
+      const Range all{0, s.size(t)};
+      for (int64_t rank = begin; rank < end; ++rank) {
+        const Range columns = plan.by_rows || s.packed ? Range{} : share(vectors, rank, plan.ranks);
+        const Range own = plan.by_rows || !s.packed ? Range{} : share(panels, rank, plan.ranks);
+        const Range part = plan.by_rows ? Range{0, vectors}
+                           : s.packed   ? Range{own.begin * N, std::min(own.end * N, vectors)}
+                                        : columns;
+        each_vector<T, Cell>(s, t, offset, plan.by_rows ? share(s.size(t), rank, plan.ranks) : all, part,
+                             sums.data() + rank * width, [](const ReverseRow<T>& row) { Cell::template reverse<D>(row); });
+      }
+      if (!s.packed) continue;
+      if (!plan.by_rows) barrier.wait(end - begin, plan.ranks);
+      for (int64_t rank = begin; rank < end; ++rank)
+        add_dense<T, Cell>(s, offset, plan.by_rows ? share(s.size(t), rank, plan.ranks) : all,
+                           plan.by_rows ? Range{0, panels} : share(panels, rank, plan.ranks));
+    }
+  });
+  for (int64_t rank = 0; rank < plan.ranks; ++rank)
+    for (int64_t k = 0; k < width; ++k) s.sums[k] += sums[static_cast<size_t>(rank * width + k)];
+}
+
+template <class T, class Cell>
+void reverse(const Reverse<T>& s, Diagonal diagonal) {
+  if (diagonal == Diagonal::stationary) return reverse_as<T, Cell, Diagonal::stationary>(s);
+  if (diagonal == Diagonal::jacobian) return reverse_as<T, Cell, Diagonal::jacobian>(s);
+  reverse_as<T, Cell, Diagonal::direct>(s);
+}
+
+// sums (states, hidden) += diag(J[t]) over all rows; `diagonal` holds the diagonals of W_hh.
+template <class T, class Cell>
+void sum_jacobians(const Reverse<T>& s) {
+  const int64_t H = s.hidden, vectors = panel_count(H, lanes<T>), ranks = std::min(thread_count(), vectors);
+  each_rank(ranks, [&](int64_t begin, int64_t end) {
+    const Range columns{share(vectors, begin, ranks).begin, share(vectors, end - 1, ranks).end};
+    for (int64_t t = 0, offset = 0; t < s.steps; offset += s.size(t++))
+      each_vector<T, Cell>(s, t, offset, {0, s.size(t)}, columns, s.sums, [](const ReverseRow<T>& row) {
+        const typename Cell::Local local = Cell::local(row);
+        for (int part = 0; part < Cell::states; ++part)
+          row.put(row.sums, part, row.at(row.sums, part) + Cell::jacobian(row, local, row.diagonal, part));
+      });
+  });
+}
+
+}  // namespace statefeed

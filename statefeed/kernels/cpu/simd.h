@@ -1,0 +1,122 @@
+// Vectors of the widest register, and exp, sigmoid and tanh on them, accurate to a few units in the last place.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace statefeed {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64, registers = 32;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32, registers = 16;
+#elif defined(__aarch64__)
+constexpr int vector_bytes = 16, registers = 32;
+#else
+constexpr int vector_bytes = 16, registers = 16;
+#endif
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+  typedef uint32_t Bits;
+  static constexpr int mantissa = 23, bias = 127, degree = 7;
+  static constexpr float round = 12582912.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440054690583e-4f;
+  static constexpr float exp_limit = 87.0f;
+};
+template <>
+struct Format<double> {
+  typedef uint64_t Bits;
+  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+  static constexpr double round = 6755399441055744.0, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723e-6;
+  static constexpr double exp_limit = 708.0;
+};
+
+template <class T>
+constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class T>
+inline Vector<T> splat(T value) {
+  return value - Vector<T>{};
+}
+
+template <class T>
+inline Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+
+template <class T>
+inline void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+
+// The last vector of a row may be partly outside it: `count` lanes are inside.
+template <class T>
+inline Vector<T> load(const T* from, int count) {
+  if (__builtin_expect(count == lanes<T>, 1)) return load(from);
+  Vector<T> value{};
+  std::memcpy(&value, from, sizeof(T) * static_cast<size_t>(count));
+  return value;
+}
+
+template <class T>
+inline void store(T* to, Vector<T> value, int count) {
+  if (__builtin_expect(count == lanes<T>, 1)) return store(to, value);
+  std::memcpy(to, &value, sizeof(T) * static_cast<size_t>(count));
+}
+
+constexpr double reciprocal_factorial(int k) { return k < 2 ? 1.0 : reciprocal_factorial(k - 1) / k; }
+
+template <class T, int K>
+inline Vector<T> taylor(Vector<T> r) {  // sum over j >= K of r^(j-K) / j!
+  if constexpr (K == Format<T>::degree)
+    return splat(static_cast<T>(reciprocal_factorial(K)));
+  else
+    return static_cast<T>(reciprocal_factorial(K)) + r * taylor<T, K + 1>(r);
+}
+
+// exp(x) = power * (1 + fraction); x is clamped where power would leave the normal numbers, and NaN stays NaN.
+template <class T>
+inline void split_exp(Vector<T> x, Vector<T>& power, Vector<T>& fraction) {
+  using F = Format<T>;
+  typedef typename F::Bits Bits __attribute__((vector_size(vector_bytes)));
+  const Vector<T> high = splat(F::exp_limit), low = splat(-F::exp_limit);
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  const Vector<T> shifted = x * static_cast<T>(1.4426950408889634074) + F::round;
+  const Vector<T> n = shifted - F::round;
+  const Vector<T> r = (x - n * F::ln2_high) - n * F::ln2_low;
+  const typename F::Bits one = static_cast<typename F::Bits>(F::bias) << F::mantissa;
+  power = (Vector<T>)(((Bits)shifted << F::mantissa) + one);
+  fraction = r + (r * r) * taylor<T, 2>(r);
+}
+
+template <class T>
+inline Vector<T> sigmoid(Vector<T> x) {
+  Vector<T> power, fraction;
+  split_exp<T>(-x, power, fraction);
+  return static_cast<T>(1) / (static_cast<T>(1) + power + power * fraction);
+}
+
+// Through exp(2x) - 1, so that small arguments keep their relative accuracy.
+template <class T>
+inline Vector<T> tanh(Vector<T> x) {
+  Vector<T> power, fraction;
+  const Vector<T> high = splat(static_cast<T>(20)), low = splat(static_cast<T>(-20));
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  split_exp<T>(x + x, power, fraction);
+  const Vector<T> minus_one = power * fraction + (power - static_cast<T>(1));
+  return minus_one / (minus_one + static_cast<T>(2));
+}
+
+}  // namespace statefeed
