@@ -4,7 +4,20 @@ from statefeed.alignment import Agreement, Alignment, alignment
 from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.scan import diagonal_scan
+from statefeed.swap import SwapReport, restore, swap
 
 __version__ = "0.1.0"
 
-__all__ = ["GRU", "LSTM", "RNN", "Agreement", "Alignment", "Feedback", "alignment", "diagonal_scan"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Agreement",
+    "Alignment",
+    "Feedback",
+    "SwapReport",
+    "alignment",
+    "diagonal_scan",
+    "restore",
+    "swap",
+]

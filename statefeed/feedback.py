@@ -98,19 +98,11 @@ class Feedback:
         Returns:
             D of shape (size,), or None for ``"calibrated"``, ``"gate"``, ``"jacobian"`` and ``"bptt"``.
 
-        Raises:
-            ValueError: a tensor diagonal of another length.
-
         Example:
             >>> Feedback("dsf").stationary(3, torch.float32, torch.device("cpu"))
             tensor([0.0000, 0.5000, 1.0000])
         """
         if isinstance(self.diagonal, Tensor):
-            if self.diagonal.numel() != size:
-                raise ValueError(
-                    f"the feedback diagonal must have one value per unit of the state, {size} here "
-                    f"(an LSTM counts h and c, 2H), got {self.diagonal.numel()}"
-                )
             return self.diagonal.to(device=device, dtype=dtype)
         if isinstance(self.diagonal, float):
             return torch.full((size,), self.diagonal, dtype=dtype, device=device)

@@ -15,6 +15,23 @@ from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.recurrence import Calibration, recurrence
 
 
+def refusal(layer: nn.RNNBase, feedback: Feedback) -> str | None:
+    """Why a layer cannot run under a rule, in one sentence; None if it can."""
+    if layer.proj_size:
+        return (
+            f"proj_size must be 0, got {layer.proj_size}: the feedback needs h and c of one width; torch.nn.LSTM has it"
+        )
+    if feedback.diagonal == "gate" and isinstance(layer, nn.RNN):
+        return 'feedback "gate" needs a direct path between states and an RNN has none; use "jacobian" or "calibrated"'
+    size = (2 if isinstance(layer, nn.LSTM) else 1) * layer.hidden_size
+    if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.numel() != size:
+        return (
+            f"the feedback diagonal must have one value per unit of the state, {size} here (an LSTM counts h and c, "
+            f"2H), got {feedback.diagonal.numel()}"
+        )
+    return None
+
+
 class _WithFeedback(nn.RNNBase):
     """The forward pass of torch.nn.RNNBase, layer by layer, each under the feedback rule."""
 
@@ -32,17 +49,14 @@ class _WithFeedback(nn.RNNBase):
     @feedback.setter
     def feedback(self, rule: FeedbackLike) -> None:
         feedback = rule if isinstance(rule, Feedback) else Feedback(rule)
-        size = self._states * self.hidden_size
-        weight: Tensor = getattr(self, "weight_hh_l0")  # noqa: B009
-        if feedback.diagonal == "gate" and isinstance(self, nn.RNN):
-            raise ValueError(
-                'feedback "gate" needs a direct path from state to state, and an RNN has none; use "jacobian" or '
-                '"calibrated"'
-            )
-        feedback.stationary(size, weight.dtype, weight.device)
+        reason = refusal(self, feedback)
+        if reason is not None:
+            raise ValueError(reason)
         if feedback.diagonal == "calibrated" and "diagonal" not in self._buffers:
+            weight: Tensor = getattr(self, "weight_hh_l0")  # noqa: B009
             directions = self.num_layers * (2 if self.bidirectional else 1)
-            self.register_buffer("diagonal", weight.new_zeros(directions, size), persistent=False)
+            diagonal = weight.new_zeros(directions, self._states * self.hidden_size)
+            self.register_buffer("diagonal", diagonal, persistent=False)
             updates = torch.zeros(directions, dtype=torch.int64, device=weight.device)
             self.register_buffer("diagonal_updates", updates, persistent=False)
         self._feedback = feedback
@@ -346,10 +360,6 @@ class LSTM(_WithFeedback, nn.LSTM):
         *,
         feedback: FeedbackLike = "dsf",
     ) -> None:
-        if proj_size:
-            raise ValueError(
-                f"proj_size must be 0, got {proj_size}: the feedback needs h and c of one width; torch.nn.LSTM has it"
-            )
         super().__init__(
             input_size,
             hidden_size,
@@ -358,6 +368,7 @@ class LSTM(_WithFeedback, nn.LSTM):
             batch_first,
             dropout,
             bidirectional,
+            proj_size,
             device=device,
             dtype=dtype,
             feedback=feedback,

@@ -1,0 +1,130 @@
+"""torch.nn's RNN, GRU and LSTM inside a model become statefeed's, and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from statefeed.feedback import Feedback, FeedbackLike
+from statefeed.modules import GRU, LSTM, RNN, refusal
+
+_OURS: dict[type[nn.Module], type[nn.RNNBase]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
+_TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in _OURS.items()}
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What ``swap`` did, or would do.
+
+    Attributes:
+        swapped: by module name, the layer as it prints.
+        kept: by module name, why the layer was left as it is.
+    """
+
+    swapped: dict[str, str]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"swapped  {name or '(the model)'}: {layer}" for name, layer in self.swapped.items()]
+        lines += [f"kept     {name or '(the model)'}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines) or "no torch.nn.RNN, GRU or LSTM in this model"
+
+
+def swap(
+    model: nn.Module,
+    feedback: FeedbackLike = "dsf",
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    dry_run: bool = False,
+) -> SwapReport:
+    """Every torch.nn.RNN, GRU and LSTM of a model becomes statefeed's, in place.
+
+    The module objects stay, and change their class: parameters, names, hooks, training flag, device, dtype and whatever
+    shares or ties them are untouched, and an optimiser built before goes on working. Layers that are statefeed's
+    already take the new rule.
+
+    Args:
+        model: any module, also a recurrent layer itself.
+        feedback: the rule, in every spelling of ``Feedback``.
+        include: shell patterns of module names (``"encoder.*"``); the model itself is ``""``.
+        exclude: patterns of names to leave alone.
+        dry_run: report only, change nothing.
+
+    Returns:
+        ``SwapReport``: what was swapped, and what was kept and why. Printing it gives one line a layer.
+
+    Gradient: the forward pass is unchanged; gradients follow the rule from the next forward pass on.
+
+    Raises:
+        ValueError: a rule that is none.
+
+    Cost: none per parameter.
+
+    Example:
+        >>> model = nn.Sequential(nn.GRU(2, 3))
+        >>> print(swap(model, feedback="gate+1"))
+        swapped  0: GRU(2, 3, feedback='gate+1')
+        >>> print(restore(model)[0])
+        GRU(2, 3)
+    """
+    rule = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
+    include, exclude = tuple(include), tuple(exclude)
+    swapped: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.RNNBase):
+            continue
+        reason = _reason_to_keep(name, module, rule, include, exclude)
+        if reason is not None:
+            kept[name] = reason
+            continue
+        if not dry_run:
+            module.__class__ = _OURS.get(type(module), type(module))
+            module.feedback = rule
+        described = nn.RNNBase.extra_repr(module)
+        swapped[name] = f"{type(module).__name__}({described}, feedback={str(rule)!r})"
+    return SwapReport(swapped, kept)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Every statefeed layer of a model becomes torch.nn's plain layer again, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same model, nothing of statefeed left in it: torch's types, the same parameters and state_dict.
+
+    Gradient: exact from the next forward pass on.
+
+    Cost: none per parameter.
+
+    Example:
+        >>> type(restore(GRU(2, 3))) is nn.GRU
+        True
+    """
+    for module in model.modules():
+        plain = _TORCHS.get(type(module))
+        if plain is not None:
+            module.__class__ = plain
+            del module._feedback
+            for name in ("diagonal", "diagonal_updates"):
+                if module._buffers.pop(name, None) is not None:
+                    module._non_persistent_buffers_set.discard(name)
+    return model
+
+
+def _reason_to_keep(
+    name: str, module: nn.RNNBase, rule: Feedback, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> str | None:
+    kind = type(module)
+    if not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not included"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded"
+    if kind not in _OURS and kind not in _TORCHS:
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass with code of its own"
+    return refusal(module, rule)
