@@ -1,0 +1,21 @@
+"""Owns the way in from a shell: `statefeed` and `python -m statefeed`."""
+
+import sys
+from importlib.util import find_spec
+
+_APPLICATION = ("jsonargparse", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "yaml")
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 2, with one sentence, where the application is not installed."""
+    if missing := [name for name in _APPLICATION if find_spec(name) is None]:
+        print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
+        sys.exit(2)
+    from statefeed.lm import cli
+
+    cli.own_process()
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

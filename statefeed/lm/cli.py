@@ -1,0 +1,141 @@
+"""Owns the command line: train, evaluate, generate; every mistake is one sentence and exit code 2."""
+
+import ctypes
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+
+from statefeed.lm import checkpoint, config, corpora
+from statefeed.lm.config import UsageError, require
+from statefeed.lm.evaluate import score
+from statefeed.lm.generate import generate
+from statefeed.lm.train import Diverged, train
+
+USAGE = """usage: statefeed COMMAND ...
+
+  statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
+  statefeed evaluate RUN [--split=test]                       score a run on a split
+  statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
+
+statefeed COMMAND --help lists every flag of a command.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry out one command.
+
+    Args:
+        arguments: the words after `statefeed`.
+
+    Returns:
+        The exit code: 0; 1 when training diverged; 2 for a mistake of the user's; 130 when interrupted.
+    """
+    commands = {"train": _train, "evaluate": _evaluate, "generate": _generate}
+    try:
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+        elif not arguments or arguments[0] not in commands:
+            raise UsageError(f"expected a command ({', '.join(commands)}), got {' '.join(arguments[:1]) or 'none'}")
+        else:
+            commands[arguments[0]](arguments[1:])
+    except UsageError as error:
+        return _tell(str(error), 2)
+    except OSError as error:
+        return _tell(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
+    except Diverged as error:
+        return _tell(str(error), 1)
+    except KeyboardInterrupt as error:
+        return _tell(str(error) or "interrupted", 130)
+    return 0
+
+
+def own_process() -> None:
+    """Set this process up for training; for the command line alone, since it changes the whole process.
+
+    Denormals become zero: weights that decay without ever being used would slow every product they enter. Under glibc
+    large blocks stay in the heap: by default every large temporary is mapped and unmapped anew, one page fault a page.
+    """
+    torch.set_flush_denormal(True)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
+
+
+def _tell(sentence: str, code: int) -> int:
+    print(f"statefeed: {sentence}", file=sys.stderr)
+    return code
+
+
+def _train(arguments: Sequence[str]) -> None:
+    flags = config.parser("statefeed train")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
+    flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
+    values = config.parse(flags, arguments)
+    if values.recipe is not None:
+        values = config.parse(flags, [*config.recipe_flags(values.recipe), *arguments])
+    recipe = config.build(values)
+    if values.print_config:
+        print(recipe.to_yaml(), end="")
+    else:
+        train(recipe)
+
+
+def _run_parser(command: str) -> ArgumentParser:
+    flags = ArgumentParser(prog=f"statefeed {command}", exit_on_error=False, allow_abbrev=False)
+    flags.add_argument("run", help="run folder that `statefeed train` left")
+    return flags
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    flags = _run_parser("evaluate")
+    flags.add_argument("--split", type=Literal["train", "valid", "test"], default="valid", help="what to score")
+    values = config.parse(flags, arguments)
+    run = checkpoint.load(Path(values.run))
+    corpus = corpora.read(run.config.data)
+    if values.split not in corpus.splits:
+        raise UsageError(f"{corpus.name} has no {values.split} split, only {' and '.join(corpus.splits)}")
+    recorded = run.record["splits"].get(values.split, {}).get("sha256")
+    if recorded not in (None, corpus.digests[values.split]):
+        raise UsageError(
+            f"the {values.split} split of {corpus.name} is not the text of the run: expected sha256 "
+            f"{recorded}, got {corpus.digests[values.split]}"
+        )
+    text = corpus.splits[values.split]
+    print(
+        f"{values.split}: {score(run.model, run.tokenizer.encode(text), corpus.sizes[values.split], run.config.train)}"
+    )
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    flags = _run_parser("generate")
+    flags.add_argument("--prompt", type=str, default="\n", help="text to go on from")
+    flags.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
+    flags.add_argument("--temperature", type=float, default=1.0, help="below 1 is safer, above 1 wilder")
+    flags.add_argument("--top-k", type=int | None, default=None, help="sample from the k likeliest tokens only")
+    flags.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+    )
+    flags.add_argument("--seed", type=int, default=1, help="the same seed gives the same text")
+    values = config.parse(flags, arguments)
+    require(values.tokens >= 1, "--tokens must be at least 1", values.tokens)
+    require(0 < values.temperature < float("inf"), "--temperature must be positive", values.temperature)
+    require(values.top_k is None or values.top_k >= 1, "--top-k must be at least 1", values.top_k)
+    require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
+    require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
+    run = checkpoint.load(Path(values.run))
+    outside = run.tokenizer.unknown(values.prompt)
+    if outside is not None:
+        raise UsageError(f"--prompt: {outside!r} is not among the {run.tokenizer.size:,} types of this run's tokens")
+    ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
+    require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
+    following = generate(
+        run.model, ids, temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, seed=values.seed
+    )
+    ids += [next(following) for _ in range(values.tokens)]
+    print(run.tokenizer.decode(ids))

@@ -1,0 +1,272 @@
+"""Owns the recipe: every field is a dataclass field, a flag and a YAML key, and is checked once, here."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+T = TypeVar("T")
+
+
+class UsageError(ValueError):
+    """A mistake of the user's, told in one sentence; the command line turns it into exit code 2."""
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with its default and the one line that documents it, here and in `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, expectation: str, got: object) -> None:
+    """Refuse a value.
+
+    Args:
+        condition: whether the value is acceptable.
+        expectation: what is expected, as the beginning of a sentence.
+        got: the value.
+
+    Raises:
+        UsageError: when the condition does not hold.
+
+    >>> require(1 > 2, "train.batch must be at least 1", 0)
+    Traceback (most recent call last):
+    statefeed.lm.config.UsageError: train.batch must be at least 1, got 0
+    """
+    if not condition:
+        raise UsageError(f"{expectation}, got {got}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read and into which tokens it is cut."""
+
+    corpus: Literal["pydoc", "text"] = option(
+        "pydoc", "pydoc: the documentation that every Python carries; text: the file or folder at data.path"
+    )
+    path: str | None = option(
+        None, "a UTF-8 file (plain, .gz, .xz), a folder of them, or a folder with train/valid/test files"
+    )
+    tokens: Literal["char", "byte", "word", "bpe"] = option("bpe", "the unit that the model predicts")
+    vocabulary: int | None = option(
+        None, "number of types: for bpe null is 4096; for word null keeps every training word, rarer ones are <unk>"
+    )
+    eos: bool = option(True, "word tokens only: the end of each line is a token, <eos>")
+    valid: float = option(0.05, "share of the text kept for validation where the corpus comes without splits")
+    test: float = option(0.05, "share of the text kept for the test where the corpus comes without splits")
+
+    def __post_init__(self) -> None:
+        if self.corpus == "text":
+            require(bool(self.path), "data.path must name a file or folder when data.corpus is text", self.path)
+        else:
+            require(self.path is None, "data.path belongs to data.corpus=text and pydoc reads no path", self.path)
+        if self.tokens == "bpe":
+            require(
+                self.vocabulary is None or self.vocabulary > 256,
+                "data.vocabulary must be at least 257 for bpe tokens, whose first 256 types are the bytes",
+                self.vocabulary,
+            )
+        elif self.tokens == "word":
+            require(
+                self.vocabulary is None or self.vocabulary > 2,
+                "data.vocabulary must be at least 3 for word tokens, since <unk> and <eos> are two of them",
+                self.vocabulary,
+            )
+        else:
+            require(
+                self.vocabulary is None,
+                "data.vocabulary is for word and bpe tokens only; "
+                f"{self.tokens} tokens have as many types as they need",
+                self.vocabulary,
+            )
+        require(0 < self.valid < 1, "data.valid must lie between 0 and 1, both excluded", self.valid)
+        require(0 <= self.test < 1, "data.test must be at least 0 and below 1", self.test)
+        require(
+            self.valid + self.test < 1,
+            "data.valid + data.test must leave text to train on and stay below 1",
+            self.valid + self.test,
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Embedding, blocks around one recurrent layer each, head."""
+
+    cell: Literal["rnn", "gru", "lstm"] = option("gru", "the recurrent cell; rnn is the tanh one")
+    feedback: float | str = option("dsf", "how gradients flow back through time: bptt, ft-bptt, dsf, gate+1, ...")
+    layers: int = option(2, "number of blocks")
+    width: int = option(256, "units of the embedding, of every state and of every block")
+    block: Literal["plain", "prenorm"] = option(
+        "plain", "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x))"
+    )
+    dropout: float = option(0.0, "share of units zeroed after the embedding and after every sub-layer")
+
+    def __post_init__(self) -> None:
+        require(self.layers >= 1, "model.layers must be at least 1", self.layers)
+        require(self.width >= 1, "model.width must be at least 1", self.width)
+        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1", self.dropout)
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, on how much text at once, and by which steps of Adam."""
+
+    epochs: int = option(1, "passes over the training split")
+    steps: int | None = option(None, "optimizer steps; when given it decides instead of train.epochs")
+    seed: int = option(1, "of the initial weights, dropout and the sample")
+    batch: int = option(32, "sequences read side by side")
+    context: int = option(64, "tokens of each sequence in one step; the state is carried on to the next step")
+    lr: float = option(3e-3, "largest learning rate of Adam")
+    weight_decay: float = option(0.0, "L2 penalty of Adam, added to the gradient")
+    warmup: int = option(50, "steps over which the learning rate rises to train.lr")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "the learning rate after warmup: stays, or falls to zero at the last step"
+    )
+    clip: float | None = option(1.0, "largest norm of the gradient of all weights together; null for no limit")
+    evaluations: int = option(10, "how often the validation split is scored, evenly spread, last at the end")
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "train.epochs must be at least 1", self.epochs)
+        require(self.steps is None or self.steps >= 1, "train.steps must be at least 1", self.steps)
+        require(0 <= self.seed < 2**63, "train.seed must be at least 0 and below 2^63", self.seed)
+        require(self.batch >= 1, "train.batch must be at least 1", self.batch)
+        require(self.context >= 1, "train.context must be at least 1", self.context)
+        require(0 < self.lr < float("inf"), "train.lr must be a positive number", self.lr)
+        require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
+        require(self.warmup >= 0, "train.warmup must be at least 0", self.warmup)
+        require(self.clip is None or self.clip > 0, "train.clip must be positive, or null for no limit", self.clip)
+        require(self.evaluations >= 1, "train.evaluations must be at least 1", self.evaluations)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run is kept."""
+
+    dir: str = option("runs/default", "folder that is made for the run; one that holds a run already is refused")
+
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "run.dir must name a folder", repr(self.dir))
+
+
+SECTIONS: dict[str, type] = {"data": Data, "model": Model, "train": Train, "run": Run}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe.
+
+    >>> Config().model.feedback
+    'dsf'
+    >>> print(Config(train=Train(steps=7)).to_yaml().split("train:")[1].splitlines()[2])
+      steps: 7
+    """
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    run: Run = field(default_factory=Run)
+
+    def to_yaml(self) -> str:
+        """The recipe with every key, as text that `parse` reads back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def parser(prog: str) -> ArgumentParser:
+    """A parser with one flag for every field of every section.
+
+    Args:
+        prog: how the command calls itself in its usage line.
+    """
+    flags = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, print_config=None)
+    for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind)
+        group = flags.add_argument_group(section, kind.__doc__)
+        for item in dataclasses.fields(kind):
+            group.add_argument(
+                f"--{section}.{item.name}", type=hints[item.name], default=item.default, help=item.metadata["help"]
+            )
+    return flags
+
+
+def parse(flags: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """What `flags` makes of the arguments.
+
+    Raises:
+        UsageError: for an unknown flag, a missing value or a value of the wrong type.
+    """
+    try:
+        return flags.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(_sentence(str(error), list(flags.get_defaults().keys()))) from error
+
+
+def recipe_flags(path: str | Path) -> list[str]:
+    """A recipe as the flags that say the same, so that flags after them override it.
+
+    Args:
+        path: a YAML file of sections, each a mapping of keys to values.
+
+    Raises:
+        UsageError: when the file is missing, is not YAML, or is not made of sections.
+    """
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"the recipe {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections, dict):
+        raise UsageError(f"the recipe {path} must hold sections ({', '.join(SECTIONS)}), got {sections!r}")
+    flags = []
+    for section, keys in sections.items():
+        if section not in SECTIONS:
+            raise UsageError(f"unknown section {section!r} in {path}: expected one of {', '.join(SECTIONS)}")
+        if not isinstance(keys, dict):
+            raise UsageError(f"section {section!r} of {path} must hold keys and values, got {keys!r}")
+        flags += [f"--{section}.{key}={'null' if value is None else value}" for key, value in keys.items()]
+    return flags
+
+
+def build(values: Namespace) -> Config:
+    """The configuration that parsed flags describe.
+
+    Raises:
+        UsageError: when a value is out of range.
+    """
+    return Config(**{section: kind(**vars(values[section])) for section, kind in SECTIONS.items()})
+
+
+def load(path: Path) -> Config:
+    """The configuration written in a YAML file.
+
+    Raises:
+        UsageError: when it is missing or wrong.
+    """
+    return build(parse(parser("statefeed"), recipe_flags(path)))
+
+
+def _sentence(message: str, known: Sequence[str]) -> str:
+    """What jsonargparse reports on several lines, as one sentence.
+
+    Args:
+        message: its report.
+        known: the keys there are.
+    """
+    if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        return f"unknown key {unknown[1]}" + (f": did you mean {near[0]}?" if near else "; --help lists every key")
+    names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+    if wrong := re.match(r'Parser key "(.+?)":', message):
+        choices = re.findall(r"Literal\[(.*?)\]", message)[:1] or [
+            names.get(kind, kind) for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>\W", message))
+        ]
+        got = re.findall(r"(?:Got|Given) value: (.*)", message)
+        return f"{wrong[1]} must be {' or '.join(choices)}, got {got[-1]}"
+    return " ".join(message.split())

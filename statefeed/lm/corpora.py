@@ -1,0 +1,177 @@
+"""Owns the corpora: which text is train, valid and test, the same on every reading."""
+
+import ast
+import gzip
+import hashlib
+import lzma
+import re
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from statefeed.lm.config import Data, UsageError
+
+SPLITS = ("train", "valid", "test")
+_SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text in splits.
+
+    Args:
+        name: what the corpus is called in records.
+        splits: text by split; train and valid are always there, test where the corpus has one.
+    """
+
+    name: str
+    splits: dict[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every split as UTF-8."""
+        return {split: len(text.encode()) for split, text in self.splits.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every split as UTF-8."""
+        return {split: hashlib.sha256(text.encode()).hexdigest() for split, text in self.splits.items()}
+
+
+def read(data: Data) -> Corpus:
+    """The corpus that a recipe names.
+
+    Raises:
+        UsageError: when a file is missing, empty or not UTF-8 text.
+    """
+    return _pydoc(data) if data.corpus == "pydoc" else _text(data)
+
+
+# pydoc: the documentation inside Python ------------------------------------------------------------------------------
+
+
+def _pydoc(data: Data) -> Corpus:
+    """Help topics and docstrings of the standard library; a document goes to a split by the hash of its name.
+
+    A paragraph that an earlier document holds is left out, so that no split repeats a paragraph of another.
+    """
+    seen: set[str] = set()
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name, text in sorted(_documents()):
+        fresh = []
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                fresh.append(paragraph.rstrip())
+        if fresh:
+            splits[_split_by_hash(name, data)].append("\n\n".join(fresh))
+    texts = {split: "\n\n".join(documents) + "\n" for split, documents in splits.items() if documents}
+    if not {"train", "valid"} <= texts.keys():
+        raise UsageError(
+            f"data.valid={data.valid} leaves a split of the pydoc corpus without a document: "
+            "expected a share that leaves some of its several hundred documents to each split"
+        )
+    return Corpus("pydoc", texts)
+
+
+def _documents() -> Iterator[tuple[str, str]]:
+    """Name and text of every help topic and every documented module, read from source and never imported."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    topics = library / "pydoc_data" / "topics.py"
+    if not topics.is_file():
+        raise UsageError(f"this Python carries no documentation ({topics} is missing): use --data.corpus=text")
+    for statement in ast.parse(topics.read_bytes()).body:
+        if isinstance(statement, ast.Assign):
+            for name, text in ast.literal_eval(statement.value).items():
+                yield f"topic {name}", text
+    for path in library.rglob("*.py"):
+        module = path.relative_to(library)
+        if _SKIPPED.isdisjoint(module.parts) and path != topics:
+            yield f"module {module.as_posix()}", "\n\n".join(_docstrings(path.read_bytes()))
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    """The docstrings of a module, its classes and its functions, in the order of the source."""
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+        pending.extend(child for child in reversed(list(ast.iter_child_nodes(node))) if not isinstance(child, ast.expr))
+
+
+def _split_by_hash(name: str, data: Data) -> str:
+    """The split of a document, which depends on its name and the shares alone."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if place < data.valid:
+        return "valid"
+    return "test" if place < data.valid + data.test else "train"
+
+
+# text: the user's own files ------------------------------------------------------------------------------------------
+
+
+def _text(data: Data) -> Corpus:
+    """A file or folder: its own splits where its files name them, else contiguous shares of the whole."""
+    assert data.path is not None
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return Corpus(path.name, _contiguous(_decode(path), data))
+    if not path.is_dir():
+        raise UsageError(f"data.path: there is no file or folder {path}")
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if not files:
+        raise UsageError(f"data.path: the folder {path} holds no files")
+    given: dict[str, Path] = {}
+    for file in files:
+        for split in {_SPLIT_NAMES[part] for part in re.split(r"[._-]", file.name.lower()) if part in _SPLIT_NAMES}:
+            if split in given:
+                raise UsageError(f"data.path: {given[split]} and {file} both call themselves the {split} split")
+            given[split] = file
+    if not given:
+        return Corpus(path.name, _contiguous("".join(_decode(file) for file in files), data))
+    for split in ("train", "valid"):
+        if split not in given:
+            raise UsageError(f"data.path: the folder {path} has {', '.join(sorted(given))} but no {split} file")
+    return Corpus(path.name, {split: _decode(given[split]) for split in SPLITS if split in given})
+
+
+def _decode(path: Path) -> str:
+    """The text of one file, unpacked where its name ends in .gz or .xz."""
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        elif path.suffix == ".xz":
+            raw = lzma.decompress(raw)
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise UsageError(f"{path} cannot be unpacked as {path.suffix}: {error}") from error
+    if not raw.strip():
+        raise UsageError(f"{path} is empty: expected UTF-8 text")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start} cannot be decoded"
+        ) from error
+
+
+def _contiguous(text: str, data: Data) -> dict[str, str]:
+    """Train, valid and test one after the other; a cut moves on to the next line start where there is one."""
+    cuts = []
+    for share in (1 - data.valid - data.test, 1 - data.test):
+        place = round(share * len(text))
+        cuts.append(text.find("\n", place) + 1 or place)
+    splits = dict(zip(SPLITS, (text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]), strict=True))
+    return {split: part for split, part in splits.items() if part}

@@ -1,0 +1,85 @@
+"""Owns the score: perplexity and bits per byte of a model on a split."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from statefeed.lm.batches import IGNORED, Stream
+from statefeed.lm.config import Train
+from statefeed.lm.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a split was predicted.
+
+    Args:
+        loss: nats per token.
+        tokens: number of tokens that were predicted.
+        tokens_per_byte: tokens of the split over bytes of its text.
+        seconds: how long it took.
+    """
+
+    loss: float
+    tokens: int
+    tokens_per_byte: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits, per byte of text: the same unit for every kind of token.
+
+        Where words are replaced by `<unk>` it is the cost of the text with `<unk>` in it, an underestimate.
+        """
+        return self.loss / math.log(2) * self.tokens_per_byte
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.3f} bits per byte"
+        )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that has no float.
+
+    >>> perplexity(0.0), perplexity(1e6)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@torch.no_grad()
+def score(model: LanguageModel, tokens: NDArray[np.int32], size: int, recipe: Train) -> Score:
+    """Predict every token of a split but the first, in columns as wide as in training.
+
+    Args:
+        model: in any mode; it is left in the mode that it came in.
+        tokens: ids of the split, int32 (N,).
+        size: bytes of its text.
+        recipe: the number of columns and the length of a step; the number of columns has a small effect on the score,
+            since each begins without a past.
+    """
+    started = time.perf_counter()
+    training = model.training
+    model.eval()
+    total, count, states = 0.0, 0, None
+    for inputs, targets in Stream(tokens, recipe.batch, recipe.context, whole=True):
+        loss, states = model.loss(inputs, targets, states)
+        counted = int((targets != IGNORED).sum())
+        total += float(loss) * counted
+        count += counted
+    model.train(training)
+    return Score(total / count, count, len(tokens) / size, time.perf_counter() - started)

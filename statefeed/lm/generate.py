@@ -1,0 +1,52 @@
+"""Owns sampling: one token after the other, the state carried along, so that each costs the same."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from statefeed.lm.model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 1,
+) -> Iterator[int]:
+    """Sample tokens without end.
+
+    Args:
+        model: in evaluation mode.
+        prompt: ids that are read first; at least one.
+        temperature: logits are divided by it; below 1 is safer, above 1 wilder.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the fewest likeliest tokens that together have this probability.
+        seed: the same seed gives the same tokens.
+
+    Yields:
+        One id after the other; O(1) each, however many came before.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits, states = model(torch.tensor(prompt).unsqueeze(1))
+    while True:
+        probabilities = _distribution(logits[-1, 0] / temperature, top_k, top_p)
+        token = torch.multinomial(probabilities, 1, generator=generator)
+        yield int(token)
+        logits, states = model(token.unsqueeze(1), states)
+
+
+def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Probabilities (V,) of the tokens that top-k and top-p leave."""
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(0)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        beyond = ordered.cumsum(0) - ordered >= top_p
+        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
+    return probabilities

@@ -1,0 +1,162 @@
+"""Owns training: read, cut, step, score, keep the best weights."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from statefeed.lm import checkpoint, corpora, tokens
+from statefeed.lm.batches import Stream
+from statefeed.lm.config import Config, Train, UsageError
+from statefeed.lm.corpora import Corpus
+from statefeed.lm.evaluate import perplexity, score
+from statefeed.lm.generate import generate
+from statefeed.lm.log import Log
+from statefeed.lm.model import LanguageModel, detached
+from statefeed.lm.tokens import Tokenizer
+
+SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number that has a perplexity."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a run needs, made without writing anything."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    ids: dict[str, NDArray[np.int32]]
+    model: LanguageModel
+
+
+def train(config: Config) -> None:
+    """Train as a recipe says and leave a run folder with the weights that had the best validation perplexity.
+
+    Raises:
+        UsageError: before anything is written, when the recipe cannot be carried out.
+        Diverged: when the loss becomes infinite or not a number.
+        KeyboardInterrupt: when the user interrupts, saying what is kept.
+    """
+    folder = Path(config.run.dir)
+    checkpoint.refuse_taken(folder)
+    task = prepare(config)
+    checkpoint.create(folder, config, task.corpus, task.tokenizer, task.model)
+    best = checkpoint.Best(folder)
+    with Log(folder / checkpoint.METRICS) as log:
+        try:
+            optimise(task, config.train, log, best)
+            report(task, config.train, log, best)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted: {folder} keeps {best}") from None
+        except Diverged as error:
+            raise Diverged(f"{error}; {folder} keeps {best}") from None
+        finally:
+            log.draw(folder / checkpoint.CURVES)
+
+
+def prepare(config: Config) -> Task:
+    """Read the corpus, fit the tokenizer, make the model.
+
+    Raises:
+        UsageError: when a split is shorter than one step, or one of the three refuses.
+    """
+    corpus = corpora.read(config.data)
+    tokenizer = tokens.train(config.data, corpus.splits)
+    ids = {split: tokenizer.encode(text) for split, text in corpus.splits.items()}
+    columns, context = config.train.batch, config.train.context
+    for split, found in ids.items():
+        needed = 1 + context * (columns if split == "train" else 1)
+        if len(found) < needed:
+            raise UsageError(
+                f"the {split} split of {corpus.name} has {len(found):,} {config.data.tokens} tokens, fewer than the "
+                f"{needed:,} of one step (train.batch {columns}, train.context {context})"
+            )
+    torch.manual_seed(config.train.seed)
+    return Task(corpus, tokenizer, ids, LanguageModel(config.model, tokenizer.size))
+
+
+def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
+    """Take all the steps: this is the training loop."""
+    model, stream = task.model, Stream(task.ids["train"], recipe.batch, recipe.context)
+    steps = recipe.steps or recipe.epochs * len(stream)
+    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    log.begin(_opening(task, recipe, steps), steps)
+    for step in range(1, steps + 1):
+        epoch, first = (step - 1) // len(stream) + 1, (step - 1) % len(stream) == 0
+        if first:
+            batches, states = iter(stream), None
+        inputs, targets = next(batches)
+        loss, states = model.loss(inputs, targets, states)
+        states = detached(states)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps)
+        optimizer.step()
+        log.step(step, epoch, _checked(loss.item(), step), targets.numel())
+        if step in scored:
+            valid = score(model, task.ids["valid"], task.corpus.sizes["valid"], recipe)
+            _checked(valid.loss, step)
+            log.score(step, epoch, "valid", valid)
+            best.offer(model, step, epoch, valid)
+
+
+def report(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
+    """Score the best weights on the test split, where there is one, and show a sample of theirs."""
+    model = task.model.eval()
+    checkpoint.load_weights(model, best.folder)
+    if "test" in task.ids:
+        test = score(model, task.ids["test"], task.corpus.sizes["test"], recipe)
+        log.score(best.step, best.epoch, "test", test)
+        log.say(f"test: {test}")
+    else:
+        log.say(f"valid: {best.score} ({task.corpus.name} has no test split)")
+    sample = [int(i) for i in task.ids["valid"][:SAMPLE_PROMPT]]
+    following = generate(model, sample, temperature=0.8, top_p=0.95, seed=recipe.seed)
+    sample += [next(following) for _ in range(SAMPLE)]
+    log.say(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{task.tokenizer.decode(sample)}\n")
+    log.say(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
+
+
+def learning_rate(recipe: Train, step: int, steps: int) -> float:
+    """The learning rate of one step.
+
+    Args:
+        recipe: peak, warmup and schedule.
+        step: counted from 1.
+        steps: of the whole run.
+
+    >>> [round(learning_rate(Train(lr=1.0, warmup=2, schedule="linear"), step, 6), 2) for step in range(1, 7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step <= recipe.warmup:
+        return recipe.lr * step / recipe.warmup
+    left = 1 - (step - 1 - recipe.warmup) / (steps - recipe.warmup)
+    return (
+        recipe.lr * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[recipe.schedule]
+    )
+
+
+def _checked(loss: float, step: int) -> float:
+    """The loss, where it has a perplexity."""
+    if not math.isfinite(perplexity(loss)):
+        raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")
+    return loss
+
+
+def _opening(task: Task, recipe: Train, steps: int) -> str:
+    """What is trained on what, in one line."""
+    amounts = ", ".join(f"{len(found):,} {split}" for split, found in task.ids.items())
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    return (
+        f"{task.corpus.name}: {amounts} tokens of {task.tokenizer.size:,} types; {parameters:,} parameters; "
+        f"{steps:,} steps of {recipe.batch} x {recipe.context} tokens"
+    )
