@@ -1,6 +1,7 @@
 """Recurrent networks trained without sequential backpropagation through time: the front door."""
 
 from statefeed.alignment import Agreement, Alignment, alignment
+from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.scan import diagonal_scan
@@ -15,6 +16,7 @@ __all__ = [
     "Agreement",
     "Alignment",
     "Feedback",
+    "Recurrent",
     "SwapReport",
     "alignment",
     "diagonal_scan",

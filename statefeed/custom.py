@@ -1,0 +1,245 @@
+"""A user's own step, state' = cell(x, state), under a feedback rule: forward loop, batched VJPs, one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from statefeed.feedback import Feedback, FeedbackLike
+from statefeed.recurrence import Calibration
+from statefeed.scan import diagonal_scan
+
+State: TypeAlias = Tensor | tuple[Tensor, ...]
+
+
+class Recurrent(nn.Module):
+    """Any cell, run over time, with a feedback rule for the backward pass.
+
+    ``s[t] = cell(x[t], s[t-1])``; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` over the states joined, then one
+    batched VJP of the cell over all T*B rows gives every other gradient (arXiv 2503.23104).
+
+    Args:
+        cell: a module with the call ``state' = cell(x, state)``; x is (rows, I), the state a tensor (rows, S) or a tuple
+            of such tensors. It must treat rows alone and draw no random numbers: the backward pass calls it once more
+            on all T*B rows. Gradients go to ``cell.parameters()``, to x and the initial state, to nothing else.
+        feedback: the rule, in every spelling of ``Feedback`` but ``"gate"``; a tensor diagonal runs over the states
+            joined, S in all. ``"jacobian"`` and ``"calibrated"`` estimate diag(J) as v * (J^T v) with one random sign
+            vector v per row (Hutchinson): unbiased, its noise the off-diagonal entries; ``"calibrated"`` averages it
+            over all rows and steps.
+        state_size: width of the state, or of each of its tensors; the cell's ``hidden_size`` if None, for h and c of an
+            nn.LSTMCell.
+        batch_first: (B, T, .) instead of (T, B, .).
+
+    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+
+    Raises:
+        ValueError: a rule that is none, ``"gate"``, or a cell whose state width is not to be found.
+
+    Cost: forward T calls of the cell, without autograd; backward one call over T*B rows, one VJP, and one more per
+        correction and for an estimate of diag(J).
+
+    Example:
+        >>> layer = Recurrent(nn.GRUCell(3, 4), feedback="calibrated+1")
+        >>> y, h = layer(torch.zeros(7, 2, 3))
+        >>> tuple(y.shape), tuple(h.shape)
+        ((7, 2, 4), (2, 4))
+    """
+
+    _feedback: Feedback
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        feedback: FeedbackLike = "dsf",
+        *,
+        state_size: int | Sequence[int] | None = None,
+        batch_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.batch_first = batch_first
+        if state_size is None:
+            width = getattr(cell, "hidden_size", None)
+            if not isinstance(width, int):
+                raise ValueError(
+                    f"state_size must be given: {type(cell).__name__} has no attribute hidden_size to read it from"
+                )
+            state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
+        self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
+        self.feedback = feedback
+
+    @property
+    def feedback(self) -> Feedback:
+        """The rule of the backward pass; settable at any time."""
+        return self._feedback
+
+    @feedback.setter
+    def feedback(self, rule: FeedbackLike) -> None:
+        feedback = rule if isinstance(rule, Feedback) else Feedback(rule)
+        size = sum(self._widths)
+        if feedback.diagonal == "gate":
+            raise ValueError('feedback "gate" is known for GRU and LSTM only, not for a cell of one\'s own')
+        if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.numel() != size:
+            raise ValueError(
+                f"the feedback diagonal must have one value per unit of the state, {size} here, got "
+                f"{feedback.diagonal.numel()}"
+            )
+        if feedback.diagonal == "calibrated" and "diagonal" not in self._buffers:
+            like = next(self.cell.parameters(), torch.empty(0))
+            self.register_buffer("diagonal", like.new_zeros(size), persistent=False)
+            updates = torch.zeros((), dtype=torch.int64, device=like.device)
+            self.register_buffer("diagonal_updates", updates, persistent=False)
+        self._feedback = feedback
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return (self.state_size,) if isinstance(self.state_size, int) else self.state_size
+
+    def extra_repr(self) -> str:
+        return f"feedback={str(self._feedback)!r}, state_size={self.state_size}, batch_first={self.batch_first}"
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run the cell over time.
+
+        Args:
+            x: (T, B, I), or (B, T, I) with batch_first.
+            state: the initial state, a tensor (B, S) or a tuple of them as the cell has it; zeros if None.
+
+        Returns:
+            The first tensor of every state, (T, B, S) or (B, T, S), and the final state as the cell has it.
+
+        Gradient: as the rule says; plain autograd through the loop under ``"bptt"``.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"x must have the shape (T, B, I), or (B, T, I) with batch_first, got {tuple(x.shape)}")
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        if state is None:
+            initial = tuple(x.new_zeros(x.shape[1], width) for width in self._widths)
+        else:
+            initial = (state,) if isinstance(state, Tensor) else tuple(state)
+        shapes = [tuple(s.shape) for s in initial]
+        expected = [(x.shape[1], width) for width in self._widths]
+        if shapes != expected:
+            raise ValueError(f"state must have the shapes {expected}, as state_size says, got {shapes}")
+
+        if not len(x):
+            raise ValueError("x must have at least one step, got a sequence of length 0")
+
+        if self._feedback.exact or not torch.is_grad_enabled():
+            states = _loop(self.cell, x, initial)
+            y, final = states[0], tuple(s[-1] for s in states)
+        else:
+            named = dict(self.cell.named_parameters())
+            calibration = None
+            if self._feedback.diagonal == "calibrated":
+                calibration = Calibration(self.diagonal, self.diagonal_updates, self.training)  # type: ignore[arg-type]
+            y, *finals = _Custom.apply(  # type: ignore[no-untyped-call]
+                self.cell, self._feedback, calibration, tuple(named), len(initial), x, *initial, *named.values()
+            )
+            final = tuple(finals)
+        return (y.transpose(0, 1) if self.batch_first else y), (final[0] if len(final) == 1 else final)
+
+
+def _loop(cell: nn.Module, x: Tensor, initial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All states, each (T, B, .)."""
+    state, states = initial, []
+    for step in x:
+        state = _call(cell, {}, step, state)
+        states.append(state)
+    return tuple(torch.stack(s) for s in zip(*states, strict=True))
+
+
+def _call(cell: nn.Module, parameters: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    after = functional_call(cell, parameters, (x, state if len(state) > 1 else state[0]))
+    return (after,) if isinstance(after, Tensor) else tuple(after)
+
+
+class _Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: nn.Module,
+        feedback: Feedback,
+        calibration: Calibration | None,
+        names: tuple[str, ...],
+        count: int,
+        x: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        states = _loop(cell, x, rest[:count])
+        ctx.cell, ctx.feedback, ctx.calibration, ctx.names, ctx.count = cell, feedback, calibration, names, count
+        ctx.autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
+        ctx.save_for_backward(x, *states, *rest)
+        return states[0], *(s[-1].clone() for s in states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        states, initial, parameters = saved[: ctx.count], saved[ctx.count : 2 * ctx.count], saved[2 * ctx.count :]
+        T, B = x.shape[:2]
+        widths = [s.shape[-1] for s in states]
+        needs = [ctx.needs_input_grad[5], *ctx.needs_input_grad[6 + ctx.count :]]
+
+        before = [
+            torch.cat([s0[None], s[:-1]]).flatten(0, 1).requires_grad_() for s, s0 in zip(states, initial, strict=True)
+        ]
+        leaves = [t.detach().requires_grad_(n) for t, n in zip((x.flatten(0, 1), *parameters), needs, strict=True)]
+        with torch.enable_grad(), torch.autocast(x.device.type, *ctx.autocast):
+            after = torch.cat(
+                _call(ctx.cell, dict(zip(ctx.names, leaves[1:], strict=True)), leaves[0], tuple(before)), -1
+            )
+
+        def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            rows = delta.flatten(0, 1).to(after.dtype)
+            return torch.autograd.grad(after, inputs, rows, retain_graph=True, materialize_grads=True)
+
+        def transported(delta: Tensor) -> Tensor:
+            """J^T delta, (T, B, S)."""
+            return torch.cat(vjp(delta, before), -1).reshape(T, B, -1)
+
+        e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
+        e[-1] += torch.cat(grads[1:], -1)
+        D = _diagonal(ctx.feedback, ctx.calibration, e, transported)
+        D_later = D if D.dim() == 1 else _later(D)
+
+        residual = torch.zeros_like(e)
+        delta = diagonal_scan(e, D_later, reverse=True)
+        for _ in range(ctx.feedback.corrections):
+            residual = transported(delta) - D * delta
+            delta = diagonal_scan(e + _later(residual), D_later, reverse=True)
+
+        d_initial = torch.split((D * delta)[0] + residual[0], widths, -1)
+        wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
+        found = iter(vjp(delta, wanted) if wanted else ())
+        d_x, *d_parameters = [next(found) if n else None for n in needs]
+        d_x = None if d_x is None else d_x.reshape(T, B, -1)
+        return None, None, None, None, None, d_x, *d_initial, *d_parameters
+
+
+def _diagonal(
+    feedback: Feedback, calibration: Calibration | None, e: Tensor, transported: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """D, (S,) if stationary, else (T, B, S)."""
+    D = feedback.stationary(e.shape[-1], e.dtype, e.device)
+    if D is not None:
+        return D
+    if calibration is not None and not calibration.training:
+        return calibration.mean.to(e.dtype)
+    signs = torch.randint_like(e, 2) * 2 - 1
+    estimate = signs * transported(signs)
+    if calibration is None:
+        return estimate
+    calibration.observe(estimate.flatten(0, 1).mean(0))
+    return calibration.mean.to(e.dtype)
+
+
+def _later(grid: Tensor) -> Tensor:
+    """One step later, zero behind the last."""
+    return torch.cat([grid[1:], torch.zeros_like(grid[:1])])
