@@ -8,7 +8,7 @@ from torch import nn
 
 CELLS = ["tanh", "relu", "gru", "lstm"]
 DIAGONALS = ["dsf", "gate", "jacobian", 0.0, -0.7, "given"]
-T, B, I, H = 6, 2, 3, 4  # noqa: E741 (I is the input width everywhere)
+T, B, I, H = 6, 2, 3, 4
 
 
 def layer(cell, **options):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feed
 CELLS = ["tanh", "relu", "gru", "lstm"]
 DIAGONALS = ["ft-bptt", "dsf", "given", -0.7, "calibrated", "gate", "jacobian"]
 PAIRS = [(cell, name) for cell in CELLS for name in DIAGONALS if name != "gate" or cell in ("gru", "lstm")]
-B, I, H = 2, 3, 4  # noqa: E741 (I is the input width everywhere)
+B, I, H = 2, 3, 4
 
 
 def layer(cell, feedback, width=H, torchs=False, dtype=torch.float64, **options):

@@ -1,0 +1,529 @@
+"""RNN, GRU and LSTM in the place of torch.nn's: every constructor and input form, and everything done to a layer."""
+
+import copy
+import io
+import pickle
+
+import oracles
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+import statefeed as sf
+
+pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
+
+CELLS = ["tanh", "relu", "gru", "lstm"]
+DIAGONALS = ["ft-bptt", "dsf", "0.5", "calibrated", "gate", "jacobian"]
+EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=120)
+FEWER = settings(EXAMPLES, max_examples=50)
+
+
+def layer(cell, torchs=False, feedback="dsf", **options):
+    """A layer of ours or of torch's; the same seed gives both the same weights."""
+    torch.manual_seed(0)
+    room = nn if torchs else sf
+    cls = {"gru": room.GRU, "lstm": room.LSTM}.get(cell, room.RNN)
+    options = {"input_size": 3, "hidden_size": 4} | options
+    options |= {"nonlinearity": cell} if cls is room.RNN else {}
+    made = cls(**options, **({} if torchs else {"feedback": feedback}))
+    for weight in made.parameters():
+        nn.init.normal_(weight, std=0.4)
+    return made
+
+
+def tensors(value):
+    """The tensors in what a layer returns, whatever its form."""
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in tensors(part)]
+
+
+def run(made, x, hx=None, lengths=None, enforce_sorted=True, seed=0):
+    """Outputs, and the gradients of a fixed loss on all of them: for parameters, the input, the initial state."""
+    x = x.detach().clone().requires_grad_()
+    states = [s.detach().clone().requires_grad_() for s in (hx or ())]
+    given_x = x
+    if lengths is not None:
+        given_x = pack_padded_sequence(x, lengths, made.batch_first, enforce_sorted)
+    made.zero_grad()
+    torch.manual_seed(seed)
+    answer = made(given_x, None if hx is None else states[0] if len(states) == 1 else tuple(states))
+    outputs = tensors(answer)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in outputs]
+    sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    gradients = {name: p.grad.clone() for name, p in made.named_parameters()} | {"x": x.grad}
+    gradients |= {f"initial{n}": s.grad for n, s in enumerate(states)}
+    return answer, {f"y{n}": y.detach() for n, y in enumerate(outputs)}, gradients
+
+
+@st.composite
+def forms(draw, dtypes=(torch.float64,)):
+    """A cell, constructor arguments of torch.nn, an input in one of its forms, and an initial state or none."""
+    cell = draw(st.sampled_from(CELLS))
+    layers, two_ways = draw(st.integers(1, 3)), draw(st.booleans())
+    options = {
+        "input_size": draw(st.integers(1, 4)),
+        "hidden_size": draw(st.integers(1, 5)),
+        "num_layers": layers,
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.4])) if layers > 1 else 0.0,
+        "bidirectional": two_ways,
+        "dtype": draw(st.sampled_from(dtypes)),
+    }
+    form = draw(st.sampled_from(["unbatched", "batched", "sorted", "unsorted"]))
+    T, batch = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(options["dtype"])
+
+    shape = (T,) if form == "unbatched" else (batch, T) if options["batch_first"] else (T, batch)
+    states = (layers * (1 + two_ways), *(() if form == "unbatched" else (batch,)), options["hidden_size"])
+    call = {"x": random(*shape, options["input_size"])}
+    if draw(st.booleans()):
+        call["hx"] = [random(*states) for _ in range(2 if cell == "lstm" else 1)]
+    if form in ("sorted", "unsorted"):
+        lengths = draw(st.lists(st.integers(1, T), min_size=batch, max_size=batch))
+        call["lengths"] = sorted(lengths, reverse=True) if form == "sorted" else lengths
+        call["enforce_sorted"] = form == "sorted"
+    return cell, options, call, T
+
+
+# Against torch --------------------------------------------------------------------------------------------------------
+
+
+@EXAMPLES
+@given(forms(dtypes=(torch.float64, torch.float32)), st.sampled_from(["dsf", "jacobian+1"]), st.booleans())
+def test_forward_and_bptt_are_torchs_in_every_form(form, rule, training):
+    cell, options, call, _ = form
+    exact = options["dtype"] == torch.float64
+    theirs = layer(cell, torchs=True, **options).train(training)
+    expected, outputs, gradients = run(theirs, **call)
+    for ours in (layer(cell, feedback=rule, **options), layer(cell, feedback="bptt", **options)):
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        found, our_outputs, our_gradients = run(ours.train(training), **call)
+        assert type(found[0]) is type(expected[0])
+        assert type(found[1]) is type(expected[1])
+        assert [t.dtype for t in tensors(found)] == [t.dtype for t in tensors(expected)]
+        if isinstance(found[0], PackedSequence):
+            for one, other in zip(found[0][1:], expected[0][1:], strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+        assert_same(our_outputs, outputs, *([] if exact else [1e-5]))
+        if ours.feedback == sf.Feedback("bptt"):
+            assert_same(our_gradients, gradients, *([] if exact else [1e-5]))
+        with torch.no_grad():
+            torch.manual_seed(0)
+            again = tensors(ours(*arguments(ours, **call)))
+        assert_same({f"y{n}": y for n, y in enumerate(again)}, outputs, *([] if exact else [1e-5]))
+
+
+def arguments(made, x, hx=None, lengths=None, enforce_sorted=True):
+    """The call as the layer takes it."""
+    x = x if lengths is None else pack_padded_sequence(x, lengths, made.batch_first, enforce_sorted)
+    return x, None if hx is None else hx[0] if len(hx) == 1 else tuple(hx)
+
+
+@EXAMPLES
+@given(forms(), st.sampled_from(DIAGONALS))
+def test_as_many_corrections_as_steps_are_bptt_in_every_form(form, name):
+    cell, options, call, T = form
+    assume(name != "gate" or cell in ("gru", "lstm"))
+    theirs = layer(cell, torchs=True, **options)
+    ours = layer(cell, feedback=f"{name}+{T}", **options)
+    assert_same(run(ours, **call)[2], run(theirs, **call)[2], SAME_BY_CANCELLATION)
+
+
+@FEWER
+@given(forms(dtypes=(torch.float32,)), st.sampled_from(["ft-bptt", "jacobian"]))
+def test_as_many_corrections_as_steps_are_as_accurate_as_bptt_in_float32(form, name):
+    cell, options, call, T = form
+    options["dropout"] = 0.0  # its mask is another one in float64
+    theirs = layer(cell, torchs=True, **options)
+    ours = layer(cell, feedback=f"{name}+{T}", **options)
+    wide = {key: [t.double() for t in v] if key == "hx" else v.double() if key == "x" else v for key, v in call.items()}
+    found, reference = run(ours, **call)[2], run(theirs, **call)[2]
+    assert_as_accurate(found, reference, run(theirs.double(), **wide)[2])
+
+
+# Against the equations ------------------------------------------------------------------------------------------------
+
+
+@FEWER
+@given(forms(), st.sampled_from(DIAGONALS), st.integers(0, 1))
+def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, corrections):
+    """Layers, directions and packing: every sequence alone through the oracle, whatever it shares its batch with."""
+    cell, options, call, T = form
+    assume(name != "gate" or cell in ("gru", "lstm"))
+    options |= {"dropout": 0.0, "hidden_size": max(options["hidden_size"], 2)}
+    if "hx" in call:
+        call["hx"] = [torch.randn(*s.shape[:-1], options["hidden_size"], dtype=torch.float64) for s in call["hx"]]
+    ours = layer(cell, feedback=sf.Feedback(name, corrections=corrections), **options)
+    answer, _, found = run(ours, **call)
+
+    # What the loss of run weighs each output by, in the shape of that output.
+    generator = torch.Generator().manual_seed(1)
+    outputs = tensors(answer)
+    e = [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in outputs]
+    x, final = call["x"], torch.cat(e[1:], -1)
+    states = torch.cat(call["hx"], -1) if "hx" in call else torch.zeros_like(final)
+    lengths = call.get("lengths", [T] * (1 if x.dim() == 2 else final.shape[1]))
+    e_y = e[0]
+    if "lengths" in call:
+        e_y = pad_packed_sequence(answer[0]._replace(data=e_y), ours.batch_first)[0]
+    if x.dim() == 2:
+        x, e_y, states, final = x[:, None], e_y[:, None], states[:, None], final[:, None]
+    elif ours.batch_first:
+        x, e_y = x.transpose(0, 1), e_y.transpose(0, 1)
+    sequences = [x[:n, b] for b, n in enumerate(lengths)]
+    weights = [e_y[:n, b] for b, n in enumerate(lengths)]
+    diagonal = {"calibrated": lambda _, mean: mean, "ft-bptt": 0.0, "0.5": 0.5}.get(name, name)
+    state = {key: value for key, value in ours.state_dict().items() if key in found}
+    expected = oracles.network(cell, state, sequences, states, weights, final, (diagonal, corrections))
+
+    assert_same({key: found[key] for key in state}, {key: expected.gradients[key] for key in state})
+    dx = (
+        found["x"][:, None] if found["x"].dim() == 2 else found["x"].transpose(0, 1) if ours.batch_first else found["x"]
+    )
+    for b, n in enumerate(lengths):
+        assert error(dx[:n, b], expected.inputs[b]) < SAME_BY_CANCELLATION
+        assert not dx[n:, b].any()
+    if "hx" in call:
+        initial = torch.cat([found[f"initial{n}"] for n in range(len(call["hx"]))], -1)
+        initial = initial[:, None] if initial.dim() == 2 else initial
+        assert_same({"initial": initial}, {"initial": expected.gradients["initial"]})
+    if name == "calibrated":
+        assert_same({"diagonal": ours.diagonal}, {"diagonal": expected.diagonals})
+
+
+# Edges and errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated", "jacobian+1", "bptt"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_empty_batch_is_empty_and_leaves_no_trace(cell, rule):
+    ours = layer(cell, feedback=rule, num_layers=2, bidirectional=True)
+    theirs = layer(cell, torchs=True, num_layers=2, bidirectional=True)
+    x = torch.zeros(5, 0, 3)
+    found, expected = run(ours, x), run(theirs, x)
+    assert_same(found[1], expected[1])
+    assert_same(found[2], expected[2])
+    if rule == "calibrated":
+        assert not ours.diagonal.any()
+
+
+WRONG = {
+    "no steps": lambda h: (torch.zeros(0, 2, 3),),
+    "four axes": lambda h: (torch.zeros(1, 1, 1, 3),),
+    "one axis": lambda h: (torch.zeros(3),),
+    "another input width": lambda h: (torch.zeros(5, 2, 4),),
+    "another dtype": lambda h: (torch.zeros(5, 2, 3, dtype=torch.float64),),
+    "integers": lambda h: (torch.zeros(5, 2, 3, dtype=torch.int64),),
+    "a state without batch": lambda h: (torch.zeros(5, 2, 3), h(1, 4)),
+    "a state with batch": lambda h: (torch.zeros(5, 3), h(1, 1, 4)),
+    "a state of another batch": lambda h: (torch.zeros(5, 2, 3), h(1, 3, 4)),
+    "a state of another width": lambda h: (torch.zeros(5, 2, 3), h(1, 2, 5)),
+    "a state of more layers": lambda h: (torch.zeros(5, 2, 3), h(2, 2, 4)),
+    "a state of another dtype": lambda h: (torch.zeros(5, 2, 3), h(1, 2, 4, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_torch_refuses_is_refused_alike(cell, wrong):
+    def state(*shape, **options):
+        zeros = torch.zeros(*shape, **options)
+        return (zeros, zeros) if cell == "lstm" else zeros
+
+    call = WRONG[wrong](state)
+    with pytest.raises(Exception, match=r".+") as theirs:
+        layer(cell, torchs=True)(*call)
+    for rule in ("dsf", "jacobian+1"):
+        with pytest.raises(theirs.type, match=r".+"):
+            layer(cell, feedback=rule)(*call)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_projection_is_refused_in_one_sentence(size):
+    with pytest.raises(ValueError, match=r"^proj_size[^\n]+$"):
+        sf.LSTM(3, 4, proj_size=size)
+    assert sf.LSTM(3, 4, proj_size=0).proj_size == 0
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": 0}, {"hidden_size": -1}, {"num_layers": 0}, {"dropout": 1.5}])
+@pytest.mark.parametrize("cell", CELLS)
+def test_constructors_refuse_what_torchs_do(cell, wrong):
+    with pytest.raises(ValueError, match=r".+") as theirs:
+        layer(cell, torchs=True, **wrong)
+    with pytest.raises(ValueError, match=r".+") as ours:
+        layer(cell, **wrong)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_positional_arguments_are_those_of_torch():
+    for ours, theirs in (
+        (sf.RNN(2, 3, 2, "relu", False, True, 0.1, True), nn.RNN(2, 3, 2, "relu", False, True, 0.1, True)),
+        (sf.GRU(2, 3, 2, False, True, 0.1, True), nn.GRU(2, 3, 2, False, True, 0.1, True)),
+        (sf.LSTM(2, 3, 2, False, True, 0.1, True), nn.LSTM(2, 3, 2, False, True, 0.1, True)),
+    ):
+        assert repr(ours).replace(", feedback='dsf'", "") == repr(theirs)
+        assert ours.mode == theirs.mode
+        assert [(n, p.shape) for n, p in ours.named_parameters()] == [
+            (n, p.shape) for n, p in theirs.named_parameters()
+        ]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_seed_draws_the_same_weights(cell):
+    torch.manual_seed(3)
+    ours = {"gru": sf.GRU, "lstm": sf.LSTM}.get(cell, sf.RNN)(3, 4, 2, feedback="calibrated")
+    torch.manual_seed(3)
+    theirs = {"gru": nn.GRU, "lstm": nn.LSTM}.get(cell, nn.RNN)(3, 4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+# What one does to a layer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated", "gate+1", "bptt"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_state_dicts_go_both_ways(cell, rule):
+    ours, theirs = layer(cell, feedback=rule, num_layers=2), layer(cell, torchs=True, num_layers=2)
+    run(ours, torch.randn(5, 2, 3))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    nn.init.normal_(theirs.weight_hh_l1)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(ours.weight_hh_l1, theirs.weight_hh_l1)
+    nn.init.normal_(ours.weight_ih_l0)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert torch.equal(ours.weight_ih_l0, theirs.weight_ih_l0)
+    assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+
+
+def saved(made):
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made)), saved])
+@pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "bptt", "tensor"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_copy_computes_the_same_and_is_its_own(cell, rule, again):
+    rule = torch.linspace(0, 0.8, 8 if cell == "lstm" else 4) if rule == "tensor" else rule
+    made = layer(cell, feedback=rule, num_layers=2)
+    x = torch.randn(5, 2, 3)
+    run(made, x)
+    made.eval()
+    other = again(made)
+    assert type(other) is type(made)
+    assert other.feedback == made.feedback
+    _, outputs, gradients = run(made, x)
+    _, other_outputs, other_gradients = run(other, x)
+    assert_same(other_outputs, outputs)
+    assert_same(other_gradients, gradients)
+    with torch.no_grad():
+        made.weight_hh_l0.zero_()
+    made.feedback = "ft-bptt"
+    made.train()
+    assert_same(run(other, x)[1], outputs)
+    assert_same(run(other, x)[2], gradients)
+
+
+def test_a_layer_is_one_of_torchs():
+    assert isinstance(sf.RNN(1, 1), nn.RNN)
+    assert isinstance(sf.GRU(1, 1), nn.GRU)
+    assert isinstance(sf.LSTM(1, 1), nn.LSTM)
+    assert all(isinstance(cls(1, 1), nn.RNNBase) for cls in (sf.RNN, sf.GRU, sf.LSTM))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_converting_a_layer_takes_the_calibrated_diagonal_along(cell):
+    made = layer(cell, feedback="calibrated")
+    run(made, torch.randn(5, 2, 3))
+    before = made.diagonal.clone()
+    made.double()
+    assert made.diagonal.dtype == torch.float64
+    assert_same({"diagonal": made.diagonal}, {"diagonal": before.double()})
+    run(made, torch.randn(5, 2, 3, dtype=torch.float64))
+    made.to("meta")
+    assert made.diagonal.is_meta
+
+
+class Twice(nn.Module):
+    """A parametrization: the weight is twice what is stored."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("rule", ["dsf", "jacobian+1", "bptt"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_parametrized_weight_is_read_at_every_call(cell, rule):
+    x = torch.randn(5, 2, 3)
+    made, plain = layer(cell, feedback=rule), layer(cell, feedback=rule)
+    parametrize.register_parametrization(made, "weight_hh_l0", Twice())
+    for scale in (1.0, 0.5):  # the second time, the stored weight has changed
+        with torch.no_grad():
+            made.parametrizations.weight_hh_l0.original.mul_(scale)
+            plain.weight_hh_l0.copy_(2 * made.parametrizations.weight_hh_l0.original)
+        _, outputs, gradients = run(made, x)
+        _, expected_outputs, expected = run(plain, x)
+        expected["parametrizations.weight_hh_l0.original"] = 2 * expected.pop("weight_hh_l0")
+        assert_same(outputs, expected_outputs, 1e-6)
+        assert_same(gradients, expected, 1e-6)
+        with torch.no_grad():
+            assert error(made(x)[0], expected_outputs["y0"]) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["dsf", "jacobian+1", "bptt"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_functional_call_uses_the_weights_it_is_given(cell, rule):
+    x, made, other = torch.randn(5, 2, 3), layer(cell, feedback=rule), layer(cell, feedback=rule)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    given_weights = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    y, _ = functional_call(made, given_weights, (x,))
+    expected, _ = other(x)
+    assert error(y, expected) < 1e-6
+    found = torch.autograd.grad(y.sum(), list(given_weights.values()))
+    wanted = torch.autograd.grad(expected.sum(), list(other.parameters()))
+    assert_same(dict(zip(given_weights, found, strict=True)), dict(zip(given_weights, wanted, strict=True)), 1e-6)
+    assert all(p.grad is None for p in made.parameters())
+    with torch.no_grad():
+        assert error(functional_call(made, given_weights, (x,))[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_weight_that_is_replaced_or_shared_is_the_one_used(cell):
+    made, other = layer(cell, num_layers=2), layer(cell, num_layers=2)
+    made.weight_hh_l1 = made.weight_hh_l0
+    with torch.no_grad():
+        other.weight_hh_l1.copy_(other.weight_hh_l0)
+    x = torch.randn(5, 2, 3)
+    (_, found, gradients), (_, expected, wanted) = run(made, x), run(other, x)
+    assert_same(found, expected, 1e-6)
+    assert error(gradients["weight_hh_l0"], wanted["weight_hh_l0"] + wanted["weight_hh_l1"]) < 1e-5
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_calls_before_one_backward_do_not_disturb_each_other(cell):
+    made, first, second = layer(cell), torch.randn(5, 2, 3), torch.randn(3, 1, 3)
+    (made(first)[0].sum() + made(second)[0].sum()).backward()
+    together = {name: p.grad.clone() for name, p in made.named_parameters()}
+    made.zero_grad()
+    made(first)[0].sum().backward()
+    made(second)[0].sum().backward()
+    assert_same({name: p.grad for name, p in made.named_parameters()}, together, 1e-5)
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_checkpointed_call_has_the_same_gradient(cell, rule):
+    made, x = layer(cell, feedback=rule, dtype=torch.float64), torch.randn(5, 2, 3, dtype=torch.float64)
+    other = copy.deepcopy(made)
+    _, _, expected = run(other, x)
+    x = x.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    outputs = tensors(checkpoint(made, x, use_reentrant=False))
+    weights = [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in outputs]
+    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    assert_same({name: p.grad for name, p in made.named_parameters()} | {"x": x.grad}, expected)
+    if rule == "calibrated":
+        assert_same({"diagonal": made.diagonal}, {"diagonal": other.diagonal})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inputs_are_read_as_they_lie_in_memory(cell):
+    made = layer(cell, dtype=torch.float64)
+    x = torch.randn(10, 4, 6, dtype=torch.float64)[::2, ::2, ::2]
+    hx = [torch.randn(1, 4, 8, dtype=torch.float64)[:, ::2, ::2] for _ in range(2 if cell == "lstm" else 1)]
+    found = run_as_is(made, x, hx)
+    expected = run_as_is(made, x.contiguous(), [h.contiguous() for h in hx])
+    assert_same(found, expected)
+
+
+def run_as_is(made, x, hx):
+    """Outputs and weight gradients, with the arguments' strides left alone."""
+    made.zero_grad()
+    outputs = tensors(made(x, hx[0] if len(hx) == 1 else tuple(hx)))
+    outputs[0].square().sum().backward()
+    return {"y": outputs[0]} | {name: p.grad.clone() for name, p in made.named_parameters()}
+
+
+# Half precision and compilation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["jacobian+7", "bptt"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_is_as_accurate_as_torchs(cell, rule):
+    ours, theirs = layer(cell, feedback=rule, num_layers=2), layer(cell, torchs=True, num_layers=2)
+    x = torch.randn(7, 3, 3)
+    answers = []
+    for made in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            answers.append(run(made, x))
+    exact = run(theirs.double(), x.double())
+    assert [t.dtype for t in tensors(answers[0][0])] == [t.dtype for t in tensors(answers[1][0])]
+    assert all(g.dtype == torch.float32 for g in answers[0][2].values())
+    for found, reference, expected in zip(answers[0][1:], answers[1][1:], exact[1:], strict=True):
+        assert largest(found, expected) <= 4 * max(largest(reference, expected), 8 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bfloat16_weights_are_as_accurate_as_torchs(cell):
+    ours = layer(cell, feedback="jacobian+7", num_layers=2).bfloat16()
+    theirs = layer(cell, torchs=True, num_layers=2).bfloat16()
+    x = torch.randn(7, 3, 3).bfloat16()
+    found, reference = run(ours, x), run(theirs, x)
+    exact = run(theirs.double(), x.double())
+    assert [t.dtype for t in tensors(found[0])] == [t.dtype for t in tensors(reference[0])]
+    assert all(g.dtype == torch.bfloat16 for g in found[2].values())
+    for mine, other, expected in zip(found[1:], reference[1:], exact[1:], strict=True):
+        assert largest(mine, expected) <= 4 * max(largest(other, expected), 8 * torch.finfo(torch.bfloat16).eps)
+
+
+def largest(actual, expected):
+    return max(error(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.parametrize("rule", ["dsf", "jacobian+1", "calibrated"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(cell, rule):
+    made = layer(cell, feedback=rule, num_layers=2, bidirectional=True, dtype=torch.float64)
+    other = copy.deepcopy(made)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+        answers = []
+        for call in (compiled, other):
+            leaf = x.clone().requires_grad_()
+            y, last = call(leaf)
+            (y.square().sum() + tensors(last)[0].sum()).backward()
+            answers.append({"y": y.detach(), "x": leaf.grad})
+    assert_same(*answers)
+    found, expected = ({n: p.grad for n, p in m.named_parameters()} for m in (made, other))
+    assert_same(found, expected)
+    if rule == "calibrated":
+        assert_same({"diagonal": made.diagonal}, {"diagonal": other.diagonal})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_falls_back_to_exact_gradients_in_a_whole_network(cell):
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    found = run(layer(cell, **options), x)[2]
+    assert_different(found, run(layer(cell, torchs=True, **options), x)[2])
