@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from statefeed import cells
 from statefeed.feedback import Feedback, FeedbackLike
+from statefeed.pieces import cut
 from statefeed.recurrence import Calibration, recurrence
 
 
@@ -72,13 +73,24 @@ class _WithFeedback(nn.RNNBase):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, feedback={str(self._feedback)!r}"
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Any]:
         """What torch.nn's layer of the same name returns; its gradient follows ``feedback``.
 
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
             hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; (h, c) for an
                 LSTM; zeros if None.
+            lengths: (B,), steps of every row that count, instead of packing: outputs behind the end are zero, and the
+                final state is that of each row's last step.
+            resets: bool, (T, B), or (B, T) with batch_first, true where a new sequence begins inside a row: the state
+                before that step is zero, and no gradient passes there. The reverse direction is cut at the same places.
 
         Returns:
             outputs and final state, as torch.nn's layer.
@@ -86,6 +98,8 @@ class _WithFeedback(nn.RNNBase):
         Gradient: approximate unless ``feedback`` is ``"bptt"`` or has k >= T corrections. Without autograd
             (``torch.no_grad``) torch's own path runs.
         """
+        if lengths is not None or resets is not None:
+            return self._forward_pieces(input, hx, lengths, resets)
         if self._feedback.exact or not torch.is_grad_enabled():
             return super().forward(input, hx)  # type: ignore[no-any-return]
         if isinstance(input, PackedSequence):
@@ -116,6 +130,26 @@ class _WithFeedback(nn.RNNBase):
             y = y.squeeze(0 if self.batch_first else 1)
             hidden = tuple(s.squeeze(1) for s in hidden) if self._states == 2 else hidden.squeeze(1)
         return y, hidden
+
+    def _forward_pieces(
+        self, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Every piece as a packed sequence of its own, then rows put back together."""
+        if isinstance(x, PackedSequence) or x.dim() != 3:
+            got = "a PackedSequence" if isinstance(x, PackedSequence) else f"{x.dim()}D"
+            raise ValueError(f"lengths and resets need a padded batch as input, a 3D tensor, got {got}")
+        x, hx, _ = self._batched(x, hx)
+        if self.batch_first:
+            x, resets = x.transpose(0, 1), None if resets is None else resets.T
+        (T, B), directions = x.shape[:2], 2 if self.bidirectional else 1
+        pieces = cut(T, B, lengths, resets, x.device)
+        states = () if hx is None else (hx if self._states == 2 else (hx,))
+        inner = tuple(pieces.initial(s, directions) for s in states)
+        packed = PackedSequence(x.flatten(0, 1)[pieces.source], pieces.batch_sizes)
+        y, final = self.forward(packed, None if hx is None else inner if self._states == 2 else inner[0])
+        out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, pieces.source, y.data).unflatten(0, (T, B))
+        ends = tuple(pieces.final(s, directions) for s in (final if self._states == 2 else (final,)))
+        return out.transpose(0, 1) if self.batch_first else out, ends if self._states == 2 else ends[0]
 
     def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
         """Input and initial state with a batch axis, and whether one had to be added."""
