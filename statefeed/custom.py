@@ -25,8 +25,8 @@ class Recurrent(nn.Module):
 
     Args:
         cell: a module with the call ``state' = cell(x, state)``; x is (rows, I), the state a tensor (rows, S) or a
-            tuple of such tensors. It must treat rows alone and draw no random numbers: the backward pass calls it once more
-            on all T*B rows. Gradients go to ``cell.parameters()``, to x and the initial state, to nothing else.
+            tuple of such tensors. It must treat rows alone and draw no random numbers: the backward pass calls it once
+            more on all T*B rows. Gradients go to ``cell.parameters()``, to x and the initial state, to nothing else.
         feedback: the rule, in every spelling of ``Feedback`` but ``"gate"``; a tensor diagonal runs over the states
             joined, S in all. ``"jacobian"`` and ``"calibrated"`` estimate diag(J) as v * (J^T v) with one random sign
             vector v per row (Hutchinson): unbiased, its noise the off-diagonal entries; ``"calibrated"`` averages it
