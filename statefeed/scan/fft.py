@@ -21,9 +21,10 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
         y, the shape of x.
     """
     T = len(x)
+    if not x.numel():
+        return x.clone()
     wide = torch.complex128 if x.is_complex() else torch.float64
-    powers = a.to(wide) ** torch.arange(T + 1, device=a.device).to(wide)[:, None]
-    powers = powers.reshape(T + 1, *[1] * (x.dim() - 2), -1)
+    powers = _powers(a.to(wide), T + 1).reshape(T + 1, *[1] * (x.dim() - 2), -1)
     n = 1 << max(2 * T - 1, 1).bit_length()
     if x.is_complex():
         spectrum = torch.fft.fft(x.to(wide), n, dim=0) * torch.fft.fft(powers[:T], n, dim=0)
@@ -35,3 +36,11 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
         y = y + powers[1:] * initial
     result: Tensor = y.to(x.dtype)
     return result
+
+
+def _powers(a: Tensor, count: int) -> Tensor:
+    """1, a, a^2, ..., (count, S), by doubling: no logarithm, so that zero and negative values are as good as others."""
+    powers = torch.ones_like(a)[None]
+    while len(powers) < count:
+        powers, a = torch.cat([powers, powers * a]), a * a
+    return powers[:count]
