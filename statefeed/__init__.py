@@ -5,6 +5,7 @@ from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.scan import diagonal_scan
+from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "Alignment",
     "Feedback",
     "Recurrent",
+    "Schedule",
     "SwapReport",
     "alignment",
     "diagonal_scan",

@@ -1,0 +1,92 @@
+"""A feedback rule that changes while training: "dsf@0.3/gate+1" is dsf for the first 30% of the steps, then gate+1."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from statefeed.custom import Recurrent
+from statefeed.feedback import Feedback, FeedbackLike
+from statefeed.modules import GRU, LSTM, RNN
+
+
+class Schedule:
+    """Feedback rules in a row, each until a fraction of training.
+
+    The cheap gradients lead early and fall behind late; a schedule starts on one and ends on a better one.
+
+    Args:
+        spelling: ``"rule@until/rule@until/.../rule"``, the fractions rising between 0 and 1 and the last rule without
+            one; a rule alone, in every spelling of ``Feedback``, holds throughout.
+
+    Raises:
+        ValueError: a spelling that is none.
+
+    Cost: none until the rule changes.
+
+    Example:
+        >>> schedule = Schedule("dsf@0.3/gate+1")
+        >>> str(schedule.at(0.29)), str(schedule.at(0.3))
+        ('dsf', 'gate+1')
+        >>> model = nn.Sequential(GRU(2, 3))
+        >>> for step in range(10):
+        ...     changed = schedule.apply(model, step / 10)
+        ...     # one training step
+        >>> str(model[0].feedback)
+        'gate+1'
+    """
+
+    def __init__(self, spelling: FeedbackLike) -> None:
+        stages: list[tuple[float, Feedback]] = []
+        if isinstance(spelling, str) and ("@" in spelling or "/" in spelling):
+            *timed, last = spelling.split("/")
+            for stage in timed:
+                rule, _, fraction = stage.partition("@")
+                stages.append((_fraction(fraction, stage, spelling), Feedback(rule)))
+            if "@" in last:
+                raise ValueError(
+                    f"the last rule of a feedback schedule holds to the end and takes no @, got {spelling!r}"
+                )
+            stages.append((1.0, Feedback(last)))
+        else:
+            stages.append((1.0, spelling if isinstance(spelling, Feedback) else Feedback(spelling)))
+        untils = [until for until, _ in stages[:-1]]
+        if untils != sorted(set(untils)):
+            raise ValueError(f"the fractions of a feedback schedule must rise, got {spelling!r}")
+        self.stages = tuple(stages)
+
+    def at(self, fraction: float) -> Feedback:
+        """The rule in force after this fraction of training, 0 to 1."""
+        return next((rule for until, rule in self.stages if fraction < until), self.stages[-1][1])
+
+    def apply(self, model: nn.Module, fraction: float) -> bool:
+        """Set the rule of every statefeed layer in a model; returns whether one changed.
+
+        Args:
+            model: any module.
+            fraction: of training that is done, 0 to 1; step / steps before each step.
+        """
+        rule = self.at(fraction)
+        changed = False
+        for layer in model.modules():
+            if isinstance(layer, (RNN, GRU, LSTM, Recurrent)) and layer.feedback != rule:
+                layer.feedback = rule
+                changed = True
+        return changed
+
+    def __str__(self) -> str:
+        return "/".join([*(f"{rule}@{until:g}" for until, rule in self.stages[:-1]), str(self.stages[-1][1])])
+
+    def __repr__(self) -> str:
+        return f"Schedule({str(self)!r})"
+
+
+def _fraction(text: str, stage: str, spelling: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"a feedback schedule is rule@fraction/.../rule, the fractions between 0 and 1, got {stage!r} in {spelling!r}"
+        )
+    return fraction

@@ -1,0 +1,48 @@
+"""Schedules of rules: spelling, the rule in force, and setting it in a model."""
+
+import pytest
+import torch
+from torch import nn
+
+import statefeed as sf
+
+
+def test_the_rule_in_force() -> None:
+    schedule = sf.Schedule("dsf@0.25/gate@0.5/gate+1")
+    assert [str(schedule.at(f)) for f in (0.0, 0.24, 0.25, 0.49, 0.5, 0.99, 1.0)] == [
+        *["dsf"] * 2,
+        *["gate"] * 2,
+        *["gate+1"] * 3,
+    ]
+    assert str(schedule) == "dsf@0.25/gate@0.5/gate+1"
+
+
+@pytest.mark.parametrize("rule", ["jacobian+2", 0.5, None, torch.full((3,), 0.5), sf.Feedback("gate")])
+def test_a_rule_alone_holds_throughout(rule: object) -> None:
+    schedule = sf.Schedule(rule)
+    assert schedule.at(0.0) == schedule.at(1.0) == (rule if isinstance(rule, sf.Feedback) else sf.Feedback(rule))
+
+
+def test_apply_changes_every_layer_once() -> None:
+    model = nn.ModuleList([sf.GRU(2, 3), sf.LSTM(2, 3), sf.Recurrent(nn.GRUCell(2, 3)), nn.GRU(2, 3)])
+    schedule = sf.Schedule("dsf@0.5/bptt")
+    assert not schedule.apply(model, 0.49)
+    assert schedule.apply(model, 0.5)
+    assert all(layer.feedback.exact for layer in model[:3])
+    assert not schedule.apply(model, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "message"),
+    [
+        ("dsf@0.5", "takes no @"),
+        ("dsf/gate", "between 0 and 1, got 'dsf'"),
+        ("dsf@30/gate", "between 0 and 1, got 'dsf@30'"),
+        ("dsf@x/gate", "between 0 and 1"),
+        ("dsf@0.5/gate@0.4/bptt", "must rise"),
+        ("dfs@0.5/gate", "feedback must be"),
+    ],
+)
+def test_refusals(spelling: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.Schedule(spelling)
