@@ -87,6 +87,6 @@ def _fraction(text: str, stage: str, spelling: str) -> float:
         fraction = -1.0
     if not 0 < fraction < 1:
         raise ValueError(
-            f"a feedback schedule is rule@fraction/.../rule, the fractions between 0 and 1, got {stage!r} in {spelling!r}"
+            f"a feedback schedule is rule@fraction/.../rule with fractions in (0, 1), got {stage!r} in {spelling!r}"
         )
     return fraction

@@ -36,9 +36,9 @@ def test_apply_changes_every_layer_once() -> None:
     ("spelling", "message"),
     [
         ("dsf@0.5", "takes no @"),
-        ("dsf/gate", "between 0 and 1, got 'dsf'"),
-        ("dsf@30/gate", "between 0 and 1, got 'dsf@30'"),
-        ("dsf@x/gate", "between 0 and 1"),
+        ("dsf/gate", r"in \(0, 1\), got 'dsf'"),
+        ("dsf@30/gate", r"in \(0, 1\), got 'dsf@30'"),
+        ("dsf@x/gate", r"in \(0, 1\)"),
         ("dsf@0.5/gate@0.4/bptt", "must rise"),
         ("dfs@0.5/gate", "feedback must be"),
     ],
