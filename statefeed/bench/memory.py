@@ -1,0 +1,188 @@
+"""Owns ``statefeed bench memory``: the most memory that one layer's forward and backward pass hold at once.
+
+What is measured is what the operating system counts, so that memory taken by a kernel, a library or an allocator is
+seen like a tensor: every number comes from a fresh process, which runs two steps to load what is loaded once, gives
+free memory back, resets its high-water mark (VmHWM, Linux), runs forward and backward once and reads how far the mark
+grew above what was held. On a GPU it is the growth of torch's own high-water mark. Input and output gradient are there
+before; outputs, what is saved for the backward pass, and all gradients count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from statefeed.bench.layers import GATES, Case, check_parity, contenders, rules_of
+from statefeed.bench.measure import SHIPPED, spread
+from statefeed.bench.options import OptionError, Shape, names, option, shapes
+from statefeed.bench.options import Options as Common
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_WARM_UP_STEPS = 2
+_MARK = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Options(Common):
+    """One layer's peak memory, forward and backward, in float32."""
+
+    cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
+    rules: str = option(
+        "dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is left out for an rnn, which has none"
+    )
+    shapes: str = option("64x32x256,256x32x512", "steps x sequences x width, separated by commas")
+    output: str = option(
+        "memory.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shapes(self.shapes)
+        for cell in names("cells", self.cells, tuple(GATES)):
+            if not rules_of(cell, self.rules):
+                raise OptionError(f"rules must hold one that an {cell} has, got {self.rules!r}: it has no gate")
+        if self.device == "cpu" and not _MARK.exists():
+            raise OptionError(f"memory on a cpu must run on Linux, which counts it for a process, got {sys.platform}")
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Measure; one record for every contender of every case.
+
+    Args:
+        options: checked.
+
+    Yields:
+        the records, once parity holds for all of them.
+
+    Raises:
+        ParityError: before anything is measured.
+    """
+    sizes = [Shape(32, 8, 64)] if options.smoke else shapes(options.shapes)
+    plans = []
+    for cell in names("cells", options.cells, tuple(GATES)):
+        for shape in sizes:
+            case = Case(cell, shape, "float32", options.device)
+            entries = contenders(case, rules_of(cell, options.rules), [SHIPPED])
+            check_parity(case, entries)
+            plans.append((case, entries))
+    for case, entries in plans:
+        T, B, H = case.shape
+        peaks = [
+            spread([_in_a_fresh_process(case, options.rules, k) for _ in range(options.rounds)])
+            for k in range(len(entries))
+        ]
+        peak_of = {entry.implementation: peak["median"] for entry, peak in zip(entries, peaks, strict=True)}
+        for entry, peak in zip(entries, peaks, strict=True):
+            yield {
+                "bench": "memory",
+                "implementation": entry.implementation,
+                "variant": entry.variant,
+                "cell": case.cell,
+                "T": T,
+                "B": B,
+                "I": H,
+                "H": H,
+                "dtype": case.dtype,
+                "device": case.device,
+                "repeats": options.rounds,
+                "counted": "VmHWM of a fresh process" if case.device == "cpu" else "torch.cuda.max_memory_allocated",
+                "peak_bytes": peak,
+                "outputs_bytes": 4 * T * B * H,
+                "times_less_than": {
+                    baseline: peak_of[baseline] / peak["median"] for baseline in ("torch.nn", "published")
+                },
+            }
+
+
+def _in_a_fresh_process(case: Case, rules: str, contender: int) -> int:
+    """The peak of one contender, in bytes, out of a new Python that runs ``measure``."""
+    task = json.dumps([case.cell, case.shape, case.dtype, case.device, rules, contender, torch.get_num_threads()])
+    code = "import sys; from statefeed.bench.memory import measure; measure(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, task], stdout=subprocess.PIPE, text=True, check=True)
+    return int(result.stdout)
+
+
+def measure(task: str) -> None:
+    """Run one contender once and print its peak in bytes; to be called in a process of its own.
+
+    Args:
+        task: JSON of cell, shape, dtype, device, rules, the number of the contender, and threads.
+    """
+    cell, shape, dtype, device, rules, contender, threads = json.loads(task)
+    torch.set_num_threads(threads)
+    case = Case(cell, Shape(*shape), dtype, device)
+    entry = contenders(case, rules_of(cell, rules), [SHIPPED])[contender]
+    entry.once(*case.data(_WARM_UP_STEPS))
+    x, grad = case.data()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        entry.once(x, grad)
+        print(torch.cuda.max_memory_allocated() - before)
+        return
+    if give_back := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        give_back(0)
+    _MARK.write_text("5")  # VmHWM falls to what is held now
+    before = _high_water_mark()
+    entry.once(x, grad)
+    print(max(_high_water_mark() - before, mmap.PAGESIZE))  # less than a page cannot be seen
+
+
+def _high_water_mark() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row a record."""
+    from rich.table import Table
+
+    result = Table(
+        title="most memory held by forward + backward of one layer: median of the repetitions (least to largest)",
+        caption="outputs: in units of the layer's outputs, T*B*H numbers; x: times less than (below 1: more)",
+    )
+    for heading in ("cell", "T x B x H", "what"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("MiB", "outputs", "x torch.nn", "x published"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for r in records:
+        peak = {k: v / 2**20 for k, v in r["peak_bytes"].items()}
+        result.add_row(
+            r["cell"],
+            f"{r['T']}x{r['B']}x{r['H']}",
+            f"{r['implementation']} {r['variant']}",
+            f"{peak['median']:.1f} ({peak['min']:.1f} to {peak['max']:.1f})",
+            f"{r['peak_bytes']['median'] / r['outputs_bytes']:.1f}",
+            *(f"{ratio:.2f}" for ratio in r["times_less_than"].values()),
+        )
+    return result
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """One panel for every cell and shape, one bar a contender."""
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys((r["cell"], r["T"], r["B"], r["H"]) for r in records))
+    result = Figure(figsize=(8, 2.2 * len(places)), layout="constrained")
+    for axes, place in zip(result.subplots(len(places), squeeze=False)[:, 0], places, strict=True):
+        cell, T, B, H = place
+        rows = [r for r in records if (r["cell"], r["T"], r["B"], r["H"]) == place]
+        bars = [f"{r['implementation']} {r['variant']}" for r in rows]
+        axes.barh(bars, [r["peak_bytes"]["median"] / 2**20 for r in rows])
+        axes.invert_yaxis()
+        axes.set(title=f"{cell} {T}x{B}x{H}", xlabel="MiB")
+    return result

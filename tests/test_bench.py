@@ -1,0 +1,318 @@
+"""statefeed bench: its baseline computes what it stands for, parity comes first, and the numbers mean what they say."""
+
+import json
+
+import pytest
+import torch
+from tolerances import assert_different, assert_same
+from torch import nn
+
+import statefeed as sf
+from statefeed.bench import layers, main, measure, memory, scan
+from statefeed.bench.options import OptionError, Shape
+from statefeed.bench.published import published
+
+CELLS = ["rnn", "gru", "lstm"]
+BENCHMARKS = ["layers", "scan", "memory"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(tmp_path, *flags):
+    """The exit code, and where the records are to be."""
+    output = tmp_path / "records.jsonl"
+    return main([*flags, f"--output={output}"]), output
+
+
+# The baseline --------------------------------------------------------------------------------------------------------
+
+
+def gradients(forward, layer, x, cotangents):
+    """Gradients in x and the parameters of a loss on the outputs and the final state."""
+    y, final = forward(x)
+    outputs = [y, *(final if isinstance(final, tuple) else [final])]
+    named = {"x": x, **dict(layer.named_parameters())}
+    found = torch.autograd.grad(outputs, list(named.values()), cotangents[: len(outputs)])
+    return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_published_procedure_is_dsf(cell):
+    plain, ours = getattr(nn, cell.upper())(5, 7).double(), getattr(sf, cell.upper())(5, 7, feedback="dsf").double()
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(11, 3, 5, dtype=torch.float64, requires_grad=True)
+    cotangents = [torch.randn(11, 3, 7).double(), torch.randn(1, 3, 7).double(), torch.randn(1, 3, 7).double()]
+
+    y, final = published(plain, x)
+    expected_y, expected_final = plain(x)
+    assert_same({"y": y, "final": torch.stack([*final])}, {"y": expected_y, "final": torch.stack([*expected_final])})
+
+    found = gradients(lambda x: published(plain, x), plain, x, cotangents)
+    assert_same(found, gradients(ours, ours, x, cotangents))
+    assert_different(found, gradients(plain, plain, x, cotangents))
+
+
+# Parity --------------------------------------------------------------------------------------------------------------
+
+
+class WrongForward(sf.GRU):
+    def forward(self, input, hx=None):
+        y, final = super().forward(input, hx)
+        return 1.001 * y, final
+
+
+class WrongGradient(sf.GRU):
+    """Truncates whatever the rule is, but for complete corrections."""
+
+    def forward(self, input, hx=None):
+        rule = self.feedback
+        if not rule.corrections:
+            self.feedback = "ft-bptt"
+        result = super().forward(input, hx)
+        self.feedback = rule
+        return result
+
+
+class WrongCorrection(sf.GRU):
+    """Corrects once too few."""
+
+    def forward(self, input, hx=None):
+        rule = self.feedback
+        if rule.corrections:
+            self.feedback = sf.Feedback(rule.diagonal, rule.corrections - 1)
+        result = super().forward(input, hx)
+        self.feedback = rule
+        return result
+
+
+@pytest.mark.parametrize("benchmark", ["layers", "memory"])
+@pytest.mark.parametrize(
+    ("wrong", "rule", "what"),
+    [
+        (WrongForward, "dsf", "output y"),
+        (WrongGradient, "dsf", "gradient"),
+        (WrongCorrection, "gate", "gradient"),
+        (WrongCorrection, "0.5", "gradient"),
+    ],
+)
+def test_parity_catches_a_planted_error_before_anything_is_timed(
+    wrong, rule, what, benchmark, tmp_path, capsys, monkeypatch
+):
+    def timed(*_):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(layers, "interleaved", timed)
+    monkeypatch.setattr(memory, "_in_a_fresh_process", timed)
+    monkeypatch.setattr(sf, "GRU", wrong)
+    code, output = run(tmp_path, benchmark, "--smoke", "--cells=gru", f"--rules={rule}")
+    printed = capsys.readouterr().err
+    assert code == 1
+    assert len(printed.splitlines()) == 1
+    assert what in printed
+    assert f"statefeed {rule}" in printed
+    assert "nothing was timed" in printed
+    assert not output.exists()
+
+
+def test_parity_of_the_scans_catches_a_planted_error(tmp_path, capsys, monkeypatch):
+    right = sf.diagonal_scan
+    monkeypatch.setattr(
+        sf, "diagonal_scan", lambda *args, **kwargs: right(*args, **kwargs) + (kwargs["method"] == "prefix") * 1e-6
+    )
+    code, output = run(tmp_path, "scan", "--smoke")
+    assert code == 1
+    assert "diagonal_scan by prefix must agree" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("dtype", layers.DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_parity_holds_for_every_contender(cell, dtype):
+    case = layers.Case(cell, Shape(20, 3, 24), dtype, "cpu")
+    rules = layers.rules_of(cell, "bptt,ft-bptt,dsf,0.3,calibrated,gate,jacobian,gate+1")
+    entries = layers.contenders(case, rules, measure.float32_settings("cpu"))
+    found = layers.check_parity(case, entries)
+    assert list(found) == [entry.name for entry in entries]
+    assert found["published dsf"].keys() == {"output", "dsf"}
+    assert found["statefeed dsf"].keys() == {"output", "dsf", "corrected"}
+    assert found["statefeed calibrated"].keys() == {"output", "corrected"}
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns():
+    turns = []
+    work = {name: lambda name=name: (turns.append(name), float(len(turns)))[1:] for name in "abc"}
+    seconds = measure.interleaved(work, 2)
+    assert "".join(turns) == "abc" + "abc" + "cba"  # one unmeasured round, then there and back
+    assert seconds == {"a": [(4.0,), (9.0,)], "b": [(5.0,), (8.0,)], "c": [(6.0,), (7.0,)]}
+
+
+def test_ratios_are_taken_turn_by_turn_and_the_best_setting_by_its_median(monkeypatch):
+    turns = {  # forward, backward
+        "torch.nn as shipped": [(1.0, 5.0), (2.0, 6.0), (1.0, 6.0)],
+        "torch.nn oneDNN matmul": [(1.0, 3.0), (1.0, 5.0), (1.0, 4.0)],
+        "torch.nn no oneDNN": [(1.0, 1.0), (9.0, 9.0), (9.0, 9.0)],
+        "published dsf": [(4.0, 4.0)] * 3,
+        "statefeed dsf": [(1.0, 1.0), (2.0, 2.0), (1.0, 3.0)],
+    }
+    monkeypatch.setattr(layers, "interleaved", lambda contenders, _: {name: turns[name] for name in contenders})
+    case = layers.Case("lstm", Shape(3, 2, 4), "float32", "cpu")
+    entries = layers.contenders(case, ["dsf"], [measure.SHIPPED, measure.ONEDNN_MATMUL, measure.NO_ONEDNN])
+    rates = {"float32": {"gflops": 1e-3, "product": "1x1x1", "setting": "as shipped"}}
+    records = {f"{r['implementation']} {r['variant']}": r for r in layers.compare(case, entries, 3, rates)}
+    assert list(records) == list(turns)
+    ours = records["statefeed dsf"]
+    assert ours["ms"] == {"median": 4000.0, "min": 2000.0, "max": 4000.0}
+    assert ours["backward_us_per_step"]["median"] == pytest.approx(2e6 / 3)
+    assert ours["torch_nn_best"] == "oneDNN matmul"
+    assert ours["times_faster_than"]["torch.nn as shipped"] == {"median": 2.0, "min": 1.75, "max": 3.0}
+    assert ours["times_faster_than"]["torch.nn at its best"] == {"median": 1.5, "min": 1.25, "max": 2.0}
+    assert ours["times_faster_than"]["published"] == {"median": 2.0, "min": 2.0, "max": 4.0}
+    # 5 units of 2 * T * B * H * G * H flops at a million a second
+    assert ours["limit_ms"] == pytest.approx(5 * 2 * 3 * 2 * 4 * 4 * 4 / 1e3)
+    assert ours["part_of_limit"] == pytest.approx(ours["limit_ms"] / 4000)
+
+
+def test_a_setting_that_computes_in_bfloat16_is_no_float32_baseline(monkeypatch):
+    errors = {measure.SHIPPED: 4e-5, measure.ONEDNN_MATMUL: 0.19, measure.NO_ONEDNN: 5e-5}
+    monkeypatch.setattr(measure, "product_error", errors.__getitem__)
+    assert measure.float32_settings("cpu") == [measure.SHIPPED, measure.NO_ONEDNN]
+
+
+@pytest.mark.parametrize("setting", [measure.SHIPPED, measure.ONEDNN_MATMUL, measure.NO_ONEDNN])
+def test_settings_are_put_back(setting):
+    def state():
+        return torch.backends.mkldnn.enabled, torch.backends.mkldnn.matmul.fp32_precision
+
+    before = state()
+    with measure.applied(setting):
+        assert (state() == before) == (setting == measure.SHIPPED)
+    assert state() == before
+
+
+def test_growth_is_the_exponent_of_time_in_T(monkeypatch):
+    def quadratic(contenders, _):
+        for work in contenders.values():
+            work()
+        return {name: [(float(lengths[0] ** 2),)] for name in contenders}
+
+    lengths = []
+    problem = scan.problem
+    monkeypatch.setattr(scan, "problem", lambda T, *args: lengths.insert(0, T) or problem(T, *args))
+    monkeypatch.setattr(scan, "interleaved", quadratic)
+    records = list(scan.run(scan.Options(steps="16,4", widths="3", methods="prefix")))
+    assert [(r["T"], r["diagonal"], r.get("growth")) for r in records] == [
+        (4, "stationary", None),
+        (16, "stationary", pytest.approx(2.0)),
+        (4, "varying", None),
+        (16, "varying", pytest.approx(2.0)),
+    ]
+
+
+def test_a_scan_that_would_not_fit_is_not_run(monkeypatch):
+    monkeypatch.setattr(scan, "_free_bytes", lambda _: 100 * 8 * 3)
+    records = list(scan.run(scan.Options(steps="8", widths="3")))
+    assert [r["method"] for r in records if "not_run" in r] == ["fft"]
+    assert len(scan.table(records).rows) == len(records) == 5
+
+
+def test_the_published_procedure_holds_more_memory_than_the_outputs():
+    """A peak that knew of tensors alone, or of nothing, would miss this."""
+    case = layers.Case("gru", Shape(64, 32, 64), "float32", "cpu")
+    outputs = 4 * 64 * 32 * 64
+    peak = memory._in_a_fresh_process(case, "dsf", 1)
+    # autograd keeps h before, three gates' products twice, r, z and n for every step
+    assert 8 * outputs < peak < 80 * outputs
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_smoke(benchmark, tmp_path, capsys):
+    flags = ["--threads=2"] if benchmark == "scan" else ["--cells=gru", "--rules=dsf"]
+    code, output = run(tmp_path, benchmark, "--smoke", *flags)
+    assert code == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == 1
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert records
+    for record in records:
+        assert record["bench"] == benchmark
+        assert record["command"] == " ".join(["statefeed bench", benchmark, "--smoke", *flags, f"--output={output}"])
+        assert (record["threads"], record["repeats"]) == (2 if benchmark == "scan" else 1, 1)
+        assert record["machine"]["cpu"]
+        assert record["versions"] == {
+            "python": record["versions"]["python"],
+            "torch": torch.__version__,
+            "statefeed": sf.__version__,
+        }
+        assert {"commit", "dirty", "date", "denormals", "T", "dtype", "device"} <= record.keys()
+        numbers = record["peak_bytes" if benchmark == "memory" else "ms"]
+        assert numbers["min"] <= numbers["median"] <= numbers["max"]
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert "records in" in capsys.readouterr().out
+
+
+def test_a_second_run_replaces_the_records(tmp_path):
+    for _ in range(2):
+        _, output = run(tmp_path, "scan", "--smoke", "--methods=sequential")
+    assert len(output.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "one of {layers,scan,memory}"),
+        (["training"], "training"),
+        (["layers", "--shape=1x2x3"], "--shape"),
+        (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
+        (["layers", "--shapes=0x2x3"], "shapes must be TxBxH"),
+        (["layers", "--cells=gru,tcn"], "cells must be among rnn, gru, lstm"),
+        (["layers", "--rules=fast"], "feedback must be"),
+        (["layers", "--cells=rnn", "--rules=gate,gate+1"], "it has no gate"),
+        (["memory", "--cells=rnn", "--rules=gate"], "it has no gate"),
+        (["layers", "--dtypes=int8"], "dtypes must be among"),
+        (["layers", "--repeats=4"], "repeats must be at least 5"),
+        (["layers", "--repeats=many"], "repeats"),
+        (["layers", "--threads=0"], "threads must be at least 1"),
+        (["layers", "--output=records.csv"], ".jsonl"),
+        (["layers", "--output=no/such/folder.jsonl"], "a folder that exists"),
+        (["scan", "--steps=64,0"], "steps must be whole numbers"),
+        (["scan", "--widths=wide"], "widths must be whole numbers"),
+        (["scan", "--methods=newton"], "methods must be among"),
+        (["scan", "--device=tpu"], "device"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert sentence in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(OptionError, match="torch sees no GPU"):
+        layers.Options(device="cuda")
+
+
+@pytest.mark.parametrize("package", ["jsonargparse", "rich", "matplotlib"])
+def test_a_missing_dependency_is_one_sentence(package, capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    assert main(["scan", "--smoke"]) == 2
+    assert capsys.readouterr().err == (
+        f'statefeed bench: the benchmarks need {package}, which is not installed: pip install "statefeed[lm]"\n'
+    )
