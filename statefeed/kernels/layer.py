@@ -13,17 +13,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from statefeed.kernels.memory import empty
+
 _CELLS = {"gru": 0, "lstm": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _MODES = {"gate": 1, "bptt": 1, "jacobian": 2}
-_CHUNK_ROWS = 512
-
-_ops = torch.ops.statefeed
 
 
 class Tape(NamedTuple):
     """What the forward pass leaves for the backward: rows of gates and of the GRU's q or the LSTM's c; an RNN's y."""
 
-    gates: Tensor
+    gates: Tensor | None
     extra: Tensor | None
 
 
@@ -40,7 +39,7 @@ def forward(
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
     keep: bool = True,
-) -> tuple[Tensor, tuple[Tensor, ...], Tape | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tape]:
     """Outputs, final state and tape of one layer in one direction.
 
     Args:
@@ -52,7 +51,7 @@ def forward(
         keep: whether a backward will follow; without, no tape is written.
 
     Returns:
-        y, the shape of x with H in place of I; the final state; the tape, or None.
+        y, the shape of x with H in place of I; the final state; the tape, empty without ``keep``.
 
     Gradient: none by itself; ``backward`` is its counterpart.
 
@@ -63,32 +62,17 @@ def forward(
     gates = w_hh.shape[0] // H
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     h0, *c0 = (s.contiguous() for s in state)
-    y = rows.new_empty(len(rows), H)
     bias, hidden_bias = _biases(cell, biases, H)
-    packed_ih, packed_hh = _ops.pack(w_ih.contiguous(), 1), _ops.pack(w_hh.contiguous(), gates)
+    y = empty(len(rows), H, rows)
     c = c0[0].clone() if c0 else None
-    sizes = None if batch_sizes is None else batch_sizes.tolist()
-    extra = rows.new_empty(len(rows), H) if keep and gates > 1 else None
-    tape_gates = y if gates == 1 else rows.new_empty(len(rows), gates * H) if keep else None
-    previous = h0
-    scratch = None
-    for chunk in _chunks(len(rows), len(h0), sizes):
-        part = slice(chunk.first_row, chunk.last_row)
-        if tape_gates is not None:
-            target = tape_gates[part]
-        else:
-            scratch = rows.new_empty(chunk.rows, gates * H) if scratch is None else scratch
-            target = scratch[: chunk.rows]
-        _ops.product(rows[part], packed_ih, bias, target, False)
-        first = previous[: chunk.batch]
-        step_sizes = None if batch_sizes is None else batch_sizes[chunk.steps]
-        _ops.forward_steps(
-            _CELLS[cell], packed_hh, hidden_bias, first, target, None if extra is None else extra[part], y[part], c, step_sizes
-        )
-        previous = y[chunk.last_row - chunk.last_batch : chunk.last_row]
-    final = h0.clone() if len(rows) == 0 else y[_last_rows(sizes, len(h0), len(rows))]
-    tape = Tape(tape_gates, extra) if keep and tape_gates is not None else None
-    return y.reshape(*x.shape[:-1], H), (final, *(() if c is None else (c,))), tape
+    tape = Tape(None, None)
+    if keep and gates > 1:
+        tape = Tape(empty(len(rows), gates * H, rows), empty(len(rows), H, rows))
+    torch.ops.statefeed.layer_forward(
+        _CELLS[cell], rows, w_ih.contiguous(), w_hh.contiguous(), bias, hidden_bias, h0, batch_sizes, *tape, y, c
+    )
+    h = _last(y, h0, batch_sizes)
+    return y.view(*x.shape[:-1], H), (h,) if c is None else (h, c), tape
 
 
 def backward(
@@ -125,62 +109,30 @@ def backward(
     """
     w_ih, w_hh, *biases = weights
     H = w_hh.shape[1]
-    gates, states = w_hh.shape[0] // H, len(state)
     rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, H)
-    e = grads[0].reshape(-1, H).contiguous()
     h0, *c0 = (s.contiguous() for s in state)
-    sizes = None if batch_sizes is None else batch_sizes.tolist()
-    mode = 0 if isinstance(diagonal, Tensor) else _MODES[diagonal]
-    D = diagonal.to(y.dtype).contiguous() if isinstance(diagonal, Tensor) else None
-    if diagonal == "jacobian":
-        D = own_weights(w_hh)
-    chunks = _chunks(len(rows), len(h0), sizes)
-    most = max((chunk.rows for chunk in chunks), default=0)
-    d = rows.new_empty(most, gates * H)
-    d_hidden = rows.new_empty(most, H) if cell == "gru" else None
-    sums = rows.new_zeros(4 if gates > 1 else 1, H)
-    residual = rows.new_empty(len(rows), states * H) if corrections else None
-    packed_hh = _ops.pack_transposed(w_hh.contiguous()) if corrections or diagonal == "bptt" else None
-    packed_ih = _ops.pack_transposed(w_ih.contiguous()) if needs_x else None
-    d_x = torch.empty_like(rows) if needs_x else None
-    d_ih, d_hh = torch.zeros_like(w_ih), torch.zeros_like(w_hh)
-    shared = slice(0, 2 * H) if cell == "gru" else slice(0, gates * H)
-
-    for k in range(corrections + 1):
-        carry = torch.cat([g.to(y.dtype) for g in grads[1:]], 1)
-        sums.zero_()
-        for chunk in reversed(chunks):
-            part, n = slice(chunk.first_row, chunk.last_row), chunk.rows
-            before = slice(chunk.first_row - chunk.batch_before, chunk.first_row)
-            first_h = outputs[before] if chunk.first_row else h0
-            first_c = None if not c0 else tape.extra[before] if chunk.first_row else c0[0]  # type: ignore[index]
-            here = None if residual is None else residual[part]
-            own, own_hidden = d[:n], None if d_hidden is None else d_hidden[:n]
-            _ops.reverse_steps(
-                _CELLS[cell], mode, tape.gates[part], None if tape.extra is None else tape.extra[part], outputs[part],
-                first_h[: chunk.batch], None if first_c is None else first_c[: chunk.batch], e[part], D,
-                here if k else None, here if k < corrections else None,
-                packed_hh if diagonal == "bptt" else None, carry, own, own_hidden, sums,
-                None if batch_sizes is None else batch_sizes[chunk.steps],
-            )  # fmt: skip
-            if k < corrections:
-                assert here is not None and packed_hh is not None
-                _add_hidden_product(own, own_hidden, packed_hh, w_hh, here[:, :H])
-                continue
-            if d_x is not None:
-                _ops.product(own, packed_ih, None, d_x[part], False)
-            _ops.add_row_products(own, rows[part], d_ih)
-            for d_rows, h_rows in _before(own, first_h, outputs, chunk, sizes):
-                _ops.add_row_products(d_rows[:, shared], h_rows, d_hh[shared])
-            if own_hidden is not None:
-                for d_rows, h_rows in _before(own_hidden, first_h, outputs, chunk, sizes):
-                    _ops.add_row_products(d_rows, h_rows, d_hh[2 * H :])
+    final_e = torch.cat([g.to(y.dtype) for g in grads[1:]], 1)
+    mode, D = 0, None
+    if isinstance(diagonal, Tensor):
+        D = diagonal.to(y.dtype).contiguous()
+    else:
+        mode = _MODES[diagonal]
+        D = _own_weights(w_hh) if diagonal == "jacobian" else None
+    carry = torch.empty_like(final_e)
+    d_x = empty(*rows.shape, rows) if needs_x else None
+    d_ih, d_hh = empty(*w_ih.shape, rows).zero_(), empty(*w_hh.shape, rows).zero_()
+    sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
+    residual = empty(len(rows), len(state) * H, rows) if corrections else None
+    torch.ops.statefeed.layer_backward(
+        _CELLS[cell], mode, diagonal == "bptt", corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
+        outputs, h0, c0[0] if c0 else None, grads[0].reshape(-1, H).contiguous(), final_e, D, batch_sizes,
+        carry, d_x, d_ih, d_hh, sums, residual,
+    )  # fmt: skip
     d_weights = [d_ih, d_hh]
     if biases:
         b_ih, b_hh = (sums[:3], sums[[0, 1, 3]]) if cell == "gru" else (sums, sums.clone())
         d_weights += [b_ih.reshape(-1), b_hh.reshape(-1)]
-    d_state = carry.split(H, 1)
-    return Gradients(None if d_x is None else d_x.reshape(x.shape), tuple(d_state), d_weights)
+    return Gradients(None if d_x is None else d_x.view(x.shape), carry.split(H, 1), d_weights)
 
 
 def mean_jacobian(
@@ -199,50 +151,16 @@ def mean_jacobian(
     h0, *c0 = (s.contiguous() for s in state)
     rows = y.reshape(-1, H)
     sums = rows.new_zeros(len(state) * H)
-    _ops.sum_jacobians(
-        _CELLS[cell], tape.gates, tape.extra, rows, h0, c0[0] if c0 else None, own_weights(w_hh), sums, batch_sizes
+    torch.ops.statefeed.sum_jacobians(
+        _CELLS[cell], *tape, rows, h0, c0[0] if c0 else None, _own_weights(w_hh), batch_sizes, sums
     )
     return sums / len(rows)
 
 
-def own_weights(w_hh: Tensor) -> Tensor:
+def _own_weights(w_hh: Tensor) -> Tensor:
     """The weight from every unit to itself, per gate: (G, H)."""
     H = w_hh.shape[1]
     return w_hh.reshape(-1, H, H).diagonal(dim1=1, dim2=2).contiguous()
-
-
-class _Chunk(NamedTuple):
-    steps: slice
-    first_row: int
-    last_row: int
-    batch: int  # rows of its first step
-    last_batch: int
-    batch_before: int  # rows of the step before it
-
-    @property
-    def rows(self) -> int:
-        return self.last_row - self.first_row
-
-
-def _chunks(rows: int, batch: int, sizes: list[int] | None) -> list[_Chunk]:
-    """Stretches of whole steps with about ``_CHUNK_ROWS`` rows each."""
-    if rows == 0:
-        return []
-    if sizes is None:
-        steps, each = rows // batch, max(1, _CHUNK_ROWS // batch)
-        return [
-            _Chunk(slice(t, min(t + each, steps)), t * batch, min(t + each, steps) * batch, batch, batch, batch)
-            for t in range(0, steps, each)
-        ]
-    chunks, t, row, before = [], 0, 0, 0
-    while t < len(sizes):
-        first, first_row = t, row
-        while t < len(sizes) and (t == first or row + sizes[t] - first_row <= _CHUNK_ROWS):
-            row += sizes[t]
-            t += 1
-        chunks.append(_Chunk(slice(first, t), first_row, row, sizes[first], sizes[t - 1], before))
-        before = sizes[t - 1]
-    return chunks
 
 
 def _biases(cell: str, biases: list[Tensor], H: int) -> tuple[Tensor | None, Tensor | None]:
@@ -255,36 +173,12 @@ def _biases(cell: str, biases: list[Tensor], H: int) -> tuple[Tensor | None, Ten
     return torch.cat([b_ih[: 2 * H] + b_hh[: 2 * H], b_ih[2 * H :]]), b_hh[2 * H :].contiguous()
 
 
-def _last_rows(sizes: list[int] | None, batch: int, rows: int) -> slice | Tensor:
-    """The row of every sequence's last step."""
-    if sizes is None:
-        return slice(rows - batch, rows)
-    last, row = [0] * batch, 0
-    for size in sizes:
-        last[:size] = range(row, row + size)
-        row += size
-    return torch.tensor(last)
-
-
-def _before(
-    d: Tensor, first_h: Tensor, outputs: Tensor, chunk: _Chunk, sizes: list[int] | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Rows of d beside the states before them, without copying a state."""
-    if sizes is None:
-        inside = outputs[chunk.first_row : chunk.last_row - chunk.batch]
-        return [(d[: chunk.batch], first_h), (d[chunk.batch :], inside)]
-    pairs, row, before = [(d[: chunk.batch], first_h[: chunk.batch])], chunk.batch, 0
-    for t in range(chunk.steps.start + 1, chunk.steps.stop):
-        start = chunk.first_row + before
-        pairs.append((d[row : row + sizes[t]], outputs[start : start + sizes[t]]))
-        before, row = before + sizes[t - 1], row + sizes[t]
-    return pairs
-
-
-def _add_hidden_product(d: Tensor, d_hidden: Tensor | None, packed_hh: Tensor, w_hh: Tensor, out: Tensor) -> None:
-    """out += d_hidden W_hh; the GRU's d_hidden is d for r and z and a buffer of its own for n."""
-    H = w_hh.shape[1]
-    if d_hidden is None:
-        _ops.product(d, packed_hh, None, out, True)
-        return
-    _ops.product(torch.cat([d[:, : 2 * H], d_hidden], 1), packed_hh, None, out, True)
+def _last(y: Tensor, h0: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """The state after every sequence's last step."""
+    if len(y) == 0:
+        return h0.clone()
+    if batch_sizes is None:
+        return y[len(y) - len(h0) :].clone()
+    lengths = (batch_sizes[:, None] > torch.arange(len(h0))).sum(0)
+    first_rows = batch_sizes.cumsum(0) - batch_sizes
+    return y[first_rows[lengths - 1] + torch.arange(len(h0))]

@@ -2,26 +2,18 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
+#include "memory.h"
 #include "product.h"
 #include "threads.h"
 
 namespace statefeed {
 
 constexpr int bulk_vectors = 2;
-constexpr int bulk_depth = 512;  // rows whose packed panels stay in cache
+constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
+constexpr int bulk_group = 4;    // tiles packed together, so that whole cache lines of every row are used
 template <class T>
 constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors>;
-
-// Memory that a thread keeps from call to call, because fresh pages cost more than the packing that fills them.
-template <class T>
-T* scratch(int64_t count) {
-  thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory = std::vector<T>(static_cast<size_t>(count));
-  return memory.data();
-}
 
 template <class T>
 inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
@@ -38,7 +30,7 @@ inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, b
 
 template <class T>
 struct Product {
-  int64_t rows, depth, units, a_stride, out_stride;
+  int64_t rows, depth, units, a_stride, panel_depth, out_stride;  // panels may be deeper than what is used of them
   const T *a, *packed, *bias;
   T* out;
   bool add;
@@ -63,7 +55,7 @@ void product(const Product<T>& s) {
       for (int64_t p = own_panels.begin; p < own_panels.end; ++p)
         for (int64_t row = from; row < std::min(from + block, last_row); row += M) {
           const int64_t count = std::min<int64_t>(M, last_row - row), unit = p * N * L;
-          tile_of<T, N, false>(count, s.a + row * s.a_stride, s.a_stride, s.packed + p * s.depth * N * L, s.depth, sum);
+          tile_of<T, N, false>(count, s.a + row * s.a_stride, s.a_stride, s.packed + p * s.panel_depth * N * L, s.depth, sum);
           put_tile(sum, count, std::min<int64_t>(N * L, s.units - unit), s.bias ? s.bias + unit : nullptr, s.add,
                    s.out + row * s.out_stride + unit, s.out_stride);
         }
@@ -84,7 +76,7 @@ void add_row_products(const RowSum<T>& s) {
   constexpr int64_t depth = bulk_depth;
   const int64_t panels = panel_count(s.inputs, width), tiles = panel_count(s.units, M);
   const int64_t threads = s.rows * s.units * s.inputs < 100000 ? 1 : thread_count();
-  T* packed = scratch<T>(panels * width * std::min(depth, s.rows));
+  T* packed = scratch<T, Use::packed_rows>(panels * width * std::min(depth, s.rows));
   for (int64_t from = 0; from < s.rows; from += depth) {
     const int64_t count = std::min(depth, s.rows - from);
     each_rank(std::min(threads, panels), [&](int64_t begin, int64_t end) {
@@ -100,16 +92,27 @@ void add_row_products(const RowSum<T>& s) {
     const int64_t ranks = std::min(threads, tiles);
     each_rank(ranks, [&](int64_t begin, int64_t end) {
       alignas(64) T sum[tile_size<T, bulk_vectors>];
-      T rows[bulk_rows_size<T>];
-      for (int64_t i = share(tiles, begin, ranks).begin; i < share(tiles, end - 1, ranks).end; ++i) {
-        const int64_t unit = i * M, inside = std::min<int64_t>(M, s.units - unit);
+      alignas(64) T rows[bulk_group][bulk_rows_size<T>];
+      const int64_t last = share(tiles, end - 1, ranks).end;
+      for (int64_t first = share(tiles, begin, ranks).begin; first < last; first += bulk_group) {
+        const int64_t group = std::min<int64_t>(bulk_group, last - first);
         for (int64_t k = 0; k < count; ++k)
-          for (int64_t m = 0; m < inside; ++m) rows[k * M + m] = s.a[(from + k) * s.a_stride + unit + m];
-        for (int64_t p = 0; p < panels; ++p) {
-          tile_of<T, N, true>(inside, rows, M, packed + p * count * width, count, sum);
-          put_tile(sum, inside, std::min<int64_t>(width, s.inputs - p * width), static_cast<const T*>(nullptr), true,
-                   s.out + unit * s.out_stride + p * width, s.out_stride);
-        }
+          for (int64_t i = 0; i < group; ++i) {
+            const int64_t unit = (first + i) * M;
+            const T* from_row = s.a + (from + k) * s.a_stride + unit;
+            __builtin_prefetch(from_row + 12 * s.a_stride);
+            if (unit + M <= s.units)
+              std::memcpy(rows[i] + k * M, from_row, M * sizeof(T));
+            else
+              std::copy(from_row, from_row + (s.units - unit), rows[i] + k * M);
+          }
+        for (int64_t p = 0; p < panels; ++p)
+          for (int64_t i = 0; i < group; ++i) {
+            const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, s.units - unit);
+            tile_of<T, N, true>(inside, rows[i], M, packed + p * count * width, count, sum);
+            put_tile(sum, inside, std::min<int64_t>(width, s.inputs - p * width), static_cast<const T*>(nullptr), true,
+                     s.out + unit * s.out_stride + p * width, s.out_stride);
+          }
       }
     });
   }

@@ -7,7 +7,7 @@ namespace statefeed {
 template <class T>
 const CellKernels<T>& gru_kernels() {
   using Cell = Gru<T>;
-  static const CellKernels<T> kernels{Cell::gates,       Cell::states,      Cell::unit_vectors,
+  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
                                       forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
   return kernels;
 }

@@ -1,14 +1,13 @@
 // What each translation unit offers to the registration.
 #pragma once
 
-#include "bulk.h"
-#include "steps.h"
+#include "layer.h"
 
 namespace statefeed {
 
 template <class T>
 struct CellKernels {
-  int gates, states, unit_vectors;
+  int gates, states, unit_vectors, split, sums;  // split: gates whose d is the same at input and hidden side
   void (*forward)(const Forward<T>&);
   void (*reverse)(const Reverse<T>&, Diagonal);
   void (*sum_jacobians)(const Reverse<T>&);
@@ -24,8 +23,8 @@ template <class T>
 const CellKernels<T>& relu_kernels();
 
 template <class T>
-void run_product(const Product<T>&);
+void run_layer_forward(const LayerForward<T>&);
 template <class T>
-void run_row_products(const RowSum<T>&);
+void run_layer_backward(const LayerBackward<T>&);
 
 }  // namespace statefeed

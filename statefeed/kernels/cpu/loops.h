@@ -33,9 +33,11 @@ void forward_step(const Forward<T>& s, int64_t offset, const T* previous, Range 
   constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<T, N>;
   alignas(64) T sum[tile_size<T, N>];
   const int64_t H = s.hidden;
+  const int64_t tiles = panel_count(rows.end - rows.begin, M);
   for (int64_t p = panels.begin; p < panels.end; ++p)
-    for (int64_t first = rows.begin; first < rows.end; first += M) {
-      const int64_t count = std::min<int64_t>(M, rows.end - first);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Range part = share(rows.end - rows.begin, tile, tiles);  // even tiles: one of few rows wastes arithmetic
+      const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
       tile_of<T, N>(count, previous + first * H, H, s.packed + p * H * N * L, H, sum);
       for (int64_t b = first; b < first + count; ++b)
         for (int u = 0; u < U; ++u) {
@@ -88,7 +90,7 @@ void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Ran
                      s.residual ? s.residual + row * S * H : nullptr,
                      s.next_residual ? s.next_residual + row * S * H : nullptr,
                      s.carry + b * S * H,
-                     s.d + row * Cell::gates * H,
+                     s.d + row * s.d_stride,
                      s.d_hidden + row * H,
                      sums,
                      H,
@@ -113,7 +115,7 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
       const T* panel = s.packed + p * stride * N * L;
       const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
-      tile_of<T, N>(count, s.d + row * stride, stride, panel, depth, sum[0]);
+      tile_of<T, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, sum[0]);
       if (depth < stride) tile_of<T, N>(count, s.d_hidden + row * H, H, panel + depth * N * L, stride - depth, sum[1]);
       for (int64_t b = 0; b < count; ++b) {
         T* carry = s.carry + (first + b) * Cell::states * H + unit;

@@ -7,7 +7,7 @@ namespace statefeed {
 template <class T>
 const CellKernels<T>& lstm_kernels() {
   using Cell = Lstm<T>;
-  static const CellKernels<T> kernels{Cell::gates,       Cell::states,      Cell::unit_vectors,
+  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
                                       forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
   return kernels;
 }

@@ -1,9 +1,10 @@
-// The operators as torch sees them, through its stable ABI. Arguments are checked in Python, where they are made.
+// The operators as torch sees them, through its stable ABI. Arguments are made and checked in Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace statefeed {
 
@@ -42,89 +43,61 @@ const CellKernels<T>& kernels_of(int64_t cell) {
   return cell == 2 ? tanh_kernels<T>() : relu_kernels<T>();
 }
 
-template <class T, class Arguments>
-Arguments stretch(const Tensor& y, const Tensor& first, const Optional& sizes) {
-  Arguments s{};
-  s.hidden = first.size(1);
-  s.sizes = data<int64_t>(sizes);
-  s.steps = sizes ? sizes->size(0) : y.size(0) / std::max<int64_t>(first.size(0), 1);
-  s.batch = first.size(0);
-  return s;
+template <class T>
+void set_stretch(Stretch<T>& s, const Tensor& y, const Tensor& h0, const Optional& sizes) {
+  s.batch = h0.size(0), s.hidden = h0.size(1), s.sizes = data<int64_t>(sizes);
+  s.steps = s.batch == 0 ? 0 : sizes ? sizes->size(0) : y.size(0) / s.batch;
 }
 
-Tensor pack(const Tensor& w, int64_t gates) {
-  const int64_t units = w.size(0) / gates, depth = w.size(1);
-  Tensor packed;
-  with_type(w, [&](auto type) {
-    using T = decltype(type);
-    const int vectors = gates == 1 ? bulk_vectors : 1, width = vectors * lanes<T>;
-    packed = torch::stable::new_empty(w, {panel_count(units, width) * width * gates * depth});
-    pack_rows(data<T>(w), gates, units, depth, vectors, data<T>(packed));
-  });
-  return packed;
+template <class T>
+void set_layer(Layer<T>& s, int64_t cell, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh) {
+  s.cell = &kernels_of<T>(cell), s.rows = x.size(0), s.inputs = x.size(1);
+  s.x = data<T>(x), s.w_ih = data<T>(w_ih), s.w_hh = data<T>(w_hh);
 }
 
-Tensor pack_transposed(const Tensor& w) {
-  Tensor packed;
-  with_type(w, [&](auto type) {
-    using T = decltype(type);
-    constexpr int width = bulk_vectors * lanes<T>;
-    packed = torch::stable::new_empty(w, {panel_count(w.size(1), width) * width * w.size(0)});
-    pack_columns(data<T>(w), w.size(1), w.size(0), bulk_vectors, data<T>(packed));
-  });
-  return packed;
-}
-
-void product_into(const Tensor& a, const Tensor& packed, const Optional& bias, Tensor out, bool add) {
-  with_type(a, [&](auto type) {
-    using T = decltype(type);
-    run_product<T>({a.size(0), a.size(1), out.size(1), a.stride(0), out.stride(0), data<T>(a), data<T>(packed),
-                    data<T>(bias), data<T>(out), add});
-  });
-}
-
-void add_row_products_into(const Tensor& a, const Tensor& b, Tensor out) {
-  with_type(a, [&](auto type) {
-    using T = decltype(type);
-    run_row_products<T>({a.size(0), a.size(1), b.size(1), a.stride(0), b.stride(0), out.stride(0), data<T>(a),
-                         data<T>(b), data<T>(out)});
-  });
-}
-
-void forward_steps(int64_t cell, const Tensor& packed, const Optional& bias, const Tensor& first_h, Tensor gates,
-                   Optional extra, Tensor y, Optional c, const Optional& sizes) {
+void forward(int64_t cell, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& bias,
+             const Optional& hidden_bias, const Tensor& h0, const Optional& sizes, Optional gates, Optional extra,
+             Tensor y, Optional c) {
   with_type(y, [&](auto type) {
     using T = decltype(type);
-    auto s = stretch<T, Forward<T>>(y, first_h, sizes);
-    s.packed = data<T>(packed), s.bias = data<T>(bias), s.first_h = data<T>(first_h), s.gates = data<T>(gates);
-    s.extra = data<T>(extra), s.y = data<T>(y), s.c = data<T>(c);
-    kernels_of<T>(cell).forward(s);
+    LayerForward<T> s{};
+    set_stretch(s, y, h0, sizes);
+    set_layer(s, cell, x, w_ih, w_hh);
+    s.bias = data<T>(bias), s.hidden_bias = data<T>(hidden_bias), s.h0 = data<T>(h0);
+    s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra), s.c = data<T>(c);
+    run_layer_forward(s);
   });
 }
 
-void reverse_steps(int64_t cell, int64_t mode, const Tensor& gates, const Optional& extra, const Tensor& y,
-                   const Tensor& first_h, const Optional& first_c, const Tensor& e, const Optional& diagonal,
-                   const Optional& residual, Optional next_residual, const Optional& packed, Tensor carry, Tensor d,
-                   Optional d_hidden, Tensor sums, const Optional& sizes) {
+void backward(int64_t cell, int64_t mode, bool exact, int64_t corrections, const Tensor& x, const Tensor& w_ih,
+              const Tensor& w_hh, const Optional& gates, const Optional& extra, const Tensor& y, const Tensor& h0,
+              const Optional& c0, const Tensor& e, const Tensor& final_e, const Optional& diagonal,
+              const Optional& sizes, Tensor carry, Optional d_x, Tensor d_ih, Tensor d_hh, Tensor sums,
+              Optional residual) {
   with_type(y, [&](auto type) {
     using T = decltype(type);
-    auto s = stretch<T, Reverse<T>>(y, first_h, sizes);
-    s.gates = data<T>(gates), s.extra = data<T>(extra), s.y = data<T>(y), s.first_h = data<T>(first_h);
-    s.first_c = data<T>(first_c), s.e = data<T>(e), s.diagonal = data<T>(diagonal), s.residual = data<T>(residual);
-    s.next_residual = data<T>(next_residual), s.packed = data<T>(packed), s.carry = data<T>(carry);
-    s.d = data<T>(d), s.d_hidden = data<T>(d_hidden), s.sums = data<T>(sums);
-    kernels_of<T>(cell).reverse(s, static_cast<Diagonal>(mode));
+    LayerBackward<T> s{};
+    set_stretch(s, y, h0, sizes);
+    set_layer(s, cell, x, w_ih, w_hh);
+    s.mode = static_cast<Diagonal>(mode), s.exact = exact, s.corrections = corrections;
+    s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
+    s.h0 = data<T>(h0), s.c0 = data<T>(c0), s.e = data<T>(e), s.final_e = data<T>(final_e);
+    s.diagonal = data<T>(diagonal), s.carry = data<T>(carry), s.d_x = data<T>(d_x), s.d_ih = data<T>(d_ih);
+    s.d_hh = data<T>(d_hh), s.sums = data<T>(sums), s.residual = data<T>(residual);
+    run_layer_backward(s);
   });
 }
 
-void sum_jacobians(int64_t cell, const Tensor& gates, const Optional& extra, const Tensor& y, const Tensor& first_h,
-                   const Optional& first_c, const Tensor& diagonal, Tensor sums, const Optional& sizes) {
+void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, const Tensor& y, const Tensor& h0,
+                   const Optional& c0, const Tensor& diagonal, const Optional& sizes, Tensor sums) {
   with_type(y, [&](auto type) {
     using T = decltype(type);
-    auto s = stretch<T, Reverse<T>>(y, first_h, sizes);
-    s.gates = data<T>(gates), s.extra = data<T>(extra), s.y = data<T>(y), s.first_h = data<T>(first_h);
-    s.first_c = data<T>(first_c), s.diagonal = data<T>(diagonal), s.sums = data<T>(sums);
-    kernels_of<T>(cell).sum_jacobians(s);
+    const CellKernels<T>& kernels = kernels_of<T>(cell);
+    Reverse<T> s{};
+    set_stretch(s, y, h0, sizes);
+    s.y = data<T>(y), s.gates = kernels.gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
+    s.first_h = data<T>(h0), s.first_c = data<T>(c0), s.diagonal = data<T>(diagonal), s.sums = data<T>(sums);
+    kernels.sum_jacobians(s);
   });
 }
 
@@ -132,28 +105,21 @@ void sum_jacobians(int64_t cell, const Tensor& gates, const Optional& extra, con
 }  // namespace statefeed
 
 STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
-  m.def("pack(Tensor w, int gates) -> Tensor");
-  m.def("pack_transposed(Tensor w) -> Tensor");
-  m.def("product(Tensor a, Tensor packed, Tensor? bias, Tensor(a!) out, bool add) -> ()");
-  m.def("add_row_products(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def(
-      "forward_steps(int cell, Tensor packed, Tensor? bias, Tensor first_h, Tensor(a!) gates, Tensor(b!)? extra, "
-      "Tensor(c!) y, Tensor(d!)? c, Tensor? sizes) -> ()");
+      "layer_forward(int cell, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, Tensor h0, "
+      "Tensor? sizes, Tensor(a!)? gates, Tensor(b!)? extra, Tensor(c!) y, Tensor(d!)? c) -> ()");
   m.def(
-      "reverse_steps(int cell, int mode, Tensor gates, Tensor? extra, Tensor y, Tensor first_h, Tensor? first_c, "
-      "Tensor e, Tensor? diagonal, Tensor? residual, Tensor(a!)? next_residual, Tensor? packed, Tensor(b!) carry, "
-      "Tensor(c!) d, Tensor(d!)? d_hidden, Tensor(e!) sums, Tensor? sizes) -> ()");
+      "layer_backward(int cell, int mode, bool exact, int corrections, Tensor x, Tensor w_ih, Tensor w_hh, "
+      "Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor e, Tensor final_e, Tensor? diagonal, "
+      "Tensor? sizes, Tensor(a!) carry, Tensor(b!)? d_x, Tensor(c!) d_ih, Tensor(d!) d_hh, Tensor(e!) sums, "
+      "Tensor(f!)? residual) -> ()");
   m.def(
-      "sum_jacobians(int cell, Tensor gates, Tensor? extra, Tensor y, Tensor first_h, Tensor? first_c, "
-      "Tensor diagonal, Tensor(a!) sums, Tensor? sizes) -> ()");
+      "sum_jacobians(int cell, Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor diagonal, "
+      "Tensor? sizes, Tensor(a!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(statefeed, CPU, m) {
-  m.impl("pack", TORCH_BOX(&statefeed::pack));
-  m.impl("pack_transposed", TORCH_BOX(&statefeed::pack_transposed));
-  m.impl("product", TORCH_BOX(&statefeed::product_into));
-  m.impl("add_row_products", TORCH_BOX(&statefeed::add_row_products_into));
-  m.impl("forward_steps", TORCH_BOX(&statefeed::forward_steps));
-  m.impl("reverse_steps", TORCH_BOX(&statefeed::reverse_steps));
+  m.impl("layer_forward", TORCH_BOX(&statefeed::forward));
+  m.impl("layer_backward", TORCH_BOX(&statefeed::backward));
   m.impl("sum_jacobians", TORCH_BOX(&statefeed::sum_jacobians));
 }

@@ -7,7 +7,7 @@ namespace statefeed {
 template <class T>
 const CellKernels<T>& tanh_kernels() {
   using Cell = Rnn<T, false>;
-  static const CellKernels<T> kernels{Cell::gates,       Cell::states,      Cell::unit_vectors,
+  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
                                       forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
   return kernels;
 }
@@ -17,7 +17,7 @@ template const CellKernels<double>& tanh_kernels<double>();
 template <class T>
 const CellKernels<T>& relu_kernels() {
   using Cell = Rnn<T, true>;
-  static const CellKernels<T> kernels{Cell::gates,       Cell::states,      Cell::unit_vectors,
+  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
                                       forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
   return kernels;
 }
