@@ -265,7 +265,7 @@ def _sentence(message: str, known: Sequence[str]) -> str:
     names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
     if wrong := re.match(r'Parser key "(.+?)":', message):
         choices = re.findall(r"Literal\[(.*?)\]", message)[:1] or [
-            names.get(kind, kind) for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>\W", message))
+            names.get(kind, kind) for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
         ]
         got = re.findall(r"(?:Got|Given) value: (.*)", message)
         return f"{wrong[1]} must be {' or '.join(choices)}, got {got[-1]}"

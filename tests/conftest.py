@@ -1,0 +1,54 @@
+"""Text and a trained run for the tests of the language-model application."""
+
+from pathlib import Path
+
+import pytest
+
+# Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "red", "house"]
+
+
+def sentences(count: int) -> str:
+    """`count` lines of five to nine words each."""
+    place, lines = 7, []
+    for line in range(count):
+        words = []
+        for _ in range(5 + line % 5):
+            place = (place * 1103 + 12345) % 65536
+            words.append(WORDS[place // 256 % len(WORDS)])
+        lines.append(" ".join(words) + "\n")
+    return "".join(lines)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text file of 400 lines."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(sentences(400), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(text: Path) -> list[str]:
+    """Flags of a run that takes about a second."""
+    return [
+        "--data.corpus=text",
+        f"--data.path={text}",
+        "--data.tokens=char",
+        "--model.width=16",
+        "--train.batch=4",
+        "--train.context=16",
+        "--train.steps=12",
+        "--train.warmup=2",
+        "--train.evaluations=3",
+    ]
+
+
+@pytest.fixture(scope="session")
+def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that `statefeed train` left."""
+    from statefeed.lm import cli
+
+    folder = tmp_path_factory.mktemp("runs") / "char"
+    assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
+    return folder

@@ -1,0 +1,143 @@
+"""Corpora: which text is train, valid and test, from real files, and every file that is refused."""
+
+import gzip
+import lzma
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from statefeed.lm import corpora
+from statefeed.lm.config import Data, UsageError
+from statefeed.lm.corpora import Corpus
+
+
+def read(path: Path, **more: float) -> Corpus:
+    return corpora.read(Data(corpus="text", path=str(path), **more))  # type: ignore[arg-type]
+
+
+def test_contiguous_shares_lose_nothing_and_cut_at_lines(tmp_path: Path) -> None:
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    splits = read(tmp_path / "a.txt").splits
+    assert "".join(splits.values()) == text
+    assert all(part.endswith("\n") for part in splits.values())
+    for split, share in (("train", 0.9), ("valid", 0.05), ("test", 0.05)):
+        assert abs(len(splits[split]) / len(text) - share) < 0.002
+
+
+def test_shares_are_configured_and_no_test_share_is_no_test_split(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    splits = read(tmp_path / "a.txt", valid=0.2, test=0.0).splits
+    assert {split: len(part) for split, part in splits.items()} == {"train": 800, "valid": 200}
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_given_splits_plain_and_packed(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    for name, text in (("ptb.train.txt", "ä train\n"), ("ptb.valid.txt", "ä valid\n"), ("README.md", "not a split\n")):
+        (tmp_path / (name + suffix)).write_bytes(pack(text.encode()))
+    corpus = read(tmp_path)
+    assert corpus.splits == {"train": "ä train\n", "valid": "ä valid\n"}
+    assert corpus.sizes == {"train": 9, "valid": 9}
+    assert corpus.name == tmp_path.name
+
+
+@pytest.mark.parametrize("valid", ["valid.txt", "wiki.valid.tokens", "validation.txt", "val-00.txt", "dev.txt"])
+def test_names_of_the_validation_file(tmp_path: Path, valid: str) -> None:
+    for name in ("wiki.train.tokens", valid, "test.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path).splits == {"train": "wiki.train.tokens", "valid": valid, "test": "test.txt"}
+
+
+def test_a_folder_without_splits_is_one_text_in_the_order_of_its_names(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", ".hidden"):
+        (tmp_path / name).write_text(name[0] * 50)
+    assert "".join(read(tmp_path).splits.values()) == "a" * 50 + "b" * 50
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    files = {
+        "empty.txt": (b"  \n", "empty.txt is empty"),
+        "latin.txt": (b"caf\xe9 au lait", r"latin.txt is not UTF-8 text: byte 0xe9 at offset 3 cannot be decoded"),
+        "broken.xz": (b"not xz at all", "broken.xz cannot be unpacked as .xz"),
+        "broken.gz": (b"not gz at all", "broken.gz cannot be unpacked as .gz"),
+        "cut.gz": (gzip.compress(b"a" * 1000)[:-12], "cut.gz cannot be unpacked as .gz"),
+        "cut.xz": (lzma.compress(b"a" * 1000)[:-12], "cut.xz cannot be unpacked as .xz"),
+    }
+    for name, (raw, sentence) in files.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(UsageError, match=sentence):
+            read(tmp_path / name)
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no file or folder"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="holds no files"):
+        read(tmp_path)
+    (tmp_path / "train.txt").write_text("a")
+    with pytest.raises(UsageError, match="has train but no valid file"):
+        read(tmp_path)
+    (tmp_path / "train.old.txt").write_text("a")
+    with pytest.raises(UsageError, match="both call themselves the train split"):
+        read(tmp_path)
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small standard library in place of the real one."""
+    files = {f"m{i}.py": f'"""Module {i}.\n\n    Same paragraph.\n"""\n' for i in range(60)}
+    files |= {f"{skipped}/m.py": '"""Never read."""\n' for skipped in ("test", "json/tests", "site-packages", "x/test")}
+    files["json/m.py"] = (
+        'raise SystemExit\nclass A:\n    """In a class."""\n    async def f(self):\n        """In a method."""\n'
+        'if True:\n    def g():\n        """In a branch."""\n    h = lambda: """No docstring."""\n'
+    )
+    files["pydoc_data/topics.py"] = "# generated\ntopics = {'assert': 'About\\n\\nassert.', 'if': 'Same  paragraph.'}\n"
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    return tmp_path
+
+
+def test_pydoc_reads_docstrings_and_topics_without_importing(library: Path) -> None:
+    whole = "".join(corpora.read(Data(valid=0.2, test=0.2)).splits.values())
+    for part in ("Module 0.", "Module 59.", "In a class.\n\nIn a method.\n\nIn a branch.", "About\n\nassert."):
+        assert part in whole
+    assert whole.count("Same paragraph.") == 1
+    assert "Same  paragraph." not in whole
+    assert "Never read." not in whole
+    assert "No docstring." not in whole
+
+
+def test_pydoc_keeps_a_document_in_its_split_whatever_else_there_is(library: Path) -> None:
+    before = corpora.read(Data(valid=0.2, test=0.2)).splits
+    for i in range(60, 80):
+        (library / f"m{i}.py").write_text(f'"""Module {i}."""\n')
+    after = corpora.read(Data(valid=0.2, test=0.2)).splits
+    for split, text in before.items():
+        assert set(text.split("\n\n")) <= {part + end for part in after[split].split("\n\n") for end in ("", "\n")}
+
+
+def test_pydoc_of_a_python_without_documentation(library: Path) -> None:
+    (library / "pydoc_data" / "topics.py").unlink()
+    with pytest.raises(UsageError, match="this Python carries no documentation"):
+        corpora.read(Data())
+
+
+def test_pydoc_with_a_share_too_small(library: Path) -> None:
+    with pytest.raises(UsageError, match="leaves a split of the pydoc corpus without a document"):
+        corpora.read(Data(valid=1e-9))
+
+
+def test_pydoc_is_about_two_megabytes_in_shares_and_no_split_repeats_another() -> None:
+    corpus = corpora.read(Data())
+    total = sum(corpus.sizes.values())
+    assert 1.2e6 < total < 4e6
+    assert corpus.sizes["train"] > 0.8 * total
+    paragraphs = {split: {" ".join(p.split()) for p in text.split("\n\n")} for split, text in corpus.splits.items()}
+    assert min(len(p) for p in paragraphs.values()) > 50
+    assert not paragraphs["train"] & paragraphs["valid"]
+    assert not paragraphs["train"] & paragraphs["test"]
+    assert not paragraphs["valid"] & paragraphs["test"]

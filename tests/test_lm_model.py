@@ -1,0 +1,114 @@
+"""The model: its shape, its initial weights, its state, and that it is a plain torch.nn model underneath."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from statefeed.lm.batches import IGNORED
+from statefeed.lm.config import Model, UsageError
+from statefeed.lm.model import LanguageModel, detached
+
+V, T, B = 29, 7, 3
+
+
+@pytest.mark.parametrize("block", ["plain", "prenorm"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_text_read_in_two_pieces_has_the_logits_of_the_whole(cell: str, block: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(Model(cell=cell, block=block, width=8), V)  # type: ignore[arg-type]
+    tokens = torch.randint(V, (T, B))
+    whole, _ = model(tokens)
+    first, states = model(tokens[:3])
+    second, _ = model(tokens[3:], detached(states))
+    assert whole.shape == (T, B, V)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+
+
+def test_plain_block_is_x_plus_rnn_of_x() -> None:
+    model = LanguageModel(Model(width=8, layers=2), V)
+    tokens = torch.randint(V, (T, B))
+    x = model.embedding(tokens)
+    for i in range(2):
+        plain = nn.GRU(8, 8)
+        plain.load_state_dict({k.split("rnn.")[1]: v for k, v in model.state_dict().items() if f"blocks.{i}.rnn" in k})
+        x = x + plain(x)[0]
+    torch.testing.assert_close(model(tokens)[0], model.head(x))
+
+
+def test_prenorm_block_is_two_residual_sub_layers_and_a_final_norm() -> None:
+    model = LanguageModel(Model(width=8, layers=1, block="prenorm", cell="rnn"), V)
+    weights = model.state_dict()
+    tokens = torch.randint(V, (T, B))
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    x = weights["embedding.weight"][tokens]
+    plain = nn.RNN(8, 8)
+    plain.load_state_dict({k.split("rnn.")[1]: v for k, v in weights.items() if ".rnn." in k})
+    x = x + linear("blocks.0.linear", plain(norm(x))[0])
+    x = x + linear("blocks.0.narrow", nn.functional.gelu(linear("blocks.0.widen", norm(x))))
+    assert weights["blocks.0.widen.weight"].shape == (32, 8)
+    torch.testing.assert_close(model(tokens)[0], linear("head", norm(x)))
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    layers = 3
+    weights = LanguageModel(Model(width=128, layers=layers, block="prenorm"), 500).state_dict()
+    for name in ("embedding.weight", "head.weight", "blocks.1.widen.weight"):
+        assert weights[name].std().item() == pytest.approx(0.02, rel=0.03)
+    for name in ("blocks.1.linear.weight", "blocks.2.narrow.weight"):
+        assert weights[name].std().item() == pytest.approx(0.02 / math.sqrt(2 * layers), rel=0.03)
+    for name, value in weights.items():
+        if "norm" in name and name.endswith("weight"):
+            assert (value == 1).all()
+        if name.endswith("bias"):
+            assert (value == 0).all()
+        if ".rnn." in name:  # torch's own: uniform up to 1 / sqrt(H)
+            assert value.abs().max().item() == pytest.approx(1 / math.sqrt(128), rel=0.02)
+
+
+def test_loss_counts_the_marked_targets_out() -> None:
+    model = LanguageModel(Model(width=8), V)
+    tokens = torch.randint(V, (T, B))
+    targets = torch.randint(V, (T, B))
+    targets[2:, 1] = IGNORED
+    logits, _ = model(tokens)
+    expected = [-logits[t, b].log_softmax(0)[targets[t, b]] for t in range(T) for b in range(B) if b != 1 or t < 2]
+    torch.testing.assert_close(model.loss(tokens, targets)[0], torch.stack(expected).mean())
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = LanguageModel(Model(width=8, dropout=0.5), V)
+    tokens = torch.randint(V, (T, B))
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize(("cell", "feedback"), [("rnn", "gate"), ("gru", "dfs"), ("gru", "gate+x")])
+def test_a_rule_that_does_not_exist_or_fit_is_refused(cell: str, feedback: str) -> None:
+    with pytest.raises(UsageError, match=f"model.feedback={feedback.split('+')[0]}") as refused:
+        LanguageModel(Model(cell=cell, feedback=feedback), V)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
+def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
+    torch.manual_seed(0)
+    exact = LanguageModel(Model(width=8, feedback="bptt"), V)
+    cheap = LanguageModel(Model(width=8, feedback="dsf"), V)
+    cheap.load_state_dict(exact.state_dict())
+    tokens, targets = torch.randint(V, (2, T, B))
+    losses = [model.loss(tokens, targets)[0] for model in (exact, cheap)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
+    for layer in range(2):
+        a, b = (model.blocks[layer].rnn.weight_hh_l0.grad for model in (exact, cheap))  # type: ignore[union-attr]
+        assert not torch.allclose(a, b, rtol=1e-3)  # type: ignore[arg-type]
