@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feed
 
 CELLS = ["tanh", "relu", "gru", "lstm"]
 DIAGONALS = ["ft-bptt", "dsf", "0.5", "calibrated", "gate", "jacobian"]
-EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=120)
-FEWER = settings(EXAMPLES, max_examples=50)
+EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=80)
+FEWER = settings(EXAMPLES, max_examples=40)
 
 
 def layer(cell, torchs=False, feedback="dsf", **options):

@@ -98,7 +98,7 @@ def test_strided_slices_are_read_as_they_lie(method, varying, reverse):
 @pytest.mark.parametrize(("method", "varying"), ALLOWED)
 def test_first_and_second_derivatives(method, varying, reverse, dtype):
     for length in (1, 5):
-        x, a, initial = (v.requires_grad_() for v in problem((length, 2, 2), varying, dtype))
+        x, a, initial = (v.requires_grad_() for v in problem((length, 1, 2), varying, dtype))
 
         def scan(x, a, initial):
             return sf.diagonal_scan(x, a, reverse=reverse, initial=initial, method=method)
