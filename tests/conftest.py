@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 # Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "red", "house"]
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "house")
 
 
 def sentences(count: int) -> str:

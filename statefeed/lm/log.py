@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,11 +21,17 @@ class Log:
 
     Args:
         path: metrics.jsonl, which must not exist.
+        steps: how many optimizer steps there will be.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, steps: int) -> None:
         self._file = path.open("x", encoding="utf-8")
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": []}
+        self._steps = steps
+        self._every = max(1, steps // TRAIN_ROWS)
+        self._window: list[float] = []
+        self._window_tokens = 0
+        self._loss = self._speed = math.nan  # of the last row
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -37,8 +42,11 @@ class Log:
             transient=True,
             disable=not sys.stdout.isatty(),
         )
+        self._task = self._bar.add_task("", total=steps, loss=math.nan, speed=math.nan)
 
     def __enter__(self) -> "Log":
+        self._bar.start()
+        self._started = self._window_started = time.perf_counter()
         return self
 
     def __exit__(
@@ -46,22 +54,6 @@ class Log:
     ) -> None:
         self._bar.stop()
         self._file.close()
-
-    def begin(self, line: str, steps: int) -> None:
-        """Start the clock and the bar.
-
-        Args:
-            line: what is about to happen.
-            steps: how many steps there will be.
-        """
-        self.say(line)
-        self._steps = steps
-        self._every = max(1, steps // TRAIN_ROWS)
-        self._task = self._bar.add_task("", total=steps, loss=math.nan, speed=math.nan)
-        self._bar.start()
-        self._window: list[float] = []
-        self._window_tokens = 0
-        self._started = self._window_started = time.perf_counter()
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -101,7 +93,6 @@ class Log:
     def draw(self, path: Path) -> None:
         """Draw the losses over the steps."""
         figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         for split, style in (("train", "-"), ("valid", "o-"), ("test", "s")):
             if self._curves[split]:

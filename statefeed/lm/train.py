@@ -32,6 +32,8 @@ class Task:
     corpus: Corpus
     tokenizer: Tokenizer
     ids: dict[str, NDArray[np.int32]]
+    stream: Stream
+    steps: int
     model: LanguageModel
 
 
@@ -48,7 +50,8 @@ def train(config: Config) -> None:
     task = prepare(config)
     checkpoint.create(folder, config, task.corpus, task.tokenizer, task.model)
     best = checkpoint.Best(folder)
-    with Log(folder / checkpoint.METRICS) as log:
+    with Log(folder / checkpoint.METRICS, task.steps) as log:
+        log.say(_opening(task, config.train))
         try:
             optimise(task, config.train, log, best)
             report(task, config.train, log, best)
@@ -77,17 +80,17 @@ def prepare(config: Config) -> Task:
                 f"the {split} split of {corpus.name} has {len(found):,} {config.data.tokens} tokens, fewer than the "
                 f"{needed:,} of one step (train.batch {columns}, train.context {context})"
             )
+    stream = Stream(ids["train"], columns, context)
+    steps = config.train.steps or config.train.epochs * len(stream)
     torch.manual_seed(config.train.seed)
-    return Task(corpus, tokenizer, ids, LanguageModel(config.model, tokenizer.size))
+    return Task(corpus, tokenizer, ids, stream, steps, LanguageModel(config.model, tokenizer.size))
 
 
 def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
     """Take all the steps: this is the training loop."""
-    model, stream = task.model, Stream(task.ids["train"], recipe.batch, recipe.context)
-    steps = recipe.steps or recipe.epochs * len(stream)
+    model, stream, steps = task.model, task.stream, task.steps
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    log.begin(_opening(task, recipe, steps), steps)
     for step in range(1, steps + 1):
         epoch, first = (step - 1) // len(stream) + 1, (step - 1) % len(stream) == 0
         if first:
@@ -152,11 +155,11 @@ def _checked(loss: float, step: int) -> float:
     return loss
 
 
-def _opening(task: Task, recipe: Train, steps: int) -> str:
+def _opening(task: Task, recipe: Train) -> str:
     """What is trained on what, in one line."""
     amounts = ", ".join(f"{len(found):,} {split}" for split, found in task.ids.items())
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return (
         f"{task.corpus.name}: {amounts} tokens of {task.tokenizer.size:,} types; {parameters:,} parameters; "
-        f"{steps:,} steps of {recipe.batch} x {recipe.context} tokens"
+        f"{task.steps:,} steps of {recipe.batch} x {recipe.context} tokens"
     )

@@ -1,0 +1,183 @@
+"""Training: what a run leaves, that it learns, that it repeats itself, and how it ends early."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from statefeed.lm import checkpoint, cli, config
+from statefeed.lm.config import Train
+from statefeed.lm.log import Log
+from statefeed.lm.train import learning_rate
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_configuration_record_tokenizer_metrics_weights_and_curves(run: Path) -> None:
+    names = {"config.yaml", "record.json", "tokenizer.json", "metrics.jsonl", "weights.safetensors", "curves.png"}
+    assert {path.name for path in run.iterdir()} == names
+    assert config.load(run / "config.yaml").train.steps == 12
+    record = json.loads((run / "record.json").read_text())
+    assert {len(split["sha256"]) for split in record["splits"].values()} == {64}
+    assert record["threads"] == torch.get_num_threads()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_row_a_step_and_one_a_score(run: Path) -> None:
+    metrics = rows(run)
+    assert [(row["split"], row["step"]) for row in metrics if row["split"] != "train"] == [
+        ("valid", 4),
+        ("valid", 8),
+        ("valid", 12),
+        ("test", 12),
+    ]
+    assert [row["step"] for row in metrics if row["split"] == "train"] == list(range(1, 13))
+    for row in metrics:
+        assert {"step", "epoch", "split", "loss", "perplexity", "tokens_per_s", "seconds"} <= row.keys()
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert ("bits_per_byte" in row) == (row["split"] != "train")
+    seconds = [row["seconds"] for row in metrics]
+    assert seconds == sorted(seconds)
+
+
+def test_it_learns(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, "--train.steps=120", "--train.lr=0.01", f"--run.dir={folder}"]) == 0
+    first, *_, last = [row["perplexity"] for row in rows(folder) if row["split"] == "train"]
+    assert last < first / 2
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(flags: list[str], run: Path, tmp_path: Path) -> None:
+    def without_times(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows(folder)]
+
+    for name, seed in (("same", 1), ("other", 2)):
+        assert cli.main(["train", *flags, f"--train.seed={seed}", f"--run.dir={tmp_path / name}"]) == 0
+    assert without_times(tmp_path / "same") == without_times(run)
+    assert without_times(tmp_path / "other") != without_times(run)
+
+
+def test_epochs_begin_again_where_the_text_does(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [flag for flag in flags if "steps" not in flag]
+    folder = tmp_path / "run"
+    assert cli.main(["train", *few, "--train.epochs=2", "--train.context=200", f"--run.dir={folder}"]) == 0
+    epochs = [row["epoch"] for row in rows(folder) if row["split"] == "train"]
+    assert epochs == sorted(epochs)
+    assert epochs.count(1) == epochs.count(2) == len(epochs) / 2
+    assert f"{len(epochs)} steps of 4 x 200 tokens" in capsys.readouterr().out
+
+
+def test_the_weights_kept_are_those_of_the_best_validation(flags: list[str], tmp_path: Path) -> None:
+    """A learning rate that ruins the model after a good beginning: the last weights are not the best."""
+    folder = tmp_path / "run"
+    ruin = ["--train.schedule=constant", "--train.warmup=60", "--train.lr=3", "--train.steps=60", "--train.clip=null"]
+    assert cli.main(["train", *flags, *ruin, "--train.evaluations=60", f"--run.dir={folder}"]) == 0
+    valid = {row["step"]: row["loss"] for row in rows(folder) if row["split"] == "valid"}
+    best = min(valid, key=lambda step: valid[step])
+    assert best < 60
+    (test,) = (row for row in rows(folder) if row["split"] == "test")
+    assert test["step"] == best
+    run = checkpoint.load(folder)
+    text = (Path(str(run.config.data.path))).read_text()
+    assert run.tokenizer.size == len(set(text))
+
+
+def test_a_corpus_without_test_split_says_so_and_reports_none(
+    flags: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "given"
+    corpus.mkdir()
+    for split in ("train", "valid"):
+        (corpus / f"{split}.txt").write_bytes(text.read_bytes())
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, f"--data.path={corpus}", f"--run.dir={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert "(given has no test split)" in out
+    assert "\ntest:" not in out
+    assert "test" not in {row["split"] for row in rows(folder)}
+    assert cli.main(["evaluate", str(folder), "--split=test"]) == 2
+    assert capsys.readouterr().err == "statefeed: given has no test split, only train and valid\n"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    wild = ["--train.lr=1e30", "--train.clip=null", "--train.evaluations=12"]
+    assert cli.main(["train", *flags, *wild, f"--run.dir={folder}"]) == 1
+    err = capsys.readouterr().err
+    assert "training diverged (loss " in err
+    assert err.count("\n") == 1
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    assert "Infinity" not in (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("at", "kept"), [(3, "no weights"), (6, "the weights of step 4")])
+def test_an_interruption_keeps_the_best_weights_so_far(
+    at: int,
+    kept: str,
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take = Log.step
+
+    def interrupted(log: Log, step: int, epoch: int, loss: float, tokens: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+        take(log, step, epoch, loss, tokens)
+
+    monkeypatch.setattr(Log, "step", interrupted)
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 130
+    err = capsys.readouterr().err
+    assert f"statefeed: interrupted: {folder} keeps {kept}" in err
+    assert err.count("\n") == 1
+    assert len(rows(folder)) >= at - 1
+    assert (folder / "curves.png").is_file()
+    if at == 6:
+        assert load_file(folder / "weights.safetensors").keys() == checkpoint.load(folder).model.state_dict().keys()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_in_a_real_process(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ["--train.steps=100000", "--train.evaluations=20000", f"--run.dir={folder}"]
+    command = [sys.executable, "-u", "-m", "statefeed", "train", *flags, *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith("step 10 of"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert err.startswith(f"statefeed: interrupted: {folder} keeps the weights of step ")
+    assert err.count("\n") == 1
+    checkpoint.load(folder)
+
+
+def test_learning_rate() -> None:
+    for schedule, middle, last in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.000247)):
+        recipe = Train(lr=1.0, warmup=100, schedule=schedule)  # type: ignore[arg-type]
+        assert learning_rate(recipe, 1, 200) == pytest.approx(0.01)
+        assert learning_rate(recipe, 100, 200) == 1.0
+        assert learning_rate(recipe, 101, 200) == 1.0
+        assert learning_rate(recipe, 151, 200) == pytest.approx(middle)
+        assert learning_rate(recipe, 200, 200) == pytest.approx(last, rel=1e-2)
+    assert learning_rate(Train(warmup=0, lr=1.0, schedule="linear"), 1, 10) == 1.0
+    assert learning_rate(Train(warmup=50, lr=1.0), 20, 20) == 0.4
