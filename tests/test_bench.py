@@ -218,7 +218,7 @@ def test_growth_is_the_exponent_of_time_in_T(monkeypatch):
 
 
 def test_a_scan_that_would_not_fit_is_not_run(monkeypatch):
-    monkeypatch.setattr(scan, "_free_bytes", lambda _: 100 * 8 * 3)
+    monkeypatch.setattr(scan, "_free_bytes", lambda _: 99 * 8 * 3)
     records = list(scan.run(scan.Options(steps="8", widths="3")))
     assert [r["method"] for r in records if "not_run" in r] == ["fft"]
     assert len(scan.table(records).rows) == len(records) == 5

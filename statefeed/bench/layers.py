@@ -410,13 +410,14 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
             middle = [v["median"] for v in ratio]
             reach = [[v["median"] - v["min"] for v in ratio], [v["max"] - v["median"] for v in ratio]]
             left.bar([p + (k + 0.5) * width - 0.4 for p in found], middle, width, yerr=reach, label=name)
-            step = [r["backward_us_per_step"]["median"] for r in found.values()]
-            right.plot(list(found), step, marker="o", label=name)
+            for dtype in dict.fromkeys(r["dtype"] for r in found.values()):
+                steps = {p: r["backward_us_per_step"]["median"] for p, r in found.items() if r["dtype"] == dtype}
+                right.plot(list(steps), list(steps.values()), marker="o", color=f"C{k}")
         left.axhline(1, color="black", linewidth=0.8)
         left.set(ylabel="times faster than torch.nn at its best", title=f"{cell}: forward + backward")
         right.set(ylabel="microseconds per step", yscale="log", title=f"{cell}: backward")
         labels = [f"{T}x{B}x{H}\n{dtype}" for T, B, H, dtype in places]
         for panel in (left, right):
             panel.set_xticks(range(len(places)), labels, fontsize=7)
-        right.legend(fontsize=7)
+        left.legend(fontsize=7)
     return result
