@@ -16,7 +16,7 @@ from torch import Tensor
 from statefeed.kernels.memory import empty
 
 _CELLS = {"gru": 0, "lstm": 1, "rnn_tanh": 2, "rnn_relu": 3}
-_MODES = {"gate": 1, "bptt": 1, "jacobian": 2}
+_RULES = {"gate": 1, "bptt": 1, "jacobian": 2}
 
 
 class Tape(NamedTuple):
@@ -39,6 +39,7 @@ def forward(
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
     keep: bool = True,
+    rounded: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tape]:
     """Outputs, final state and tape of one layer in one direction.
 
@@ -49,6 +50,8 @@ def forward(
         weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
         batch_sizes: rows of every step, int64, non-increasing; None if x is dense.
         keep: whether a backward will follow; without, no tape is written.
+        rounded: round what enters a product to bfloat16, as autocast does, where the CPU gains by it; sums, gates and
+            states stay float32.
 
     Returns:
         y, the shape of x with H in place of I; the final state; the tape, empty without ``keep``.
@@ -69,7 +72,7 @@ def forward(
     if keep and gates > 1:
         tape = Tape(empty(len(rows), gates * H, rows), empty(len(rows), H, rows))
     torch.ops.statefeed.layer_forward(
-        _CELLS[cell], rows, w_ih.contiguous(), w_hh.contiguous(), bias, hidden_bias, h0, batch_sizes, *tape, y, c
+        _CELLS[cell], rounded, rows, w_ih.contiguous(), w_hh.contiguous(), bias, hidden_bias, h0, batch_sizes, *tape, y, c
     )
     h = _last(y, h0, batch_sizes)
     return y.view(*x.shape[:-1], H), (h,) if c is None else (h, c), tape
@@ -87,13 +90,14 @@ def backward(
     corrections: int = 0,
     batch_sizes: Tensor | None = None,
     needs_x: bool = True,
+    rounded: bool = False,
 ) -> Gradients:
     """Gradients of one layer in one direction under a feedback rule, or exactly.
 
         carry[t] = D[t] * delta_k[t] + ((J - D)^T delta_{k-1})[t],     delta_k[t] = e[t] + carry[t+1]
 
     Args:
-        cell, x, state, weights, batch_sizes: as given to ``forward``.
+        cell, x, state, weights, batch_sizes, rounded: as given to ``forward``.
         tape, y: what it returned.
         grads: gradient of y, then of every final state (B, H).
         diagonal: (S,) fixed, ``"gate"``, ``"jacobian"``, or ``"bptt"`` for the exact dense product at every step.
@@ -112,11 +116,11 @@ def backward(
     rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, H)
     h0, *c0 = (s.contiguous() for s in state)
     final_e = torch.cat([g.to(y.dtype) for g in grads[1:]], 1)
-    mode, D = 0, None
+    rule, D = 0, None
     if isinstance(diagonal, Tensor):
         D = diagonal.to(y.dtype).contiguous()
     else:
-        mode = _MODES[diagonal]
+        rule = _RULES[diagonal]
         D = _own_weights(w_hh) if diagonal == "jacobian" else None
     carry = torch.empty_like(final_e)
     d_x = empty(*rows.shape, rows) if needs_x else None
@@ -124,7 +128,7 @@ def backward(
     sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
     residual = empty(len(rows), len(state) * H, rows) if corrections else None
     torch.ops.statefeed.layer_backward(
-        _CELLS[cell], mode, diagonal == "bptt", corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
+        _CELLS[cell], rounded, rule, diagonal == "bptt", corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
         outputs, h0, c0[0] if c0 else None, grads[0].reshape(-1, H).contiguous(), final_e, D, batch_sizes,
         carry, d_x, d_ih, d_hh, sums, residual,
     )  # fmt: skip

@@ -9,6 +9,7 @@ template <class T>
 struct CellKernels {
   int gates, states, unit_vectors, split, sums;  // split: gates whose d is the same at input and hidden side
   void (*forward)(const Forward<T>&);
+  void (*forward_rounded)(const Forward<T>&);
   void (*reverse)(const Reverse<T>&, Diagonal);
   void (*sum_jacobians)(const Reverse<T>&);
 };

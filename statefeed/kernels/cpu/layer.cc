@@ -37,22 +37,6 @@ Arguments stretch_of(const Layer<T>& s, const Chunk& chunk) {
   return part;
 }
 
-template <class T, Use U>
-T* packed_rows(const T* w, int64_t gates, int64_t units, int64_t depth, int vectors) {
-  const int64_t width = vectors * lanes<T>;
-  T* packed = scratch<T, U>(panel_count(units, static_cast<int>(width)) * width * gates * depth);
-  pack_rows(w, gates, units, depth, vectors, packed);
-  return packed;
-}
-
-template <class T, Use U>
-T* packed_columns(const T* w, int64_t units, int64_t depth) {
-  const int64_t width = bulk_vectors * lanes<T>;
-  T* packed = scratch<T, U>(panel_count(units, static_cast<int>(width)) * width * depth);
-  pack_columns(w, units, depth, bulk_vectors, packed);
-  return packed;
-}
-
 // The states before the steps of a chunk, as rows beside d: where sequences end they do not lie one after the other.
 template <class T>
 const T* states_before(const LayerBackward<T>& s, const Chunk& chunk, const T* first) {
@@ -66,14 +50,13 @@ const T* states_before(const LayerBackward<T>& s, const Chunk& chunk, const T* f
   return rows;
 }
 
-}  // namespace
-
-template <class T>
-void run_layer_forward(const LayerForward<T>& s) {
+template <class P, class T = typename P::Out>
+void layer_forward(const LayerForward<T>& s) {
   const CellKernels<T>& cell = *s.cell;
   const int64_t H = s.hidden, G = cell.gates * H;
-  const T* input_weights = packed_rows<T, Use::input_weights>(s.w_ih, 1, G, s.inputs, bulk_vectors);
-  const T* hidden_weights = packed_rows<T, Use::hidden_weights>(s.w_hh, cell.gates, H, H, cell.unit_vectors);
+  const auto* input_weights = pack_rows<P, Use::input_weights>(s.w_ih, 1, G, s.inputs, bulk_vectors);
+  const auto* hidden_weights = pack_rows<P, Use::hidden_weights>(s.w_hh, cell.gates, H, H, cell.unit_vectors);
+  const auto forward = s.rounded ? cell.forward_rounded : cell.forward;
   const T* previous = s.h0;
   for (const Chunk& chunk : chunks(s)) {
     auto part = stretch_of<T, Forward<T>>(s, chunk);
@@ -81,15 +64,15 @@ void run_layer_forward(const LayerForward<T>& s) {
     part.gates = s.gates ? s.gates + chunk.first_row * G : scratch<T, Use::gates>(chunk.rows * G);
     part.extra = s.extra ? s.extra + chunk.first_row * H : nullptr;
     part.y = s.y + chunk.first_row * H;
-    product<T>({chunk.rows, s.inputs, G, s.inputs, s.inputs, G, s.x + chunk.first_row * s.inputs, input_weights, s.bias,
+    product<P>({chunk.rows, s.inputs, G, s.inputs, G, s.x + chunk.first_row * s.inputs, input_weights, s.bias,
                 part.gates, false});
-    cell.forward(part);
+    forward(part);
     previous = part.y + (chunk.rows - part.size(chunk.steps - 1)) * H;
   }
 }
 
-template <class T>
-void run_layer_backward(const LayerBackward<T>& s) {
+template <class P, class T = typename P::Out>
+void layer_backward(const LayerBackward<T>& s) {
   const CellKernels<T>& cell = *s.cell;
   const int64_t H = s.hidden, G = cell.gates * H, S = cell.states * H, shared = cell.split * H;
   const std::vector<Chunk> all = chunks(s);
@@ -98,9 +81,14 @@ void run_layer_backward(const LayerBackward<T>& s) {
   const int64_t d_stride = G + 64 / static_cast<int64_t>(sizeof(T));  // rows a power of two apart share cache sets
   T* d = scratch<T, Use::d>(most * d_stride);
   T* d_hidden = shared < G ? scratch<T, Use::d_hidden>(most * H) : nullptr;
-  const T* hidden_weights = s.exact || s.corrections ? packed_columns<T, Use::hidden_weights>(s.w_hh, H, G) : nullptr;
-  const T* input_weights = s.d_x ? packed_columns<T, Use::input_weights>(s.w_ih, s.inputs, G) : nullptr;
-  constexpr int64_t panel_width = bulk_vectors * lanes<T>;
+  const auto* input_weights = s.d_x ? pack_columns<P, Use::input_weights>(s.w_ih, s.inputs, G, bulk_vectors) : nullptr;
+  // Shared and own gates of d_hidden lie in two buffers, and so their weights in two packs; the exact backward's steps
+  // are float32 in any case.
+  const T* every = s.exact ? pack_columns<Exact<T>, Use::hidden_weights>(s.w_hh, H, G, bulk_vectors) : nullptr;
+  const auto* shared_weights =
+      s.corrections ? pack_columns<P, Use::shared_weights>(s.w_hh, H, shared, bulk_vectors) : nullptr;
+  const auto* own_weights =
+      s.corrections && shared < G ? pack_columns<P, Use::own_weights>(s.w_hh + shared * H, H, G - shared, bulk_vectors) : nullptr;
 
   for (int64_t k = 0; k <= s.corrections; ++k) {
     std::copy(s.final_e, s.final_e + s.batch * S, s.carry);
@@ -113,24 +101,34 @@ void run_layer_backward(const LayerBackward<T>& s) {
       auto part = stretch_of<T, Reverse<T>>(s, chunk);
       part.gates = s.gates + row * G, part.extra = s.extra ? s.extra + row * H : nullptr, part.y = s.y + row * H;
       part.first_h = first_h, part.first_c = row && s.extra ? s.extra + before * H : s.c0;
-      part.e = s.e + row * H, part.diagonal = s.diagonal, part.packed = s.exact ? hidden_weights : nullptr;
+      part.e = s.e + row * H, part.diagonal = s.diagonal, part.packed = every;
       part.residual = k ? residual : nullptr, part.next_residual = k < s.corrections ? residual : nullptr;
       part.carry = s.carry, part.d = d, part.d_hidden = d_hidden, part.d_stride = d_stride, part.sums = s.sums;
       cell.reverse(part, s.mode);
       if (k < s.corrections) {
-        product<T>({chunk.rows, shared, H, d_stride, G, S, d, hidden_weights, nullptr, residual, true});
-        if (shared < G)
-          product<T>({chunk.rows, G - shared, H, H, G, S, d_hidden, hidden_weights + shared * panel_width, nullptr, residual, true});
+        product<P>({chunk.rows, shared, H, d_stride, S, d, shared_weights, nullptr, residual, true});
+        if (own_weights) product<P>({chunk.rows, G - shared, H, H, S, d_hidden, own_weights, nullptr, residual, true});
         continue;
       }
       if (s.d_x)
-        product<T>({chunk.rows, G, s.inputs, d_stride, G, s.inputs, d, input_weights, nullptr, s.d_x + row * s.inputs, false});
-      add_row_products<T>({chunk.rows, G, s.inputs, d_stride, s.inputs, s.inputs, d, s.x + row * s.inputs, s.d_ih});
+        product<P>({chunk.rows, G, s.inputs, d_stride, s.inputs, d, input_weights, nullptr, s.d_x + row * s.inputs, false});
+      add_row_products<P>({chunk.rows, G, s.inputs, d_stride, s.inputs, s.inputs, d, s.x + row * s.inputs, s.d_ih});
       const T* h = states_before(s, chunk, first_h);
-      add_row_products<T>({chunk.rows, shared, H, d_stride, H, H, d, h, s.d_hh});
-      if (shared < G) add_row_products<T>({chunk.rows, G - shared, H, H, H, H, d_hidden, h, s.d_hh + shared * H});
+      add_row_products<P>({chunk.rows, shared, H, d_stride, H, H, d, h, s.d_hh});
+      if (shared < G) add_row_products<P>({chunk.rows, G - shared, H, H, H, H, d_hidden, h, s.d_hh + shared * H});
     }
   }
+}
+
+}  // namespace
+
+template <class T>
+void run_layer_forward(const LayerForward<T>& s) {
+  s.rounded ? layer_forward<RoundedFor<T>>(s) : layer_forward<Exact<T>>(s);
+}
+template <class T>
+void run_layer_backward(const LayerBackward<T>& s) {
+  s.rounded ? layer_backward<RoundedFor<T>>(s) : layer_backward<Exact<T>>(s);
 }
 
 template void run_layer_forward<float>(const LayerForward<float>&);

@@ -12,6 +12,7 @@ template <class T>
 struct Layer : Stretch<T> {
   const CellKernels<T>* cell;
   int64_t rows, inputs;
+  bool rounded;  // products of bfloat16
   const T *x, *w_ih, *w_hh;
 };
 

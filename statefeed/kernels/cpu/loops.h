@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cells.h"
+#include "kernels.h"
 #include "product.h"
 #include "threads.h"
 
@@ -28,17 +29,22 @@ inline Plan plan_steps(int64_t batch, bool ragged, int64_t tile_rows, int64_t pa
   return {1, true, {}};
 }
 
-template <class T, class Cell>
-void forward_step(const Forward<T>& s, int64_t offset, const T* previous, Range rows, Range panels) {
+template <class P, class Cell>
+void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typename P::Out* previous, Range rows,
+                  Range panels) {
+  using T = typename P::Out;
   constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<T, N>;
   alignas(64) T sum[tile_size<T, N>];
-  const int64_t H = s.hidden;
+  const int64_t H = s.hidden, depth = packed_depth<P>(H);
+  int64_t stride = H;
+  const typename P::In* a = P::rows(previous + rows.begin * H, rows.end - rows.begin, H, stride);
+  const auto* packed = static_cast<const typename P::In*>(s.packed);
   const int64_t tiles = panel_count(rows.end - rows.begin, M);
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range part = share(rows.end - rows.begin, tile, tiles);  // even tiles: one of few rows wastes arithmetic
       const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      tile_of<T, N>(count, previous + first * H, H, s.packed + p * H * N * L, H, sum);
+      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth, sum);
       for (int64_t b = first; b < first + count; ++b)
         for (int u = 0; u < U; ++u) {
           const int64_t unit = (p * U + u) * L, row = offset + b;
@@ -50,8 +56,9 @@ void forward_step(const Forward<T>& s, int64_t offset, const T* previous, Range 
     }
 }
 
-template <class T, class Cell>
-void forward(const Forward<T>& s) {
+template <class P, class Cell>
+void forward(const Forward<typename P::Out>& s) {
+  using T = typename P::Out;
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
   const int64_t panels = panel_count(s.hidden, U * lanes<T>);
   const Plan plan = plan_steps(s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * s.hidden * s.hidden);
@@ -62,7 +69,7 @@ void forward(const Forward<T>& s) {
       for (int64_t rank = begin; rank < end; ++rank) {
         const Range rows = plan.by_rows ? share(s.size(t), rank, plan.ranks) : Range{0, s.size(t)};
         const Range columns = plan.by_rows ? Range{0, panels} : share(panels, rank, plan.ranks);
-        forward_step<T, Cell>(s, offset, previous, rows, columns);
+        forward_step<P, Cell>(s, offset, previous, rows, columns);
       }
       previous = s.y + offset * s.hidden;
       if (!plan.by_rows) barrier.wait(end - begin, plan.ranks);
@@ -115,8 +122,8 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
       const T* panel = s.packed + p * stride * N * L;
       const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
-      tile_of<T, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, sum[0]);
-      if (depth < stride) tile_of<T, N>(count, s.d_hidden + row * H, H, panel + depth * N * L, stride - depth, sum[1]);
+      tile_of<Exact<T>, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, sum[0]);
+      if (depth < stride) tile_of<Exact<T>, N>(count, s.d_hidden + row * H, H, panel + depth * N * L, stride - depth, sum[1]);
       for (int64_t b = 0; b < count; ++b) {
         T* carry = s.carry + (first + b) * Cell::states * H + unit;
         for (int64_t u = 0; u < width; ++u)
@@ -184,6 +191,18 @@ void sum_jacobians(const Reverse<T>& s) {
           row.put(row.sums, part, row.at(row.sums, part) + Cell::jacobian(row, local, row.diagonal, part));
       });
   });
+}
+
+template <class T, class Cell>
+CellKernels<T> cell_kernels() {
+  CellKernels<T> kernels{};
+  kernels.gates = Cell::gates, kernels.states = Cell::states, kernels.unit_vectors = Cell::unit_vectors;
+  kernels.split = Cell::split, kernels.sums = Cell::sums;
+  kernels.forward = forward<Exact<T>, Cell>;
+  kernels.forward_rounded = forward<RoundedFor<T>, Cell>;
+  kernels.reverse = reverse<T, Cell>;
+  kernels.sum_jacobians = sum_jacobians<T, Cell>;
+  return kernels;
 }
 
 }  // namespace statefeed

@@ -1,5 +1,4 @@
 // The lstm loops for float and double.
-#include "kernels.h"
 #include "loops.h"
 
 namespace statefeed {
@@ -7,8 +6,7 @@ namespace statefeed {
 template <class T>
 const CellKernels<T>& lstm_kernels() {
   using Cell = Lstm<T>;
-  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
-                                      forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
+  static const CellKernels<T> kernels = cell_kernels<T, Cell>();
   return kernels;
 }
 template const CellKernels<float>& lstm_kernels<float>();

@@ -8,7 +8,7 @@
 
 namespace statefeed {
 
-enum class Use { packed_rows, input_weights, hidden_weights, d, d_hidden, states_before, gates };
+enum class Use { packed_rows, input_weights, hidden_weights, shared_weights, own_weights, d, d_hidden, states_before, gates, rounded };
 
 template <class T, Use>
 T* scratch(int64_t count) {

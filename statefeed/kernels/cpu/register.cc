@@ -50,26 +50,26 @@ void set_stretch(Stretch<T>& s, const Tensor& y, const Tensor& h0, const Optiona
 }
 
 template <class T>
-void set_layer(Layer<T>& s, int64_t cell, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh) {
-  s.cell = &kernels_of<T>(cell), s.rows = x.size(0), s.inputs = x.size(1);
+void set_layer(Layer<T>& s, int64_t cell, bool rounded, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh) {
+  s.cell = &kernels_of<T>(cell), s.rounded = rounded, s.rows = x.size(0), s.inputs = x.size(1);
   s.x = data<T>(x), s.w_ih = data<T>(w_ih), s.w_hh = data<T>(w_hh);
 }
 
-void forward(int64_t cell, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& bias,
+void forward(int64_t cell, bool rounded, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& bias,
              const Optional& hidden_bias, const Tensor& h0, const Optional& sizes, Optional gates, Optional extra,
              Tensor y, Optional c) {
   with_type(y, [&](auto type) {
     using T = decltype(type);
     LayerForward<T> s{};
     set_stretch(s, y, h0, sizes);
-    set_layer(s, cell, x, w_ih, w_hh);
+    set_layer(s, cell, rounded, x, w_ih, w_hh);
     s.bias = data<T>(bias), s.hidden_bias = data<T>(hidden_bias), s.h0 = data<T>(h0);
     s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra), s.c = data<T>(c);
     run_layer_forward(s);
   });
 }
 
-void backward(int64_t cell, int64_t mode, bool exact, int64_t corrections, const Tensor& x, const Tensor& w_ih,
+void backward(int64_t cell, bool rounded, int64_t rule, bool exact, int64_t corrections, const Tensor& x, const Tensor& w_ih,
               const Tensor& w_hh, const Optional& gates, const Optional& extra, const Tensor& y, const Tensor& h0,
               const Optional& c0, const Tensor& e, const Tensor& final_e, const Optional& diagonal,
               const Optional& sizes, Tensor carry, Optional d_x, Tensor d_ih, Tensor d_hh, Tensor sums,
@@ -78,8 +78,8 @@ void backward(int64_t cell, int64_t mode, bool exact, int64_t corrections, const
     using T = decltype(type);
     LayerBackward<T> s{};
     set_stretch(s, y, h0, sizes);
-    set_layer(s, cell, x, w_ih, w_hh);
-    s.mode = static_cast<Diagonal>(mode), s.exact = exact, s.corrections = corrections;
+    set_layer(s, cell, rounded, x, w_ih, w_hh);
+    s.mode = static_cast<Diagonal>(rule), s.exact = exact, s.corrections = corrections;
     s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
     s.h0 = data<T>(h0), s.c0 = data<T>(c0), s.e = data<T>(e), s.final_e = data<T>(final_e);
     s.diagonal = data<T>(diagonal), s.carry = data<T>(carry), s.d_x = data<T>(d_x), s.d_ih = data<T>(d_ih);
@@ -106,10 +106,10 @@ void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
   m.def(
-      "layer_forward(int cell, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, Tensor h0, "
+      "layer_forward(int cell, bool rounded, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, Tensor h0, "
       "Tensor? sizes, Tensor(a!)? gates, Tensor(b!)? extra, Tensor(c!) y, Tensor(d!)? c) -> ()");
   m.def(
-      "layer_backward(int cell, int mode, bool exact, int corrections, Tensor x, Tensor w_ih, Tensor w_hh, "
+      "layer_backward(int cell, bool rounded, int rule, bool exact, int corrections, Tensor x, Tensor w_ih, Tensor w_hh, "
       "Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor e, Tensor final_e, Tensor? diagonal, "
       "Tensor? sizes, Tensor(a!) carry, Tensor(b!)? d_x, Tensor(c!) d_ih, Tensor(d!) d_hh, Tensor(e!) sums, "
       "Tensor(f!)? residual) -> ()");

@@ -1,5 +1,4 @@
 // The rnn loops for float and double.
-#include "kernels.h"
 #include "loops.h"
 
 namespace statefeed {
@@ -7,8 +6,7 @@ namespace statefeed {
 template <class T>
 const CellKernels<T>& tanh_kernels() {
   using Cell = Rnn<T, false>;
-  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
-                                      forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
+  static const CellKernels<T> kernels = cell_kernels<T, Cell>();
   return kernels;
 }
 template const CellKernels<float>& tanh_kernels<float>();
@@ -17,8 +15,7 @@ template const CellKernels<double>& tanh_kernels<double>();
 template <class T>
 const CellKernels<T>& relu_kernels() {
   using Cell = Rnn<T, true>;
-  static const CellKernels<T> kernels{Cell::gates,      Cell::states,     Cell::unit_vectors,    Cell::split, Cell::sums,
-                                      forward<T, Cell>, reverse<T, Cell>, sum_jacobians<T, Cell>};
+  static const CellKernels<T> kernels = cell_kernels<T, Cell>();
   return kernels;
 }
 template const CellKernels<float>& relu_kernels<float>();

@@ -18,7 +18,8 @@ struct Stretch {
 
 template <class T>
 struct Forward : Stretch<T> {
-  const T *packed, *bias;  // W_hh in panels; b_hn (GRU) or null
+  const void* packed;      // W_hh in panels, of the type that the product takes
+  const T* bias;           // b_hn (GRU) or null
   const T* first_h;        // the state before the first step
   T* gates;                // in: the input product with all other biases; out: the gates (RNN: y itself)
   T* extra;                // out: GRU q = W_hn h + b_hn, LSTM c; null: not kept
