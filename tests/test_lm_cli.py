@@ -112,7 +112,7 @@ def test_a_word_outside_the_vocabulary_of_a_run(
     assert cli.main(["train", *flags, *words, f"--run.dir={folder}"]) == 0
     capsys.readouterr()
     assert cli.main(["generate", str(folder), "--prompt=zebra"]) == 2
-    assert capsys.readouterr().err == ("statefeed: --prompt: 'zebra' is not among the 8 types of this run's tokens\n")
+    assert capsys.readouterr().err == (f"statefeed: --prompt: 'zebra' is not among the 8 word tokens of {folder}\n")
     assert cli.main(["generate", str(folder), "--tokens=5"]) == 0
 
 

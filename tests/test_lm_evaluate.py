@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from statefeed.lm import checkpoint, cli, corpora
-from statefeed.lm.config import Model, Train
+from statefeed.lm.config import Model, Train, UsageError
 from statefeed.lm.evaluate import score
 from statefeed.lm.model import LanguageModel
 
@@ -94,8 +94,6 @@ def test_a_text_that_has_changed_is_refused(
     assert err.count("\n") == 1
 
 
-def test_score_does_not_depend_on_numpy_layout() -> None:
-    model = LanguageModel(Model(width=8), 11)
-    tokens = np.arange(80, dtype=np.int32)[::2] % 11
-    recipe = Train(batch=2, context=5)
-    assert score(model, tokens.copy(), 40, recipe).loss == score(model, np.ascontiguousarray(tokens), 40, recipe).loss
+def test_one_token_has_no_score() -> None:
+    with pytest.raises(UsageError, match="at least 2 tokens to be scored, got 1"):
+        score(LanguageModel(Model(width=8), 11), np.array([3], np.int32), 4, Train())

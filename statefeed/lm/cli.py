@@ -131,7 +131,8 @@ def _generate(arguments: Sequence[str]) -> None:
     run = checkpoint.load(Path(values.run))
     outside = run.tokenizer.unknown(values.prompt)
     if outside is not None:
-        raise UsageError(f"--prompt: {outside!r} is not among the {run.tokenizer.size:,} types of this run's tokens")
+        kind = run.config.data.tokens
+        raise UsageError(f"--prompt: {outside!r} is not among the {run.tokenizer.size:,} {kind} tokens of {values.run}")
     ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
     require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
     following = generate(

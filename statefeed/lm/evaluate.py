@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from statefeed.lm.batches import IGNORED, Stream
-from statefeed.lm.config import Train
+from statefeed.lm.config import Train, require
 from statefeed.lm.model import LanguageModel
 
 
@@ -71,7 +71,11 @@ def score(model: LanguageModel, tokens: NDArray[np.int32], size: int, recipe: Tr
         size: bytes of its text.
         recipe: the number of columns and the length of a step; the number of columns has a small effect on the score,
             since each begins without a past.
+
+    Raises:
+        UsageError: when there is no second token to predict.
     """
+    require(len(tokens) > 1, "a split must have at least 2 tokens to be scored", len(tokens))
     started = time.perf_counter()
     training = model.training
     model.eval()
