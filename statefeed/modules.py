@@ -15,6 +15,10 @@ from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.pieces import cut
 from statefeed.recurrence import Calibration, recurrence
 
+_TORCHSCRIPT = (
+    "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
+)
+
 
 def refusal(layer: nn.RNNBase, feedback: Feedback) -> str | None:
     """Why a layer cannot run under a rule, in one sentence; None if it can."""
@@ -96,12 +100,17 @@ class _WithFeedback(nn.RNNBase):
             outputs and final state, as torch.nn's layer.
 
         Gradient: approximate unless ``feedback`` is ``"bptt"`` or has k >= T corrections. Without autograd
-            (``torch.no_grad``) torch's own path runs.
+            (``torch.no_grad``) and in ``torch.export`` torch's own path runs.
+
+        Raises:
+            RuntimeError: traced by TorchScript while autograd is on; ``statefeed.restore`` the model first.
         """
         if lengths is not None or resets is not None:
             return self._forward_pieces(input, hx, lengths, resets)
-        if self._feedback.exact or not torch.is_grad_enabled():
+        if self._feedback.exact or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return super().forward(input, hx)  # type: ignore[no-any-return]
+        if torch.jit.is_tracing():
+            raise RuntimeError(_TORCHSCRIPT)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
             B, unbatched = int(batch_sizes[0]), False
@@ -130,6 +139,47 @@ class _WithFeedback(nn.RNNBase):
             y = y.squeeze(0 if self.batch_first else 1)
             hidden = tuple(s.squeeze(1) for s in hidden) if self._states == 2 else hidden.squeeze(1)
         return y, hidden
+
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """One step of a stream: what ``forward`` returns for a sequence of length 1, without its time axis.
+
+        ``y[t], s[t] = step(x[t], s[t-1])``; steps in a row are the sequence at once. torch.nn's plain layer has no
+        ``step``: after ``statefeed.restore`` give it the sequence of length 1.
+
+        Args:
+            x: (B, I), the input of this step.
+            state: (L, B, H), a pair of them for an LSTM, as the step before returned it; zeros if None.
+
+        Returns:
+            y (B, H), and the state to hand to the next step.
+
+        Gradient: none; train on whole sequences.
+
+        Raises:
+            ValueError: a bidirectional layer, which needs the future, or x of another rank.
+
+        Cost: one step of torch's own layer.
+
+        Example:
+            >>> layer = GRU(3, 5, num_layers=2)
+            >>> x = torch.randn(7, 1, 3)
+            >>> y, state = layer.step(x[0])
+            >>> for t in range(1, 7):
+            ...     y, state = layer.step(x[t], state)
+            >>> torch.allclose(y, layer(x)[0][-1], atol=1e-6)
+            True
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer has no step: its reverse direction begins at the end of the stream")
+        if x.dim() != 2:
+            raise ValueError(f"x must have the shape (B, I), the input of one step, got {tuple(x.shape)}")
+        time = 1 if self.batch_first else 0
+        with torch.no_grad():
+            y, state = self(x.unsqueeze(time), state)
+        return y.squeeze(time), state
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(_TORCHSCRIPT)
 
     def _forward_pieces(
         self, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
