@@ -6,6 +6,8 @@ import functools
 import os
 import warnings
 
+import torch
+
 
 def available() -> bool:
     """Whether the fused kernels can be used; builds and loads them at the first call.
@@ -16,9 +18,14 @@ def available() -> bool:
     return unavailable() is None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable() -> str | None:
     """Why the fused kernels cannot be used, None if they can; builds and loads them at the first call."""
+    return _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
     wish = os.environ.get("STATEFEED_KERNELS", "auto")
     if wish not in ("auto", "on", "off"):
         raise ValueError(f"STATEFEED_KERNELS must be on, off or auto, not {wish!r}")

@@ -33,7 +33,7 @@ _LEVELS = {
 def load() -> str | None:
     """Make ``torch.ops.statefeed`` usable; the reason if that cannot be."""
     try:
-        torch.ops.load_library(str(_prebuilt() or _built()))
+        torch.ops.load_library(str(_prebuilt() or _built()))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return str(error)
     from statefeed.kernels import fakes  # noqa: F401

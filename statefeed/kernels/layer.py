@@ -72,7 +72,18 @@ def forward(
     if keep and gates > 1:
         tape = Tape(empty(len(rows), gates * H, rows), empty(len(rows), H, rows))
     torch.ops.statefeed.layer_forward(
-        _CELLS[cell], rounded, rows, w_ih.contiguous(), w_hh.contiguous(), bias, hidden_bias, h0, batch_sizes, *tape, y, c
+        _CELLS[cell],
+        rounded,
+        rows,
+        w_ih.contiguous(),
+        w_hh.contiguous(),
+        bias,
+        hidden_bias,
+        h0,
+        batch_sizes,
+        *tape,
+        y,
+        c,
     )
     h = _last(y, h0, batch_sizes)
     return y.view(*x.shape[:-1], H), (h,) if c is None else (h, c), tape
@@ -123,8 +134,8 @@ def backward(
         rule = _RULES[diagonal]
         D = _own_weights(w_hh) if diagonal == "jacobian" else None
     carry = torch.empty_like(final_e)
-    d_x = empty(*rows.shape, rows) if needs_x else None
-    d_ih, d_hh = empty(*w_ih.shape, rows).zero_(), empty(*w_hh.shape, rows).zero_()
+    d_x = empty(len(rows), rows.shape[1], rows) if needs_x else None
+    d_ih, d_hh = (empty(len(w), w.shape[1], rows).zero_() for w in (w_ih, w_hh))
     sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
     residual = empty(len(rows), len(state) * H, rows) if corrections else None
     torch.ops.statefeed.layer_backward(
@@ -136,7 +147,7 @@ def backward(
     if biases:
         b_ih, b_hh = (sums[:3], sums[[0, 1, 3]]) if cell == "gru" else (sums, sums.clone())
         d_weights += [b_ih.reshape(-1), b_hh.reshape(-1)]
-    return Gradients(None if d_x is None else d_x.view(x.shape), carry.split(H, 1), d_weights)
+    return Gradients(None if d_x is None else d_x.view(x.shape), torch.split(carry, H, 1), d_weights)
 
 
 def mean_jacobian(

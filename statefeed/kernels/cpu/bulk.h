@@ -13,7 +13,7 @@ constexpr int bulk_vectors = 2;
 constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
 constexpr int bulk_group = 4;    // tiles packed together, so that whole cache lines of every row are used
 template <class T>
-constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors>;
+constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors> + lanes<T>;
 
 template <class T>
 inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
@@ -75,6 +75,12 @@ struct RowSum {
   T* out;
 };
 
+// One vector of a row, joined with the same of the next row where the product takes pairs.
+template <class P, class T = typename P::Out>
+inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows, int inside) {
+  return P::join(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
+}
+
 // out (units, inputs) += a (rows, units)^T @ b (rows, inputs)
 template <class P>
 void add_row_products(const RowSum<typename P::Out>& s) {
@@ -93,10 +99,8 @@ void add_row_products(const RowSum<typename P::Out>& s) {
         for (int64_t k = 0; k < count; k += P::pack)
           for (int j = 0; j < N; ++j) {
             const int64_t unit = p * width + j * L, inside = std::clamp<int64_t>(s.inputs - unit, 0, L);
-            alignas(64) T pair[P::pack][L] = {};
-            for (int64_t i = 0; i < std::min<int64_t>(P::pack, count - k) && inside; ++i)
-              store(pair[i], load(s.b + (from + k + i) * s.b_stride + unit, static_cast<int>(inside)));
-            P::template join_rows<L>(pair, packed + (p * packed_count + k / P::pack) * width + j * L);
+            store(packed + (p * packed_count + k / P::pack) * width + j * L,
+                  joined<P>(s.b + (from + k) * s.b_stride + unit, s.b_stride, count - k, static_cast<int>(inside)));
           }
     });
     const int64_t ranks = std::min(threads, tiles);
@@ -109,16 +113,12 @@ void add_row_products(const RowSum<typename P::Out>& s) {
         for (int64_t k = 0; k < count; k += P::pack)
           for (int64_t i = 0; i < group; ++i) {
             const int64_t unit = (first + i) * M;
-            T pair[P::pack][M] = {};
-            for (int64_t j = 0; j < std::min<int64_t>(P::pack, count - k); ++j) {
-              const T* from_row = s.a + (from + k + j) * s.a_stride + unit;
-              __builtin_prefetch(from_row + 12 * s.a_stride);
-              if (unit + M <= s.units)
-                std::memcpy(pair[j], from_row, M * sizeof(T));
-              else
-                std::copy(from_row, from_row + (s.units - unit), pair[j]);
-            }
-            P::template join_rows<M>(pair, rows[i] + k / P::pack * M);
+            const T* row = s.a + (from + k) * s.a_stride + unit;
+            __builtin_prefetch(row + 12 * s.a_stride);
+            // A whole vector may reach into the next depth's place, which is filled next.
+            for (int64_t m = 0; m < M && unit + m < s.units; m += L)
+              store(rows[i] + k / P::pack * M + m,
+                    joined<P>(row + m, s.a_stride, count - k, static_cast<int>(std::min<int64_t>(L, s.units - unit - m))));
           }
         for (int64_t p = 0; p < panels; ++p)
           for (int64_t i = 0; i < group; ++i) {

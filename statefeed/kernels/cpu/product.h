@@ -21,10 +21,7 @@ struct Exact {
   static Vector<T> multiply_add(Vector<T> sum, Vector<T> x, Vector<T> w) { return sum + x * w; }
   static In join(const T* from, int64_t) { return *from; }
   static const In* rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
-  template <int Width>
-  static void join_rows(const T (&from)[1][Width], In* to) {
-    std::memcpy(to, from, sizeof from);
-  }
+  static Vector<T> join(Vector<T> first, Vector<T>) { return first; }
 };
 
 #if defined(__AVX512BF16__)
@@ -43,18 +40,19 @@ struct Rounded {
   }
   static In join(float first, float second) { return (round(first) >> 16) | (round(second) & 0xffff0000u); }
   static In join(const float* from, int64_t left) { return join(from[0], left > 1 ? from[1] : 0.0f); }
-  template <int Width>
-  static void join_rows(const float (&from)[2][Width], In* to) {
-    for (int i = 0; i < Width; ++i) to[i] = join(from[0][i], from[1][i]);
+  static __m256i halves(Vector<float> value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
+  static Vector<In> join(Vector<float> first, Vector<float> second) {
+    return (Vector<In>)_mm512_cvtepu16_epi32(halves(first)) | ((Vector<In>)_mm512_cvtepu16_epi32(halves(second)) << 16);
   }
   static const In* rows(const float* from, int64_t count, int64_t depth, int64_t& stride) {
     const int64_t pairs = (depth + 1) / 2;
     In* to = scratch<In, Use::rounded>(count * pairs);
     for (int64_t i = 0; i < count; ++i) {
       const float* row = from + i * stride;
-      uint16_t* halves = reinterpret_cast<uint16_t*>(to + i * pairs);
-      for (int64_t k = 0; k < depth; ++k) halves[k] = static_cast<uint16_t>(round(row[k]) >> 16);
-      if (depth % 2) halves[depth] = 0;
+      int64_t k = 0;
+      for (; k + 16 <= depth; k += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * pairs + k / 2), halves(load(row + k)));
+      for (; k < depth; k += 2) to[i * pairs + k / 2] = join(row + k, depth - k);
     }
     stride = pairs;
     return to;
