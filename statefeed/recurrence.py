@@ -10,6 +10,7 @@ out as in torch's PackedSequence and become a (T, B, H) grid only for the scan, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from statefeed.cells import Cell
+from statefeed import kernels
+from statefeed.cells import GRU, Cell
 from statefeed.feedback import Feedback
+from statefeed.kernels import layer
 from statefeed.scan import diagonal_scan
 
 
@@ -61,13 +64,32 @@ def recurrence(
 
     Gradient: approximate, as the rule says; exact for k >= T.
 
-    Cost: forward, torch's own layer without autograd; backward, one scan and two products to recompute the gates of a
-        GRU or LSTM, three to form the gradients, one per correction. Saved for the backward: x, y and the state.
+    Raises:
+        RuntimeError: no steps, as torch has it.
+
+    Cost: through the fused kernels, five products over all rows forward and backward, one more per correction, and the
+        gates kept in between. Through torch, where there is no kernel, torch's own layer without autograd, and a
+        backward of one scan, two products to compute the gates anew, three to form the gradients, one per correction;
+        kept in between: x, y and the state.
     """
+    if not len(x):
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     y, *final = _Recurrence.apply(  # type: ignore[no-untyped-call]
         cell, feedback, calibration, batch_sizes, len(state), x, *state, *weights
     )
     return y, tuple(final)
+
+
+class _Done(NamedTuple):
+    """A forward pass that was done, and the gradients of its outputs: of y, then of every final state."""
+
+    x: Tensor
+    state: tuple[Tensor, ...]
+    weights: list[Tensor]
+    y: Tensor
+    grads: tuple[Tensor, ...]
+    batch_sizes: Tensor | None
+    needs_x: bool
 
 
 class _Recurrence(torch.autograd.Function):
@@ -82,56 +104,94 @@ class _Recurrence(torch.autograd.Function):
         x: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        state, weights = rest[:states], rest[states:]
-        layer = getattr(torch._VF, cell.name)
-        hx: Any = [s[None] for s in state] if states > 1 else state[0][None]
-        biased = len(weights) > 2
-        if batch_sizes is None:
-            y, *final = layer(x, hx, weights, biased, 1, 0.0, False, False, False)
+        ctx.autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
+        ctx.fused = why_not_fused(x, *rest) is None
+        tape: tuple[Tensor | None, ...] = ()
+        if ctx.fused:
+            y, final, tape = layer.forward(cell.name, *_wide(x, rest, states), batch_sizes, rounded=ctx.autocast[1])
         else:
-            y, *final = layer(x, batch_sizes, hx, weights, biased, 1, 0.0, False, False)
+            y, final = _forward(cell, x, rest[:states], list(rest[states:]), batch_sizes)
         ctx.cell, ctx.feedback, ctx.calibration, ctx.states = cell, feedback, calibration, states
-        ctx.autocast = _autocast(x.device.type)
-        ctx.save_for_backward(batch_sizes, x, y, *rest)
-        return y, *(s[0] for s in final)
+        ctx.save_for_backward(batch_sizes, x, y, *rest, *tape)
+        if ctx.fused and ctx.autocast[1] and cell is not GRU:
+            # What torch's layers return under autocast: its GRU alone stays in float32.
+            return y.bfloat16(), *(s.bfloat16() for s in final)
+        return y, *final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         batch_sizes, x, y, *rest = ctx.saved_tensors
-        state, weights = tuple(rest[: ctx.states]), rest[ctx.states :]
-        needs_x, needs = ctx.needs_input_grad[5], ctx.needs_input_grad[6 + ctx.states :]
-        with torch.autocast(x.device.type, *ctx.autocast):
-            d_input, d_hidden, h_before, d_state = _pre_activation_gradients(
-                ctx.cell, ctx.feedback, ctx.calibration, batch_sizes, x, y, state, weights, grads
-            )
-            w_ih, w_hh = weights[:2]
-            same = d_hidden is d_input
-            d_input = d_input.to(w_ih.dtype)
-            d_hidden = d_input if same else d_hidden.to(w_hh.dtype)
-            d_x = (d_input @ w_ih).to(x.dtype) if needs_x else None
-            d_weights: list[Tensor | None] = [
-                (_rows(d_input).T @ _rows(x)).to(w_ih.dtype) if needs[0] else None,
-                (_rows(d_hidden).T @ _rows(h_before).to(w_hh.dtype)).to(w_hh.dtype) if needs[1] else None,
-            ]
-            if len(weights) > 2:
-                d_weights += [_rows(d_input).sum(0), _rows(d_hidden).sum(0)]
-        d_state = tuple(d.to(s.dtype) for d, s in zip(d_state, state, strict=True))
-        return None, None, None, None, None, d_x, *d_state, *d_weights
+        tape = layer.Tape(rest.pop(-2), rest.pop(-1)) if ctx.fused else None
+        rule = (ctx.cell, ctx.feedback, ctx.calibration)
+        needs_x = ctx.needs_input_grad[5]
+        if tape is not None:
+            wide_grads = tuple(g.to(y.dtype) for g in grads)
+            done = _Done(*_wide(x, rest, ctx.states), y, wide_grads, batch_sizes, needs_x)
+            found = _fused_backward(*rule, done, tape, rounded=ctx.autocast[1])
+        else:
+            done = _Done(x, tuple(rest[: ctx.states]), rest[ctx.states :], y, grads, batch_sizes, needs_x)
+            with torch.autocast(x.device.type, *ctx.autocast):
+                found = _backward(*rule, done)
+        d_x = None if found.x is None else found.x.to(x.dtype)
+        return None, None, None, None, None, d_x, *found.state, *found.weights
 
 
-def _pre_activation_gradients(
-    cell: Cell,
-    feedback: Feedback,
-    calibration: Calibration | None,
-    batch_sizes: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    state: tuple[Tensor, ...],
-    weights: list[Tensor],
-    grads: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """(d_input, d_hidden, h before each step, gradients of the initial state)."""
+def why_not_fused(x: Tensor, *rest: Tensor) -> str | None:
+    """Why a layer over this input, these states and weights runs through torch; None if the fused kernels take it."""
+    if x.device.type != "cpu":
+        return f"there is no fused kernel for {x.device.type}"
+    dtypes = {t.dtype for t in rest}
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return f"under autocast the fused kernels take bfloat16, got {torch.get_autocast_dtype('cpu')}"
+        if not {x.dtype, *dtypes} <= {torch.float32, torch.bfloat16} or rest[-1].dtype != torch.float32:
+            return f"under autocast the fused kernels take float32 weights, got {sorted(map(str, dtypes))}"
+    elif x.dtype not in (torch.float32, torch.float64) or dtypes != {x.dtype}:
+        return f"the fused kernels take float32 or float64 throughout, got {sorted(map(str, {x.dtype, *dtypes}))}"
+    reason: str | None = kernels.unavailable()
+    return reason
+
+
+def _wide(x: Tensor, rest: Sequence[Tensor], states: int) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """Input, states and weights in the dtype of the weights: under autocast, what enters may be bfloat16."""
+    dtype = rest[-1].dtype
+    return x.to(dtype), tuple(s.to(dtype) for s in rest[:states]), list(rest[states:])
+
+
+def _fused_backward(
+    cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done, tape: layer.Tape, rounded: bool
+) -> layer.Gradients:
+    x, state, weights, y, grads, batch_sizes, needs_x = done
+    D: Any = feedback.stationary(len(state) * y.shape[-1], y.dtype, y.device)
+    if calibration is not None:
+        if calibration.training and y.numel():
+            calibration.observe(layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes))
+        D = calibration.mean
+    elif D is None:
+        D = feedback.diagonal
+    return layer.backward(
+        cell.name, tape, x, y, state, weights, grads, D, feedback.corrections, batch_sizes, needs_x, rounded
+    )
+
+
+def _forward(
+    cell: Cell, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], batch_sizes: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """torch's own layer; its gates are computed anew in the backward pass."""
+    run = getattr(torch._VF, cell.name)
+    hx: Any = [s[None] for s in state] if len(state) > 1 else state[0][None]
+    biased = len(weights) > 2
+    if batch_sizes is None:
+        y, *final = run(x, hx, weights, biased, 1, 0.0, False, False, False)
+    else:
+        y, *final = run(x, batch_sizes, hx, weights, biased, 1, 0.0, False, False)
+    return y, tuple(s[0] for s in final)
+
+
+def _backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done) -> layer.Gradients:
+    """Scan, local gradients over all rows, and the large products."""
+    x, state, weights, y, grads, batch_sizes, needs_x = done
     wide = torch.float32 if y.dtype in (torch.bfloat16, torch.float16) else y.dtype
     time = _Time(batch_sizes)
     w_ih, w_hh, *biases = weights
@@ -179,7 +239,20 @@ def _pre_activation_gradients(
     d_state = [D[s] * delta[s] for s in range(len(state))]
     if residual is not None:
         d_state = [d + r for d, r in zip(d_state, residual, strict=True)]
-    return d_input, d_hidden, h_before, tuple(time.first(d) for d in d_state)
+    same = d_hidden is d_input
+    d_input = d_input.to(w_ih.dtype)
+    d_hidden = d_input if same else d_hidden.to(w_hh.dtype)
+    d_weights = [
+        (_rows(d_input).T @ _rows(x)).to(w_ih.dtype),
+        (_rows(d_hidden).T @ _rows(h_before).to(w_hh.dtype)).to(w_hh.dtype),
+    ]
+    if biases:
+        d_weights += [_rows(d_input).sum(0), _rows(d_hidden).sum(0)]
+    return layer.Gradients(
+        (d_input @ w_ih).to(x.dtype) if needs_x else None,
+        tuple(time.first(d).to(s.dtype) for d, s in zip(d_state, state, strict=True)),
+        d_weights,
+    )
 
 
 def _diagonals(
@@ -253,7 +326,3 @@ class _Time(NamedTuple):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _autocast(device: str) -> tuple[torch.dtype, bool]:
-    return torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
