@@ -11,6 +11,11 @@ def main() -> None:
     if missing := [name for name in _APPLICATION if find_spec(name) is None]:
         print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
         sys.exit(2)
+    if sys.argv[1:2] == ["bench"]:
+        # A process as a user of the library has it: torch.nn as shipped, denormals and allocator untouched.
+        from statefeed import bench
+
+        sys.exit(bench.main(sys.argv[2:]))
     from statefeed.lm import cli
 
     cli.own_process()

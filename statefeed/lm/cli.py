@@ -21,6 +21,7 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
   statefeed evaluate RUN [--split=test]                       score a run on a split
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
+  statefeed bench layers|scan|memory [--smoke]                time the layers and scans of this machine
 
 statefeed COMMAND --help lists every flag of a command.
 """
