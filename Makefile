@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow format dist clean
+.PHONY: train test slow interop format dist clean
 
 train: .venv/.installed-lm
 	$(BIN)/statefeed train recipes/quickstart.yaml
@@ -15,6 +15,9 @@ test: .venv/.installed-dev
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+interop: .venv/.installed-interop
+	$(BIN)/python -m pytest -m interop tests/interop
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format .
@@ -31,4 +34,8 @@ clean:
 
 .venv/.installed-%: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+.venv/.installed-interop: .venv/.installed-dev tests/interop/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/interop/requirements.txt
 	touch $@
