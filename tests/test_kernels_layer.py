@@ -256,7 +256,8 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,
         (0, False, 0, False, 0, rows, *case.weights[:2], *tape, y, h0, None, case.e.reshape(6, 5), torch.zeros(2, 5),
-         hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5), torch.zeros(4, 5), None),
+         hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
+         torch.zeros(4, 5), None),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.statefeed.sum_jacobians.default,

@@ -1,0 +1,101 @@
+"""Building the kernels: when, where, once, and what happens where it cannot be done. Every case is a fresh process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import warnings
+import torch
+from statefeed import kernels
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first, second = kernels.available(), kernels.available()
+assert first == second
+print(first, len(caught), *(w.message for w in caught))
+"""
+LOADED = "import sys; import statefeed; import statefeed.kernels; print('statefeed.kernels.build' in sys.modules)"
+
+
+def python(program: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(program: str, **environment: str) -> str:
+    process = python(program, **environment)
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return out.strip()
+
+
+@pytest.fixture
+def quick_compiler(tmp_path: Path) -> str:
+    """A compiler that is at its end at once."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || echo >> {tmp_path}/calls\necho "error: no" >&2\n[ "$1" = --version ]\n'
+    )
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_import_builds_nothing() -> None:
+    assert said(LOADED) == "False"
+
+
+def test_off_is_silent() -> None:
+    assert said(PROGRAM, STATEFEED_KERNELS="off") == "False 0"
+
+
+def test_another_word_is_refused() -> None:
+    process = python(PROGRAM, STATEFEED_KERNELS="yes")
+    assert "must be on, off or auto, not 'yes'" in process.communicate()[1]
+
+
+def test_without_a_compiler_one_warning_says_so(tmp_path: Path) -> None:
+    answer = said(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert answer.startswith("False 1 ")
+    assert "there is no C++ compiler" in answer
+
+
+def test_on_raises_where_the_kernels_cannot_be_had(tmp_path: Path) -> None:
+    process = python(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path), STATEFEED_KERNELS="on")
+    assert "RuntimeError: STATEFEED_KERNELS is on, but" in process.communicate()[1]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, quick_compiler: str) -> None:
+    (tmp_path / "cache").write_text("a file where a folder is needed")
+    answer = said(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert answer.startswith("False 1 ")
+    assert "cache" in answer
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, quick_compiler: str) -> None:
+    answer = said(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path))
+    assert answer.startswith("False 1 ")
+    assert "error: no" in answer
+    assert not list((tmp_path / "statefeed").glob("*.so"))
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "counting"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -shared ] && echo >> {calls}\nexec "${{REAL:-g++}}" "$@"\n')
+    compiler.chmod(0o755)
+    together = [python(PROGRAM, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    answers = [process.communicate()[0].strip() for process in together]
+    if answers[0] != "True 0":
+        pytest.skip("there is no g++")
+    assert answers == ["True 0", "True 0"]
+    assert len(calls.read_text()) == 1
+    assert said(PROGRAM, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)) == "True 0"
+    assert len(calls.read_text()) == 1
