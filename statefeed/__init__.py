@@ -1,6 +1,6 @@
 """Recurrent networks trained without sequential backpropagation through time: the front door."""
 
-from statefeed.alignment import Agreement, Alignment, alignment
+from statefeed.alignment import Agreement, Alignment, Lags, alignment
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
@@ -17,6 +17,7 @@ __all__ = [
     "Agreement",
     "Alignment",
     "Feedback",
+    "Lags",
     "Recurrent",
     "Schedule",
     "SwapReport",

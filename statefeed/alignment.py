@@ -1,4 +1,4 @@
-"""How the gradient under a rule relates to the exact one: cosine and norm ratio on a user's own model and batch."""
+"""How the gradient under a rule relates to the exact one, on a user's own model and batch: whole, by part, by lag."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from statefeed.custom import Recurrent
 from statefeed.modules import GRU, LSTM, RNN
+
+_OURS = (RNN, GRU, LSTM, Recurrent)
+
+# Rows of the batch that show how credit decays with the lag: enough for a curve, little beside the whole batch.
+_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,31 @@ class Agreement:
     Attributes:
         cosine: of the angle between the two, 1 where they point the same way; NaN where one of them is zero.
         norm_ratio: norm under the rule over the exact norm; NaN where the exact gradient is zero.
+        sign_agreement: share of the entries with a nonzero exact gradient whose sign is right; NaN where there is none.
     """
 
     cosine: float
     norm_ratio: float
+    sign_agreement: float
+
+
+@dataclass(frozen=True)
+class Lags:
+    """How far back one layer assigns credit: one number for every lag k = 0, 1, ..., T - 1.
+
+    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, x and y being the layer's input and output, v a random normal vector and the
+    initial state zero: the gradient that the last output sends to the input k steps before it, through every state
+    between.
+
+    Attributes:
+        exact: norm of g[k] under BPTT.
+        rule: norm of g[k] under the layer's rule.
+        agreement: of the two.
+    """
+
+    exact: tuple[float, ...]
+    rule: tuple[float, ...]
+    agreement: tuple[Agreement, ...]
 
 
 @dataclass(frozen=True)
@@ -34,19 +62,25 @@ class Alignment:
         total: over all parameters joined.
         parameters: by parameter name, those that require grad and that the loss reaches.
         layers: by module name, over the parameters that a statefeed layer owns, joined.
+        lags: by module name, how credit decays with the time lag through that layer.
     """
 
     total: Agreement
     parameters: dict[str, Agreement]
     layers: dict[str, Agreement]
+    lags: dict[str, Lags]
 
 
 def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Alignment:
-    """Cosine and norm ratio between the gradient under the current rules and exact BPTT.
+    """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
 
-    ``cos(g, g*) = <g, g*> / (|g| |g*|)`` and ``|g| / |g*|``, g* being the gradient with every statefeed layer of the
-    model set to ``"bptt"``. Both passes draw the same random numbers, so dropout masks are equal; the model is as it
-    was afterwards: rules, ``.grad``, buffers and generators.
+    ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
+    the gradient with every statefeed layer of the model set to ``"bptt"``. Both passes draw the same random numbers, so
+    dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
+
+    The lags are measured on every layer alone, with the input of its first call (its longest sequences if they are
+    packed or have ``lengths``; ``resets`` are left out), on the forward direction's half of the last output if it has
+    two.
 
     Args:
         model: any module that holds statefeed layers.
@@ -54,29 +88,32 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         batch: handed to ``loss_fn`` as it is.
 
     Returns:
-        ``Alignment``: in total, per parameter and per layer.
+        ``Alignment``: in total, per parameter, per layer, and per layer and lag.
 
     Gradient: none; it measures gradients and leaves ``.grad`` alone.
 
     Raises:
         ValueError: a model without a statefeed layer or without a parameter that requires grad.
 
-    Cost: one forward and backward pass under the rules, one under torch's own BPTT.
+    Cost: one forward and backward pass under the rules, one under torch's own BPTT, and for the lags the recurrent
+        layers alone once more in both ways, on at most four rows of the batch.
 
     Example:
         >>> layer = GRU(2, 4, feedback="gate+9")
         >>> result = alignment(layer, lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2))
-        >>> round(result.total.cosine, 3)
-        1.0
+        >>> round(result.total.cosine, 3), round(result.total.sign_agreement, 3)
+        (1.0, 1.0)
+        >>> [round(at.norm_ratio, 3) for at in result.lags[""].agreement]
+        [1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (RNN, GRU, LSTM))}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _OURS)}
     if not layers:
-        raise ValueError("alignment needs a model with a statefeed RNN, GRU or LSTM in it, got one without")
+        raise ValueError("alignment needs a model with a statefeed RNN, GRU, LSTM or Recurrent in it, got one without")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
 
-    with _untouched(model):
+    with _untouched(model), _inputs(layers) as inputs:
         ours = _gradients(model, loss_fn, batch, parameters)
     with _untouched(model):
         for layer in layers.values():
@@ -94,7 +131,10 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         return _agreement([ours[name] for name in group], [exact[name] for name in group])
 
     return Alignment(
-        over(reached), {name: over([name]) for name in reached}, {k: over(v) for k, v in owned.items() if v}
+        total=over(reached),
+        parameters={name: over([name]) for name in reached},
+        layers={name: over(group) for name, group in owned.items() if group},
+        lags={name: _lags(layers[name], x) for name, x in inputs.items()},
     )
 
 
@@ -114,18 +154,76 @@ def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreeme
         if g is not None and h is not None
     ]
     dot = sum(float(g @ h) for g, h in pairs)
+    right = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
+    signed = sum(int((h != 0).sum()) for _, h in pairs)
     ours_norm, exact_norm = (sum(float(v @ v) for v in side) ** 0.5 for side in zip(*pairs, strict=True))
     nan = float("nan")
     return Agreement(
         dot / (ours_norm * exact_norm) if ours_norm and exact_norm else nan,
         ours_norm / exact_norm if exact_norm else nan,
+        right / signed if signed else nan,
     )
+
+
+@contextmanager
+def _inputs(layers: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Collects the input of every layer's first call, some rows of it, (T, rows, I)."""
+    inputs: dict[str, Tensor] = {}
+
+    def collect(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, lengths = args[0] if args else kwargs["x" if isinstance(layer, Recurrent) else "input"], None
+        if isinstance(x, PackedSequence):
+            x, lengths = pad_packed_sequence(x)
+        else:
+            x = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if layer.batch_first else x
+            lengths = kwargs.get("lengths")
+        if lengths is not None:
+            longest = int(lengths.max())
+            x = x[:longest, lengths.to(x.device) == longest]
+        if name not in inputs and x.is_floating_point():
+            inputs[name] = x[:, :_ROWS].detach()
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _lags(layer: Any, x: Tensor) -> Lags:
+    with _untouched(layer):
+        rule = _by_lag(layer, x)
+    with _untouched(layer):
+        layer.feedback = "bptt"
+        exact = _by_lag(layer, x)
+    return Lags(
+        tuple(exact.flatten(1).norm(dim=1).tolist()),
+        tuple(rule.flatten(1).norm(dim=1).tolist()),
+        tuple(_agreement([g], [h]) for g, h in zip(rule, exact, strict=True)),
+    )
+
+
+def _by_lag(layer: Any, x: Tensor) -> Tensor:
+    """What the last output sends back to the input, (T, rows, I), lag 0 first."""
+    x = x.to(next(layer.parameters()).dtype, copy=True).requires_grad_()
+    with torch.enable_grad():
+        y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
+        last = y[:, -1] if layer.batch_first else y[-1]
+        if getattr(layer, "bidirectional", False):
+            last = last[:, : layer.hidden_size]
+        sent = (last * torch.randn_like(last)).sum()
+    (grad,) = torch.autograd.grad(sent, x)
+    return grad.flip(0).double().cpu()
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put rules, buffers and random generators back as they were."""
-    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, (RNN, GRU, LSTM))]
+    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, _OURS)]
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):

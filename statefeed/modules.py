@@ -109,7 +109,7 @@ class _WithFeedback(nn.RNNBase):
             return self._forward_pieces(input, hx, lengths, resets)
         if self._feedback.exact or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return super().forward(input, hx)  # type: ignore[no-any-return]
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TORCHSCRIPT)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input

@@ -151,3 +151,117 @@ def test_a_gradient_of_zero_has_no_angle(x):
 def test_a_model_without_anything_to_align_is_refused(model):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         sf.alignment(model, lambda model, x: model(x).sum(), torch.zeros(2, 1, 3))
+
+
+# Signs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sign_agreement_is_the_share_of_entries_whose_sign_is_right(x):
+    model = Model()
+    ours, exact = by_hand(model, x)
+    torch.manual_seed(7)
+    found = sf.alignment(model, loss, x)
+    for name, value in found.parameters.items():
+        pairs = list(zip(ours[name].flatten().tolist(), exact[name].flatten().tolist(), strict=True))
+        right = sum(a * b > 0 for a, b in pairs)
+        assert value.sign_agreement == pytest.approx(right / sum(b != 0 for _, b in pairs), abs=1e-12)
+    assert 0.5 < found.total.sign_agreement < 1
+
+
+# Time lags ------------------------------------------------------------------------------------------------------------
+
+
+def by_lag(layer, x, v):
+    """What v on the last output sends to the input of every lag, by plain autograd."""
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad((layer(leaf)[0][-1] * v).sum(), leaf)
+    return list(grad.flip(0))
+
+
+def outputs(model, x):
+    return model(x)[0].square().sum()
+
+
+@pytest.mark.parametrize("rule", ["dsf", "gate+1", "jacobian"])
+@pytest.mark.parametrize("cell", [sf.GRU, sf.LSTM])
+def test_lags_are_the_gradients_that_the_last_output_sends_back(cell, rule, x):
+    torch.manual_seed(0)
+    layer = cell(3, 5, num_layers=2, feedback=rule).double()
+    torch.manual_seed(7)
+    lags = sf.alignment(layer, outputs, x).lags[""]
+    torch.manual_seed(7)
+    v = torch.randn(3, 5, dtype=torch.float64)
+    ours = by_lag(layer, x, v)
+    layer.feedback = "bptt"
+    exact = by_lag(layer, x, v)
+    assert lags.rule == pytest.approx([float(g.norm()) for g in ours])
+    assert lags.exact == pytest.approx([float(g.norm()) for g in exact])
+    cosines = [float((g * h).sum() / (g.norm() * h.norm())) for g, h in zip(ours, exact, strict=True)]
+    assert [at.cosine for at in lags.agreement] == pytest.approx(cosines)
+    signs = [float(((g * h) > 0).double().mean()) for g, h in zip(ours, exact, strict=True)]
+    assert [at.sign_agreement for at in lags.agreement] == pytest.approx(signs)
+
+
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+def test_truncation_to_k_steps_is_exact_up_to_lag_k_and_nothing_behind(corrections, x):
+    layer = sf.GRU(3, 5, feedback=f"ft-bptt+{corrections}").double()
+    lags = sf.alignment(layer, outputs, x).lags[""]
+    assert len(lags.exact) == len(lags.rule) == len(lags.agreement) == 8
+    k = corrections + 1
+    assert [at.cosine for at in lags.agreement[:k]] == pytest.approx([1.0] * k)
+    assert [at.norm_ratio for at in lags.agreement[:k]] == pytest.approx([1.0] * k)
+    assert not any(lags.rule[k:])
+    assert all(lags.exact)
+    assert all(math.isnan(at.cosine) for at in lags.agreement[k:])
+
+
+def test_every_layer_has_its_lags_under_its_own_rule_and_dropout_masks_are_equal(x):
+    found = sf.alignment(Model("jacobian+8", "ft-bptt"), loss, x)
+    assert set(found.lags) == {"first", "second"}
+    assert [at.cosine for at in found.lags["first"].agreement] == pytest.approx([1.0] * 8)
+    assert not any(found.lags["second"].rule[1:])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("form", ["batch first", "packed", "lengths", "unbatched", "keyword", "state"])
+def test_lags_of_every_form_of_input(form, bidirectional, x):
+    torch.manual_seed(0)
+    layer = sf.LSTM(3, 5, batch_first=form == "batch first", bidirectional=bidirectional, feedback="gate").double()
+    lengths = torch.tensor([5, 8, 8])
+    zeros = torch.zeros(2 if bidirectional else 1, 3, 5, dtype=torch.float64)
+
+    def form_loss(model, x):
+        if form == "packed":
+            return model(nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False))[0].data.sum()
+        arguments = {
+            "batch first": (x.transpose(0, 1),),
+            "lengths": (x,),
+            "unbatched": (x[:, 0],),
+            "keyword": (),
+            "state": (x, (zeros, zeros)),
+        }[form]
+        keywords = {"lengths": {"lengths": lengths}, "keyword": {"input": x}}.get(form, {})
+        return model(*arguments, **keywords)[0].sum()
+
+    lags = sf.alignment(layer, form_loss, x).lags[""]
+    assert len(lags.exact) == 8
+    assert lags.agreement[0].cosine == pytest.approx(1)
+    assert all(0 < at.cosine < 1 for at in lags.agreement[1:4])
+
+
+def test_a_cell_of_ones_own_is_measured_too(x):
+    layer = sf.Recurrent(nn.GRUCell(3, 5), feedback="calibrated").double()
+    found = sf.alignment(layer, outputs, x)
+    assert set(found.parameters) == {name for name, _ in layer.named_parameters()}
+    assert 0 < found.total.cosine < 1
+    assert found.lags[""].agreement[0].cosine == pytest.approx(1)
+    assert not layer.diagonal.any()
+
+
+def test_a_layer_called_twice_shows_its_first_call_and_hooks_of_the_user_see_two_passes(x):
+    layer, calls = sf.GRU(3, 3).double(), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    found = sf.alignment(layer, lambda model, x: model(model(x[:5])[0][:2])[0].sum(), x)
+    assert len(found.lags[""].exact) == 5
+    assert len(calls) == 4
+    assert not layer._forward_pre_hooks
