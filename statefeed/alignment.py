@@ -37,11 +37,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Lags:
-    """How far back one layer assigns credit: one number for every lag k = 0, 1, ..., T - 1.
+    """How far back one layer assigns credit: one number for every lag k = 0, 1, ...
 
-    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, x and y being the layer's input and output, v a random normal vector and the
-    initial state zero: the gradient that the last output sends to the input k steps before it, through every state
-    between.
+    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, x and y being the layer's input and output and v a random normal vector: the
+    gradient that the last output sends to the input k steps before it, through every state between. The state before
+    the first lag measured is zero.
 
     Attributes:
         exact: norm of g[k] under BPTT.
@@ -71,7 +71,7 @@ class Alignment:
     lags: dict[str, Lags]
 
 
-def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Alignment:
+def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, lags: int = 64) -> Alignment:
     """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
 
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
@@ -86,6 +86,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         model: any module that holds statefeed layers.
         loss_fn: (model, batch) -> scalar loss.
         batch: handed to ``loss_fn`` as it is.
+        lags: how many time lags to measure, on as many last steps of a layer's input; 0 for none.
 
     Returns:
         ``Alignment``: in total, per parameter, per layer, and per layer and lag.
@@ -93,10 +94,10 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Gradient: none; it measures gradients and leaves ``.grad`` alone.
 
     Raises:
-        ValueError: a model without a statefeed layer or without a parameter that requires grad.
+        ValueError: a model without a statefeed layer or without a parameter that requires grad, or negative ``lags``.
 
-    Cost: one forward and backward pass under the rules, one under torch's own BPTT, and for the lags the recurrent
-        layers alone once more in both ways, on at most four rows of the batch.
+    Cost: one forward and backward pass under the rules and one under torch's own BPTT; for the lags the recurrent
+        layers alone once more in both ways, on at most four rows of the batch and ``lags`` steps.
 
     Example:
         >>> layer = GRU(2, 4, feedback="gate+9")
@@ -106,6 +107,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         >>> [round(at.norm_ratio, 3) for at in result.lags[""].agreement]
         [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    if lags < 0:
+        raise ValueError(f"lags must be 0 or more, got {lags}")
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _OURS)}
     if not layers:
         raise ValueError("alignment needs a model with a statefeed RNN, GRU, LSTM or Recurrent in it, got one without")
@@ -113,7 +116,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     if not parameters:
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
 
-    with _untouched(model), _inputs(layers) as inputs:
+    with _untouched(model), _inputs(layers, lags) as inputs:
         ours = _gradients(model, loss_fn, batch, parameters)
     with _untouched(model):
         for layer in layers.values():
@@ -166,8 +169,8 @@ def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreeme
 
 
 @contextmanager
-def _inputs(layers: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """Collects the input of every layer's first call, some rows of it, (T, rows, I)."""
+def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
+    """Collects the input of every layer's first call, its last steps and some rows, (lags, rows, I)."""
     inputs: dict[str, Tensor] = {}
 
     def collect(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,8 +183,8 @@ def _inputs(layers: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
         if lengths is not None:
             longest = int(lengths.max())
             x = x[:longest, lengths.to(x.device) == longest]
-        if name not in inputs and x.is_floating_point():
-            inputs[name] = x[:, :_ROWS].detach()
+        if lags and name not in inputs and x.is_floating_point():
+            inputs[name] = x[-lags:, :_ROWS].detach()
 
     hooks = [
         layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)

@@ -265,3 +265,14 @@ def test_a_layer_called_twice_shows_its_first_call_and_hooks_of_the_user_see_two
     assert len(found.lags[""].exact) == 5
     assert len(calls) == 4
     assert not layer._forward_pre_hooks
+
+
+def test_so_many_lags_as_asked_for(x):
+    layer = sf.GRU(3, 5, feedback="gate").double()
+    assert sf.alignment(layer, outputs, x, lags=0).lags == {}
+    torch.manual_seed(7)
+    few = sf.alignment(layer, outputs, x, lags=3).lags[""]
+    torch.manual_seed(7)
+    assert few == sf.alignment(layer, outputs, x[-3:]).lags[""]
+    with pytest.raises(ValueError, match=r"^lags must be 0 or more, got -1$"):
+        sf.alignment(layer, outputs, x, lags=-1)
