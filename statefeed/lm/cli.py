@@ -41,7 +41,9 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] in ("-h", "--help"):
             print(USAGE, end="")
         elif not arguments or arguments[0] not in commands:
-            raise UsageError(f"expected a command ({', '.join(commands)}), got {' '.join(arguments[:1]) or 'none'}")
+            raise UsageError(
+                f"expected a command ({', '.join(commands)}, bench), got {' '.join(arguments[:1]) or 'none'}"
+            )
         else:
             commands[arguments[0]](arguments[1:])
     except UsageError as error:

@@ -61,13 +61,14 @@ def read(data: Data) -> Corpus:
 
 
 def _pydoc(data: Data) -> Corpus:
-    """Help topics and docstrings of the standard library; a document goes to a split by the hash of its name.
+    """Help topics and docstrings of the standard library, in the order of the hashes of their names.
 
-    A paragraph that an earlier document holds is left out, so that no split repeats a paragraph of another.
+    So neighbours have nothing in common, and a document stays in its split whatever else a Python holds. A paragraph
+    that came before is left out, so that no split repeats a paragraph of another.
     """
     seen: set[str] = set()
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, text in sorted(_documents()):
+    for place, text in sorted((_place(name), text) for name, text in _documents()):
         fresh = []
         for paragraph in text.split("\n\n"):
             key = " ".join(paragraph.split())
@@ -75,7 +76,8 @@ def _pydoc(data: Data) -> Corpus:
                 seen.add(key)
                 fresh.append(paragraph.rstrip())
         if fresh:
-            splits[_split_by_hash(name, data)].append("\n\n".join(fresh))
+            split = "valid" if place < data.valid else "test" if place < data.valid + data.test else "train"
+            splits[split].append("\n\n".join(fresh))
     texts = {split: "\n\n".join(documents) + "\n" for split, documents in splits.items() if documents}
     if not {"train", "valid"} <= texts.keys():
         raise UsageError(
@@ -111,12 +113,9 @@ def _docstrings(source: bytes) -> Iterator[str]:
         pending.extend(child for child in reversed(list(ast.iter_child_nodes(node))) if not isinstance(child, ast.expr))
 
 
-def _split_by_hash(name: str, data: Data) -> str:
-    """The split of a document, which depends on its name and the shares alone."""
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    if place < data.valid:
-        return "valid"
-    return "test" if place < data.valid + data.test else "train"
+def _place(name: str) -> float:
+    """Where in [0, 1) a document lies: the hash of its name as a fraction."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 # text: the user's own files ------------------------------------------------------------------------------------------
