@@ -10,24 +10,16 @@ import contextlib
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).parent / "cpu"
+from statefeed.kernels.compile import FLAGS, SOURCES, VARIANTS, compile_library, compiler
+
 PREBUILT = Path(__file__).parent / "prebuilt"
-# Torch 2.10, the first stable ABI that carries what is used here.
-_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# What every level of the x86-64 ladder needs of /proc/cpuinfo.
-_LEVELS = {
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
-}
 
 
 def load() -> str | None:
@@ -41,38 +33,12 @@ def load() -> str | None:
     return None
 
 
-def compile_library(target: Path, machine_flags: list[str]) -> None:
-    """Compile every source file at once and link them to ``target``; RuntimeError with the compiler's words."""
-    compiler = _compiler()
-    include = ["-I", str(Path(torch.__file__).parent / "include")]
-    with tempfile.TemporaryDirectory() as directory:
-        jobs = []
-        for source in sorted(SOURCES.glob("*.cc")):
-            object_file = str(Path(directory) / f"{source.stem}.o")
-            command = [compiler, *_FLAGS, *machine_flags, *include, "-c", str(source), "-o", object_file]
-            jobs.append((object_file, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        errors = [job.communicate()[1] for _, job in jobs]
-        for (_, job), error in zip(jobs, errors, strict=True):
-            if job.returncode:
-                raise RuntimeError(f"{compiler} failed: {_first_error(error)}")
-        library = str(Path(directory) / "library.so")
-        link = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"]
-        command = [compiler, "-shared", *(name for name, _ in jobs), *link, "-o", library]
-        linked = subprocess.run(command, capture_output=True, text=True, check=False)
-        if linked.returncode:
-            raise RuntimeError(f"{compiler} failed: {_first_error(linked.stderr)}")
-        # Another file system may lie between: copy beside the target, then rename.
-        beside = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(library, beside)
-        os.replace(beside, target)
-
-
 def _prebuilt() -> Path | None:
     """The best library of a wheel that this CPU can run."""
     flags = set(_cpu().split())
-    for level, needed in _LEVELS.items():
-        library = PREBUILT / f"{level}.so"
-        if needed <= flags and library.exists():
+    for variant in VARIANTS:
+        library = PREBUILT / f"{variant.name}.so"
+        if variant.machine == platform.machine() and variant.needs <= flags and library.exists():
             return library
     return None
 
@@ -86,24 +52,17 @@ def _built() -> Path:
         with _locked(cache / "lock"):
             if not target.exists():
                 native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-                compile_library(target, [native])
+                compile_library(target, Path(torch.__file__).parent, [native])
     return target
 
 
 def _key() -> str:
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), _compiler(), version, *_FLAGS]
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise OSError("there is no C++ compiler")
 
 
 def _cpu() -> str:
@@ -122,8 +81,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _first_error(text: str) -> str:
-    lines = text.strip().splitlines() or ["no message"]
-    return next((line for line in lines if "error" in line), lines[0])

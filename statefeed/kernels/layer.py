@@ -127,11 +127,11 @@ def backward(
     rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, H)
     h0, *c0 = (s.contiguous() for s in state)
     final_e = torch.cat([g.to(y.dtype) for g in grads[1:]], 1)
-    rule, D = 0, None
+    rule, D, exact = 0, None, False
     if isinstance(diagonal, Tensor):
         D = diagonal.to(y.dtype).contiguous()
     else:
-        rule = _RULES[diagonal]
+        rule, exact = _RULES[diagonal], diagonal == "bptt"
         D = _own_weights(w_hh) if diagonal == "jacobian" else None
     carry = torch.empty_like(final_e)
     d_x = empty(len(rows), rows.shape[1], rows) if needs_x else None
@@ -139,7 +139,7 @@ def backward(
     sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
     residual = empty(len(rows), len(state) * H, rows) if corrections else None
     torch.ops.statefeed.layer_backward(
-        _CELLS[cell], rounded, rule, diagonal == "bptt", corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
+        _CELLS[cell], rounded, rule, exact, corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
         outputs, h0, c0[0] if c0 else None, grads[0].reshape(-1, H).contiguous(), final_e, D, batch_sizes,
         carry, d_x, d_ih, d_hh, sums, residual,
     )  # fmt: skip
