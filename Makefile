@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow interop format dist clean
+.PHONY: train test slow wheel interop format dist clean
 
 train: .venv/.installed-lm
 	$(BIN)/statefeed train recipes/quickstart.yaml
@@ -25,6 +25,9 @@ format: .venv/.installed-dev
 
 dist: .venv/.installed-dev
 	$(BIN)/python -m build
+
+wheel: .venv/.installed-dev
+	STATEFEED_WHEEL_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])") $(BIN)/python -m build --wheel
 
 clean:
 	rm -rf .venv dist build

@@ -1,0 +1,33 @@
+"""Puts the compiled kernels into the wheel where STATEFEED_WHEEL_TORCH names torch's folder; else the wheel is pure."""
+
+import importlib.util
+import os
+import platform
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class CustomBuildHook(BuildHookInterface):
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        torch = os.environ.get("STATEFEED_WHEEL_TORCH")
+        if not torch or version != "standard":
+            return
+        spec = importlib.util.spec_from_file_location("compile", Path(self.root) / "statefeed/kernels/compile.py")
+        compiling = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(compiling)
+        self.built = tempfile.TemporaryDirectory()
+        for variant in compiling.VARIANTS:
+            if variant.machine == platform.machine():
+                library = Path(self.built.name) / f"{variant.name}.so"
+                compiling.compile_library(library, Path(torch), [*variant.flags, "-s"])
+                build_data["force_include"][str(library)] = f"statefeed/kernels/prebuilt/{library.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+    def finalize(self, *_: Any) -> None:
+        if hasattr(self, "built"):
+            self.built.cleanup()
