@@ -19,6 +19,9 @@ slow: .venv/.installed-dev
 interop: .venv/.installed-interop
 	$(BIN)/python -m pytest -m interop tests/interop
 
+docs: .venv/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
+
 format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
