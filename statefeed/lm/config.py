@@ -129,6 +129,9 @@ class Train:
     )
     clip: float | None = option(1.0, "largest norm of the gradient of all weights together; null for no limit")
     evaluations: int = option(10, "how often the validation split is scored, evenly spread, last at the end")
+    alignment: bool = option(
+        False, "at every evaluation log how the gradient of the first training batch agrees with exact BPTT"
+    )
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "train.epochs must be at least 1", self.epochs)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from statefeed.lm.agreement import Agreement
 from statefeed.lm.evaluate import Score, perplexity
 
 TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
@@ -26,7 +27,12 @@ class Log:
 
     def __init__(self, path: Path, steps: int) -> None:
         self._file = path.open("x", encoding="utf-8")
-        self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": []}
+        self._curves: dict[str, list[tuple[int, float]]] = {
+            "train": [],
+            "valid": [],
+            "test": [],
+            "alignment": [],
+        }
         self._steps = steps
         self._every = max(1, steps // TRAIN_ROWS)
         self._window: list[float] = []
@@ -82,6 +88,12 @@ class Log:
                 f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.3f} bits per byte, "
                 f"{self._speed:,.0f} tokens/s, {left:.0f} s left"
             )
+
+    def align(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
+        """Take note of how the gradient agrees with the exact one; its time does not count as training time."""
+        self._window_started += found.seconds
+        alignment = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
+        self._row(step, epoch, "alignment", found.loss, tokens / found.seconds, **alignment)
 
     def _row(self, step: int, epoch: int, split: str, loss: float, speed: float, **more: float) -> None:
         row = {"step": step, "epoch": epoch, "split": split, "loss": loss, "perplexity": perplexity(loss), **more}

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from statefeed.lm import checkpoint, corpora, tokens
+from statefeed.lm.agreement import agreement
 from statefeed.lm.batches import Stream
 from statefeed.lm.config import Config, Train, UsageError
 from statefeed.lm.corpora import Corpus
@@ -90,6 +91,7 @@ def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None
     """Take all the steps: this is the training loop."""
     model, stream, steps = task.model, task.stream, task.steps
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
+    fixed = next(iter(stream))
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     for step in range(1, steps + 1):
         epoch, first = (step - 1) // len(stream) + 1, (step - 1) % len(stream) == 0
@@ -110,6 +112,10 @@ def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None
             _checked(valid.loss, step)
             log.score(step, epoch, "valid", valid)
             best.offer(model, step, epoch, valid)
+            if recipe.alignment:
+                found = agreement(model, lambda model, batch: model.loss(*batch)[0], fixed)
+                if found is not None:
+                    log.align(step, epoch, found, fixed[1].numel())
 
 
 def report(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
