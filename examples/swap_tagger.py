@@ -1,0 +1,63 @@
+"""One line in a model that is there already: a tagger of bracket depth with torch.nn's LSTM, trained through statefeed.
+
+    python examples/swap_tagger.py
+
+Prints the share of tokens tagged right on sequences that it has not seen, from the plain torch layer that is left.
+"""
+
+import torch
+from torch import nn
+
+import statefeed as sf
+
+TOKENS, DEPTHS, T = 6, 5, 60  # two kinds of brackets open and close among two words; depth 0 to 4
+
+
+class Tagger(nn.Module):
+    """tokens (B, T) -> logits (B, T, DEPTHS)"""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, 16)
+        self.lstm = nn.LSTM(16, 32, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(64, DEPTHS)
+
+    def forward(self, tokens):
+        y, _ = self.lstm(self.embed(tokens))
+        return self.head(y)
+
+
+def sequences(B):
+    """Random tokens, and after each how many brackets are open; one that would leave 0..4 is not counted."""
+    tokens = torch.randint(0, TOKENS, (B, T))
+    depth, depths = torch.zeros(B, dtype=torch.int64), []
+    for token in tokens.T:
+        depth = (depth + (token < 2).long() - ((token >= 2) & (token < 4)).long()).clamp(0, DEPTHS - 1)
+        depths.append(depth)
+    return tokens, torch.stack(depths, 1)
+
+
+def main():
+    torch.manual_seed(0)
+    model = Tagger()
+    print(sf.swap(model, feedback="gate+1"))  # the one line
+
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(150):
+        tokens, depths = sequences(32)
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), depths.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step % 50 == 0:
+            print(f"step {step:3d}: loss {loss:.3f}")
+
+    sf.restore(model)  # torch.nn.LSTM again: nothing of statefeed is needed to run it
+    assert type(model.lstm) is nn.LSTM
+    tokens, depths = sequences(500)
+    with torch.no_grad():
+        print(f"accuracy {(model(tokens).argmax(-1) == depths).float().mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
