@@ -2,6 +2,7 @@
 
 from statefeed.alignment import Agreement, Alignment, Lags, alignment
 from statefeed.custom import Recurrent
+from statefeed.explain import Explanation, explain
 from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.scan import diagonal_scan
@@ -16,6 +17,7 @@ __all__ = [
     "RNN",
     "Agreement",
     "Alignment",
+    "Explanation",
     "Feedback",
     "Lags",
     "Recurrent",
@@ -23,6 +25,7 @@ __all__ = [
     "SwapReport",
     "alignment",
     "diagonal_scan",
+    "explain",
     "restore",
     "swap",
 ]

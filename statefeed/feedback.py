@@ -15,8 +15,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-NAMES = ("bptt", "ft-bptt", "dsf", "calibrated", "gate", "jacobian")
-_SPELLINGS = 'None, "bptt", "ft-bptt", "dsf", "calibrated", "gate", "jacobian", a number, or a tensor (S,)'
+NAMES = ("bptt", "fused-bptt", "ft-bptt", "dsf", "calibrated", "gate", "jacobian")
+_SPELLINGS = (
+    'None, "bptt", "fused-bptt", "ft-bptt", "dsf", "calibrated", "gate", "jacobian", a number, or a tensor (S,)'
+)
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
@@ -34,6 +36,8 @@ class Feedback:
         diagonal: D, in any of its spellings.
 
             - ``None`` or ``"bptt"``: no approximation; the layer runs torch's own path.
+            - ``"fused-bptt"``: no approximation, through statefeed's kernels where there are any for the input, else
+              torch's own path. It tells what the implementation gains from what a rule gains.
             - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
             - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
             - a float, or a tensor of shape (S,): that diagonal, fixed.
@@ -44,7 +48,8 @@ class Feedback:
             A string may carry the suffix ``+k``: ``"gate+1"``.
         corrections: k, the number of corrections, each one batched matrix product over all steps.
 
-    Gradient: exact for ``"bptt"`` and for k >= T; approximate otherwise. The forward pass is exact under every rule.
+    Gradient: exact for ``"bptt"``, ``"fused-bptt"`` and k >= T; approximate otherwise. The forward pass is exact under
+        every rule.
 
     Raises:
         ValueError: a spelling that is none of these, a diagonal that is not finite, or a negative k.
@@ -79,13 +84,13 @@ class Feedback:
         object.__setattr__(self, "diagonal", _normalise(plain))
         object.__setattr__(self, "corrections", k or corrections)
         if self.exact and self.corrections:
-            raise ValueError(f'feedback "bptt" is exact and takes no corrections, got {self.corrections}')
+            raise ValueError(f'feedback "{diagonal}" is exact and takes no corrections, got {self.corrections}')
         _warn_if_divergent(self)
 
     @property
     def exact(self) -> bool:
-        """Whether this is ``"bptt"``, torch's own path."""
-        return isinstance(self.diagonal, str) and self.diagonal == "bptt"
+        """Whether the gradient is BPTT's own: ``"bptt"`` or ``"fused-bptt"``."""
+        return isinstance(self.diagonal, str) and self.diagonal in ("bptt", "fused-bptt")
 
     def stationary(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The diagonal of shape (size,) where it is known beforehand, else None.
@@ -96,7 +101,7 @@ class Feedback:
             device: of the returned tensor.
 
         Returns:
-            D of shape (size,), or None for ``"calibrated"``, ``"gate"``, ``"jacobian"`` and ``"bptt"``.
+            D of shape (size,), or None for ``"calibrated"``, ``"gate"``, ``"jacobian"`` and the exact rules.
 
         Example:
             >>> Feedback("dsf").stationary(3, torch.float32, torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed import cells
 from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.pieces import cut
-from statefeed.recurrence import Calibration, recurrence
+from statefeed.recurrence import Calibration, recurrence, why_not_fused
 
 _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
@@ -99,7 +99,7 @@ class _WithFeedback(nn.RNNBase):
         Returns:
             outputs and final state, as torch.nn's layer.
 
-        Gradient: approximate unless ``feedback`` is ``"bptt"`` or has k >= T corrections. Without autograd
+        Gradient: approximate unless ``feedback`` is exact or has k >= T corrections. Without autograd
             (``torch.no_grad``) and in ``torch.export`` torch's own path runs.
 
         Raises:
@@ -107,7 +107,7 @@ class _WithFeedback(nn.RNNBase):
         """
         if lengths is not None or resets is not None:
             return self._forward_pieces(input, hx, lengths, resets)
-        if self._feedback.exact or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting() or self._exact_through_torch(input):
             return super().forward(input, hx)  # type: ignore[no-any-return]
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TORCHSCRIPT)
@@ -181,6 +181,11 @@ class _WithFeedback(nn.RNNBase):
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(_TORCHSCRIPT)
 
+    def _exact_through_torch(self, input: Tensor | PackedSequence) -> bool:
+        rule, x = self._feedback, input.data if isinstance(input, PackedSequence) else input
+        fused = rule.diagonal == "fused-bptt" and why_not_fused(x, *self.parameters()) is None
+        return rule.exact and not fused
+
     def _forward_pieces(
         self, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Any]:
@@ -220,7 +225,8 @@ class _WithFeedback(nn.RNNBase):
         self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers and directions over x (T, B, I) or packed rows; states (L * directions, B, H)."""
-        if not self._feedback.corrections and any(s.requires_grad for s in states):
+        rule = self._feedback
+        if not (rule.exact or rule.corrections) and any(s.requires_grad for s in states):
             warnings.warn(
                 f'the initial state requires grad under feedback "{self._feedback}": without corrections its gradient '
                 'is D[1] * delta[1], not the exact one (zero under "ft-bptt")',
@@ -289,7 +295,7 @@ class RNN(_WithFeedback, nn.RNN):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback`` but ``"gate"``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
 
     Raises:
         ValueError: a rule that is none, or ``"gate"``: an RNN has no direct path.
@@ -351,7 +357,7 @@ class GRU(_WithFeedback, nn.GRU):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
 
     Raises:
         ValueError: a rule that is none.
@@ -415,7 +421,7 @@ class LSTM(_WithFeedback, nn.LSTM):
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
             runs over (h, c) joined and has the shape (2H,).
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
 
     Raises:
         ValueError: a rule that is none, or a proj_size.

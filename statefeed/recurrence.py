@@ -52,7 +52,7 @@ def recurrence(
 
     Args:
         cell: from cells.py.
-        feedback: the rule of the backward pass; not ``"bptt"``.
+        feedback: the rule of the backward pass; not ``"bptt"``, and ``"fused-bptt"`` only where kernels take the input.
         calibration: the running mean that ``"calibrated"`` reads and updates, else None.
         x: (T, B, I), or packed rows (N, I) with ``batch_sizes``.
         batch_sizes: rows of every step, int64 on the CPU, as in PackedSequence; None if x is dense.
@@ -169,7 +169,7 @@ def _fused_backward(
             calibration.observe(layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes))
         D = calibration.mean
     elif D is None:
-        D = feedback.diagonal
+        D = "bptt" if feedback.exact else feedback.diagonal
     return layer.backward(
         cell.name, tape, x, y, state, weights, grads, D, feedback.corrections, batch_sizes, needs_x, rounded
     )
