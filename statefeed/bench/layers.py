@@ -55,7 +55,8 @@ class Options(Common):
 
     cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
     rules: str = option(
-        "dsf,gate,jacobian,gate+1", "feedback rules, separated by commas; gate is left out for an rnn, which has none"
+        "fused-bptt,dsf,gate,jacobian,gate+1",
+        "feedback rules, separated by commas; gate is left out for an rnn, which has none",
     )
     shapes: str = option(
         "64x32x256,64x128x256,512x4x256,1024x1x128",
@@ -265,9 +266,13 @@ def _hold(case: Case, entry: Contender, what: str, actual: dict[str, Tensor], ex
     return largest
 
 
-def kernels(entry: Contender) -> dict[str, str] | None:
-    """Which kernels run forward and backward: None as long as the front door cannot tell."""
-    return None
+def kernels(entry: Contender, x: Tensor) -> dict[str, str] | None:
+    """What runs a layer of ours forward and backward, and why; None for the others."""
+    if not isinstance(entry.layer, (sf.RNN, sf.GRU, sf.LSTM)):
+        return None
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=entry.autocast):
+        said = sf.explain(entry.layer, x)
+    return {"forward": said.forward, "backward": said.backward, "why": said.why}
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
@@ -332,7 +337,7 @@ def compare(
             "bench": "layers",
             "implementation": entry.implementation,
             "variant": entry.variant,
-            "kernels": kernels(entry),
+            "kernels": kernels(entry, x),
             "cell": case.cell,
             "T": T,
             "B": B,

@@ -6,8 +6,6 @@ import functools
 import os
 import warnings
 
-import torch
-
 
 def available() -> bool:
     """Whether the fused kernels can be used; builds and loads them at the first call.
@@ -18,10 +16,13 @@ def available() -> bool:
     return unavailable() is None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable() -> str | None:
     """Why the fused kernels cannot be used, None if they can; builds and loads them at the first call."""
     return _unavailable()
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo with statefeed.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
