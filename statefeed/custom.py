@@ -7,11 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.recurrence import Calibration
+from statefeed.recurrence import Calibration, refuse_second_derivative
 from statefeed.scan import diagonal_scan
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -179,8 +178,8 @@ class _Custom(torch.autograd.Function):
         return states[0], *(s[-1].clone() for s in states)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, *saved = ctx.saved_tensors
         states, initial, parameters = saved[: ctx.count], saved[ctx.count : 2 * ctx.count], saved[2 * ctx.count :]
         T, B = x.shape[:2]

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from statefeed import kernels
@@ -92,6 +91,15 @@ class _Done(NamedTuple):
     needs_x: bool
 
 
+def refuse_second_derivative() -> None:
+    """Autograd keeps gradients on in a backward pass where, and only where, create_graph=True asks for another."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as "
+            'for a gradient penalty): set feedback to "bptt"'
+        )
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,8 +127,8 @@ class _Recurrence(torch.autograd.Function):
         return y, *final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         batch_sizes, x, y, *rest = ctx.saved_tensors
         tape = layer.Tape(rest.pop(-2), rest.pop(-1)) if ctx.fused else None
         rule = (ctx.cell, ctx.feedback, ctx.calibration)
