@@ -1,4 +1,4 @@
-"""Owns the command line: train, evaluate, generate; every mistake is one sentence and exit code 2."""
+"""Owns the command line: train, evaluate, generate, compare, report; every mistake is one sentence and exit code 2."""
 
 import ctypes
 import platform
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from statefeed.lm import checkpoint, config, corpora
+from statefeed.lm import batches, checkpoint, compare, config, corpora, report
 from statefeed.lm.config import UsageError, require
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
@@ -21,6 +21,8 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
   statefeed evaluate RUN [--split=test]                       score a run on a split
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
+  statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
+  statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
   statefeed bench layers|scan|memory [--smoke]                time the layers and scans of this machine
 
 statefeed COMMAND --help lists every flag of a command.
@@ -36,7 +38,13 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0; 1 when training diverged; 2 for a mistake of the user's; 130 when interrupted.
     """
-    commands = {"train": _train, "evaluate": _evaluate, "generate": _generate}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "compare": compare.command,
+        "report": report.command,
+    }
     try:
         if arguments and arguments[0] in ("-h", "--help"):
             print(USAGE, end="")
@@ -109,10 +117,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
             f"the {values.split} split of {corpus.name} is not the text of the run: expected sha256 "
             f"{recorded}, got {corpus.digests[values.split]}"
         )
-    text = corpus.splits[values.split]
-    print(
-        f"{values.split}: {score(run.model, run.tokenizer.encode(text), corpus.sizes[values.split], run.config.train)}"
-    )
+    ids = run.tokenizer.encode(corpus.splits[values.split])
+    source = batches.scoring(ids, run.config.data, run.config.train)
+    print(f"{values.split}: {score(run.model, source, corpus.sizes[values.split])}")
 
 
 def _generate(arguments: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 T = TypeVar("T")
 
+RECURRENT = ("rnn", "gru", "lstm")  # the cells that have a feedback rule
+
 
 class UsageError(ValueError):
     """A mistake of the user's, told in one sentence; the command line turns it into exit code 2."""
@@ -57,6 +59,11 @@ class Data:
         None, "number of types: for bpe null is 4096; for word null keeps every training word, rarer ones are <unk>"
     )
     eos: bool = option(True, "word tokens only: the end of each line is a token, <eos>")
+    batches: Literal["stream", "blocks", "sentences"] = option(
+        "stream",
+        "stream: columns of continuous text, the state carried from step to step; blocks: shuffled pieces of "
+        "train.context tokens; sentences: shuffled lines of words, each between <bos> and <eos>",
+    )
     valid: float = option(0.05, "share of the text kept for validation where the corpus comes without splits")
     test: float = option(0.05, "share of the text kept for the test where the corpus comes without splits")
 
@@ -84,6 +91,11 @@ class Data:
                 f"{self.tokens} tokens have as many types as they need",
                 self.vocabulary,
             )
+        require(
+            self.batches != "sentences" or (self.tokens == "word" and self.eos),
+            "data.batches=sentences needs data.tokens=word with data.eos=true, whose lines are its sentences",
+            f"data.tokens={self.tokens} with data.eos={str(self.eos).lower()}",
+        )
         require(0 < self.valid < 1, "data.valid must lie between 0 and 1, both excluded", self.valid)
         require(0 <= self.test < 1, "data.test must be at least 0 and below 1", self.test)
         require(
@@ -95,21 +107,47 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """Embedding, blocks around one recurrent layer each, head."""
+    """Embedding, blocks around one sequence layer each, head."""
 
-    cell: Literal["rnn", "gru", "lstm"] = option("gru", "the recurrent cell; rnn is the tanh one")
+    cell: Literal["rnn", "gru", "lstm", "transformer", "s4d", "mingru"] = option(
+        "gru", "the sequence layer; rnn is the tanh one; transformer, s4d and mingru have exact gradients alone"
+    )
     feedback: float | str = option("dsf", "how gradients flow back through time: bptt, ft-bptt, dsf, gate+1, ...")
     layers: int = option(2, "number of blocks")
     width: int = option(256, "units of the embedding, of every state and of every block")
-    block: Literal["plain", "prenorm"] = option(
-        "plain", "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x))"
+    block: Literal["plain", "prenorm", "stacked"] = option(
+        "plain",
+        "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x)); stacked: rnn(x)",
     )
     dropout: float = option(0.0, "share of units zeroed after the embedding and after every sub-layer")
+    uniform: float | None = option(None, "initial weights uniform up to this; null for the usual ones of each layer")
+    heads: int = option(8, "transformer only: attention heads")
+    window: int = option(256, "transformer only: how many tokens a token sees, itself included")
+    modes: int = option(16, "s4d only: complex modes of every unit")
 
     def __post_init__(self) -> None:
         require(self.layers >= 1, "model.layers must be at least 1", self.layers)
         require(self.width >= 1, "model.width must be at least 1", self.width)
         require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1", self.dropout)
+        require(
+            self.cell in RECURRENT or self.feedback == "bptt",
+            f"model.feedback must be bptt where model.cell is {self.cell}, whose gradient is always exact",
+            self.feedback,
+        )
+        require(
+            self.uniform is None or 0 < self.uniform < float("inf"),
+            "model.uniform must be a positive number, or null",
+            self.uniform,
+        )
+        if self.cell == "transformer":
+            require(self.heads >= 1, "model.heads must be at least 1", self.heads)
+            require(
+                self.width % (2 * self.heads) == 0,
+                f"model.width must be a multiple of twice model.heads, {2 * self.heads}",
+                self.width,
+            )
+        require(self.window >= 1, "model.window must be at least 1", self.window)
+        require(self.modes >= 1, "model.modes must be at least 1", self.modes)
 
 
 @dataclass(frozen=True)
@@ -120,7 +158,9 @@ class Train:
     steps: int | None = option(None, "optimizer steps; when given it decides instead of train.epochs")
     seed: int = option(1, "of the initial weights, dropout and the sample")
     batch: int = option(32, "sequences read side by side")
+    eval_batch: int | None = option(None, "sequences scored side by side; null for train.batch")
     context: int = option(64, "tokens of each sequence in one step; the state is carried on to the next step")
+    restart: float = option(0.05, "share of the sequences that begin each step without a past, as any new text does")
     lr: float = option(3e-3, "largest learning rate of Adam")
     weight_decay: float = option(0.0, "L2 penalty of Adam, added to the gradient")
     warmup: int = option(50, "steps over which the learning rate rises to train.lr")
@@ -138,7 +178,9 @@ class Train:
         require(self.steps is None or self.steps >= 1, "train.steps must be at least 1", self.steps)
         require(0 <= self.seed < 2**63, "train.seed must be at least 0 and below 2^63", self.seed)
         require(self.batch >= 1, "train.batch must be at least 1", self.batch)
+        require(self.eval_batch is None or self.eval_batch >= 1, "train.eval_batch must be at least 1", self.eval_batch)
         require(self.context >= 1, "train.context must be at least 1", self.context)
+        require(0 <= self.restart <= 1, "train.restart must lie between 0 and 1", self.restart)
         require(0 < self.lr < float("inf"), "train.lr must be a positive number", self.lr)
         require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
         require(self.warmup >= 0, "train.warmup must be at least 0", self.warmup)

@@ -4,12 +4,10 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from statefeed.lm.batches import IGNORED, Stream
-from statefeed.lm.config import Train, require
+from statefeed.lm.batches import Source
+from statefeed.lm.config import require
 from statefeed.lm.model import LanguageModel
 
 
@@ -62,28 +60,25 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, tokens: NDArray[np.int32], size: int, recipe: Train) -> Score:
-    """Predict every token of a split but the first, in columns as wide as in training.
+def score(model: LanguageModel, source: Source, size: int) -> Score:
+    """Predict every target of a split.
 
     Args:
         model: in any mode; it is left in the mode that it came in.
-        tokens: ids of the split, int32 (N,).
-        size: bytes of its text.
-        recipe: the number of columns and the length of a step; the number of columns has a small effect on the score,
-            since each begins without a past.
+        source: of `batches.scoring`.
+        size: bytes of the split's text.
 
     Raises:
-        UsageError: when there is no second token to predict.
+        UsageError: when there is no target.
     """
-    require(len(tokens) > 1, "a split must have at least 2 tokens to be scored", len(tokens))
+    require(len(source) > 0, "a split must have at least 2 tokens to be scored", source.tokens)
     started = time.perf_counter()
     training = model.training
     model.eval()
     total, count, states = 0.0, 0, None
-    for inputs, targets in Stream(tokens, recipe.batch, recipe.context, whole=True):
-        loss, states = model.loss(inputs, targets, states)
-        counted = int((targets != IGNORED).sum())
-        total += float(loss) * counted
+    for batch in source.epoch(0):
+        nats, counted, states = model.loss(batch, states)
+        total += float(nats)
         count += counted
     model.train(training)
-    return Score(total / count, count, len(tokens) / size, time.perf_counter() - started)
+    return Score(total / count, count, source.tokens / size, time.perf_counter() - started)

@@ -1,31 +1,54 @@
-"""Owns the language model: embedding, L blocks around one recurrent layer each, head; time first, (T, B, H)."""
+"""Owns the language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H)."""
 
 import math
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import statefeed as sf
-from statefeed.lm import config
+from statefeed.lm import baselines, config, head
+from statefeed.lm.batches import IGNORED, Batch
 from statefeed.lm.config import UsageError
 
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
-
-_CELLS = {"rnn": sf.RNN, "gru": sf.GRU, "lstm": sf.LSTM}
+State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B, .)
 
 
-class PlainBlock(nn.Module):
-    """x + rnn(x)."""
+def _layer(recipe: config.Model) -> nn.Module:
+    """The sequence layer of one block: (x (T, B, H), state, lengths=(B,)) to (y (T, B, H), state)."""
+    width = recipe.width
+    rule = sf.Schedule(recipe.feedback).at(0.0)
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "rnn": lambda: sf.RNN(width, width, feedback=rule),
+        "gru": lambda: sf.GRU(width, width, feedback=rule),
+        "lstm": lambda: sf.LSTM(width, width, feedback=rule),
+        "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
+        "s4d": lambda: baselines.S4D(width, recipe.modes),
+        "mingru": lambda: baselines.MinGRU(width),
+    }
+    return kinds[recipe.cell]()
+
+
+class StackedBlock(nn.Module):
+    """rnn(x), without a path around it."""
 
     def __init__(self, recipe: config.Model) -> None:
         super().__init__()
-        self.rnn = _CELLS[recipe.cell](recipe.width, recipe.width, feedback=recipe.feedback)
+        self.rnn = _layer(recipe)
         self.dropout = nn.Dropout(recipe.dropout)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        y, state = self.rnn(x, state)
-        return x + self.dropout(y), state
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
+        y, state = self.rnn(x, state, lengths=lengths)
+        return self.dropout(y), state
+
+
+class PlainBlock(StackedBlock):
+    """x + rnn(x)."""
+
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
+        y, state = super().forward(x, state, lengths)
+        return x + y, state
 
 
 class PreNormBlock(nn.Module):
@@ -35,25 +58,45 @@ class PreNormBlock(nn.Module):
         super().__init__()
         width = recipe.width
         self.rnn_norm = nn.LayerNorm(width)
-        self.rnn = _CELLS[recipe.cell](width, width, feedback=recipe.feedback)
+        self.rnn = _layer(recipe)
         self.linear = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(recipe.dropout)
 
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        y, state = self.rnn(self.rnn_norm(x), state)
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
+        y, state = self.rnn(self.rnn_norm(x), state, lengths=lengths)
         x = x + self.dropout(self.linear(y))
         return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x))))), state
+
+
+class Loss(NamedTuple):
+    """What one batch costs.
+
+    Args:
+        nats: the cross-entropy summed over all targets that count; gradients flow from it.
+        tokens: how many those are.
+        states: one per block, after the last token.
+    """
+
+    nats: Tensor
+    tokens: int
+    states: list[State]
+
+    @property
+    def mean(self) -> Tensor:
+        """Nats per token."""
+        return self.nats / self.tokens
 
 
 class LanguageModel(nn.Module):
     """Next-token logits and the state to go on from.
 
     Weights are N(0, 0.02), biases zero; output projections of the L pre-norm blocks are divided by the square root of
-    their 2 L sub-layers; norms are at one; recurrent cells keep torch's initialisation. The keys of `state_dict` are
-    those of the same model made of `torch.nn` layers.
+    their 2 L sub-layers; norms are at one; sequence layers keep their own initialisation, the recurrent ones torch's.
+    `model.uniform` replaces all of that. The keys of `state_dict` are those of the same model made of `torch.nn`
+    layers.
 
     Args:
         recipe: the model section of a recipe.
@@ -65,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, recipe: config.Model, vocabulary: int) -> None:
         super().__init__()
-        block = PreNormBlock if recipe.block == "prenorm" else PlainBlock
+        block = {"plain": PlainBlock, "prenorm": PreNormBlock, "stacked": StackedBlock}[recipe.block]
         self.embedding = nn.Embedding(vocabulary, recipe.width)
         self.dropout = nn.Dropout(recipe.dropout)
         try:
@@ -74,11 +117,16 @@ class LanguageModel(nn.Module):
             raise UsageError(f"model.feedback={recipe.feedback}: {error}") from error
         self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
         self.head = nn.Linear(recipe.width, vocabulary)
-        self.apply(_initialise)
-        for module in self.blocks:
-            if isinstance(module, PreNormBlock):
-                for projection in (module.linear, module.narrow):
-                    projection.weight.data /= math.sqrt(2 * recipe.layers)
+        if recipe.uniform is not None:
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -recipe.uniform, recipe.uniform)
+        else:
+            for module in (self.embedding, *(part for block in self.blocks for part in block.children()), self.head):
+                _initialise(module)
+            for module in self.blocks:
+                if isinstance(module, PreNormBlock):
+                    for projection in (module.linear, module.narrow):
+                        projection.weight.data /= math.sqrt(2 * recipe.layers)
 
     def forward(self, tokens: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
         """Read tokens.
@@ -90,32 +138,48 @@ class LanguageModel(nn.Module):
         Returns:
             Logits (T, B, V) and the states after the last token.
         """
+        x, states = self._read(tokens, states, None)
+        return self.head(x), states
+
+    def loss(self, batch: Batch, states: list[State] | None = None) -> Loss:
+        """The cross-entropy of a batch; head and loss see the targets that count and nothing else.
+
+        Args:
+            batch: of any source.
+            states: as for `forward`; a fresh batch begins without them.
+        """
+        x, states = self._read(batch.inputs, None if batch.fresh else states, batch.lengths)
+        targets = batch.targets.flatten()
+        counted = (targets != IGNORED).nonzero().squeeze(1)
+        rows = x.flatten(0, 1)
+        if len(counted) < len(targets):
+            rows, targets = rows.index_select(0, counted), targets.index_select(0, counted)
+        return Loss(head.nats(rows, self.head.weight, self.head.bias, targets), len(counted), states)
+
+    def _read(self, tokens: Tensor, states: list[State] | None, lengths: Tensor | None) -> tuple[Tensor, list[State]]:
+        """What the head sees, (T, B, H), and the states after the last token."""
         x = self.dropout(self.embedding(tokens))
         after = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if states is None else states[i])
+            x, state = block(x, None if states is None else states[i], lengths)
             after.append(state)
-        return self.head(self.norm(x)), after
-
-    def loss(self, tokens: Tensor, targets: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
-        """Mean cross-entropy in nats over the targets that count, and the states; here alone logits meet targets.
-
-        Args:
-            tokens: ids, (T, B).
-            targets: ids, (T, B); `batches.IGNORED` marks those that do not count.
-            states: as for `forward`.
-        """
-        logits, states = self(tokens, states)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), states
+        return self.norm(x), after
 
 
-def detached(states: list[State]) -> list[State]:
-    """The same states, through which no gradient flows."""
-    return [s.detach() if isinstance(s, Tensor) else (s[0].detach(), s[1].detach()) for s in states]
+def carried(states: list[State], kept: Tensor) -> list[State]:
+    """The states that the next step starts from: no gradient flows through them, and some columns begin anew.
+
+    A model that meets an empty state only once an epoch is lost in every text that it has to begin.
+
+    Args:
+        states: after the step before, (1, B, H) each.
+        kept: whether a column goes on, (B, 1); the states of the others are emptied.
+    """
+    return [s.detach() * kept if isinstance(s, Tensor) else tuple(part.detach() * kept for part in s) for s in states]
 
 
 def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for embeddings and linear layers; norms and recurrent cells stay as torch makes them."""
+    """N(0, 0.02) for embeddings and linear layers; norms and sequence layers stay as they are made."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from statefeed.lm import checkpoint, corpora, tokens
+from statefeed.lm import batches, checkpoint, corpora, tokens
 from statefeed.lm.agreement import agreement
-from statefeed.lm.batches import Stream
+from statefeed.lm.batches import Source
 from statefeed.lm.config import Config, Train, UsageError
 from statefeed.lm.corpora import Corpus
 from statefeed.lm.evaluate import perplexity, score
 from statefeed.lm.generate import generate
 from statefeed.lm.log import Log
-from statefeed.lm.model import LanguageModel, detached
+from statefeed.lm.model import LanguageModel, carried
 from statefeed.lm.tokens import Tokenizer
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
@@ -33,7 +33,8 @@ class Task:
     corpus: Corpus
     tokenizer: Tokenizer
     ids: dict[str, NDArray[np.int32]]
-    stream: Stream
+    source: Source
+    valid: Source
     steps: int
     model: LanguageModel
 
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
         log.say(_opening(task, config.train))
         try:
             optimise(task, config.train, log, best)
-            report(task, config.train, log, best)
+            report(task, config, log, best)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {folder} keeps {best}") from None
         except Diverged as error:
@@ -75,61 +76,63 @@ def prepare(config: Config) -> Task:
     ids = {split: tokenizer.encode(text) for split, text in corpus.splits.items()}
     columns, context = config.train.batch, config.train.context
     for split, found in ids.items():
-        needed = 1 + context * (columns if split == "train" else 1)
+        needed = 1 + context * (columns if split == "train" else 1) if config.data.batches == "stream" else 2
         if len(found) < needed:
             raise UsageError(
                 f"the {split} split of {corpus.name} has {len(found):,} {config.data.tokens} tokens, fewer than the "
                 f"{needed:,} of one step (train.batch {columns}, train.context {context})"
             )
-    stream = Stream(ids["train"], columns, context)
-    steps = config.train.steps or config.train.epochs * len(stream)
+    source = batches.training(ids["train"], config.data, config.train)
+    valid = batches.scoring(ids["valid"], config.data, config.train)
+    steps = config.train.steps or config.train.epochs * len(source)
     torch.manual_seed(config.train.seed)
-    return Task(corpus, tokenizer, ids, stream, steps, LanguageModel(config.model, tokenizer.size))
+    return Task(corpus, tokenizer, ids, source, valid, steps, LanguageModel(config.model, tokenizer.size))
 
 
 def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
     """Take all the steps: this is the training loop."""
-    model, stream, steps = task.model, task.stream, task.steps
+    model, source, steps = task.model, task.source, task.steps
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
-    fixed = next(iter(stream))
+    fixed = next(source.epoch(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     for step in range(1, steps + 1):
-        epoch, first = (step - 1) // len(stream) + 1, (step - 1) % len(stream) == 0
-        if first:
-            batches, states = iter(stream), None
-        inputs, targets = next(batches)
-        loss, states = model.loss(inputs, targets, states)
-        states = detached(states)
+        epoch, place = divmod(step - 1, len(source))
+        if place == 0:
+            epoch_batches, states = source.epoch(epoch), None
+        batch = next(epoch_batches)
+        cost = model.loss(batch, states)
+        loss, states = cost.mean, carried(cost.states, torch.rand(batch.inputs.shape[1], 1) >= recipe.restart)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps)
         optimizer.step()
-        log.step(step, epoch, _checked(loss.item(), step), targets.numel())
+        log.step(step, epoch + 1, _checked(loss.item(), step), cost.tokens)
         if step in scored:
-            valid = score(model, task.ids["valid"], task.corpus.sizes["valid"], recipe)
+            valid = score(model, task.valid, task.corpus.sizes["valid"])
             _checked(valid.loss, step)
-            log.score(step, epoch, "valid", valid)
-            best.offer(model, step, epoch, valid)
+            log.score(step, epoch + 1, "valid", valid)
+            best.offer(model, step, epoch + 1, valid)
             if recipe.alignment:
-                found = agreement(model, lambda model, batch: model.loss(*batch)[0], fixed)
+                found = agreement(model, lambda model, batch: model.loss(batch).mean, fixed)  # type: ignore[operator]
                 if found is not None:
-                    log.align(step, epoch, found, fixed[1].numel())
+                    log.align(step, epoch + 1, found, cost.tokens)
 
 
-def report(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
+def report(task: Task, config: Config, log: Log, best: checkpoint.Best) -> None:
     """Score the best weights on the test split, where there is one, and show a sample of theirs."""
     model = task.model.eval()
     checkpoint.load_weights(model, best.folder)
     if "test" in task.ids:
-        test = score(model, task.ids["test"], task.corpus.sizes["test"], recipe)
+        source = batches.scoring(task.ids["test"], config.data, config.train)
+        test = score(model, source, task.corpus.sizes["test"])
         log.score(best.step, best.epoch, "test", test)
         log.say(f"test: {test}")
     else:
         log.say(f"valid: {best.score} ({task.corpus.name} has no test split)")
     sample = [int(i) for i in task.ids["valid"][:SAMPLE_PROMPT]]
-    following = generate(model, sample, temperature=0.8, top_p=0.95, seed=recipe.seed)
+    following = generate(model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed)
     sample += [next(following) for _ in range(SAMPLE)]
     log.say(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{task.tokenizer.decode(sample)}\n")
     log.say(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
