@@ -27,7 +27,7 @@ class Agreement:
     seconds: float
 
 
-def agreement(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Agreement | None:
+def agreement(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any) -> Agreement | None:
     """Compare the two gradients; the model, its gradients and the random generators are left as they were.
 
     Args:
@@ -44,7 +44,7 @@ def agreement(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     started = time.perf_counter()
     losses = []
 
-    def noted(model: nn.Module, batch: Any) -> Tensor:
+    def noted(model: Any, batch: Any) -> Tensor:
         loss = loss_fn(model, batch)
         losses.append(loss.item())
         return loss

@@ -1,0 +1,208 @@
+"""Owns `statefeed compare`: the same training under several feedback rules, one run folder each, and their table."""
+
+import dataclasses
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+
+import statefeed as sf
+from statefeed.lm import checkpoint, config, figures, report, results
+from statefeed.lm.config import Config, UsageError, require
+from statefeed.lm.results import CELLS, Result
+
+# Characters of the widest table, where no terminal says how many there are.
+_WIDTH = 200
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Carry out `statefeed compare`.
+
+    Args:
+        arguments: the words after it.
+
+    Raises:
+        UsageError: for a mistake in them, before anything is written, and for a run that cannot be carried out.
+        KeyboardInterrupt: when a run was interrupted; the same command goes on with it.
+    """
+    flags = config.parser("statefeed compare")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
+    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
+    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
+    flags.add_argument(
+        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
+    )
+    flags.add_argument(
+        "--out", type=str, default=None, help="folder of the comparison; null is run.dir with -compare behind it"
+    )
+    for argument in arguments:
+        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
+            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
+    values = config.parse(flags, arguments)
+    if values.recipe is not None:
+        values = config.parse(flags, [*config.recipe_flags(values.recipe), *arguments])
+    recipe = config.build(values)
+    folder = Path(values.out or f"{recipe.run.dir}-compare")
+    compare(plan(recipe, values.feedback, values.seeds, values.lr, folder), folder)
+
+
+def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) -> list[Config]:
+    """The recipe of every run, all rules of one seed before those of the next.
+
+    Args:
+        recipe: what they have in common.
+        feedback: rules, separated by commas.
+        seeds: runs of every rule.
+        rates: rule=rate, separated by commas, or nothing.
+        folder: of the comparison.
+
+    Raises:
+        UsageError: for a rule that does not exist or does not fit the cell, a rate for a rule that is not compared, or
+            fewer seeds than one.
+    """
+    require(seeds >= 1, "--seeds must be at least 1", seeds)
+    require(
+        recipe.model.cell in CELLS, f"a comparison of rules needs a cell out of {', '.join(CELLS)}", recipe.model.cell
+    )
+    rules = list(dict.fromkeys(rule.strip() for rule in feedback.split(",")))
+    for rule in rules:
+        try:
+            for _, stage in sf.Schedule(rule).stages:
+                getattr(sf, recipe.model.cell.upper())(1, 1, feedback=stage)
+        except ValueError as error:
+            raise UsageError(f"--feedback {rule}: {error}") from error
+    own = _rates(rates, rules)
+    return [
+        dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, feedback=rule),
+            train=dataclasses.replace(
+                recipe.train, seed=recipe.train.seed + k, lr=own.get(rule, recipe.train.lr), alignment=True
+            ),
+            run=dataclasses.replace(
+                recipe.run, dir=str(folder / f"{rule.replace('/', '_')}-seed{recipe.train.seed + k}")
+            ),
+        )
+        for k in range(seeds)
+        for rule in rules
+    ]
+
+
+def _rates(text: str, rules: Sequence[str]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for word in filter(None, text.split(",")):
+        rule, _, rate = word.strip().rpartition("=")
+        require(rule in rules, f"--lr must name rules of --feedback ({', '.join(rules)})", word)
+        try:
+            rates[rule] = float(rate)
+        except ValueError:
+            raise UsageError(f"--lr must be rule=rate, such as dsf=2e-3, got {word}") from None
+    return rates
+
+
+def compare(planned: Sequence[Config], folder: Path) -> None:
+    """Train what is not trained yet, one record a run, then draw and print what the records of the folder say.
+
+    Args:
+        planned: the recipe of every run.
+        folder: of the comparison.
+
+    Raises:
+        UsageError: when the folder holds runs of other recipes, or a run cannot be carried out.
+        KeyboardInterrupt: when a run was interrupted.
+    """
+    records = folder / report.COMPARISON
+    done = {result.get("run.dir"): result for result in report.read([records]).results} if records.exists() else {}
+    for recipe in planned:
+        if (result := done.get(recipe.run.dir)) is not None:
+            _refuse_other(recipe, result.config, records)
+        elif (Path(recipe.run.dir) / checkpoint.CONFIG).exists():
+            there = config.load(Path(recipe.run.dir) / checkpoint.CONFIG)
+            _refuse_other(recipe, dataclasses.asdict(there), Path(recipe.run.dir))
+    console = Console(highlight=False, soft_wrap=True)
+    for number, recipe in enumerate(planned, 1):
+        if recipe.run.dir in done:
+            continue
+        console.print(
+            f"run {number} of {len(planned)}: {recipe.model.feedback}, seed {recipe.train.seed}, "
+            f"rate {recipe.train.lr:g}, in {recipe.run.dir}",
+            markup=False,
+        )
+        outcome = _train(recipe)
+        result = results.of_run(Path(recipe.run.dir), outcome)
+        with records.open("a", encoding="utf-8") as lines:
+            lines.write(results.to_line(result))
+        done[recipe.run.dir] = result
+    show(list(done.values()), folder)
+
+
+def _refuse_other(recipe: Config, there: dict[str, dict[str, object]], place: Path) -> None:
+    """Refuse to take a run of another recipe for one of this comparison."""
+    expected, got = results.flat(dataclasses.asdict(recipe)), results.flat(there)
+    for key, value in expected.items():
+        if got.get(key) != value:
+            raise UsageError(
+                f"{place} holds a run of another recipe, with {key} {got.get(key)} and not {value}: "
+                "choose another folder with --out"
+            )
+
+
+def _train(recipe: Config) -> str:
+    """Train in a process of its own, so that its memory is its own and its end is not the comparison's.
+
+    Returns:
+        finished or diverged.
+    """
+    shutil.rmtree(recipe.run.dir, ignore_errors=True)
+    flags = [
+        f"--{key}={'null' if value is None else value}"
+        for key, value in results.flat(dataclasses.asdict(recipe)).items()
+    ]
+    # In a session of its own it hears of an interruption once, through us, however it was sent.
+    with subprocess.Popen([sys.executable, "-m", "statefeed", "train", *flags], start_new_session=True) as process:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code in (0, 1):
+        return "diverged" if code else "finished"
+    again = "the same command goes on from here"
+    if code >= 128:
+        raise KeyboardInterrupt(f"the comparison was interrupted in {recipe.run.dir}: {again}")
+    raise UsageError(f"the comparison stopped in {recipe.run.dir}, whose training ended with exit code {code}: {again}")
+
+
+def show(compared: Sequence[Result], folder: Path) -> None:
+    """Print a table for every task and leave the figures in the folder."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    for title, same in results.tasks(compared).items():
+        headings, rows = results.table(same)
+        table = Table(title=title)
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    names = figures.save(figures.draw(compared), folder)
+    console.print(
+        f"{folder} keeps the runs, {report.COMPARISON}{''.join(f', {name}' for name in names)}; "
+        f"statefeed report {folder} makes one page of it",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,257 @@
+"""Owns the figures of results: perplexity against epochs, time, width, depth and cell; speed against quality."""
+
+import io
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from statefeed.lm.results import CELLS, VARIED, Result, bests, by_rule, size, split, tasks, without
+
+SIZE = (5.2, 3.7)  # inches: one panel, whose letters can still be read where it is as wide as a phone
+# The curves are shown up to this many times the lowest perplexity: what lies above tells the rules not apart.
+REACH = 2.5
+# A model without recurrent cells is a rival of those whose parameters are within this part of its own.
+BUDGET = 0.25
+
+_COLOURS = {"bptt": "black", "ft-bptt": "0.6", "dsf": "C0", "gate": "C1", "gate+1": "C2", "gate+2": "C3"}
+
+
+def draw(results: Sequence[Result]) -> dict[str, Figure]:
+    """Every figure that the results have the runs for, by its title."""
+    figures: dict[str, Figure] = {}
+    for title, same in tasks(results).items():
+        for form, drawn in (
+            ("perplexity against epoch", against(same, "epochs")),
+            ("perplexity against time", against(same, "seconds")),
+            ("speed against quality", frontier(same)),
+            ("alignment with BPTT", alignment(same)),
+        ):
+            if drawn is not None:
+                figures[f"{title}: {form}"] = drawn
+    figures.update(over(results, "model.width", "perplexity against width"))
+    figures.update(over(results, "model.layers", "perplexity against depth"))
+    figures.update(by_cell(results))
+    return figures
+
+
+def save(drawn: Mapping[str, Figure], folder: Path) -> list[str]:
+    """Write figures as SVG files, made anew where they are there; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for title, figure in drawn.items():
+        names.append(re.sub(r"[^a-z0-9.+]+", "-", title.lower()).strip("-") + ".svg")
+        (folder / names[-1]).write_text(svg(figure), encoding="utf-8")
+    return names
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element, the same for the same results, its letters as text."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "statefeed"}):
+        figure.savefig(stream, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def against(results: Sequence[Result], what: str) -> Figure | None:
+    """Validation perplexity of one task against epochs or seconds of training: mean over the seeds, and their range.
+
+    Args:
+        results: of one task.
+        what: epochs or seconds.
+    """
+    best = bests(results)
+    if not best:
+        return None
+    figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity", log=True)
+    groups = by_rule(results)
+    for label, colour in colours(groups).items():
+        evaluations = list(zip(*(result.valid for result in groups[label]), strict=False))
+        if not evaluations:
+            continue
+        x = [statistics.mean(row[what] for row in rows) for rows in evaluations]
+        y = [[row["perplexity"] for row in rows] for rows in evaluations]
+        marker = "." if len(x) <= 60 else None
+        axes.plot(x, [statistics.mean(values) for values in y], color=colour, marker=marker, linewidth=1.2, label=label)
+        if len(groups[label]) > 1:
+            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylim(0.97 * min(best), REACH * min(best))
+    axes.legend()
+    return figure
+
+
+def frontier(results: Sequence[Result]) -> Figure | None:
+    """Best validation perplexity of every rule of one task against the time of a step; a line joins the best of each.
+
+    Args:
+        results: of one task.
+    """
+    points: dict[str, tuple[float, float]] = {}
+    for label, group in by_rule(results).items():
+        times = [result.step_ms for result in group if result.step_ms is not None]
+        if bests(group) and times:
+            points[label] = (statistics.mean(times), statistics.mean(bests(group)))
+    if len(points) < 2:
+        return None
+    figure, axes = _panel("milliseconds of a training step", "best validation perplexity")
+    for label, colour in colours(points).items():
+        axes.plot(*points[label], "o", color=colour)
+        axes.annotate(label, points[label], xytext=(5, 4), textcoords="offset points")
+    line = undominated(list(points.values()))
+    axes.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0, drawstyle="steps-post")
+    axes.margins(0.18)
+    return figure
+
+
+def undominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points for which no other is at most as large in both places.
+
+    >>> undominated([(2, 5), (1, 9), (3, 6), (4, 4)])
+    [(1, 9), (2, 5), (4, 4)]
+    """
+    kept: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def alignment(results: Sequence[Result]) -> Figure | None:
+    """Cosine of the gradient with exact BPTT against epochs, for the rules of one task that are not exact.
+
+    Args:
+        results: of one task.
+    """
+    groups = {label: group for label, group in by_rule(results).items() if any(r.alignment for r in group)}
+    if not groups:
+        return None
+    figure, axes = _panel("epochs", "cosine with the BPTT gradient")
+    for label, colour in colours(groups).items():
+        rows = list(zip(*(result.alignment for result in groups[label]), strict=False))
+        x = [statistics.mean(row["epochs"] for row in same) for same in rows]
+        axes.plot(
+            x, [statistics.mean(row["cosine"] for row in same) for same in rows], color=colour, marker=".", label=label
+        )
+    axes.legend()
+    return figure
+
+
+def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
+    """Best validation perplexity against a size of the model, of those tasks that differ in nothing else.
+
+    Args:
+        results: of any tasks.
+        key: model.width or model.layers.
+        form: what the figure is called.
+    """
+    figures: dict[str, Figure] = {}
+
+    def rest(result: Result) -> str:
+        return f"{result.facts.get('corpus')} {sorted(without(result, *VARIED, key).items())}"
+
+    for same in split(results, rest).values():
+        values = sorted({result.get(key) for result in same if result.best is not None})
+        if len(values) < 2:
+            continue
+        figure, axes = _panel(key.replace("model.", ""), "best validation perplexity")
+        groups = by_rule(same)
+        for label, colour in colours(groups).items():
+            at = {value: bests([r for r in groups[label] if r.get(key) == value]) for value in values}
+            _points(axes, {value: found for value, found in at.items() if found}, color=colour, marker="o", label=label)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.legend()
+        first = same[0]
+        kept = f"{first.get('model.layers')} layers" if key == "model.width" else f"width {first.get('model.width')}"
+        figures[_fresh(figures, f"{first.facts.get('corpus')}, {first.get('model.cell')}, {kept}: {form}")] = figure
+    return figures
+
+
+def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
+    """Bars of the best validation perplexity by cell, for every size of a corpus at which several cells were trained.
+
+    Models without recurrent cells stand beside those that have about as many parameters.
+    """
+    figures: dict[str, Figure] = {}
+    length = ("train.epochs", "train.steps", "train.batch", "train.context")
+
+    def family(result: Result) -> str:
+        data = sorted((key, value) for key, value in without(result).items() if key.startswith("data."))
+        return f"{result.facts.get('corpus')} {data} {[result.get(key) for key in length]}"
+
+    for same in split(results, family).values():
+        recurrent = [result for result in same if result.get("model.cell") in CELLS and result.best is not None]
+        others = [result for result in same if result.get("model.cell") not in CELLS and result.best is not None]
+        for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
+            budgets = [result.facts.get("parameters", 0) for result in sized]
+            rivals = [r for r in others if min(abs(b / r.facts.get("parameters", 1) - 1) for b in budgets) <= BUDGET]
+            cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
+            if len(cells) > 1:
+                title = f"{sized[0].facts.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
+                figures[_fresh(figures, title)] = _bars(cells)
+    return figures
+
+
+def _bars(cells: dict[str, list[Result]]) -> Figure:
+    rules = list(dict.fromkeys(r.rule for group in cells.values() for r in group if r.get("model.cell") in CELLS))
+    figure, axes = _panel("", "best validation perplexity")
+    width = 0.8 / max(1, len(rules))
+    for place, (cell, group) in enumerate(cells.items()):
+        if cell not in CELLS:
+            _bar(axes, place, 0.4, bests(group), color="C9")
+    for k, (rule, colour) in enumerate(colours(rules).items()):
+        first = True
+        for place, (cell, group) in enumerate(cells.items()):
+            found = bests([result for result in group if result.rule == rule and cell in CELLS])
+            if found:
+                _bar(axes, place + (k + 0.5) * width - 0.4, width, found, color=colour, label=rule if first else None)
+                first = False
+    axes.set_xticks(range(len(cells)), list(cells))
+    values = [value for group in cells.values() for value in bests(group)]
+    axes.set_ylim(max(0, min(values) - 1.5 * (max(values) - min(values)) - 1), None)
+    axes.legend()
+    return figure
+
+
+def _bar(axes: Axes, place: float, width: float, found: Sequence[float], **look: Any) -> None:
+    middle = statistics.mean(found)
+    reach = [[middle - min(found)], [max(found) - middle]] if len(found) > 1 else None
+    axes.bar(place, middle, width, yerr=reach, **look)
+
+
+def _points(axes: Axes, at: dict[Any, list[float]], **look: Any) -> None:
+    """Means over the seeds with their range."""
+    middle = [statistics.mean(found) for found in at.values()]
+    reach = [
+        [m - min(found) for m, found in zip(middle, at.values(), strict=True)],
+        [max(found) - m for m, found in zip(middle, at.values(), strict=True)],
+    ]
+    axes.errorbar(list(at), middle, yerr=reach, capsize=2, **look)
+
+
+def colours(labels: Any) -> dict[str, str]:
+    """A colour for every label; the usual rules have theirs in every figure."""
+    free = iter([f"C{k}" for k in range(4, 10)] * (1 + len(labels)))
+    return {label: _COLOURS.get(label) or next(free) for label in labels}
+
+
+def _panel(x: str, y: str, log: bool = False) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _fresh(taken: dict[str, Figure], title: str) -> str:
+    """The title, numbered where there is one like it."""
+    count = sum(other == title or other.startswith(f"{title} (") for other in taken)
+    return title if not count else f"{title} ({count + 1})"

@@ -1,0 +1,309 @@
+"""Owns what runs say: a run folder read as one result, results told apart by task and rule, and their table."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statefeed.lm import checkpoint, config
+from statefeed.lm.config import UsageError
+
+PHASES = ("data", "forward", "backward", "optimiser")  # of one training step
+CELLS = ("rnn", "gru", "lstm")  # that have a feedback rule
+# What may differ between the runs of one task, which are compared with each other.
+VARIED = ("run.dir", "train.seed", "train.lr", "train.alignment", "model.feedback")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, as it stands in a comparison's records, one JSON object a line.
+
+    Args:
+        config: the recipe with every key, by section.
+        facts: the run's record: corpus, parameters, machine, threads, versions.
+        outcome: finished, diverged or unfinished.
+        valid: one row an evaluation: step, epochs (a fraction of one where it is known), seconds and perplexity. The
+            seconds are those of training, evaluations left out, where the run has timed its steps.
+        alignment: one row an evaluation at which the rule was not exact: step, epochs, cosine and norm_ratio of the
+            gradient of one fixed training batch against exact BPTT.
+        ms: milliseconds of one step by phase, medians over the run; empty where the run has not timed them.
+        tokens_per_s: of training, the median over the run.
+        peak_bytes: the most memory that the run's process held, None where it is not known.
+        test: perplexity of the best weights on the test split, None where there is none.
+    """
+
+    config: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    outcome: str
+    valid: list[dict[str, float]]
+    alignment: list[dict[str, float]]
+    ms: dict[str, float]
+    tokens_per_s: float | None
+    peak_bytes: float | None
+    test: float | None
+
+    def get(self, key: str) -> Any:
+        """The value of section.key in the recipe, None where the recipe is older than the key."""
+        section, _, name = key.partition(".")
+        return self.config[section].get(name)
+
+    @property
+    def rule(self) -> str:
+        """The feedback rule; the cell, where it has none."""
+        cell = self.get("model.cell")
+        return str(self.get("model.feedback")) if cell in CELLS else str(cell)
+
+    @property
+    def best(self) -> float | None:
+        """The best validation perplexity; None before the first evaluation and for a run that diverged."""
+        if self.outcome == "diverged" or not self.valid:
+            return None
+        return min(row["perplexity"] for row in self.valid)
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of one step."""
+        return sum(self.ms.values()) if self.ms else None
+
+    def reach(self, perplexity: float) -> dict[str, float] | None:
+        """The first evaluation at which this perplexity was reached, None where it never was."""
+        return next((row for row in self.valid if row["perplexity"] <= perplexity), None)
+
+
+def of_run(folder: Path, outcome: str | None = None) -> Result:
+    """The result in a run folder, whether its run has ended or not.
+
+    Args:
+        folder: that `statefeed train` left.
+        outcome: how it ended; None decides between finished and unfinished by the evaluations that are there.
+
+    Raises:
+        UsageError: when it is no run folder or a file in it cannot be read.
+    """
+    if not (folder / checkpoint.CONFIG).is_file():
+        raise UsageError(f"{folder} is not a run folder: it holds no {checkpoint.CONFIG}")
+    recipe = dataclasses.asdict(config.load(folder / checkpoint.CONFIG))
+    try:
+        facts = json.loads((folder / checkpoint.RECORD).read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / checkpoint.METRICS).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the records of the run {folder} cannot be read: {error}") from error
+    place = _places(rows, facts)
+    by_split: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": [], "alignment": []}
+    for row in rows:
+        by_split[row["split"]].append(row)
+    train, valid = by_split["train"], by_split["valid"]
+    if outcome is None:
+        outcome = "finished" if len(valid) >= recipe["train"]["evaluations"] else "unfinished"
+    speeds = [row["tokens_per_s"] for row in train]
+    peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes") is not None]
+    return Result(
+        config=recipe,
+        facts=facts,
+        outcome=outcome,
+        valid=[{**place(row), "perplexity": row["perplexity"]} for row in valid],
+        alignment=[
+            {**place(row), "cosine": row["cosine"], "norm_ratio": row["norm_ratio"]} for row in by_split["alignment"]
+        ],
+        ms={
+            phase: statistics.median(row[f"{phase}_ms"] for row in train)
+            for phase in PHASES
+            if train and all(f"{phase}_ms" in row for row in train)
+        },
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        peak_bytes=max(peaks, default=None),
+        test=next((row["perplexity"] for row in by_split["test"]), None),
+    )
+
+
+def _places(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """Where a row lies: step, epochs and seconds of training.
+
+    The time of a step is the sum of its phases, each row of the training split standing for the steps since the one
+    before; without phases it is the time since the beginning of the run, evaluations included.
+    """
+    train = [row for row in rows if row["split"] == "train"]
+    timed = bool(train) and all(f"{phase}_ms" in row for row in train for phase in PHASES)
+    trained: list[tuple[int, float, float]] = []  # last step, seconds until then, seconds of one step
+    before, total = 0, 0.0
+    for row in train if timed else []:
+        each = 1e-3 * sum(row[f"{phase}_ms"] for phase in PHASES)
+        total += (row["step"] - before) * each
+        before = row["step"]
+        trained.append((before, total, each))
+
+    def seconds(step: int) -> float:
+        """Training seconds until a step, which may lie within the steps of one row or behind the last."""
+        last, until, each = next((entry for entry in trained if entry[0] >= step), trained[-1])
+        return until + (step - last) * each
+
+    def place(row: dict[str, Any]) -> dict[str, float]:
+        step, length = row["step"], facts.get("steps_per_epoch")
+        return {
+            "step": step,
+            "epochs": step / length if length else row["epoch"],
+            "seconds": round(seconds(step), 3) if timed else row["seconds"],
+        }
+
+    return place
+
+
+def from_line(line: str) -> Result:
+    """The result that one line of a comparison's records holds.
+
+    Raises:
+        TypeError, ValueError: when it is none.
+    """
+    return Result(**json.loads(line))
+
+
+def to_line(result: Result) -> str:
+    """The result as one line."""
+    return json.dumps(dataclasses.asdict(result)) + "\n"
+
+
+# Side by side --------------------------------------------------------------------------------------------------------
+
+
+def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A recipe by section.key."""
+    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
+
+
+def split(results: Iterable[Result], key: Callable[[Result], str]) -> dict[str, list[Result]]:
+    """The results by a key, in the order of their first appearance."""
+    parts: dict[str, list[Result]] = {}
+    for result in results:
+        parts.setdefault(key(result), []).append(result)
+    return parts
+
+
+def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results by what they have in common but for rule, rate and seed, each task under a title that tells it."""
+
+    def rest(result: Result) -> dict[str, Any]:
+        return {"facts.corpus": result.facts.get("corpus"), **without(result, *VARIED)}
+
+    titled: dict[str, list[Result]] = {}
+    for same in split(results, _title).values():
+        parts = list(split(same, lambda result: json.dumps(rest(result), sort_keys=True)).values())
+        differing = [
+            key for key in rest(parts[0][0]) if len({json.dumps(rest(part[0]).get(key)) for part in parts}) > 1
+        ]
+        for part in parts:
+            settings = "".join(f", {key}={rest(part[0]).get(key)}" for key in differing)
+            titled[_title(part[0]) + settings] = part
+    return titled
+
+
+def without(result: Result, *keys: str) -> dict[str, Any]:
+    """The recipe of a result by section.key, some left out."""
+    return {key: value for key, value in flat(result.config).items() if key not in keys}
+
+
+def size(result: Result) -> str:
+    """The model in short, such as gru 1x256."""
+    return f"{result.get('model.cell')} {result.get('model.layers')}x{result.get('model.width')}"
+
+
+def _title(result: Result) -> str:
+    length = (
+        f"{result.get('train.steps')} steps" if result.get("train.steps") else f"{result.get('train.epochs')} epochs"
+    )
+    return f"{result.facts.get('corpus')}, {size(result)} {result.get('model.block')}, {length}"
+
+
+def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of one rule, over their seeds; a rule that was run at several rates appears once for each."""
+    rates: dict[str, set[float]] = {}
+    for result in results:
+        rates.setdefault(result.rule, set()).add(result.get("train.lr"))
+
+    def label(result: Result) -> str:
+        return result.rule + (f" at {result.get('train.lr'):g}" if len(rates[result.rule]) > 1 else "")
+
+    return split(results, label)
+
+
+def bests(results: Sequence[Result]) -> list[float]:
+    """The best validation perplexities of those runs that have one."""
+    return [result.best for result in results if result.best is not None]
+
+
+def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """The comparison of the rules of one task: headings, and one row a rule.
+
+    Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation.
+    Targets are met seed by seed: the perplexity at the last evaluation of ft-bptt, and of bptt, with the same seed.
+
+    Args:
+        results: of one task.
+    """
+    groups = by_rule(results)
+    targets = [rule for rule in ("ft-bptt", "bptt") if any(result.rule == rule for result in results)]
+    headings = ["rule", "rate", "seeds", "valid perplexity", "forward ms", "backward ms", "step ms", "peak MiB"]
+    headings += [f"{what} to {rule}" for rule in targets for what in ("epochs", "seconds")]
+    headings += ["cosine with BPTT", "norm ratio"]
+    rows = []
+    for label, group in groups.items():
+        row = [
+            label,
+            f"{group[0].get('train.lr'):g}",
+            _seeds(group),
+            _spread(bests(group)),
+            _mean([result.ms.get("forward") for result in group], ".1f"),
+            _mean([result.ms.get("backward") for result in group], ".1f"),
+            _mean([result.step_ms for result in group], ".1f"),
+            _mean([result.peak_bytes / 2**20 if result.peak_bytes else None for result in group], ",.0f"),
+        ]
+        for rule in targets:
+            reached = _reached(group, [result for result in results if result.rule == rule])
+            row += [_times(reached, "epochs"), _times(reached, "seconds")]
+        row += [
+            _mean(
+                [statistics.mean(r[what] for r in result.alignment) if result.alignment else None for result in group],
+                ".3f",
+            )
+            for what in ("cosine", "norm_ratio")
+        ]
+        rows.append(row)
+    return headings, rows
+
+
+def _reached(group: Sequence[Result], rivals: Sequence[Result]) -> list[dict[str, float] | None]:
+    """Where every run reached what the rival with its seed ended with."""
+    ends = {rival.get("train.seed"): rival.valid[-1]["perplexity"] for rival in rivals if rival.outcome == "finished"}
+    seeds = [(result, result.get("train.seed")) for result in group]
+    return [result.reach(ends[seed]) for result, seed in seeds if seed in ends]
+
+
+def _times(reached: Sequence[dict[str, float] | None], what: str) -> str:
+    found = [row[what] for row in reached if row is not None]
+    if not found:
+        return "never" if reached else "-"
+    some = f" ({len(found)} of {len(reached)})" if len(found) < len(reached) else ""
+    return f"{statistics.mean(found):,.{0 if what == 'seconds' and max(found) >= 100 else 1}f}{some}"
+
+
+def _seeds(group: Sequence[Result]) -> str:
+    odd = [f"{count} {what}" for what in ("diverged", "unfinished") if (count := sum(r.outcome == what for r in group))]
+    return ", ".join([str(len(group)), *odd])
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation.
+
+    >>> _spread([1.0, 2.0, 3.0]), _spread([1.0]), _spread([])
+    ('2.00 ± 1.00', '1.00', '-')
+    """
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _mean(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(statistics.mean(known), form) if known else "-"
