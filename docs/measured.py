@@ -1,0 +1,147 @@
+"""Writes docs/measured.md from the records under results/: python docs/measured.py
+
+Training runs are folders that `statefeed train` leaves (metrics.jsonl, config.yaml, record.json) or the records of
+`statefeed compare`; benchmarks are the records of `statefeed bench layers`. Runs that differ in rule, rate and seed
+alone are compared with one another. Nothing is copied by hand: with no record there is no number.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import yaml
+
+DOCS = Path(__file__).resolve().parent
+FEWEST_REPEATS = 5  # fewer are a trial
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results_in(folder):
+    """Every training run under a folder as (config, facts, best validation perplexity, ms per step).
+
+    They are run folders, and lines of the records that `statefeed compare` writes.
+    """
+    for path in sorted(folder.rglob("*.jsonl")):
+        lines = rows(path)
+        if path.name == "metrics.jsonl" and (path.parent / "config.yaml").exists():
+            config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+            record = path.parent / "record.json"
+            facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+            train = [row for row in lines if row["split"] == "train"]
+            valid = [row["perplexity"] for row in lines if row["split"] == "valid"]
+            if train and valid:
+                speed = statistics.median(row["tokens_per_s"] for row in train)
+                yield config, facts, min(valid), step_ms(config, speed)
+        else:
+            for line in lines:
+                if line.get("outcome") == "finished" and line["valid"]:
+                    best = min(row["perplexity"] for row in line["valid"])
+                    ms = sum(line["ms"].values()) or step_ms(line["config"], line["tokens_per_s"])
+                    yield line["config"], line["facts"], best, ms
+
+
+def step_ms(config, tokens_per_s):
+    return 1e3 * config["train"]["batch"] * config["train"]["context"] / tokens_per_s
+
+
+def setting(config, facts):
+    """What runs must have in common to be compared: all but rule, rate, seed and places."""
+    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    for key in ("model.feedback", "train.lr", "train.seed", "train.alignment", "run.dir", "data.path"):
+        flat.pop(key, None)
+    flat |= {f"facts.{key}": facts.get(key) for key in ("corpus", "machine", "threads", "torch")}
+    return flat
+
+
+def title(setting, differing):
+    """One setting in words, with every key in which it differs from others."""
+    corpus = setting["facts.corpus"] or setting["data.corpus"]
+    s = {key.partition(".")[2]: value for key, value in setting.items()}
+    length = f"{s['steps']} steps" if s.get("steps") else f"{s['epochs']} epochs"
+    more = "".join(f", {key}={setting.get(key)}" for key in differing)
+    return (
+        f"**{corpus}, {s['tokens']} tokens, {s['cell']} {s['layers']}x{s['width']}**, {length}, {s['batch']} x "
+        f"{s['context']} tokens a step; {s['threads']} threads, {s['machine']}, torch {s['torch']}{more}."
+    )
+
+
+def table(head, body):
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def frontier(runs):
+    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step."""
+    by_rule = defaultdict(list)
+    rates = defaultdict(set)
+    for rule, rate, _, _ in runs:
+        rates[rule].add(rate)
+    for rule, rate, perplexity, ms in runs:
+        by_rule[f"`{rule}`" + (f" at {rate:g}" if len(rates[rule]) > 1 else "")].append((perplexity, ms))
+    points = {
+        rule: (statistics.mean(p for p, _ in found), statistics.median(ms for _, ms in found))
+        for rule, found in by_rule.items()
+    }
+    body = []
+    for rule, (perplexity, ms) in sorted(points.items(), key=lambda item: item[1][1]):
+        beaten = any(p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in points.values())
+        every = [p for p, _ in by_rule[rule]]
+        spread = f"{perplexity:.1f}" + (f" ({min(every):.1f} to {max(every):.1f})" if len(every) > 1 else "")
+        body.append([rule, str(len(every)), spread, f"{ms:.1f}", "" if beaten else "yes"])
+    return table(["rule", "seeds", "best validation perplexity", "ms per step", "on the frontier"], body)
+
+
+def training(results):
+    groups = defaultdict(list)
+    for config, facts, perplexity, ms in results_in(results):
+        key = json.dumps(setting(config, facts), sort_keys=True)
+        groups[key].append((str(config["model"]["feedback"]), config["train"]["lr"], perplexity, ms))
+    settings = [json.loads(key) for key in groups]
+    keys = sorted({key for found in settings for key in found})
+    differing = [key for key in keys if len({json.dumps(found.get(key)) for found in settings}) > 1]
+    return "".join(
+        f"{title(found, differing)}\n\n{frontier(runs)}\n"
+        for found, runs in zip(settings, groups.values(), strict=True)
+    )
+
+
+def benchmarks(results):
+    machines = defaultdict(lambda: defaultdict(dict))
+    for file in sorted(results.rglob("*.jsonl")):
+        for r in rows(file):
+            if r.get("bench") == "layers" and r["implementation"] == "statefeed" and r["repeats"] >= FEWEST_REPEATS:
+                machine = r["machine"]["gpu"] or r["machine"]["cpu"], r["threads"], r["versions"]["torch"]
+                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
+                machines[machine][case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
+    text = ""
+    for (name, threads, version), cases in machines.items():
+        rules = list(dict.fromkeys(rule for found in cases.values() for rule in found))
+        body = [
+            [case, *(f"{found[rule]:.2f}" if rule in found else "" for rule in rules)] for case, found in cases.items()
+        ]
+        text += f"{name}, {threads} threads, torch {version}.\n\n"
+        text += table(["cell, T x B x H", *(f"`{rule}`" for rule in rules)], body) + "\n"
+    return text and text[:-1]
+
+
+def page(results):
+    """The text of measured.md."""
+    runs, layers = training(results).rstrip("\n"), benchmarks(results)
+    return "\n\n".join(
+        [
+            "<!-- Written by docs/measured.py from results/; do not edit. -->",
+            "Validation perplexity against time per step, by rule. "
+            "A rule is on the frontier where no other is both faster and better.",
+            runs or "No records yet.",
+            "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
+            layers or "No records yet.\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    (DOCS / "measured.md").write_text(page(DOCS.parent / "results"), encoding="utf-8")

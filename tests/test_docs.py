@@ -1,0 +1,213 @@
+"""The documentation: every Python block runs, every path and name that it gives exists, its numbers are recorded."""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import statefeed
+
+HOUSE = Path(__file__).resolve().parent.parent
+DOCS = HOUSE / "docs"
+PAGES = [HOUSE / "README.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+FENCE = re.compile(r"^```(\S*).*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Python runs; directives of Sphinx are built; what cannot run here says console.
+KNOWN = {"python", "console", "{toctree}", "{eval-rst}", "{include}"}
+
+page = pytest.mark.parametrize("name", TEXTS)
+
+
+@page
+def test_every_python_block_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = {"__name__": f"docs.{name}"}
+    for block in FENCE.finditer(TEXTS[name]):
+        if block[1] == "python":
+            line = TEXTS[name].count("\n", 0, block.start(2))
+            code = compile("\n" * line + block[2], f"{name}.md", "exec")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exec(code, namespace)
+
+
+@page
+def test_every_block_says_what_it_is(name):
+    assert {block[1] for block in FENCE.finditer(TEXTS[name])} <= KNOWN
+
+
+# Paths and names -----------------------------------------------------------------------------------------------------
+
+
+def names_in(file):
+    """Everything defined in a Python file, methods and nested classes by their dotted names."""
+
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield prefix + node.name
+                if isinstance(node, ast.ClassDef):
+                    yield from walk(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign):
+                yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+
+    return set(walk(ast.parse(file.read_text(encoding="utf-8")).body, ""))
+
+
+def missing(reference):
+    """Why `path`, `path.py:name` or `path.py::test` cannot be found; None if it can."""
+    path, _, name = re.sub("::", ":", reference).partition(":")
+    file = HOUSE / path
+    if not file.exists():
+        return f"{path} does not exist"
+    if name and name not in names_in(file):
+        return f"{path} defines no {name}"
+    return None
+
+
+REFERENCE = re.compile(r"`((?:statefeed|tests|recipes|examples|docs)/[\w/.*-]*(?:::?[\w.]+)?)`")
+LINK = re.compile(r"\[`([^`]+)`\]\((\.\./[^)]+)\)")
+
+
+@page
+def test_every_path_and_name_exists(name):
+    assert not [why for found in REFERENCE.findall(TEXTS[name]) if (why := missing(found))]
+
+
+@page
+def test_a_link_leads_where_its_text_says(name):
+    for text, target in LINK.findall(TEXTS[name]):
+        assert target == f"../{text.partition(':')[0]}"
+
+
+@page
+def test_links_between_pages_lead_somewhere(name):
+    for target in re.findall(r"\]\((\w[\w-]*\.md)[^)]*\)", TEXTS[name]):
+        assert (DOCS / target).exists()
+
+
+@pytest.mark.parametrize(
+    "reference", ["statefeed/nowhere.py", "statefeed/cells.py:nobody", "tests/test_scan.py::test_x"]
+)
+def test_what_is_not_there_is_found_missing(reference):
+    assert REFERENCE.findall(f"`{reference}`") == [reference]
+    assert missing(reference)
+
+
+SECTIONS = re.split(r"^## ", TEXTS["mathematics"], flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_every_equation_has_its_code_and_its_test(section):
+    linked = [text for text, _ in LINK.findall(section)]
+    assert any(text.startswith("statefeed/") and ":" in text for text in linked)
+    assert any(text.startswith("tests/") and "::test_" in text for text in linked)
+
+
+def test_the_reference_has_the_whole_front_door():
+    listed = set(re.findall(r"^\.\. auto\w+:: statefeed\.(\w+)$", TEXTS["api"], re.MULTILINE))
+    assert listed == set(statefeed.__all__)
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured():
+    pytest.importorskip("yaml", reason="docs/measured.py reads recipes")
+    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_numbers_are_those_of_the_records(measured):
+    again = "run `python docs/measured.py` and commit docs/measured.md"
+    assert TEXTS["measured"] == measured.page(HOUSE / "results"), again
+
+
+def test_without_records_there_is_no_number(measured, tmp_path):
+    text = measured.page(tmp_path)
+    assert text.count("No records yet.") == 2
+    assert not re.search(r"\d", text.replace("below 1", ""))
+
+
+def leave_run(folder, rule, seed, perplexity, tokens_per_s, width=8):
+    folder.mkdir()
+    train = {"batch": 10, "context": 100, "lr": 1e-3, "epochs": 2, "steps": None, "seed": seed}
+    config = {
+        "data": {"corpus": "text", "path": "somewhere", "tokens": "word"},
+        "model": {"cell": "gru", "feedback": rule, "layers": 1, "width": width, "block": "plain", "dropout": 0.0},
+        "train": {**train, "schedule": "linear", "weight_decay": 0.0},
+        "run": {"dir": str(folder)},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    rows = [{"split": "train", "perplexity": 99, "tokens_per_s": tokens_per_s}]
+    rows += [{"split": "valid", "perplexity": p, "tokens_per_s": 1} for p in (perplexity, perplexity + 5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_frontier_is_what_no_rule_beats_in_both(measured, tmp_path):
+    leave_run(tmp_path / "a", "bptt", 1, 100.0, 10_000)
+    leave_run(tmp_path / "b", "dsf", 1, 110.0, 20_000)
+    leave_run(tmp_path / "c", "dsf", 2, 112.0, 20_000)
+    leave_run(tmp_path / "d", 0.5, 1, 120.0, 10_000)
+    lines = measured.page(tmp_path).splitlines()
+    assert "| `bptt` | 1 | 100.0 | 100.0 | yes |" in lines
+    assert "| `dsf` | 2 | 111.0 (110.0 to 112.0) | 50.0 | yes |" in lines
+    assert "| `0.5` | 1 | 120.0 | 100.0 |  |" in lines
+
+
+def test_runs_of_other_settings_are_not_compared(measured, tmp_path):
+    leave_run(tmp_path / "a", "bptt", 1, 100.0, 10_000)
+    leave_run(tmp_path / "b", "dsf", 1, 90.0, 20_000, width=9)
+    lines = measured.page(tmp_path).splitlines()
+    assert "| `bptt` | 1 | 100.0 | 100.0 | yes |" in lines
+    assert sum("model.width=" in line for line in lines) == 2
+
+
+def test_records_of_a_comparison_are_read_like_runs(measured, tmp_path):
+    leave_run(tmp_path / "a", "bptt", 1, 100.0, 10_000)
+    config = json.loads((tmp_path / "a" / "config.yaml").read_text())
+    config["model"]["feedback"] = "dsf"
+    line = {"config": config, "facts": {}, "outcome": "finished", "valid": [{"perplexity": 105.0}], "ms": {}}
+    lines = [{**line, "tokens_per_s": 20_000}, {**line, "outcome": "diverged", "tokens_per_s": 1}]
+    (tmp_path / "comparison.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| `dsf` | 1 | 105.0 | 50.0 | yes |" in measured.page(tmp_path).splitlines()
+
+
+def test_benchmarks_become_one_table_a_machine(measured, tmp_path, capsys):
+    from statefeed import bench
+
+    output = tmp_path / "layers.jsonl"
+    assert (
+        bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
+    )
+    assert measured.page(tmp_path).count("No records yet.") == 2  # a trial is no measurement
+    records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
+    output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = measured.page(tmp_path)
+    assert re.search(r"^\| cell, T x B x H \|.* `dsf` \|", text, re.MULTILINE)
+    assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
+
+
+# Built ---------------------------------------------------------------------------------------------------------------
+
+
+def test_it_builds_without_a_warning(tmp_path):
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason='the documentation is built with pip install "statefeed[docs]"')
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(DOCS)]
+    built = subprocess.run([*command, str(tmp_path / "html")], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    reference = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert all(f'id="statefeed.{name}"' in reference for name in statefeed.__all__)
+    assert all(f">{section}<" in reference for section in ("Gradient", "Cost"))
