@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from statefeed.lm import checkpoint, compare, config, corpora, report
+from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
 from statefeed.lm.config import UsageError, require
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
@@ -117,10 +117,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
             f"the {values.split} split of {corpus.name} is not the text of the run: expected sha256 "
             f"{recorded}, got {corpus.digests[values.split]}"
         )
-    text = corpus.splits[values.split]
-    print(
-        f"{values.split}: {score(run.model, run.tokenizer.encode(text), corpus.sizes[values.split], run.config.train)}"
-    )
+    ids = cache.encode(run.tokenizer, corpus.splits[values.split])
+    source = batches.scoring(ids, run.config.data, run.config.train)
+    print(f"{values.split}: {score(run.model, source, corpus.sizes[values.split])}")
 
 
 def _generate(arguments: Sequence[str]) -> None:
