@@ -61,7 +61,7 @@ def create(folder: Path, config: Config, corpus: Corpus, tokenizer: Tokenizer, m
     }
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder / TOKENIZER)
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
 
 
 def save_weights(model: LanguageModel, folder: Path) -> None:

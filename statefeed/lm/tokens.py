@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from statefeed.lm.config import Data, UsageError
 
-UNKNOWN = "<unk>"
-END = "<eos>"
+UNKNOWN, END, BEGIN = "<unk>", "<eos>", "<bos>"
 BYTE_PAIRS = 4096
+PART = 1 << 20  # characters that byte pairs are made of at once: a whole corpus takes more memory than it should
 
 
 class Tokenizer(Protocol):
@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
     @property
     def size(self) -> int:
         """V, the number of types."""
+
+    @property
+    def sentence(self) -> tuple[int, int] | None:
+        """The ids that begin and end a sentence, where sentences are read apart from each other."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """The ids of a text, int32 (N,)."""
@@ -35,8 +39,8 @@ class Tokenizer(Protocol):
     def unknown(self, text: str) -> str | None:
         """The first piece of a text that is outside the vocabulary, or None."""
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as JSON."""
+    def to_json(self) -> str:
+        """All that the tokenizer is, which `load` reads."""
 
 
 class Characters:
@@ -46,6 +50,8 @@ class Characters:
     >>> tokens.encode("baa").tolist(), tokens.decode([1, 0])
     ([1, 0, 0], 'ba')
     """
+
+    sentence = None
 
     def __init__(self, alphabet: Iterable[str]) -> None:
         self.symbols = sorted(set(alphabet))
@@ -70,8 +76,8 @@ class Characters:
     def unknown(self, text: str) -> str | None:
         return next((character for character in text if character not in self._ids), None)
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"characters": "".join(self.symbols)}), encoding="utf-8")
+    def to_json(self) -> str:
+        return json.dumps({"characters": "".join(self.symbols)})
 
     @classmethod
     def load(cls, path: Path) -> "Characters":
@@ -86,6 +92,7 @@ class Bytes:
     """
 
     size = 256
+    sentence = None
 
     def encode(self, text: str) -> NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -96,8 +103,8 @@ class Bytes:
     def unknown(self, text: str) -> str | None:
         return None
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"bytes": self.size}), encoding="utf-8")
+    def to_json(self) -> str:
+        return json.dumps({"bytes": self.size})
 
     @classmethod
     def load(cls, path: Path) -> "Bytes":
@@ -107,44 +114,61 @@ class Bytes:
 class Words:
     """One token a word between white space; a word outside the vocabulary is `<unk>`, the end of a line `<eos>`.
 
+    Where lines are read as sentences each has `<bos>` before it as well.
+
     >>> tokens = Words.train("a b a\\nc\\n", limit=4, eos=True)
     >>> tokens.words, tokens.encode("a b\\nc\\n").tolist()
     (['<unk>', '<eos>', 'a', 'b'], [2, 3, 1, 0, 1])
     """
 
-    def __init__(self, words: Sequence[str], eos: bool) -> None:
+    def __init__(self, words: Sequence[str], eos: bool, bos: bool = False) -> None:
         self.words = list(words)
-        self.eos = eos
+        self.eos, self.bos = eos, bos
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     @classmethod
-    def train(cls, text: str, limit: int | None, eos: bool) -> "Words":
-        """Keep the most frequent words, the alphabet deciding between equals; `limit` counts `<unk>` and `<eos>`."""
-        special = [UNKNOWN, END] if eos else [UNKNOWN]
+    def train(cls, text: str, limit: int | None, eos: bool, bos: bool = False) -> "Words":
+        """Keep the most frequent words, the alphabet deciding between equals.
+
+        Args:
+            text: the training split.
+            limit: the number of types, `<unk>`, `<eos>` and `<bos>` counted; None keeps every word.
+            eos: whether the end of a line is a token.
+            bos: whether its beginning is one too.
+        """
+        special = [UNKNOWN, *([END] if eos else []), *([BEGIN] if bos else [])]
         counts = Counter(text.split())
         frequent = sorted(counts.keys() - set(special), key=lambda word: (-counts[word], word))
-        return cls((special + frequent)[:limit], eos)
+        return cls((special + frequent)[:limit], eos, bos)
 
     @property
     def size(self) -> int:
         return len(self.words)
 
+    @property
+    def sentence(self) -> tuple[int, int] | None:
+        return (self._ids[BEGIN], self._ids[END]) if self.bos else None
+
     def _split(self, text: str) -> list[str]:
-        return text.replace("\n", f" {END} ").split() if self.eos else text.split()
+        if self.bos:
+            text = f"{BEGIN} " + text.replace("\n", f" {END} {BEGIN} ")
+        elif self.eos:
+            text = text.replace("\n", f" {END} ")
+        return text.split()
 
     def encode(self, text: str) -> NDArray[np.int32]:
         unknown = self._ids[UNKNOWN]
         return np.array([self._ids.get(word, unknown) for word in self._split(text)], np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = " ".join(self.words[i] for i in ids)
+        text = " ".join(word for word in (self.words[i] for i in ids) if not (self.bos and word == BEGIN))
         return re.sub(f" ?{END} ?", "\n", text) if self.eos else text
 
     def unknown(self, text: str) -> str | None:
         return next((word for word in self._split(text) if word not in self._ids), None)
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"words": self.words, "eos": self.eos}, ensure_ascii=False), encoding="utf-8")
+    def to_json(self) -> str:
+        return json.dumps({"words": self.words, "eos": self.eos, "bos": self.bos}, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: Path) -> "Words":
@@ -153,6 +177,8 @@ class Words:
 
 class BytePairs:
     """Byte-level BPE: frequent byte sequences are one token; every text has ids."""
+
+    sentence = None
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         self._model = model
@@ -166,7 +192,7 @@ class BytePairs:
         trainer = trainers.BpeTrainer(
             vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
-        model.train_from_iterator([text], trainer)
+        model.train_from_iterator(_parts(text), trainer)
         return cls(model)
 
     @property
@@ -174,7 +200,8 @@ class BytePairs:
         return self._model.get_vocab_size()
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        return np.array(self._model.encode(text).ids, np.int32)
+        parts = [np.array(self._model.encode(part).ids, np.int32) for part in _parts(text)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
@@ -182,12 +209,26 @@ class BytePairs:
     def unknown(self, text: str) -> str | None:
         return None
 
-    def save(self, path: Path) -> None:
-        self._model.save(str(path))
+    def to_json(self) -> str:
+        return self._model.to_str(pretty=True)
 
     @classmethod
     def load(cls, path: Path) -> "BytePairs":
         return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of about `PART` characters, cut only where byte pairs never join what is on the two sides.
+
+    >>> "".join(_parts("one two\\n three\\n")) == "one two\\n three\\n"
+    True
+    """
+    start = 0
+    while start < len(text):
+        cut = re.compile(r"(?<=\n)(?= \S)|(?<=\S\n)(?=\S)").search(text, start + PART)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
 
 
 def train(data: Data, splits: dict[str, str]) -> Tokenizer:
@@ -204,12 +245,12 @@ def train(data: Data, splits: dict[str, str]) -> Tokenizer:
     if data.tokens == "byte":
         return Bytes()
     if data.tokens == "word":
-        return Words.train(splits["train"], data.vocabulary, data.eos)
+        return Words.train(splits["train"], data.vocabulary, data.eos, bos=data.batches == "sentences")
     return BytePairs.train(splits["train"], data.vocabulary or BYTE_PAIRS)
 
 
 def load(data: Data, path: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote.
+    """The tokenizer whose `to_json` is in a file.
 
     Raises:
         UsageError: when the file is missing or is not one of this kind.

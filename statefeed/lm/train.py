@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from statefeed.lm import batches, checkpoint, corpora, tokens
+from statefeed.lm import batches, cache, checkpoint, corpora, tokens
 from statefeed.lm.agreement import agreement
 from statefeed.lm.batches import Source
 from statefeed.lm.config import Config, Train, UsageError
@@ -73,7 +73,7 @@ def prepare(config: Config) -> Task:
     """
     corpus = corpora.read(config.data)
     tokenizer = tokens.train(config.data, corpus.splits)
-    ids = {split: tokenizer.encode(text) for split, text in corpus.splits.items()}
+    ids = {split: cache.encode(tokenizer, text) for split, text in corpus.splits.items()}
     columns, context = config.train.batch, config.train.context
     for split, found in ids.items():
         needed = 1 + context * (columns if split == "train" else 1) if config.data.batches == "stream" else 2
@@ -115,7 +115,7 @@ def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None
             log.score(step, epoch + 1, "valid", valid)
             best.offer(model, step, epoch + 1, valid)
             if recipe.alignment:
-                found = agreement(model, lambda model, batch: model.loss(batch).mean, fixed)  # type: ignore[operator]
+                found = agreement(model, lambda model, batch: model.loss(batch).mean, fixed)
                 if found is not None:
                     log.align(step, epoch + 1, found, cost.tokens)
 
