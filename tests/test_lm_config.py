@@ -61,6 +61,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.epochs=0", "train.epochs must be at least 1, got 0"),
         ("--train.batch=-1", "train.batch must be at least 1, got -1"),
         ("--train.context=0", "train.context must be at least 1, got 0"),
+        ("--train.restart=1.5", "train.restart must lie between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
         ("--train.warmup=-1", "train.warmup must be at least 0, got -1"),

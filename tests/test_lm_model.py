@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from statefeed.lm.batches import IGNORED
 from statefeed.lm.config import Model, UsageError
-from statefeed.lm.model import LanguageModel, detached
+from statefeed.lm.model import LanguageModel, carried
 
 V, T, B = 29, 7, 3
 
@@ -21,9 +21,22 @@ def test_a_text_read_in_two_pieces_has_the_logits_of_the_whole(cell: str, block:
     tokens = torch.randint(V, (T, B))
     whole, _ = model(tokens)
     first, states = model(tokens[:3])
-    second, _ = model(tokens[3:], detached(states))
+    second, _ = model(tokens[3:], carried(states, torch.ones(B, 1)))
     assert whole.shape == (T, B, V)
     torch.testing.assert_close(torch.cat([first, second]), whole)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_some_columns_begin_anew(cell: str) -> None:
+    model = LanguageModel(Model(cell=cell, width=8), V)  # type: ignore[arg-type]
+    tokens = torch.randint(V, (T, B))
+    _, states = model(tokens)
+    after, _ = model(tokens, carried(states, torch.tensor([[True], [False], [True]])))
+    goes_on, _ = model(tokens, states)
+    anew, _ = model(tokens)
+    torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
+    torch.testing.assert_close(after[:, 1], anew[:, 1])
+    assert all(not part.requires_grad for s in carried(states, torch.ones(B, 1)) for part in s)
 
 
 def test_plain_block_is_x_plus_rnn_of_x() -> None:
