@@ -20,7 +20,7 @@ def test_text_survives(kind: Kind, tmp_path: Path) -> None:
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids.tolist()) == TEXT
     assert 0 <= ids.min() <= ids.max() < tokenizer.size
-    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     again = tokens.load(data, tmp_path / "tokenizer.json")
     assert again.size == tokenizer.size
     assert again.encode(TEXT).tolist() == ids.tolist()
@@ -43,10 +43,35 @@ def test_byte_pairs_merge_and_still_encode_anything() -> None:
     assert tokenizer.unknown("字Ω") is None
 
 
-def test_byte_pairs_are_the_same_every_time(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        tokens.train(Data(tokens="bpe", vocabulary=300), SPLITS).save(tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+def test_byte_pairs_are_the_same_every_time() -> None:
+    first, second = (tokens.train(Data(tokens="bpe", vocabulary=300), SPLITS).to_json() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("piece", [" = Title = \n \n a text , it 's <unk> \n", "x = 1\n\n    y\n\tz\n  é 😀\n", "\ny\nz\n"])
+def test_byte_pairs_in_parts_are_those_of_the_whole(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (TEXT + piece) * 40
+    whole = tokens.BytePairs.train(text, 290)
+    expected = whole.encode(text)
+    monkeypatch.setattr(tokens, "PART", 7)
+    parts = list(tokens._parts(text))
+    assert len(parts) > 40
+    assert "".join(parts) == text
+    assert whole.encode(text).tolist() == expected.tolist()
+    assert tokens.BytePairs.train(text, 290).to_json() == whole.to_json()
+
+
+def test_sentences_begin_and_end(tmp_path: Path) -> None:
+    data = Data(tokens="word", batches="sentences")
+    tokenizer = tokens.train(data, {"train": "b a a\nb\n"})
+    assert isinstance(tokenizer, tokens.Words)
+    assert tokenizer.words == ["<unk>", "<eos>", "<bos>", "a", "b"]
+    assert tokenizer.sentence == (2, 1)
+    assert tokenizer.encode("b c\na\n").tolist() == [2, 4, 0, 1, 2, 3, 1, 2]
+    assert tokenizer.encode("a b").tolist() == [2, 3, 4]
+    assert tokenizer.decode([2, 4, 0, 1, 2, 3, 1, 2]) == "b <unk>\na\n"
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    assert tokens.load(data, tmp_path / "tokenizer.json").encode("b c\na\n").tolist() == [2, 4, 0, 1, 2, 3, 1, 2]
 
 
 def test_words_rare_ones_unknown_lines_ended(tmp_path: Path) -> None:
@@ -57,7 +82,7 @@ def test_words_rare_ones_unknown_lines_ended(tmp_path: Path) -> None:
     assert ids.tolist() == [2, 3, 1, 0, 0, 1]
     assert tokenizer.unknown("a c b") == "c"
     assert tokenizer.unknown("a <unk>\n") is None
-    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     assert tokens.load(data, tmp_path / "tokenizer.json").encode("a b\nc d\n").tolist() == ids.tolist()
 
 

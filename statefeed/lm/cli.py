@@ -146,7 +146,13 @@ def _generate(arguments: Sequence[str]) -> None:
     ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
     require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
     following = generate(
-        run.model, ids, temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, seed=values.seed
+        run.model,
+        ids,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        seed=values.seed,
+        sentence=run.tokenizer.sentence,
     )
     ids += [next(following) for _ in range(values.tokens)]
     print(run.tokenizer.decode(ids))

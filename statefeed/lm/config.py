@@ -48,11 +48,15 @@ def require(condition: bool, expectation: str, got: object) -> None:
 class Data:
     """What is read and into which tokens it is cut."""
 
-    corpus: Literal["pydoc", "text"] = option(
-        "pydoc", "pydoc: the documentation that every Python carries; text: the file or folder at data.path"
+    corpus: Literal["pydoc", "ptb", "wikitext", "text"] = option(
+        "pydoc",
+        "pydoc: the documentation that every Python carries; ptb: ptb.train.txt and ptb.valid.txt in the folder "
+        "data.path; wikitext: wiki.train.tokens and wiki.valid.tokens there, or .raw; text: the file or folder there",
     )
     path: str | None = option(
-        None, "a UTF-8 file (plain, .gz, .xz), a folder of them, or a folder with train/valid/test files"
+        None,
+        "for text a UTF-8 file, a folder of them, or a folder with train/valid/test files, each plain, .gz or .xz; for "
+        "wikitext also hub:NAME, such as hub:wikitext-103-v1, to fetch it from the Hugging Face Hub",
     )
     tokens: Literal["char", "byte", "word", "bpe"] = option("bpe", "the unit that the model predicts")
     vocabulary: int | None = option(
@@ -68,10 +72,12 @@ class Data:
     test: float = option(0.05, "share of the text kept for the test where the corpus comes without splits")
 
     def __post_init__(self) -> None:
-        if self.corpus == "text":
-            require(bool(self.path), "data.path must name a file or folder when data.corpus is text", self.path)
+        if self.corpus == "pydoc":
+            require(self.path is None, "data.path belongs to the other corpora and pydoc reads no path", self.path)
         else:
-            require(self.path is None, "data.path belongs to data.corpus=text and pydoc reads no path", self.path)
+            require(
+                bool(self.path), f"data.path must name a file or folder when data.corpus is {self.corpus}", self.path
+            )
         if self.tokens == "bpe":
             require(
                 self.vocabulary is None or self.vocabulary > 256,

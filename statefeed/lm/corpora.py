@@ -3,8 +3,10 @@
 import ast
 import gzip
 import hashlib
+import importlib
 import lzma
 import re
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -54,7 +56,7 @@ def read(data: Data) -> Corpus:
     Raises:
         UsageError: when a file is missing, empty or not UTF-8 text.
     """
-    return _pydoc(data) if data.corpus == "pydoc" else _text(data)
+    return {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
 
 
 # pydoc: the documentation inside Python ------------------------------------------------------------------------------
@@ -116,6 +118,75 @@ def _docstrings(source: bytes) -> Iterator[str]:
 def _place(name: str) -> float:
     """Where in [0, 1) a document lies: the hash of its name as a fraction."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+# ptb, wikitext: the corpora of the papers ----------------------------------------------------------------------------
+
+
+def _ptb(data: Data) -> Corpus:
+    """Penn Treebank in Mikolov's preparation: one sentence a line, words between spaces."""
+    return _published("ptb", data, ["ptb.{}.txt"])
+
+
+def _wikitext(data: Data) -> Corpus:
+    """WikiText-2 or WikiText-103, with `<unk>` for rare words (tokens) or as it was written (raw)."""
+    assert data.path is not None
+    if data.path.startswith("hub:"):
+        return _hub(data.path.removeprefix("hub:"))
+    return _published("wikitext", data, ["wiki.{}.tokens", "wiki.{}.raw"])
+
+
+def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
+    """The files of one form in a folder, plain or packed; the test split may be missing.
+
+    Args:
+        corpus: its name in recipes.
+        data: names the folder.
+        forms: names of the files with {} for the split, of which the folder holds one.
+    """
+    assert data.path is not None
+    folder = Path(data.path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one")
+    found: dict[str, dict[str, Path]] = {form: {} for form in forms}
+    for form, split in ((form, split) for form in forms for split in SPLITS):
+        for path in (folder / (form.format(split) + suffix) for suffix in ("", ".gz", ".xz")):
+            if path.is_file():
+                if split in found[form]:
+                    raise UsageError(f"data.path: {found[form][split]} and {path} are the same split: remove one")
+                found[form][split] = path
+    there = [form for form in forms if found[form]]
+    if len(there) > 1:
+        raise UsageError(f"data.path: the folder {folder} holds {' and '.join(there).format('*', '*')}: keep one form")
+    names = {split: " or ".join(forms).format(*[split] * len(forms)) for split in SPLITS}
+    files = found[there[0]] if there else {}
+    for split in ("train", "valid"):
+        if split not in files:
+            held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+            raise UsageError(
+                f"data.path: the folder {folder} holds no {names[split]} (plain, .gz or .xz), which "
+                f"data.corpus={corpus} reads; it holds {held}"
+            )
+    return Corpus(folder.name, {split: _decode(path) for split, path in files.items()})
+
+
+def _hub(name: str) -> Corpus:
+    """A WikiText of the Hugging Face Hub, line by line what its file has; an empty line is a space there."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UsageError(
+            f"data.path=hub:{name} needs the package datasets, which is not installed: pip install statefeed[datasets]"
+        ) from None
+    print(f"statefeed: reading {name} from the Hugging Face Hub, or from what was fetched before", file=sys.stderr)
+    try:
+        rows = datasets.load_dataset("Salesforce/wikitext", name)
+    except Exception as error:  # of many kinds: no network, no such name, no space
+        raise UsageError(f"data.path: {name} cannot be read from the Hub: {' '.join(str(error).split())}") from error
+    splits = {"train": "train", "valid": "validation", "test": "test"}
+    return Corpus(
+        name, {split: "".join(line or " \n" for line in rows[there]["text"]) for split, there in splits.items()}
+    )
 
 
 # text: the user's own files ------------------------------------------------------------------------------------------

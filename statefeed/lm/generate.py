@@ -17,6 +17,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 1,
+    sentence: tuple[int, int] | None = None,
 ) -> Iterator[int]:
     """Sample tokens without end.
 
@@ -27,17 +28,25 @@ def generate(
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest likeliest tokens that together have this probability.
         seed: the same seed gives the same tokens.
+        sentence: the ids that begin and end a sentence, where the model knows no text before a sentence: it reads the
+            last sentence of the prompt only, and begins anew after each end.
 
     Yields:
-        One id after the other; O(1) each, however many came before.
+        One id after the other; however many came before, each costs O(1), under attention O(window).
     """
     generator = torch.Generator().manual_seed(seed)
+    begin, end = sentence or (-1, -1)
+    if begin in prompt:
+        prompt = prompt[len(prompt) - 1 - list(reversed(prompt)).index(begin) :]
     logits, states = model(torch.tensor(prompt).unsqueeze(1))
     while True:
         probabilities = _distribution(logits[-1, 0] / temperature, top_k, top_p)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield int(token)
-        logits, states = model(token.unsqueeze(1), states)
+        if int(token) == end:
+            logits, states = model(torch.tensor([[begin]]))
+        else:
+            logits, states = model(token.unsqueeze(1), states)
 
 
 def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -132,7 +132,9 @@ def report(task: Task, config: Config, log: Log, best: checkpoint.Best) -> None:
     else:
         log.say(f"valid: {best.score} ({task.corpus.name} has no test split)")
     sample = [int(i) for i in task.ids["valid"][:SAMPLE_PROMPT]]
-    following = generate(model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed)
+    following = generate(
+        model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed, sentence=task.tokenizer.sentence
+    )
     sample += [next(following) for _ in range(SAMPLE)]
     log.say(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{task.tokenizer.decode(sample)}\n")
     log.say(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
