@@ -246,7 +246,7 @@ def test_a_compiled_model_follows_a_rule_that_changes(x):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+@pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
 def test_inductor_compiles_the_same(x):
     model = Model("calibrated+1", bidirectional=True, dropout=0.0)
     ours, eager = compiled_and_eager(model, x, "inductor")
