@@ -174,10 +174,10 @@ def test_ctrl_c_in_a_real_process(flags: list[str], tmp_path: Path) -> None:
 def test_learning_rate() -> None:
     for schedule, middle, last in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.000247)):
         recipe = Train(lr=1.0, warmup=100, schedule=schedule)  # type: ignore[arg-type]
-        assert learning_rate(recipe, 1, 200) == pytest.approx(0.01)
-        assert learning_rate(recipe, 100, 200) == 1.0
-        assert learning_rate(recipe, 101, 200) == 1.0
-        assert learning_rate(recipe, 151, 200) == pytest.approx(middle)
-        assert learning_rate(recipe, 200, 200) == pytest.approx(last, rel=1e-2)
-    assert learning_rate(Train(warmup=0, lr=1.0, schedule="linear"), 1, 10) == 1.0
-    assert learning_rate(Train(warmup=50, lr=1.0), 20, 20) == 0.4
+        assert learning_rate(recipe, 1, 200, 0) == pytest.approx(0.01)
+        assert learning_rate(recipe, 100, 200, 0) == 1.0
+        assert learning_rate(recipe, 101, 200, 0) == 1.0
+        assert learning_rate(recipe, 151, 200, 0) == pytest.approx(middle)
+        assert learning_rate(recipe, 200, 200, 0) == pytest.approx(last, rel=1e-2)
+    assert learning_rate(Train(warmup=0, lr=1.0, schedule="linear"), 1, 10, 0) == 1.0
+    assert learning_rate(Train(warmup=50, lr=1.0), 20, 20, 0) == 0.4

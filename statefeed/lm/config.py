@@ -158,7 +158,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """How long, on how much text at once, and by which steps of Adam."""
+    """How long, on how much text at once, and by which steps."""
 
     epochs: int = option(1, "passes over the training split")
     steps: int | None = option(None, "optimizer steps; when given it decides instead of train.epochs")
@@ -167,12 +167,22 @@ class Train:
     eval_batch: int | None = option(None, "sequences scored side by side; null for train.batch")
     context: int = option(64, "tokens of each sequence in one step; the state is carried on to the next step")
     restart: float = option(0.05, "share of the sequences that begin each step without a past, as any new text does")
-    lr: float = option(3e-3, "largest learning rate of Adam")
-    weight_decay: float = option(0.0, "L2 penalty of Adam, added to the gradient")
-    warmup: int = option(50, "steps over which the learning rate rises to train.lr")
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "cosine", "the learning rate after warmup: stays, or falls to zero at the last step"
+    loss: Literal["mean", "window"] = option(
+        "mean", "what is minimised: nats per token, or nats summed over the tokens of a sequence, mean over sequences"
     )
+    optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or plain gradient descent")
+    lr: float = option(3e-3, "largest learning rate")
+    weight_decay: float = option(0.0, "L2 penalty, added to the gradient")
+    warmup: float = option(50, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
+    schedule: Literal["constant", "linear", "cosine", "steps"] = option(
+        "cosine",
+        "the learning rate after warmup: stays, falls to train.floor at the last step, or is multiplied by train.decay "
+        "after train.decay_after epochs and every train.decay_every from there",
+    )
+    floor: float = option(0.0, "linear and cosine: share of train.lr that is left at the end")
+    decay: float = option(0.1, "steps: what the learning rate is multiplied by")
+    decay_after: int = option(10, "steps: epochs before the first time")
+    decay_every: int = option(10, "steps: epochs from one time to the next")
     clip: float | None = option(1.0, "largest norm of the gradient of all weights together; null for no limit")
     evaluations: int = option(10, "how often the validation split is scored, evenly spread, last at the end")
     alignment: bool = option(
@@ -189,7 +199,15 @@ class Train:
         require(0 <= self.restart <= 1, "train.restart must lie between 0 and 1", self.restart)
         require(0 < self.lr < float("inf"), "train.lr must be a positive number", self.lr)
         require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
-        require(self.warmup >= 0, "train.warmup must be at least 0", self.warmup)
+        require(
+            self.warmup >= 0 and (self.warmup < 1 or self.warmup == int(self.warmup)),
+            "train.warmup must be a number of steps, or a share of them from 0 and below 1",
+            self.warmup,
+        )
+        require(0 <= self.floor <= 1, "train.floor must lie between 0 and 1", self.floor)
+        require(0 < self.decay <= 1, "train.decay must be above 0 and at most 1", self.decay)
+        require(self.decay_after >= 1, "train.decay_after must be at least 1", self.decay_after)
+        require(self.decay_every >= 1, "train.decay_every must be at least 1", self.decay_every)
         require(self.clip is None or self.clip > 0, "train.clip must be positive, or null for no limit", self.clip)
         require(self.evaluations >= 1, "train.evaluations must be at least 1", self.evaluations)
 

@@ -16,7 +16,7 @@ from statefeed.lm.config import Data, UsageError
 
 UNKNOWN, END, BEGIN = "<unk>", "<eos>", "<bos>"
 BYTE_PAIRS = 4096
-PART = 1 << 20  # characters that byte pairs are made of at once: a whole corpus takes more memory than it should
+PART = 1 << 16  # characters that byte pairs are made of at once: a whole corpus takes more memory than it should
 
 
 class Tokenizer(Protocol):

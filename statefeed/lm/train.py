@@ -94,21 +94,24 @@ def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None
     model, source, steps = task.model, task.source, task.steps
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     fixed = next(source.epoch(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
+    optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     for step in range(1, steps + 1):
         epoch, place = divmod(step - 1, len(source))
         if place == 0:
             epoch_batches, states = source.epoch(epoch), None
         batch = next(epoch_batches)
         cost = model.loss(batch, states)
-        loss, states = cost.mean, carried(cost.states, torch.rand(batch.inputs.shape[1], 1) >= recipe.restart)
+        columns = batch.inputs.shape[1]
+        loss = cost.mean if recipe.loss == "mean" else cost.nats / columns
+        states = carried(cost.states, torch.rand(columns, 1) >= recipe.restart)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps, epoch)
         optimizer.step()
-        log.step(step, epoch + 1, _checked(loss.item(), step), cost.tokens)
+        log.step(step, epoch + 1, _checked(cost.mean.item(), step), cost.tokens)
         if step in scored:
             valid = score(model, task.valid, task.corpus.sizes["valid"])
             _checked(valid.loss, step)
@@ -140,23 +143,32 @@ def report(task: Task, config: Config, log: Log, best: checkpoint.Best) -> None:
     log.say(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
 
 
-def learning_rate(recipe: Train, step: int, steps: int) -> float:
+def learning_rate(recipe: Train, step: int, steps: int, epoch: int) -> float:
     """The learning rate of one step.
 
     Args:
         recipe: peak, warmup and schedule.
         step: counted from 1.
         steps: of the whole run.
+        epoch: that the step belongs to, counted from 0.
 
-    >>> [round(learning_rate(Train(lr=1.0, warmup=2, schedule="linear"), step, 6), 2) for step in range(1, 7)]
+    >>> [round(learning_rate(Train(lr=1.0, warmup=2, schedule="linear"), step, 6, 0), 2) for step in range(1, 7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    >>> halved = Train(lr=1.0, warmup=0, schedule="steps", decay=0.5, decay_after=2, decay_every=1)
+    >>> [learning_rate(halved, 1, 9, epoch) for epoch in range(5)]
+    [1.0, 1.0, 0.5, 0.25, 0.125]
     """
-    if step <= recipe.warmup:
-        return recipe.lr * step / recipe.warmup
-    left = 1 - (step - 1 - recipe.warmup) / (steps - recipe.warmup)
-    return (
-        recipe.lr * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[recipe.schedule]
-    )
+    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
+    if step <= warmup:
+        return recipe.lr * step / warmup
+    if recipe.schedule == "constant":
+        return recipe.lr
+    if recipe.schedule == "steps":
+        return float(recipe.lr * recipe.decay ** max(0, (epoch - recipe.decay_after) // recipe.decay_every + 1))
+    left = 1 - (step - 1 - warmup) / (steps - warmup)
+    if recipe.schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    return recipe.lr * (recipe.floor + (1 - recipe.floor) * left)
 
 
 def _checked(loss: float, step: int) -> float:
