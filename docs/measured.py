@@ -25,6 +25,7 @@ def results_in(folder):
 
     They are run folders, and lines of the records that `statefeed compare` writes.
     """
+    found = {}
     for path in sorted(folder.rglob("*.jsonl")):
         lines = rows(path)
         if path.name == "metrics.jsonl" and (path.parent / "config.yaml").exists():
@@ -35,13 +36,15 @@ def results_in(folder):
             valid = [row["perplexity"] for row in lines if row["split"] == "valid"]
             if train and valid:
                 speed = statistics.median(row["tokens_per_s"] for row in train)
-                yield config, facts, min(valid), step_ms(config, speed)
+                found[json.dumps([config, facts])] = config, facts, min(valid), step_ms(config, speed)
         else:
             for line in lines:
                 if line.get("outcome") == "finished" and line["valid"]:
                     best = min(row["perplexity"] for row in line["valid"])
                     ms = sum(line["ms"].values()) or step_ms(line["config"], line["tokens_per_s"])
-                    yield line["config"], line["facts"], best, ms
+                    config, facts = line["config"], line["facts"]
+                    found[json.dumps([config, facts])] = config, facts, best, ms  # its folder may be there too: once
+    return list(found.values())
 
 
 def step_ms(config, tokens_per_s):

@@ -36,6 +36,7 @@ def test_every_python_block_runs(name, tmp_path, monkeypatch):
             code = compile("\n" * line + block[2], f"{name}.md", "exec")
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", "the CPU kernels cannot be used")  # a machine without a compiler
                 exec(code, namespace)
 
 
@@ -179,7 +180,7 @@ def test_records_of_a_comparison_are_read_like_runs(measured, tmp_path):
     config = json.loads((tmp_path / "a" / "config.yaml").read_text())
     config["model"]["feedback"] = "dsf"
     line = {"config": config, "facts": {}, "outcome": "finished", "valid": [{"perplexity": 105.0}], "ms": {}}
-    lines = [{**line, "tokens_per_s": 20_000}, {**line, "outcome": "diverged", "tokens_per_s": 1}]
+    lines = 2 * [{**line, "tokens_per_s": 20_000}] + [{**line, "outcome": "diverged", "tokens_per_s": 1}]
     (tmp_path / "comparison.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| `dsf` | 1 | 105.0 | 50.0 | yes |" in measured.page(tmp_path).splitlines()
 
