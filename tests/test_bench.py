@@ -270,8 +270,8 @@ def test_a_second_run_replaces_the_records(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "one of {layers,scan,memory}"),
-        (["training"], "training"),
+        ([], "one of {layers,scan,memory,training}"),
+        (["train"], "training"),
         (["layers", "--shape=1x2x3"], "--shape"),
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
         (["layers", "--shapes=0x2x3"], "shapes must be TxBxH"),

@@ -1,0 +1,166 @@
+"""statefeed bench training: everyone trains the same model on the same batches, and the numbers mean what they say."""
+
+import json
+import lzma
+import statistics
+
+import pytest
+import torch
+
+from statefeed.bench import main, training
+from statefeed.bench.measure import SHIPPED
+from statefeed.bench.options import OptionError
+from statefeed.lm import model as lm_model
+
+RULES = ["bptt", "dsf", "gate+1"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small():
+    """The sentences, and every contender in float32 with a width of 16."""
+    source, vocabulary, _ = training._sentences(training.Options(smoke=True))
+    return source, training.contenders(vocabulary, 16, RULES, ["float32"], [SHIPPED])
+
+
+def test_smoke(tmp_path, capsys):
+    output = tmp_path / "records.jsonl"
+    assert main(["training", "--smoke", "--rules=dsf", f"--output={output}"]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    names = [(r["implementation"], r["variant"], r["dtype"]) for r in records if r["implementation"] != "torch.nn"]
+    assert names == [
+        (implementation, "dsf", dtype)
+        for dtype in ("float32", "bfloat16")
+        for implementation in ("published", "statefeed")
+    ]
+    for record in records:
+        assert (record["bench"], record["cell"], record["layers"], record["width"]) == ("training", "gru", 1, 16)
+        assert record["corpus"].startswith("made-up sentences with the lengths of Penn Treebank")
+        assert {"published float32", "torch.nn as shipped", "torch.nn at its best"} <= record[
+            "times_faster_than"
+        ].keys()
+        assert (record["kernels"] is None) == (record["implementation"] != "statefeed")
+        assert {"commit", "machine", "threads", "denormals"} <= record.keys()
+    assert "x published float32" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_speeds_and_ratios_are_taken_turn_by_turn(monkeypatch):
+    turns = {"torch.nn as shipped": 4.0, "published dsf": 3.0, "statefeed dsf": 0.5}
+    seconds = {f"{name} float32": [(s,), (2 * s,), (s,), (s,), (s,)] for name, s in turns.items()}
+    monkeypatch.setattr(training, "interleaved", lambda contenders, _: {name: seconds[name] for name in contenders})
+    monkeypatch.setattr(training, "float32_settings", lambda _: [SHIPPED])
+    monkeypatch.setattr(training, "_BATCH", 8)
+    monkeypatch.setattr(training, "_WIDTH", 8)
+    monkeypatch.setattr(training, "_SENTENCES", 100)
+    monkeypatch.setattr(training, "_WORDS", 20)
+    options = training.Options(repeats=5, dtypes="float32", rules="dsf", steps=2)
+    records = {f"{r['implementation']} {r['variant']}": r for r in training.run(options)}
+    ours = records["statefeed dsf"]
+    assert ours["times_faster_than"]["published float32"] == {"median": 6.0, "min": 6.0, "max": 6.0}
+    assert ours["times_faster_than"]["torch.nn at its best"]["median"] == 8.0
+    assert records["torch.nn as shipped"]["times_faster_than"]["published float32"]["median"] == 0.75
+    assert ours["step_ms"] == {"median": 250.0, "min": 250.0, "max": 500.0}
+    # Words of the sentences and one <eos> each: counted from the text, in the order of every measured epoch.
+    lengths = [len(line.split()) + 1 for line in training.made_up(100, 20).splitlines()]
+    source, _, _ = training._sentences(options)
+    counts = []
+    for epoch in range(1, 6):
+        batches = [batch for _, batch in zip(range(2), source.epoch(epoch), strict=False)]
+        found = [int(n) for batch in batches for n in batch.lengths]
+        assert not set(found) - {min(length, 65) for length in lengths}
+        counts.append(sum(found))
+    assert ours["tokens"]["median"] == statistics.median(counts)
+    speeds = [count / s for count, (s,) in zip(counts, seconds["statefeed dsf float32"], strict=True)]
+    assert ours["tokens_per_s"]["median"] == pytest.approx(statistics.median(speeds))
+
+
+def test_everyone_takes_the_same_steps():
+    """Three steps later the exact ones still have the same weights, and those of dsf; the two kinds differ."""
+    source, entries = small()
+    for entry in entries:
+        entry.turn(source, 3)
+    weights = {
+        e.name: {training._plain(name): p.detach().double() for name, p in e.model.named_parameters()} for e in entries
+    }
+    exact, published = weights["torch.nn as shipped float32"], weights["published dsf float32"]
+    for name in exact:
+        assert torch.allclose(weights["statefeed bptt float32"][name], exact[name], atol=1e-5)
+        assert torch.allclose(weights["statefeed dsf float32"][name], published[name], atol=1e-5)
+    assert not torch.allclose(exact["gru.weight_hh_l0"], published["gru.weight_hh_l0"], atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["published", "loss", "gradient"])
+def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypatch, capsys, tmp_path):
+    def timed(*_):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(training, "interleaved", timed)
+    if wrong == "published":  # exact where dsf is meant
+        _, entries = small()
+        entries[1].model.recurrence = lambda gru, x: gru(x)
+        source, _, _ = training._sentences(training.Options(smoke=True))
+        with pytest.raises(training.ParityError, match=r"gradient .* of published dsf"):
+            training.check_parity(entries, next(source.epoch(0)))
+        return
+    right = lm_model.LanguageModel.loss
+
+    def loss(self, batch, states=None):
+        found = right(self, batch, states)
+        if wrong == "loss":  # a mean over the filling too
+            return found._replace(tokens=batch.targets.numel())
+        return found._replace(nats=found.nats * 0.5 + found.nats.detach() * 0.5)
+
+    monkeypatch.setattr(lm_model.LanguageModel, "loss", loss)
+    output = tmp_path / "records.jsonl"
+    assert main(["training", "--smoke", "--rules=dsf", f"--output={output}"]) == 1
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert f"the {wrong} " in printed
+    assert "nothing was timed" in printed
+    assert not output.exists()
+
+
+def test_made_up_sentences_have_the_lengths_of_penn_treebank_and_every_word():
+    lines = training.made_up(4000, 500).splitlines()
+    lengths = [len(line.split()) for line in lines]
+    assert statistics.mean(lengths) == pytest.approx(21.1, rel=0.05)
+    assert (min(lengths) >= 1, max(lengths) <= 82, statistics.median(lengths)) == (True, True, pytest.approx(20, abs=1))
+    assert len({word for line in lines for word in line.split()}) == 500
+
+
+def test_a_corpus_that_is_given_is_read(tmp_path):
+    text = "a b c\nb c\n" * 40
+    (tmp_path / "ptb.train.txt.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "ptb.valid.txt").write_text("a b\n")
+    source, vocabulary, told = training._sentences(training.Options(data=str(tmp_path)))
+    (batch,) = source.epoch(0)
+    assert sorted(batch.lengths.tolist()) == [3] * 40 + [4] * 40
+    assert told == {"corpus": "the training split in --data", "vocabulary": vocabulary}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"data": "no/such/folder"}, "data must be a folder"),
+        ({"rules": "fast"}, "feedback must be"),
+        ({"dtypes": "int8"}, "dtypes must be among"),
+        ({"repeats": 4}, "repeats must be at least 5"),
+    ],
+)
+def test_a_mistake_is_refused(options, sentence):
+    with pytest.raises(OptionError, match=sentence):
+        training.Options(**options)
+
+
+def test_a_folder_without_the_corpus_is_refused(tmp_path):
+    (tmp_path / "test.txt").write_text("a\n")
+    with pytest.raises(OptionError, match="no train file"):
+        list(training.run(training.Options(data=str(tmp_path))))
