@@ -1,4 +1,4 @@
-// Large products over all rows at once: inputs times packed weights, and weight gradients.
+// Large products over all rows of a chunk, as tasks: inputs times packed weights, and weight gradients.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace statefeed {
 
 constexpr int bulk_vectors = 2;
 constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
-constexpr int bulk_group = 4;    // tiles packed together, so that whole cache lines of every row are used
+constexpr int bulk_group = 4;    // tiles of one item, packed together: whole cache lines of every row are used
 template <class T>
 constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors> + lanes<T>;
 
@@ -28,108 +28,103 @@ inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, b
     }
 }
 
-template <class P>
-struct Product {
-  int64_t rows, depth, units, a_stride, out_stride;
-  const typename P::Out* a;
-  const typename P::In* packed;
-  const typename P::Out* bias;
-  typename P::Out* out;
-  bool add;
-};
-
 // out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out)
 template <class P>
-void product(const Product<P>& s) {
-  using T = typename P::Out;
-  constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
-  constexpr int64_t block = 8 * M;  // rows that stay in cache while all panels pass by
-  const int64_t panels = panel_count(s.units, N * L), tiles = panel_count(s.rows, M), depth = packed_depth<P>(s.depth), panel = depth * N * L;
-  const int64_t threads = s.rows * s.units * s.depth < 100000 ? 1 : thread_count();
-  const bool by_rows = tiles >= 4 * threads;
-  const int64_t ranks = std::max<int64_t>(1, std::min(threads, by_rows ? tiles : panels));
-  each_rank(ranks, [&](int64_t begin, int64_t end) {
-    const int64_t rank_end = end - 1;
-    const Range own_tiles = by_rows ? Range{share(tiles, begin, ranks).begin, share(tiles, rank_end, ranks).end} : Range{0, tiles};
-    const Range own_panels = by_rows ? Range{0, panels} : Range{share(panels, begin, ranks).begin, share(panels, rank_end, ranks).end};
-    const int64_t last_row = std::min(own_tiles.end * M, s.rows);
-    alignas(64) T sum[tile_size<T, bulk_vectors>];
-    for (int64_t from = own_tiles.begin * M; from < last_row; from += block) {
-      int64_t stride = s.a_stride;
-      const typename P::In* a = P::rows(s.a + from * s.a_stride, std::min(block, last_row - from), s.depth, stride);
-      for (int64_t p = own_panels.begin; p < own_panels.end; ++p)
-        for (int64_t row = from; row < std::min(from + block, last_row); row += M) {
-          const int64_t count = std::min<int64_t>(M, last_row - row), unit = p * N * L;
-          tile_of<P, N>(count, a + (row - from) * stride, stride, s.packed + p * panel, depth, sum);
-          put_tile(sum, count, std::min<int64_t>(N * L, s.units - unit), s.bias ? s.bias + unit : nullptr, s.add,
-                   s.out + row * s.out_stride + unit, s.out_stride);
-        }
-    }
-  });
-}
-
-template <class T>
-struct RowSum {
-  int64_t rows, units, inputs, a_stride, b_stride, out_stride;
-  const T *a, *b;
+struct Product {
+  typedef typename P::Out T;
+  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
+  static constexpr int64_t block = bulk_group * M;  // rows that stay in cache while all panels pass by
+  int64_t rows, depth, units, a_stride, out_stride;
+  const T* a;
+  const typename P::In* packed;
+  const T* bias;
   T* out;
+  bool add;
+
+  int64_t blocks() const { return panel_count(rows, block); }
+  // Few rows are shared out by units as well.
+  int64_t stripes() const { return blocks() < 4 ? std::min<int64_t>(4, panel_count(units, N * L)) : 1; }
+  int64_t items() const { return out ? blocks() * stripes() : 0; }
+  void run(int64_t item) const {
+    const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block, last = std::min(first + block, rows);
+    const Range panels = share(panel_count(units, N * L), item % stripes(), stripes());
+    alignas(64) T sum[tile_size<T, N>];
+    int64_t stride = a_stride;
+    const typename P::In* from = P::rows(a + first * a_stride, last - first, depth, stride);
+    for (int64_t p = panels.begin; p < panels.end; ++p)
+      for (int64_t row = first; row < last; row += M) {
+        const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
+        tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), sum);
+        put_tile(sum, count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
+                 out + row * out_stride + unit, out_stride);
+      }
+  }
 };
 
 // One vector of a row, joined with the same of the next row where the product takes pairs.
 template <class P, class T = typename P::Out>
 inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows, int inside) {
-  return P::join(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
+  return P::join_vectors(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
 }
+
+// Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts.
+template <class P>
+struct RowPacking {
+  typedef typename P::Out T;
+  static constexpr int N = bulk_vectors, L = lanes<T>;
+  int64_t rows, units;
+  const T* from;
+  typename P::In* to;
+
+  int64_t items() const { return panel_count(units, N * L); }
+  int64_t panel() const { return packed_depth<P>(rows) * N * L; }
+  void run(int64_t item) const {
+    for (int64_t k = 0; k < rows; k += P::pack)
+      for (int j = 0; j < N; ++j) {
+        const int64_t unit = (item * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
+        store(to + item * panel() + (k / P::pack * N + j) * L,
+              joined<P>(from + k * units + unit, units, rows - k, static_cast<int>(inside)));
+      }
+  }
+};
 
 // out (units, inputs) += a (rows, units)^T @ b (rows, inputs)
 template <class P>
-void add_row_products(const RowSum<typename P::Out>& s) {
-  using T = typename P::Out;
-  using In = typename P::In;
-  constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>, width = N * L;
-  constexpr int64_t depth = bulk_depth;
-  const int64_t panels = panel_count(s.inputs, width), tiles = panel_count(s.units, M);
-  const int64_t threads = s.rows * s.units * s.inputs < 100000 ? 1 : thread_count();
-  In* packed = scratch<In, Use::packed_rows>(panels * width * std::min(depth, s.rows));
-  for (int64_t from = 0; from < s.rows; from += depth) {
-    const int64_t count = std::min(depth, s.rows - from), packed_count = packed_depth<P>(count);
-    each_rank(std::min(threads, panels), [&](int64_t begin, int64_t end) {
-      const int64_t ranks = std::min(threads, panels);
-      for (int64_t p = share(panels, begin, ranks).begin; p < share(panels, end - 1, ranks).end; ++p)
-        for (int64_t k = 0; k < count; k += P::pack)
-          for (int j = 0; j < N; ++j) {
-            const int64_t unit = p * width + j * L, inside = std::clamp<int64_t>(s.inputs - unit, 0, L);
-            store(packed + (p * packed_count + k / P::pack) * width + j * L,
-                  joined<P>(s.b + (from + k) * s.b_stride + unit, s.b_stride, count - k, static_cast<int>(inside)));
-          }
-    });
-    const int64_t ranks = std::min(threads, tiles);
-    each_rank(ranks, [&](int64_t begin, int64_t end) {
-      alignas(64) T sum[tile_size<T, bulk_vectors>];
-      alignas(64) In rows[bulk_group][bulk_rows_size<T>];
-      const int64_t last = share(tiles, end - 1, ranks).end;
-      for (int64_t first = share(tiles, begin, ranks).begin; first < last; first += bulk_group) {
-        const int64_t group = std::min<int64_t>(bulk_group, last - first);
-        for (int64_t k = 0; k < count; k += P::pack)
-          for (int64_t i = 0; i < group; ++i) {
-            const int64_t unit = (first + i) * M;
-            const T* row = s.a + (from + k) * s.a_stride + unit;
-            __builtin_prefetch(row + 12 * s.a_stride);
-            // A whole vector may reach into the next depth's place, which is filled next.
-            for (int64_t m = 0; m < M && unit + m < s.units; m += L)
-              store(rows[i] + k / P::pack * M + m,
-                    joined<P>(row + m, s.a_stride, count - k, static_cast<int>(std::min<int64_t>(L, s.units - unit - m))));
-          }
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t i = 0; i < group; ++i) {
-            const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, s.units - unit);
-            tile_of<P, N, true>(inside, rows[i], M, packed + p * packed_count * width, packed_count, sum);
-            put_tile(sum, inside, std::min<int64_t>(width, s.inputs - p * width), static_cast<const T*>(nullptr), true,
-                     s.out + unit * s.out_stride + p * width, s.out_stride);
-          }
-      }
-    });
+struct RowProducts {
+  typedef typename P::Out T;
+  typedef typename P::In In;
+  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
+  int64_t units, a_stride;
+  const T* a;
+  const RowPacking<P>& b;
+  T* out;  // rows of b.units
+
+  int64_t items() const { return panel_count(units, bulk_group * M); }
+  void run(int64_t item) const {
+    for (int64_t from = 0; from < b.rows; from += bulk_depth) add(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
   }
-}
+  void add(int64_t item, int64_t from, int64_t count) const {
+    alignas(64) T sum[tile_size<T, N>];
+    alignas(64) In rows[bulk_group][bulk_rows_size<T>];
+    const int64_t first = item * bulk_group, group = std::min<int64_t>(bulk_group, panel_count(units, M) - first);
+    for (int64_t k = 0; k < count; k += P::pack)
+      for (int64_t i = 0; i < group; ++i) {
+        const int64_t unit = (first + i) * M;
+        const T* row = a + (from + k) * a_stride + unit;
+        __builtin_prefetch(row + 12 * a_stride);
+        // A whole vector may reach into the next depth's place, which is filled next.
+        for (int64_t m = 0; m < M && unit + m < units; m += L)
+          store(rows[i] + k / P::pack * M + m,
+                joined<P>(row + m, a_stride, count - k, static_cast<int>(std::min<int64_t>(L, units - unit - m))));
+      }
+    for (int64_t p = 0; p < b.items(); ++p)
+      for (int64_t i = 0; i < group; ++i) {
+        const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, units - unit);
+        tile_of<P, N, true>(inside, rows[i], M, b.to + p * b.panel() + from / P::pack * N * L, packed_depth<P>(count), sum);
+        put_tile(sum, inside, std::min<int64_t>(N * L, b.units - p * N * L), static_cast<const T*>(nullptr), true,
+                 out + unit * b.units + p * N * L, b.units);
+      }
+  }
+};
 
 }  // namespace statefeed

@@ -2,16 +2,17 @@
 #pragma once
 
 #include "layer.h"
+#include "threads.h"
 
 namespace statefeed {
 
 template <class T>
 struct CellKernels {
   int gates, states, unit_vectors, split, sums;  // split: gates whose d is the same at input and hidden side
-  void (*forward)(const Forward<T>&);
-  void (*forward_rounded)(const Forward<T>&);
-  void (*reverse)(const Reverse<T>&, Diagonal);
-  void (*sum_jacobians)(const Reverse<T>&);
+  void (*forward)(Member&, const Forward<T>&);
+  void (*forward_rounded)(Member&, const Forward<T>&);
+  void (*reverse)(Member&, const Reverse<T>&, Diagonal);
+  void (*sum_jacobians)(Member&, const Reverse<T>&);
 };
 
 template <class T>

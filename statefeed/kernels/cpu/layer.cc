@@ -29,94 +29,134 @@ std::vector<Chunk> chunks(const Stretch<T>& s) {
   return all;
 }
 
+template <class T>
+int64_t most_rows(const std::vector<Chunk>& all) {
+  int64_t most = 0;
+  for (const Chunk& chunk : all) most = std::max(most, chunk.rows);
+  return most;
+}
+
 template <class T, class Arguments>
 Arguments stretch_of(const Layer<T>& s, const Chunk& chunk) {
   Arguments part{};
-  part.steps = chunk.steps, part.batch = chunk.batch, part.hidden = s.hidden;
+  part.steps = chunk.steps, part.batch = chunk.batch, part.hidden = s.hidden, part.rows = chunk.rows;
   part.sizes = s.sizes ? s.sizes + chunk.first_step : nullptr;
   return part;
 }
 
 // The states before the steps of a chunk, as rows beside d: where sequences end they do not lie one after the other.
 template <class T>
-const T* states_before(const LayerBackward<T>& s, const Chunk& chunk, const T* first) {
-  const int64_t H = s.hidden;
-  if (!s.sizes && chunk.first_row) return first;
-  T* rows = scratch<T, Use::states_before>(chunk.rows * H);
-  T* to = std::copy(first, first + chunk.batch * H, rows);
-  const T* from = s.y + chunk.first_row * H;
-  for (int64_t t = chunk.first_step + 1; t < chunk.first_step + chunk.steps; from += s.size(t - 1) * H, ++t)
-    to = std::copy(from, from + s.size(t) * H, to);
-  return rows;
+struct StatesBefore {
+  const LayerBackward<T>& s;
+  const Chunk& chunk;
+  const T* first;
+  T* rows;
+
+  bool lie_in_y() const { return !s.sizes && chunk.first_row; }
+  const T* found() const { return lie_in_y() ? first : rows; }
+  int64_t items() const { return lie_in_y() ? 0 : 1; }
+  void run(int64_t) const {
+    const int64_t H = s.hidden;
+    T* to = std::copy(first, first + chunk.batch * H, rows);
+    const T* from = s.y + chunk.first_row * H;
+    for (int64_t t = chunk.first_step + 1; t < chunk.first_step + chunk.steps; from += s.size(t - 1) * H, ++t)
+      to = std::copy(from, from + s.size(t) * H, to);
+  }
+};
+
+template <class P, Use U>
+Packing<P> packing(Packing<P> weights, bool wanted = true) {
+  weights.to = wanted ? scratch<typename P::In, U>(weights.size()) : nullptr;
+  return weights;
 }
 
 template <class P, class T = typename P::Out>
 void layer_forward(const LayerForward<T>& s) {
   const CellKernels<T>& cell = *s.cell;
   const int64_t H = s.hidden, G = cell.gates * H;
-  const auto* input_weights = pack_rows<P, Use::input_weights>(s.w_ih, 1, G, s.inputs, bulk_vectors);
-  const auto* hidden_weights = pack_rows<P, Use::hidden_weights>(s.w_hh, cell.gates, H, H, cell.unit_vectors);
+  const auto input = packing<P, Use::input_weights>({s.w_ih, 1, G, s.inputs, bulk_vectors, false, nullptr});
+  const auto hidden = packing<P, Use::hidden_weights>({s.w_hh, cell.gates, H, H, cell.unit_vectors, false, nullptr});
   const auto forward = s.rounded ? cell.forward_rounded : cell.forward;
-  const T* previous = s.h0;
-  for (const Chunk& chunk : chunks(s)) {
-    auto part = stretch_of<T, Forward<T>>(s, chunk);
-    part.packed = hidden_weights, part.bias = s.hidden_bias, part.first_h = previous, part.c = s.c;
-    part.gates = s.gates ? s.gates + chunk.first_row * G : scratch<T, Use::gates>(chunk.rows * G);
-    part.extra = s.extra ? s.extra + chunk.first_row * H : nullptr;
-    part.y = s.y + chunk.first_row * H;
-    product<P>({chunk.rows, s.inputs, G, s.inputs, G, s.x + chunk.first_row * s.inputs, input_weights, s.bias,
-                part.gates, false});
-    forward(part);
-    previous = part.y + (chunk.rows - part.size(chunk.steps - 1)) * H;
-  }
+  const std::vector<Chunk> all = chunks(s);
+  T* gates = s.gates ? nullptr : scratch<T, Use::gates>(most_rows<T>(all) * G);
+  with_team(s.rows * G * (s.inputs + H), [&](Member& member) {
+    divide(member, input, hidden);
+    const T* previous = s.h0;
+    for (const Chunk& chunk : all) {
+      auto part = stretch_of<T, Forward<T>>(s, chunk);
+      part.packed = hidden.to, part.bias = s.hidden_bias, part.first_h = previous, part.c = s.c;
+      part.gates = s.gates ? s.gates + chunk.first_row * G : gates;
+      part.extra = s.extra ? s.extra + chunk.first_row * H : nullptr;
+      part.y = s.y + chunk.first_row * H;
+      divide(member, Product<P>{chunk.rows, s.inputs, G, s.inputs, G, s.x + chunk.first_row * s.inputs, input.to, s.bias,
+                                part.gates, false});
+      forward(member, part);
+      previous = part.y + (chunk.rows - part.size(chunk.steps - 1)) * H;
+    }
+  });
 }
 
 template <class P, class T = typename P::Out>
 void layer_backward(const LayerBackward<T>& s) {
   const CellKernels<T>& cell = *s.cell;
-  const int64_t H = s.hidden, G = cell.gates * H, S = cell.states * H, shared = cell.split * H;
+  const int64_t H = s.hidden, G = cell.gates * H, S = cell.states * H, shared = cell.split * H, own = G - shared;
   const std::vector<Chunk> all = chunks(s);
-  int64_t most = 0;
-  for (const Chunk& chunk : all) most = std::max(most, chunk.rows);
+  const int64_t most = most_rows<T>(all);
   const int64_t d_stride = G + 64 / static_cast<int64_t>(sizeof(T));  // rows a power of two apart share cache sets
   T* d = scratch<T, Use::d>(most * d_stride);
-  T* d_hidden = shared < G ? scratch<T, Use::d_hidden>(most * H) : nullptr;
-  const auto* input_weights = s.d_x ? pack_columns<P, Use::input_weights>(s.w_ih, s.inputs, G, bulk_vectors) : nullptr;
+  T* d_hidden = own ? scratch<T, Use::d_hidden>(most * H) : nullptr;
+  T* before_rows = scratch<T, Use::states_before>(most * H);
+  const auto input = packing<P, Use::input_weights>({s.w_ih, 1, s.inputs, G, bulk_vectors, true, nullptr}, s.d_x);
   // Shared and own gates of d_hidden lie in two buffers, and so their weights in two packs; the exact backward's steps
   // are float32 in any case.
-  const T* every = s.exact ? pack_columns<Exact<T>, Use::hidden_weights>(s.w_hh, H, G, bulk_vectors) : nullptr;
-  const auto* shared_weights =
-      s.corrections ? pack_columns<P, Use::shared_weights>(s.w_hh, H, shared, bulk_vectors) : nullptr;
-  const auto* own_weights =
-      s.corrections && shared < G ? pack_columns<P, Use::own_weights>(s.w_hh + shared * H, H, G - shared, bulk_vectors) : nullptr;
+  const auto every = packing<Exact<T>, Use::hidden_weights>({s.w_hh, 1, H, G, bulk_vectors, true, nullptr}, s.exact);
+  const auto first = packing<P, Use::shared_weights>({s.w_hh, 1, H, shared, bulk_vectors, true, nullptr}, s.corrections);
+  const auto second =
+      packing<P, Use::own_weights>({s.w_hh + shared * H, 1, H, own, bulk_vectors, true, nullptr}, s.corrections && own);
+  RowPacking<P> x{most, s.inputs, nullptr, nullptr}, h{most, H, nullptr, nullptr};
+  x.to = scratch<typename P::In, Use::inputs>(x.items() * x.panel());
+  h.to = scratch<typename P::In, Use::states>(h.items() * h.panel());
+  const int64_t work = s.rows * G * (s.d_x ? 2 * s.inputs + H : s.inputs + H), width = cell.sums * H;
+  std::vector<T> sums(static_cast<size_t>(thread_count() * width));
 
-  for (int64_t k = 0; k <= s.corrections; ++k) {
-    std::copy(s.final_e, s.final_e + s.batch * S, s.carry);
-    std::fill(s.sums, s.sums + cell.sums * H, T(0));
-    for (auto at = all.rbegin(); at != all.rend(); ++at) {
-      const Chunk& chunk = *at;
-      const int64_t row = chunk.first_row, before = row - chunk.before;
-      const T* first_h = row ? s.y + before * H : s.h0;
-      T* residual = s.residual ? s.residual + row * S : nullptr;
-      auto part = stretch_of<T, Reverse<T>>(s, chunk);
-      part.gates = s.gates + row * G, part.extra = s.extra ? s.extra + row * H : nullptr, part.y = s.y + row * H;
-      part.first_h = first_h, part.first_c = row && s.extra ? s.extra + before * H : s.c0;
-      part.e = s.e + row * H, part.diagonal = s.diagonal, part.packed = every;
-      part.residual = k ? residual : nullptr, part.next_residual = k < s.corrections ? residual : nullptr;
-      part.carry = s.carry, part.d = d, part.d_hidden = d_hidden, part.d_stride = d_stride, part.sums = s.sums;
-      cell.reverse(part, s.mode);
-      if (k < s.corrections) {
-        product<P>({chunk.rows, shared, H, d_stride, S, d, shared_weights, nullptr, residual, true});
-        if (own_weights) product<P>({chunk.rows, G - shared, H, H, S, d_hidden, own_weights, nullptr, residual, true});
-        continue;
+  with_team(work, [&](Member& member) {
+    divide(member, input, every, first, second);
+    for (int64_t k = 0; k <= s.corrections; ++k) {
+      const bool last = k == s.corrections;
+      member.divide(1, [&](int64_t) {
+        std::copy(s.final_e, s.final_e + s.batch * S, s.carry);
+        std::fill(sums.begin(), sums.end(), T(0));
+      });
+      for (auto at = all.rbegin(); at != all.rend(); ++at) {
+        const Chunk& chunk = *at;
+        const int64_t rows = chunk.rows, row = chunk.first_row, before = row - chunk.before;
+        const T* first_h = row ? s.y + before * H : s.h0;
+        T* residual = s.residual ? s.residual + row * S : nullptr;
+        auto part = stretch_of<T, Reverse<T>>(s, chunk);
+        part.gates = s.gates + row * G, part.extra = s.extra ? s.extra + row * H : nullptr, part.y = s.y + row * H;
+        part.first_h = first_h, part.first_c = row && s.extra ? s.extra + before * H : s.c0;
+        part.e = s.e + row * H, part.diagonal = s.diagonal, part.packed = every.to;
+        part.residual = k ? residual : nullptr, part.next_residual = last ? nullptr : residual;
+        part.carry = s.carry, part.d = d, part.d_hidden = d_hidden, part.d_stride = d_stride, part.sums = sums.data();
+        cell.reverse(member, part, s.mode);
+        if (!last) {
+          divide(member, Product<P>{rows, shared, H, d_stride, S, d, first.to, nullptr, residual, true});
+          if (own) divide(member, Product<P>{rows, own, H, H, S, d_hidden, second.to, nullptr, residual, true});
+          continue;
+        }
+        const StatesBefore<T> states{s, chunk, first_h, before_rows};
+        const RowPacking<P> x_rows{rows, s.inputs, s.x + row * s.inputs, x.to}, h_rows{rows, H, states.found(), h.to};
+        T* d_x = s.d_x ? s.d_x + row * s.inputs : nullptr;
+        divide(member, states);
+        divide(member, x_rows, h_rows, Product<P>{rows, G, s.inputs, d_stride, s.inputs, d, input.to, nullptr, d_x, false});
+        divide(member, RowProducts<P>{G, d_stride, d, x_rows, s.d_ih}, RowProducts<P>{shared, d_stride, d, h_rows, s.d_hh},
+               RowProducts<P>{own, H, d_hidden, h_rows, s.d_hh + shared * H});
       }
-      if (s.d_x)
-        product<P>({chunk.rows, G, s.inputs, d_stride, s.inputs, d, input_weights, nullptr, s.d_x + row * s.inputs, false});
-      add_row_products<P>({chunk.rows, G, s.inputs, d_stride, s.inputs, s.inputs, d, s.x + row * s.inputs, s.d_ih});
-      const T* h = states_before(s, chunk, first_h);
-      add_row_products<P>({chunk.rows, shared, H, d_stride, H, H, d, h, s.d_hh});
-      if (shared < G) add_row_products<P>({chunk.rows, G - shared, H, H, H, H, d_hidden, h, s.d_hh + shared * H});
     }
+  });
+  for (int64_t k = 0; k < width; ++k) {
+    s.sums[k] = 0;
+    for (size_t at = static_cast<size_t>(k); at < sums.size(); at += static_cast<size_t>(width)) s.sums[k] += sums[at];
   }
 }
 

@@ -11,7 +11,7 @@ struct CellKernels;
 template <class T>
 struct Layer : Stretch<T> {
   const CellKernels<T>* cell;
-  int64_t rows, inputs;
+  int64_t inputs;
   bool rounded;  // products of bfloat16
   const T *x, *w_ih, *w_hh;
 };

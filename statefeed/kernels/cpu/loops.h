@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "cells.h"
 #include "kernels.h"
@@ -11,22 +10,18 @@
 
 namespace statefeed {
 
-// How the threads divide a step: by rows nobody waits for anybody; by units every thread keeps its part of the
-// weights in its own cache, but all meet after every step.
-struct Plan {
-  int64_t ranks;
+// How a step is divided: by rows nobody waits for anybody; by units every thread keeps its part of the weights in its
+// own cache, but all meet after every step.
+struct Parts {
+  int64_t count;
   bool by_rows;
-  std::unique_lock<std::mutex> lock;
 };
 
-inline Plan plan_steps(int64_t batch, bool ragged, int64_t tile_rows, int64_t panels, int64_t work_per_step) {
-  const int64_t threads = thread_count();
-  if (threads > 1 && batch >= threads * tile_rows && !ragged) return {threads, true, {}};
-  constexpr int64_t worth_a_barrier = 40000;  // multiply-adds a step, about a microsecond
-  const int64_t ranks = std::min({threads, panels, work_per_step / worth_a_barrier + 1});
-  std::unique_lock<std::mutex> lock(barrier_team(), std::defer_lock);
-  if (ranks > 1 && lock.try_lock()) return {ranks, false, std::move(lock)};
-  return {1, true, {}};
+inline Parts parts_of_steps(int64_t ranks, int64_t batch, bool ragged, int64_t tile_rows, int64_t panels, int64_t work) {
+  constexpr int64_t worth_a_meeting = 40000;  // multiply-adds a step, about a microsecond
+  if (batch >= ranks * tile_rows && !ragged) return {ranks, true};
+  const int64_t count = std::min({ranks, panels, work / worth_a_meeting + 1});
+  return {count, count == 1};
 }
 
 template <class P, class Cell>
@@ -57,24 +52,29 @@ void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typen
 }
 
 template <class P, class Cell>
-void forward(const Forward<typename P::Out>& s) {
+void forward(Member& member, const Forward<typename P::Out>& s) {
   using T = typename P::Out;
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
   const int64_t panels = panel_count(s.hidden, U * lanes<T>);
-  const Plan plan = plan_steps(s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * s.hidden * s.hidden);
-  Barrier barrier;
-  each_rank(plan.ranks, [&](int64_t begin, int64_t end) {
+  const Parts parts = parts_of_steps(member.ranks(), s.batch, s.sizes != nullptr, max_rows<T, N>, panels,
+                                     s.batch * Cell::gates * s.hidden * s.hidden);
+  auto each_step = [&](auto step) {
     const T* previous = s.first_h;
-    for (int64_t t = 0, offset = 0; t < s.steps; offset += s.size(t++)) {
-      for (int64_t rank = begin; rank < end; ++rank) {
-        const Range rows = plan.by_rows ? share(s.size(t), rank, plan.ranks) : Range{0, s.size(t)};
-        const Range columns = plan.by_rows ? Range{0, panels} : share(panels, rank, plan.ranks);
-        forward_step<P, Cell>(s, offset, previous, rows, columns);
-      }
-      previous = s.y + offset * s.hidden;
-      if (!plan.by_rows) barrier.wait(end - begin, plan.ranks);
-    }
-  });
+    for (int64_t t = 0, offset = 0; t < s.steps; previous = s.y + offset * s.hidden, offset += s.size(t++))
+      step(t, offset, previous);
+  };
+  if (parts.by_rows)
+    member.divide(parts.count, [&](int64_t i) {
+      each_step([&](int64_t t, int64_t offset, const T* previous) {
+        forward_step<P, Cell>(s, offset, previous, share(s.size(t), i, parts.count), {0, panels});
+      });
+    });
+  else
+    each_step([&](int64_t t, int64_t offset, const T* previous) {
+      member.divide(parts.count, [&](int64_t i) {
+        forward_step<P, Cell>(s, offset, previous, {0, s.size(t)}, share(panels, i, parts.count));
+      });
+    });
 }
 
 template <class T, class Cell, class Visit>
@@ -139,59 +139,54 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
 }
 
 template <class T, class Cell, Diagonal D>
-void reverse_as(const Reverse<T>& s) {
-  constexpr int L = lanes<T>, N = 2;
-  const int64_t H = s.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), threads = thread_count();
-  Plan plan{threads, s.batch >= 2 * threads && !s.sizes, {}};
+void reverse_as(Member& member, const Reverse<T>& s) {
+  constexpr int N = 2, L = lanes<T>;
+  const int64_t H = s.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), ranks = member.ranks();
+  auto each_step = [&](auto step) {
+    int64_t offset = s.rows;
+    for (int64_t t = s.steps - 1; t >= 0; --t) step(t, offset -= s.size(t));
+  };
+  auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
+    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * Cell::sums * H,
+                         [](const ReverseRow<T>& row) { Cell::template reverse<D>(row); });
+  };
+  Parts parts{ranks, s.batch >= 2 * ranks && !s.sizes};
   if (s.packed)
-    plan = plan_steps(s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * H * H);
-  else if (!plan.by_rows)
-    plan.ranks = std::min(threads, vectors);
-  int64_t total = s.sizes ? 0 : s.steps * s.batch;
-  for (int64_t t = 0; s.sizes && t < s.steps; ++t) total += s.sizes[t];
-  if (!s.packed && total * H < 20000) plan.ranks = 1;
-  const int64_t width = Cell::sums * H;
-  std::vector<T> sums(static_cast<size_t>(plan.ranks * width));
-  Barrier barrier;
-  each_rank(plan.ranks, [&](int64_t begin, int64_t end) {
-    for (int64_t t = s.steps - 1, offset = total; t >= 0; --t) {
-      offset -= s.size(t);
+    parts = parts_of_steps(ranks, s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * H * H);
+  if (parts.by_rows || !s.packed)  // what one part does depends on no other
+    member.divide(parts.count, [&](int64_t i) {
+      each_step([&](int64_t t, int64_t offset) {
+        const Range rows = parts.by_rows ? share(s.size(t), i, parts.count) : Range{0, s.size(t)};
+        local(t, offset, rows, parts.by_rows ? Range{0, vectors} : share(vectors, i, parts.count), i);
+        if (s.packed) add_dense<T, Cell>(s, offset, rows, {0, panels});
+      });
+    });
+  else
+    each_step([&](int64_t t, int64_t offset) {
       const Range all{0, s.size(t)};
-      for (int64_t rank = begin; rank < end; ++rank) {
-        const Range columns = plan.by_rows || s.packed ? Range{} : share(vectors, rank, plan.ranks);
-        const Range own = plan.by_rows || !s.packed ? Range{} : share(panels, rank, plan.ranks);
-        const Range part = plan.by_rows ? Range{0, vectors}
-                           : s.packed   ? Range{own.begin * N, std::min(own.end * N, vectors)}
-                                        : columns;
-        each_vector<T, Cell>(s, t, offset, plan.by_rows ? share(s.size(t), rank, plan.ranks) : all, part,
-                             sums.data() + rank * width, [](const ReverseRow<T>& row) { Cell::template reverse<D>(row); });
-      }
-      if (!s.packed) continue;
-      if (!plan.by_rows) barrier.wait(end - begin, plan.ranks);
-      for (int64_t rank = begin; rank < end; ++rank)
-        add_dense<T, Cell>(s, offset, plan.by_rows ? share(s.size(t), rank, plan.ranks) : all,
-                           plan.by_rows ? Range{0, panels} : share(panels, rank, plan.ranks));
-    }
-  });
-  for (int64_t rank = 0; rank < plan.ranks; ++rank)
-    for (int64_t k = 0; k < width; ++k) s.sums[k] += sums[static_cast<size_t>(rank * width + k)];
+      member.divide(parts.count, [&](int64_t i) {
+        const Range own = share(panels, i, parts.count);
+        local(t, offset, all, {own.begin * N, std::min(own.end * N, vectors)}, i);
+      });
+      member.divide(parts.count,
+                    [&](int64_t i) { add_dense<T, Cell>(s, offset, all, share(panels, i, parts.count)); });
+    });
 }
 
 template <class T, class Cell>
-void reverse(const Reverse<T>& s, Diagonal diagonal) {
-  if (diagonal == Diagonal::stationary) return reverse_as<T, Cell, Diagonal::stationary>(s);
-  if (diagonal == Diagonal::jacobian) return reverse_as<T, Cell, Diagonal::jacobian>(s);
-  reverse_as<T, Cell, Diagonal::direct>(s);
+void reverse(Member& member, const Reverse<T>& s, Diagonal diagonal) {
+  if (diagonal == Diagonal::stationary) return reverse_as<T, Cell, Diagonal::stationary>(member, s);
+  if (diagonal == Diagonal::jacobian) return reverse_as<T, Cell, Diagonal::jacobian>(member, s);
+  reverse_as<T, Cell, Diagonal::direct>(member, s);
 }
 
 // sums (states, hidden) += diag(J[t]) over all rows; `diagonal` holds the diagonals of W_hh.
 template <class T, class Cell>
-void sum_jacobians(const Reverse<T>& s) {
-  const int64_t H = s.hidden, vectors = panel_count(H, lanes<T>), ranks = std::min(thread_count(), vectors);
-  each_rank(ranks, [&](int64_t begin, int64_t end) {
-    const Range columns{share(vectors, begin, ranks).begin, share(vectors, end - 1, ranks).end};
+void sum_jacobians(Member& member, const Reverse<T>& s) {
+  const int64_t vectors = panel_count(s.hidden, lanes<T>), ranks = std::min(member.ranks(), vectors);
+  member.divide(ranks, [&](int64_t i) {
     for (int64_t t = 0, offset = 0; t < s.steps; offset += s.size(t++))
-      each_vector<T, Cell>(s, t, offset, {0, s.size(t)}, columns, s.sums, [](const ReverseRow<T>& row) {
+      each_vector<T, Cell>(s, t, offset, {0, s.size(t)}, share(vectors, i, ranks), s.sums, [](const ReverseRow<T>& row) {
         const typename Cell::Local local = Cell::local(row);
         for (int part = 0; part < Cell::states; ++part)
           row.put(row.sums, part, row.at(row.sums, part) + Cell::jacobian(row, local, row.diagonal, part));

@@ -8,7 +8,9 @@
 
 namespace statefeed {
 
-enum class Use { packed_rows, input_weights, hidden_weights, shared_weights, own_weights, d, d_hidden, states_before, gates, rounded };
+enum class Use {
+  input_weights, hidden_weights, shared_weights, own_weights, d, d_hidden, states_before, inputs, states, gates, rounded
+};
 
 template <class T, Use>
 T* scratch(int64_t count) {

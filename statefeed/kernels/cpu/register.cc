@@ -46,12 +46,13 @@ const CellKernels<T>& kernels_of(int64_t cell) {
 template <class T>
 void set_stretch(Stretch<T>& s, const Tensor& y, const Tensor& h0, const Optional& sizes) {
   s.batch = h0.size(0), s.hidden = h0.size(1), s.sizes = data<int64_t>(sizes);
+  s.rows = y.size(0);
   s.steps = s.batch == 0 ? 0 : sizes ? sizes->size(0) : y.size(0) / s.batch;
 }
 
 template <class T>
 void set_layer(Layer<T>& s, int64_t cell, bool rounded, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh) {
-  s.cell = &kernels_of<T>(cell), s.rounded = rounded, s.rows = x.size(0), s.inputs = x.size(1);
+  s.cell = &kernels_of<T>(cell), s.rounded = rounded, s.inputs = x.size(1);
   s.x = data<T>(x), s.w_ih = data<T>(w_ih), s.w_hh = data<T>(w_hh);
 }
 
@@ -97,7 +98,7 @@ void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, c
     set_stretch(s, y, h0, sizes);
     s.y = data<T>(y), s.gates = kernels.gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
     s.first_h = data<T>(h0), s.first_c = data<T>(c0), s.diagonal = data<T>(diagonal), s.sums = data<T>(sums);
-    kernels.sum_jacobians(s);
+    with_team(s.rows * s.hidden * 100, [&](Member& member) { kernels.sum_jacobians(member, s); });
   });
 }
 

@@ -11,7 +11,7 @@ enum class Diagonal : int64_t { stationary, direct, jacobian };
 
 template <class T>
 struct Stretch {
-  int64_t steps, batch, hidden;
+  int64_t steps, batch, hidden, rows;
   const int64_t* sizes;
   int64_t size(int64_t t) const { return sizes ? sizes[t] : batch; }
 };
@@ -36,7 +36,7 @@ struct Reverse : Stretch<T> {
   T* carry;               // (batch, states * hidden): in: gradient of the final state; out: of the initial one
   int64_t d_stride;       // between rows of d
   T *d, *d_hidden;        // gradients at the pre-activations; d_hidden: GRU's dn * r
-  T* sums;                // += column sums of d and d_hidden
+  T* sums;                // += column sums of d and d_hidden, one row for each member of the team
 };
 
 }  // namespace statefeed

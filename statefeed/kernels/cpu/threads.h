@@ -1,10 +1,10 @@
-// Who works on what: torch's thread pool, a barrier between steps, and denormals flushed while a thread works.
+// Who works on what: a team of torch's threads that takes the parts of one phase after another.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <mutex>
-#include <thread>
+#include <vector>
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -47,34 +47,6 @@ inline void pause() {
 #endif
 }
 
-// A step needs the whole state of the step before: everyone waits here, spinning for a few microseconds and then
-// giving the core away, so that a busy machine slows it down but cannot stop it.
-class Barrier {
-  alignas(64) std::atomic<int64_t> arrived{0};
-  alignas(64) std::atomic<int64_t> phase{0};
-
- public:
-  void wait(int64_t arriving, int64_t total) {
-    const int64_t before = phase.load(std::memory_order_acquire);
-    if (arrived.fetch_add(arriving, std::memory_order_acq_rel) + arriving == total) {
-      arrived.store(0, std::memory_order_relaxed);
-      phase.store(before + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase.load(std::memory_order_acquire) == before; ++spins)
-      if (spins < 4096)
-        pause();
-      else
-        std::this_thread::yield();
-  }
-};
-
-// Only one team may wait on barriers at a time: two teams sharing a pool of few threads could wait for each other.
-inline std::mutex& barrier_team() {
-  static std::mutex mutex;
-  return mutex;
-}
-
 // The part of 0 .. total that rank r of `ranks` works on.
 struct Range {
   int64_t begin, end;
@@ -83,16 +55,95 @@ inline Range share(int64_t total, int64_t rank, int64_t ranks) {
   return {total * rank / ranks, total * (rank + 1) / ranks};
 }
 
-template <class Body>
-void each_rank(int64_t ranks, Body body) {  // body(begin, end): the ranks one thread stands for
-  auto call = [](int64_t begin, int64_t end, void* context) {
-    FlushDenormals flush;
-    (*static_cast<Body*>(context))(begin, end);
+// What the members of a team know of each other. Nobody waits for a member, only for parts that a member has taken:
+// where the machine is busy and a thread comes late, or never, the others do its parts.
+struct Team {
+  struct alignas(64) Taken {
+    std::atomic<uint64_t> parts{0};  // of one member's own share: the phase in the upper half, their count in the lower
   };
-  if (ranks == 1)
-    call(0, 1, &body);
-  else
-    run_parallel(ranks, call, &body);
+  explicit Team(int64_t ranks) : taken(static_cast<size_t>(ranks)) {}
+  std::vector<Taken> taken;
+  alignas(64) std::atomic<uint32_t> done{0};  // parts of all phases
+};
+
+// One thread's walk through the phases, the same for every member.
+class Member {
+  Team& team;
+  const int64_t rank;
+  uint64_t phase = 0;
+  uint32_t target = 0;
+
+  int64_t take(int64_t owner, int64_t size) {  // the next part of the owner's share, -1 if all are taken
+    std::atomic<uint64_t>& parts = team.taken[static_cast<size_t>(owner)].parts;
+    uint64_t seen = parts.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t at = seen >> 32, next = at < phase ? 0 : seen & 0xffffffffu;
+      if (at > phase || next >= static_cast<uint64_t>(size)) return -1;
+      if (parts.compare_exchange_weak(seen, (phase << 32) + next + 1)) return static_cast<int64_t>(next);
+    }
+  }
+  bool behind(uint32_t done) const { return static_cast<int32_t>(done - target) < 0; }
+
+  // Spins for some microseconds, then sleeps: an idle core may be what the others' threads are waiting for.
+  void wait() {
+    constexpr int spins = 1000;
+    uint32_t done = team.done.load(std::memory_order_acquire);
+    for (int i = 0; i < spins && behind(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
+    for (; behind(done); done = team.done.load(std::memory_order_acquire)) team.done.wait(done);
+  }
+
+ public:
+  Member(Team& members, int64_t own) : team(members), rank(own) {}
+  int64_t ranks() const { return static_cast<int64_t>(team.taken.size()); }
+
+  // Calls body(i) once for every i below `parts`, each on one member, its own share first; returns when all are done.
+  template <class Body>
+  void divide(int64_t parts, Body body) noexcept {
+    if (ranks() == 1) {
+      for (int64_t i = 0; i < parts; ++i) body(i);
+      return;
+    }
+    if (parts == 0) return;
+    ++phase;
+    target += static_cast<uint32_t>(parts);
+    for (int64_t r = 0; r < ranks(); ++r) {
+      const int64_t owner = (rank + r) % ranks();
+      const Range own = share(parts, owner, ranks());
+      for (int64_t i; (i = take(owner, own.end - own.begin)) >= 0;) {
+        body(own.begin + i);
+        if (team.done.fetch_add(1, std::memory_order_acq_rel) + 1 == target) team.done.notify_all();
+      }
+    }
+    wait();
+  }
+};
+
+// A task is items() and run(i); all items of all tasks are divided among the members.
+template <class... Task>
+void divide(Member& member, const Task&... tasks) {
+  member.divide((tasks.items() + ...), [&](int64_t i) {
+    auto run = [&](const auto& task) {
+      if (i >= 0 && i < task.items()) task.run(i);
+      i -= task.items();
+    };
+    (run(tasks), ...);
+  });
+}
+
+// Calls body(member) on as many threads as the work, in multiply-adds, is worth.
+template <class Body>
+void with_team(int64_t work, Body body) {
+  constexpr int64_t worth_a_thread = 2000000;  // some 30 microseconds
+  Team team(std::clamp<int64_t>(work / worth_a_thread, 1, std::max<int64_t>(thread_count(), 1)));
+  auto call = [&](int64_t begin) {
+    FlushDenormals flush;
+    Member member(team, begin);
+    body(member);
+  };
+  if (team.taken.size() == 1) return call(0);
+  run_parallel(
+      static_cast<int64_t>(team.taken.size()),
+      [](int64_t begin, int64_t, void* context) { (*static_cast<decltype(call)*>(context))(begin); }, &call);
 }
 
 }  // namespace statefeed

@@ -1,0 +1,77 @@
+// The products' inner kernels: one for every number of rows, compiled once.
+#include "product.h"
+
+namespace statefeed {
+
+namespace {
+
+// Few rows have too few sums to hide the latency of a multiply-add, so the depth is then split over several.
+template <class P, int M, int N, bool Turned>
+__attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
+                                    typename P::Out* out) {
+  using T = typename P::Out;
+  constexpr int L = lanes<T>, split = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
+  Vector<T> sum[split][M][N] = {};
+  int64_t k = 0;
+  for (; k + split <= depth; k += split) {
+#pragma GCC unroll 4
+    for (int s = 0; s < split; ++s) {
+      Vector<typename P::In> w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) w[j] = load(panel + (s * N + j) * L);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        const auto x = splat(a[Turned ? s * stride + i : i * stride + s]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sum[s][i][j] = P::multiply_add(sum[s][i][j], x, w[j]);
+      }
+    }
+    panel += split * N * L;
+    a += Turned ? split * stride : split;
+  }
+  for (; k < depth; ++k, a += Turned ? stride : 1, panel += N * L)
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        sum[0][i][j] = P::multiply_add(sum[0][i][j], splat(a[Turned ? i : i * stride]), load(panel + j * L));
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      Vector<T> total = sum[0][i][j];
+#pragma GCC unroll 4
+      for (int s = 1; s < split; ++s) total += sum[s][i][j];
+      store(out + (i * N + j) * L, total);
+    }
+}
+
+template <class P, int N, bool Turned, int M>
+inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
+                    typename P::Out* out) {
+  if constexpr (M > 1) {
+    if (rows < M) return smallest_tile<P, N, Turned, M - 1>(rows, a, stride, panel, depth, out);
+  }
+  tile<P, M, N, Turned>(a, stride, panel, depth, out);
+}
+
+}  // namespace
+
+template <class P, int N, bool Turned>
+void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
+             typename P::Out* out) {
+  smallest_tile<P, N, Turned, max_rows<typename P::Out, N>>(rows, a, stride, panel, depth, out);
+}
+
+#define STATEFEED_TILE(P, N, TURNED) \
+  template void tile_of<P, N, TURNED>(int64_t, const P::In*, int64_t, const P::In*, int64_t, P::Out*);
+#define STATEFEED_TILES(P) \
+  STATEFEED_TILE(P, 2, false) STATEFEED_TILE(P, 2, true) STATEFEED_TILE(P, 3, false) STATEFEED_TILE(P, 4, false)
+
+STATEFEED_TILES(Exact<float>)
+STATEFEED_TILES(Exact<double>)
+#if defined(__AVX512BF16__)
+STATEFEED_TILES(Rounded)
+#endif
+
+}  // namespace statefeed
