@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statefeed.lm.batches import IGNORED
+from statefeed.lm.batches import IGNORED, Batch
 from statefeed.lm.config import Model, UsageError
 from statefeed.lm.model import LanguageModel, carried
 
@@ -32,7 +32,7 @@ def test_some_columns_begin_anew(cell: str) -> None:
     tokens = torch.randint(V, (T, B))
     _, states = model(tokens)
     after, _ = model(tokens, carried(states, torch.tensor([[True], [False], [True]])))
-    goes_on, _ = model(tokens, states)
+    goes_on, _ = model(tokens, carried(states, torch.ones(B, 1)))
     anew, _ = model(tokens)
     torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
     torch.testing.assert_close(after[:, 1], anew[:, 1])
@@ -94,7 +94,9 @@ def test_loss_counts_the_marked_targets_out() -> None:
     targets[2:, 1] = IGNORED
     logits, _ = model(tokens)
     expected = [-logits[t, b].log_softmax(0)[targets[t, b]] for t in range(T) for b in range(B) if b != 1 or t < 2]
-    torch.testing.assert_close(model.loss(tokens, targets)[0], torch.stack(expected).mean())
+    loss = model.loss(Batch(tokens, targets, None, fresh=True))
+    assert loss.tokens == len(expected)
+    torch.testing.assert_close(loss.mean, torch.stack(expected).mean())
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -118,7 +120,7 @@ def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
     cheap = LanguageModel(Model(width=8, feedback="dsf"), V)
     cheap.load_state_dict(exact.state_dict())
     tokens, targets = torch.randint(V, (2, T, B))
-    losses = [model.loss(tokens, targets)[0] for model in (exact, cheap)]
+    losses = [model.loss(Batch(tokens, targets, None, fresh=True)).mean for model in (exact, cheap)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     for loss in losses:
         loss.backward()  # type: ignore[no-untyped-call]
