@@ -45,13 +45,16 @@ def refuse_taken(folder: Path) -> None:
         raise UsageError(f"{folder} already holds a run: choose another folder with --run.dir, or remove that one")
 
 
-def create(folder: Path, config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> None:
+def create(
+    folder: Path, config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int
+) -> None:
     """Make the run folder with everything that is known before the first step."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "corpus": corpus.name,
         "splits": {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits},
         "vocabulary": tokenizer.size,
+        "steps_per_epoch": steps_per_epoch,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "statefeed": sf.__version__,
         "torch": torch.__version__,

@@ -50,7 +50,7 @@ def train(config: Config) -> None:
     folder = Path(config.run.dir)
     checkpoint.refuse_taken(folder)
     task = prepare(config)
-    checkpoint.create(folder, config, task.corpus, task.tokenizer, task.model)
+    checkpoint.create(folder, config, task.corpus, task.tokenizer, task.model, len(task.source))
     best = checkpoint.Best(folder)
     with Log(folder / checkpoint.METRICS, task.steps) as log:
         log.say(_opening(task, config.train))
