@@ -173,7 +173,7 @@ class Train:
     optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or plain gradient descent")
     lr: float = option(3e-3, "largest learning rate")
     weight_decay: float = option(0.0, "L2 penalty, added to the gradient")
-    warmup: float = option(50, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
+    warmup: float = option(50.0, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
     schedule: Literal["constant", "linear", "cosine", "steps"] = option(
         "cosine",
         "the learning rate after warmup: stays, falls to train.floor at the last step, or is multiplied by train.decay "
