@@ -54,7 +54,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.lr=null", "train.lr must be a number, got None"),
         ("--train.steps=1.5", "train.steps must be a whole number or null, got 1.5"),
         ("--data.eos=maybe", "data.eos must be true or false, got maybe"),
-        ("--data.corpus=web", "data.corpus must be 'pydoc', 'text', got web"),
+        ("--data.corpus=web", "data.corpus must be 'pydoc', 'ptb', 'wikitext', 'text', got web"),
         ("--train.lr=0", "train.lr must be a positive number, got 0.0"),
         ("--train.lr=inf", "train.lr must be a"),
         ("--train.steps=0", "train.steps must be at least 1, got 0"),
@@ -64,7 +64,18 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.restart=1.5", "train.restart must lie between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
-        ("--train.warmup=-1", "train.warmup must be at least 0, got -1"),
+        ("--train.warmup=-1", "train.warmup must be a number of steps, or a share of them from 0"),
+        ("--train.warmup=1.5", "train.warmup must be a number of steps, or a share of them from 0"),
+        ("--train.floor=2", "train.floor must lie between 0 and 1, got 2.0"),
+        ("--train.decay=0", "train.decay must be above 0 and at most 1, got 0.0"),
+        ("--train.decay_after=0", "train.decay_after must be at least 1, got 0"),
+        ("--train.decay_every=0", "train.decay_every must be at least 1, got 0"),
+        ("--train.eval_batch=0", "train.eval_batch must be at least 1, got 0"),
+        ("--data.batches=sentences", "data.batches=sentences needs data.tokens=word with data.eos=true"),
+        ("--model.cell=s4d", "model.feedback must be bptt where model.cell is s4d, whose gradient is always exact"),
+        ("--model.uniform=0", "model.uniform must be a positive number, or null, got 0.0"),
+        ("--model.window=0", "model.window must be at least 1, got 0"),
+        ("--model.modes=0", "model.modes must be at least 1, got 0"),
         ("--train.evaluations=0", "train.evaluations must be at least 1, got 0"),
         ("--train.seed=-1", "train.seed must be at least 0 and below 2^63, got -1"),
         ("--model.layers=0", "model.layers must be at least 1, got 0"),
@@ -74,8 +85,9 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--data.test=1", "data.test must be at least 0 and below 1, got 1.0"),
         ("--data.valid=0.96", "data.valid + data.test must leave text to train on"),
         ("--data.vocabulary=256", "data.vocabulary must be at least 257 for bpe tokens"),
-        ("--data.path=x", "data.path belongs to data.corpus=text"),
+        ("--data.path=x", "data.path belongs to the other corpora and pydoc reads no path, got x"),
         ("--data.corpus=text", "data.path must name a file or folder when data.corpus is text"),
+        ("--data.corpus=ptb", "data.path must name a file or folder when data.corpus is ptb"),
         ("--run.dir=", "run.dir must name a folder, got ''"),
         ("--train.lr", "argument --train.lr: expected one argument"),
     ],
@@ -117,6 +129,13 @@ def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml does not exist"):
         config.recipe_flags(tmp_path / "nowhere.yaml")
+
+
+def test_attention_heads_must_fit_the_width() -> None:
+    with pytest.raises(UsageError, match=r"model\.width must be a multiple of twice model\.heads, 16, got 40"):
+        Model(cell="transformer", feedback="bptt", width=40)
+    with pytest.raises(UsageError, match=r"model\.heads must be at least 1, got 0"):
+        Model(cell="transformer", feedback="bptt", heads=0)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -48,7 +48,9 @@ def test_byte_pairs_are_the_same_every_time() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("piece", [" = Title = \n \n a text , it 's <unk> \n", "x = 1\n\n    y\n\tz\n  é 😀\n", "\ny\nz\n"])
+@pytest.mark.parametrize(
+    "piece", [" = Title = \n \n a text , it 's <unk> \n", "x = 1\n\n    y\n\tz\n  é 😀\n", "\ny\nz\n"]
+)
 def test_byte_pairs_in_parts_are_those_of_the_whole(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (TEXT + piece) * 40
     whole = tokens.BytePairs.train(text, 290)
