@@ -162,13 +162,17 @@ class Train:
 
     epochs: int = option(1, "passes over the training split")
     steps: int | None = option(None, "optimizer steps; when given it decides instead of train.epochs")
-    seed: int = option(1, "of the initial weights, dropout and the sample")
-    batch: int = option(32, "sequences read side by side")
+    seed: int = option(1, "of the initial weights, the order of the text, dropout and the sample")
+    batch: int = option(32, "sequences read side by side in one step, by all processes together")
+    accumulate: int = option(1, "parts in which a process takes its sequences, one after the other: less memory")
     eval_batch: int | None = option(None, "sequences scored side by side; null for train.batch")
     context: int = option(64, "tokens of each sequence in one step; the state is carried on to the next step")
     restart: float = option(0.05, "share of the sequences that begin each step without a past, as any new text does")
     loss: Literal["mean", "window"] = option(
         "mean", "what is minimised: nats per token, or nats summed over the tokens of a sequence, mean over sequences"
+    )
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of the products in training, weights and scores being float32; bfloat16 is torch's autocast"
     )
     optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or plain gradient descent")
     lr: float = option(3e-3, "largest learning rate")
@@ -194,6 +198,9 @@ class Train:
         require(self.steps is None or self.steps >= 1, "train.steps must be at least 1", self.steps)
         require(0 <= self.seed < 2**63, "train.seed must be at least 0 and below 2^63", self.seed)
         require(self.batch >= 1, "train.batch must be at least 1", self.batch)
+        require(
+            1 <= self.accumulate <= self.batch, "train.accumulate must lie between 1 and train.batch", self.accumulate
+        )
         require(self.eval_batch is None or self.eval_batch >= 1, "train.eval_batch must be at least 1", self.eval_batch)
         require(self.context >= 1, "train.context must be at least 1", self.context)
         require(0 <= self.restart <= 1, "train.restart must lie between 0 and 1", self.restart)
@@ -214,12 +221,19 @@ class Train:
 
 @dataclass(frozen=True)
 class Run:
-    """Where the run is kept."""
+    """Where the run is kept, and how."""
 
-    dir: str = option("runs/default", "folder that is made for the run; one that holds a run already is refused")
+    dir: str = option("runs/default", "folder that is made for the run; one that holds a run needs --resume")
+    checkpoint_minutes: float = option(
+        10.0, "time between checkpoints, 0 for one after every step; one more is made at the end"
+    )
+    checkpoints: int = option(2, "how many checkpoints are kept, the last ones")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard too, into the folder of the run")
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir must name a folder", repr(self.dir))
+        require(self.checkpoint_minutes >= 0, "run.checkpoint_minutes must be at least 0", self.checkpoint_minutes)
+        require(self.checkpoints >= 1, "run.checkpoints must be at least 1", self.checkpoints)
 
 
 SECTIONS: dict[str, type] = {"data": Data, "model": Model, "train": Train, "run": Run}
