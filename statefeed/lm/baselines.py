@@ -92,23 +92,25 @@ class S4D(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""
         with torch.autocast(x.device.type, enabled=False):
-            u = x.float()
+            u = x.to(torch.promote_types(x.dtype, torch.float32))
             T, B, H = u.shape
-            A = torch.complex(-self.log_decay.exp(), self.frequency)
-            a = (A * self.log_dt.exp()).exp()  # (H, N)
-            gain = (a - 1) / A
-            impulse = F.pad(gain.flatten()[None], (0, 0, 0, T - 1))
-            responses = sf.diagonal_scan(impulse, a.flatten(), method="fft").view(T, H, -1)  # of the states
-            readout = 2 * torch.view_as_complex(self.readout)
-            kernel = (responses * readout).sum(-1).real  # (T, H)
+            # In double precision, for powers of numbers near 1 and differences to 1; without a batch axis it costs little.
+            A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+            a = (A * self.log_dt.double().exp()).exp()  # (H, N)
+            impulse = F.pad(torch.ones_like(a).view(1, -1), (0, 0, 0, T - 1))
+            powers = sf.diagonal_scan(impulse, a.flatten(), method="fft").view(T, H, -1)
+            responses = powers * ((a - 1) / A)  # of the states to an impulse
+            readout = 2 * torch.view_as_complex(self.readout.double())
+            kernel = (responses * readout).sum(-1).real.to(u.dtype)  # (T, H)
             spectrum = torch.fft.rfft(u, 2 * T, dim=0) * torch.fft.rfft(kernel, 2 * T, dim=0)[:, None]
             y = torch.fft.irfft(spectrum, 2 * T, dim=0)[:T]
-            after = torch.einsum("tbh,thn->bhn", u.to(a.dtype), responses.flip(0))
+            parts = torch.view_as_real(responses.flip(0)).to(u.dtype)
+            after = torch.view_as_complex(torch.einsum("tbh,thnc->bhnc", u, parts).contiguous())
             if state is not None:
-                powers = sf.diagonal_scan(F.pad(a.flatten()[None], (0, 0, 0, T - 1)), a.flatten()).view(T, H, -1)
+                fading = a * powers
                 before = state.view(B, H, -1)
-                y = y + torch.einsum("bhn,thn->tbh", before * readout, powers).real
-                after = after + powers[-1] * before
+                y = y + torch.einsum("bhn,thn->tbh", before, (readout * fading).to(before.dtype)).real
+                after = after + fading[-1].to(before.dtype) * before
             return F.gelu(y + self.direct * u).to(x.dtype), after.view(1, B, -1)
 
 
@@ -130,7 +132,7 @@ class MinGRU(nn.Module):
         self, x: Tensor, state: Tensor | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""
-        gate, candidate = self.gate_and_candidate(x).chunk(2, -1)
-        z = gate.sigmoid()
-        y = sf.diagonal_scan(z * candidate, 1 - z, initial=None if state is None else state[0])
-        return y, y[-1:]
+        both = self.gate_and_candidate(x)
+        gate, candidate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, -1)
+        y = sf.diagonal_scan(gate.sigmoid() * candidate, (-gate).sigmoid(), initial=None if state is None else state[0])
+        return y.to(x.dtype), y[-1:]
