@@ -94,7 +94,7 @@ class S4D(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
             T, B, H = u.shape
-            # In double precision, for powers of numbers near 1 and differences to 1; without a batch axis it costs little.
+            # In double precision, for powers of numbers near 1 and differences to 1: cheap without a batch axis.
             A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
             a = (A * self.log_dt.double().exp()).exp()  # (H, N)
             impulse = F.pad(torch.ones_like(a).view(1, -1), (0, 0, 0, T - 1))

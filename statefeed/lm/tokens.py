@@ -213,8 +213,13 @@ class BytePairs:
         return self._model.to_str(pretty=True)
 
     @classmethod
+    def from_json(cls, text: str) -> "BytePairs":
+        """What `to_json` made a text of."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    @classmethod
     def load(cls, path: Path) -> "BytePairs":
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        return cls.from_json(path.read_text(encoding="utf-8"))
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from statefeed.lm import batches, cache, checkpoint, corpora, tokens
+from statefeed.lm import batches, cache, checkpoint, corpora
 from statefeed.lm.agreement import agreement
 from statefeed.lm.batches import Source
 from statefeed.lm.config import Config, Train, UsageError
@@ -72,7 +72,7 @@ def prepare(config: Config) -> Task:
         UsageError: when a split is shorter than one step, or one of the three refuses.
     """
     corpus = corpora.read(config.data)
-    tokenizer = tokens.train(config.data, corpus.splits)
+    tokenizer = cache.tokenizer(config.data, corpus.splits)
     ids = {split: cache.encode(tokenizer, text) for split, text in corpus.splits.items()}
     columns, context = config.train.batch, config.train.context
     for split, found in ids.items():
