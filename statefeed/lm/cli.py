@@ -1,6 +1,7 @@
 """Owns the command line: train, evaluate, generate, compare, report; every mistake is one sentence and exit code 2."""
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from jsonargparse import ArgumentParser
 
 from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
 from statefeed.lm.config import UsageError, require
+from statefeed.lm.endings import Diverged, Interrupted, Lost
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
-from statefeed.lm.train import Diverged, train
+from statefeed.lm.train import train
 
 USAGE = """usage: statefeed COMMAND ...
 
   statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
+  statefeed train [RECIPE.yaml|RUN] --resume [...]            go on with the run in run.dir, or in the folder RUN
   statefeed evaluate RUN [--split=test]                       score a run on a split
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
   statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
@@ -36,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the words after `statefeed`.
 
     Returns:
-        The exit code: 0; 1 when training diverged; 2 for a mistake of the user's; 130 when interrupted.
+        The exit code: 0; 1 when training diverged or another process of the job ended; 2 for a mistake of the user's,
+        a full disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C.
     """
     commands = {
         "train": _train,
@@ -60,6 +64,11 @@ def main(arguments: Sequence[str]) -> int:
         return _tell(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
     except Diverged as error:
         return _tell(str(error), 1)
+    except Lost as error:
+        print(f"statefeed: {error}", file=sys.stderr)  # by every process that is left
+        return 1
+    except Interrupted as error:
+        return _tell(str(error), 128 + error.number)
     except KeyboardInterrupt as error:
         return _tell(str(error) or "interrupted", 130)
     return 0
@@ -79,22 +88,34 @@ def own_process() -> None:
 
 
 def _tell(sentence: str, code: int) -> int:
-    print(f"statefeed: {sentence}", file=sys.stderr)
+    """Say why, once for all processes of a job, since what stops one stops all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"statefeed: {sentence}", file=sys.stderr)
     return code
 
 
 def _train(arguments: Sequence[str]) -> None:
     flags = config.parser("statefeed train")
-    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
+    flags.add_argument(
+        "recipe", nargs="?", help="YAML file of these keys; flags override it; with --resume it may be a run folder"
+    )
+    flags.add_argument("--resume", action="store_true", help="go on with the run in run.dir as if it had never stopped")
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
     values = config.parse(flags, arguments)
-    if values.recipe is not None:
-        values = config.parse(flags, [*config.recipe_flags(values.recipe), *arguments])
+    path = None if values.recipe is None else Path(values.recipe)
+    if values.resume and (path is None or path.is_dir()):
+        folder = path or Path(values.run.dir)
+        if not (folder / checkpoint.CONFIG).is_file():
+            raise UsageError(f"{folder} holds no run to go on with: name its folder, or the recipe to begin with")
+        here = [f"--run.dir={folder}"]  # the folder may have been moved
+        values = config.parse(flags, [*config.recipe_flags(folder / checkpoint.CONFIG), *arguments, *here])
+    elif path is not None:
+        values = config.parse(flags, [*config.recipe_flags(path), *arguments])
     recipe = config.build(values)
     if values.print_config:
         print(recipe.to_yaml(), end="")
     else:
-        train(recipe)
+        train(recipe, values.resume)
 
 
 def _run_parser(command: str) -> ArgumentParser:

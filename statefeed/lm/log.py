@@ -2,84 +2,138 @@
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from statefeed.lm.agreement import Agreement
+from statefeed.lm.config import UsageError
+from statefeed.lm.endings import Diverged
 from statefeed.lm.evaluate import Score, perplexity
 
 TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
+PHASES = ("data", "forward", "backward", "optimiser")  # of a step
 
 
 class Log:
     """The record of one run, used as a context; rows are written as they come and survive whatever follows.
 
     Args:
-        path: metrics.jsonl, which must not exist.
+        path: metrics.jsonl, which must not exist unless the run goes on; None says and writes nothing.
         steps: how many optimizer steps there will be.
+        memory: of the log of a run that goes on, empty where it goes on from its beginning: rows behind it are dropped.
+        tensorboard: folder of the same metrics for TensorBoard.
     """
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self._file = path.open("x", encoding="utf-8")
-        self._curves: dict[str, list[tuple[int, float]]] = {
-            "train": [],
-            "valid": [],
-            "test": [],
-            "alignment": [],
-        }
+    def __init__(
+        self,
+        path: Path | None,
+        steps: int,
+        memory: Mapping[str, Any] | None = None,
+        tensorboard: Path | None = None,
+    ) -> None:
+        self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
         self._steps = steps
         self._every = max(1, steps // TRAIN_ROWS)
-        self._window: list[float] = []
-        self._window_tokens = 0
         self._loss = self._speed = math.nan  # of the last row
+        self._path = path
+        mode = "x+" if path and memory is None else "a+"
+        self._file = Path(path or os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+        memory = memory or {"bytes": 0, "seconds": 0.0, "losses": [], "tokens": 0, "laps": dict.fromkeys(PHASES, 0.0)}
+        self._losses: list[Tensor | float] = list(memory["losses"])  # of the steps since the last row
+        self._tokens: int = memory["tokens"]
+        self._laps: dict[str, float] = dict(memory["laps"])
+        self._before: float = memory["seconds"]
+        if path:
+            if os.fstat(self._file.fileno()).st_size < memory["bytes"]:
+                raise UsageError(f"{path} is shorter than when the checkpoint was made: it cannot be gone on with")
+            self._file.truncate(memory["bytes"])
+            self._file.seek(0)
+            for row in map(json.loads, self._file):
+                self._curves[row["split"]].append((row["step"], row["loss"]))
+                if row["split"] == "train":
+                    self._loss, self._speed = row["loss"], row["tokens_per_s"]
+        done = max((step for curve in self._curves.values() for step, _ in curve), default=0)
+        self._board = (
+            None if path is None or tensorboard is None else board_writer()(str(tensorboard), purge_step=done + 1)
+        )
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps  loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s "),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=Console(highlight=False, soft_wrap=True),
+            console=Console(highlight=False, soft_wrap=True, quiet=path is None),
             transient=True,
-            disable=not sys.stdout.isatty(),
+            disable=path is None or not sys.stdout.isatty(),
         )
-        self._task = self._bar.add_task("", total=steps, loss=math.nan, speed=math.nan)
+        self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
 
     def __enter__(self) -> "Log":
         self._bar.start()
-        self._started = self._window_started = time.perf_counter()
+        self._lap = time.perf_counter()
+        self._started = self._lap - self._before
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._board is not None:
+            self._board.close()
         self._file.close()
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         self._bar.console.print(line, markup=False)
 
-    def step(self, step: int, epoch: int, loss: float, tokens: int) -> None:
-        """Take note of one optimizer step; every few of them make one row, with their mean loss."""
-        self._window.append(loss)
-        self._window_tokens += tokens
+    def lap(self, phase: str | None) -> None:
+        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""
+        now = time.perf_counter()
+        if phase is not None:
+            self._laps[phase] += now - self._lap
+        self._lap = now
+
+    def step(self, step: int, epoch: int, loss: Tensor | float, tokens: int) -> None:
+        """Take note of one optimizer step; every few of them make one row, with their mean loss.
+
+        Args:
+            step: counted from 1.
+            epoch: counted from 1.
+            loss: nats per token; a tensor is read when its row is made, so that no step waits for the device.
+            tokens: that were predicted.
+
+        Raises:
+            Diverged: when a loss of the row has no perplexity.
+        """
+        self._losses.append(loss)
+        self._tokens += tokens
         if step % self._every == 0 or step == self._steps:
-            now = time.perf_counter()
-            self._loss = sum(self._window) / len(self._window)
-            self._speed = self._window_tokens / (now - self._window_started)
-            self._row(step, epoch, "train", self._loss, self._speed)
-            self._window, self._window_tokens, self._window_started = [], 0, now
-        self._bar.update(self._task, completed=step, loss=loss, speed=self._speed)
+            losses, laps = self._checked(step), self._laps
+            self._loss = sum(losses) / len(losses)
+            self._speed = self._tokens / max(sum(laps.values()), 1e-9)
+            ms = {f"{phase}_ms": round(1e3 * seconds / len(losses), 3) for phase, seconds in laps.items()}
+            self._row(step, epoch, "train", self._loss, self._speed, **ms)
+            self._losses, self._tokens, self._laps = [], 0, dict.fromkeys(PHASES, 0.0)
+        self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
 
     def score(self, step: int, epoch: int, split: str, score: Score) -> None:
-        """Take note of the score of a split; its time does not count as training time."""
-        self._window_started += score.seconds
+        """Take note of the score of a split.
+
+        Raises:
+            Diverged: when its loss has no perplexity.
+        """
+        _check(score.loss, step)
         self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
         if split == "valid":
             left = (time.perf_counter() - self._started) / step * (self._steps - step)
@@ -90,17 +144,44 @@ class Log:
             )
 
     def align(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
-        """Take note of how the gradient agrees with the exact one; its time does not count as training time."""
-        self._window_started += found.seconds
+        """Take note of how the gradient agrees with the exact one."""
         alignment = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
         self._row(step, epoch, "alignment", found.loss, tokens / found.seconds, **alignment)
+
+    def memory(self, step: int) -> dict[str, Any]:
+        """What a log has to be given so that it goes on from this step; all rows so far are on disk after it.
+
+        Raises:
+            Diverged: when a loss since the last row has no perplexity.
+        """
+        losses = self._checked(step)
+        if self._path:
+            os.fsync(self._file.fileno())
+        return {
+            "bytes": os.fstat(self._file.fileno()).st_size,
+            "seconds": time.perf_counter() - self._started,
+            "losses": losses,
+            "tokens": self._tokens,
+            "laps": self._laps,
+        }
+
+    def _checked(self, step: int) -> list[float]:
+        """The losses since the last row."""
+        losses = [float(loss) for loss in self._losses]
+        for place, loss in enumerate(losses, step - len(losses) + 1):
+            _check(loss, place)
+        return losses
 
     def _row(self, step: int, epoch: int, split: str, loss: float, speed: float, **more: float) -> None:
         row = {"step": step, "epoch": epoch, "split": split, "loss": loss, "perplexity": perplexity(loss), **more}
         seconds = time.perf_counter() - self._started
-        self._file.write(json.dumps({**row, "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3)}) + "\n")
+        row |= {"tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "peak_bytes": _peak_bytes()}
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._curves[split].append((step, loss))
+        if self._board is not None:
+            for key in row.keys() - {"step", "split"}:
+                self._board.add_scalar(f"{split}/{key}", row[key], step)
 
     def draw(self, path: Path) -> None:
         """Draw the losses over the steps."""
@@ -112,3 +193,32 @@ class Log:
                 axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
+
+
+def _check(loss: float, step: int) -> None:
+    if not math.isfinite(perplexity(loss)):
+        raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process has held, where the system tells: that of the GPU where one is used."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def board_writer() -> Any:
+    """TensorBoard's class of writers.
+
+    Raises:
+        UsageError: when it is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError('run.tensorboard needs TensorBoard: pip install "statefeed[tensorboard]"') from None
+    return SummaryWriter

@@ -1,29 +1,33 @@
-"""Owns training: read, cut, step, score, keep the best weights."""
+"""Owns training: read, cut, step, score, keep the best weights and the last checkpoints."""
 
 import math
+import shlex
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from statefeed.lm import batches, cache, checkpoint, corpora
+import statefeed as sf
+from statefeed.lm import batches, cache, checkpoint, corpora, tokens
 from statefeed.lm.agreement import agreement
-from statefeed.lm.batches import Source
-from statefeed.lm.config import Config, Train, UsageError
+from statefeed.lm.batches import IGNORED, Batch, Source
+from statefeed.lm.checkpoint import Best, Checkpoints
+from statefeed.lm.config import Config, Train, UsageError, require
 from statefeed.lm.corpora import Corpus
-from statefeed.lm.evaluate import perplexity, score
+from statefeed.lm.distributed import Group, part_of
+from statefeed.lm.endings import Diverged, Interrupted, Signals, told
+from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
-from statefeed.lm.log import Log
-from statefeed.lm.model import LanguageModel, carried
+from statefeed.lm.log import Log, board_writer
+from statefeed.lm.model import LanguageModel, State, carried
 from statefeed.lm.tokens import Tokenizer
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number that has a perplexity."""
 
 
 @dataclass(frozen=True)
@@ -37,44 +41,82 @@ class Task:
     valid: Source
     steps: int
     model: LanguageModel
+    optimizer: torch.optim.Optimizer
 
 
-def train(config: Config) -> None:
+def train(config: Config, resume: bool = False) -> None:
     """Train as a recipe says and leave a run folder with the weights that had the best validation perplexity.
 
+    Args:
+        config: the recipe.
+        resume: go on with the run in the folder, where there is one, as if it had never stopped.
+
     Raises:
-        UsageError: before anything is written, when the recipe cannot be carried out.
+        UsageError: before anything is written, when the recipe cannot be carried out; later, when disk or memory are
+            full.
         Diverged: when the loss becomes infinite or not a number.
-        KeyboardInterrupt: when the user interrupts, saying what is kept.
+        Lost: when another process of the job is gone.
+        KeyboardInterrupt: when a signal ends it.
     """
     folder = Path(config.run.dir)
-    checkpoint.refuse_taken(folder)
-    task = prepare(config)
-    checkpoint.create(folder, config, task.corpus, task.tokenizer, task.model, len(task.source))
-    best = checkpoint.Best(folder)
-    with Log(folder / checkpoint.METRICS, task.steps) as log:
-        log.say(_opening(task, config.train))
-        try:
-            optimise(task, config.train, log, best)
-            report(task, config, log, best)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted: {folder} keeps {best}") from None
-        except Diverged as error:
-            raise Diverged(f"{error}; {folder} keeps {best}") from None
-        finally:
-            log.draw(folder / checkpoint.CURVES)
+    with Group.join() as group:
+        with told(lambda: "training had not begun"):
+            resume = resume and (folder / checkpoint.CONFIG).exists()
+            (checkpoint.refuse_other if resume else checkpoint.refuse_taken)(config)
+            task = prepare(config, resume, group)
+            group.wait()  # until all have seen what the folder holds
+            if not resume and group.rank == 0:
+                checkpoint.create(config, task.corpus, task.tokenizer, task.model, len(task.source))
+            best, checkpoints = Best(folder, writes=group.rank == 0), Checkpoints(folder, config.run)
+            states, memory, broken = checkpoints.load(task.model, task.optimizer) if resume else (None, None, [])
+        path, board = folder / checkpoint.METRICS, folder / checkpoint.BOARD if config.run.tensorboard else None
+        again = f"; go on with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
+        with (
+            told(lambda: f"{folder} keeps {checkpoints} and {best}", again),
+            Log(path if group.rank == 0 else None, task.steps, memory, board) as log,
+        ):
+            for sentence in broken:
+                log.say(f"{sentence}; going on from {checkpoints}")
+            log.say(_opening(task, config.train))
+            if resume:
+                log.say(f"going on after step {checkpoints.step:,}")
+            try:
+                optimise(task, config, log, best, checkpoints, group, states)
+                if group.rank == 0:
+                    report(task, config, log, best)
+            finally:
+                if group.rank == 0:
+                    log.draw(folder / checkpoint.CURVES)
 
 
-def prepare(config: Config) -> Task:
+def prepare(config: Config, resume: bool, group: Group) -> Task:
     """Read the corpus, fit the tokenizer, make the model.
+
+    Args:
+        config: the recipe.
+        resume: take the tokenizer from the run folder, and refuse another text than the run's.
+        group: the processes of the job.
 
     Raises:
         UsageError: when a split is shorter than one step, or one of the three refuses.
     """
+    folder, recipe = Path(config.run.dir), config.train
+    parts = recipe.accumulate * group.size
+    require(
+        recipe.batch % parts == 0,
+        f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
+        recipe.batch,
+    )
+    if config.run.tensorboard:
+        board_writer()
     corpus = corpora.read(config.data)
-    tokenizer = cache.tokenizer(config.data, corpus.splits)
+    if resume:
+        checkpoint.refuse_other_text(folder, corpus)
+        tokenizer = tokens.load(config.data, folder / checkpoint.TOKENIZER)
+    else:
+        tokenizer = tokens.train(config.data, corpus.splits)
     ids = {split: cache.encode(tokenizer, text) for split, text in corpus.splits.items()}
-    columns, context = config.train.batch, config.train.context
+    columns, context = recipe.batch, recipe.context
     for split, found in ids.items():
         needed = 1 + context * (columns if split == "train" else 1) if config.data.batches == "stream" else 2
         if len(found) < needed:
@@ -82,45 +124,77 @@ def prepare(config: Config) -> Task:
                 f"the {split} split of {corpus.name} has {len(found):,} {config.data.tokens} tokens, fewer than the "
                 f"{needed:,} of one step (train.batch {columns}, train.context {context})"
             )
-    source = batches.training(ids["train"], config.data, config.train)
-    valid = batches.scoring(ids["valid"], config.data, config.train)
-    steps = config.train.steps or config.train.epochs * len(source)
-    torch.manual_seed(config.train.seed)
-    return Task(corpus, tokenizer, ids, source, valid, steps, LanguageModel(config.model, tokenizer.size))
-
-
-def optimise(task: Task, recipe: Train, log: Log, best: checkpoint.Best) -> None:
-    """Take all the steps: this is the training loop."""
-    model, source, steps = task.model, task.source, task.steps
-    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
-    fixed = next(source.epoch(0))
+    source = batches.training(ids["train"], config.data, recipe)
+    valid = batches.scoring(ids["valid"], config.data, recipe)
+    steps = recipe.steps or recipe.epochs * len(source)
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(config.model, tokenizer.size)
+    _refuse_rules(model, config)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
     optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    for step in range(1, steps + 1):
-        epoch, place = divmod(step - 1, len(source))
-        if place == 0:
-            epoch_batches, states = source.epoch(epoch), None
-        batch = next(epoch_batches)
-        cost = model.loss(batch, states)
-        columns = batch.inputs.shape[1]
-        loss = cost.mean if recipe.loss == "mean" else cost.nats / columns
-        states = carried(cost.states, torch.rand(columns, 1) >= recipe.restart)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if recipe.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps, epoch)
-        optimizer.step()
-        log.step(step, epoch + 1, _checked(cost.mean.item(), step), cost.tokens)
-        if step in scored:
-            valid = score(model, task.valid, task.corpus.sizes["valid"])
-            _checked(valid.loss, step)
-            log.score(step, epoch + 1, "valid", valid)
-            best.offer(model, step, epoch + 1, valid)
-            if recipe.alignment:
-                found = agreement(model, lambda model, batch: model.loss(batch).mean, fixed)
-                if found is not None:
-                    log.align(step, epoch + 1, found, cost.tokens)
+    return Task(corpus, tokenizer, ids, source, valid, steps, model, optimizer)
+
+
+def optimise(
+    task: Task,
+    config: Config,
+    log: Log,
+    best: Best,
+    checkpoints: Checkpoints,
+    group: Group,
+    states: list[State] | None,
+) -> None:
+    """Take all the steps after the last checkpoint: this is the training loop.
+
+    Args:
+        task: what is trained on what.
+        config: the recipe.
+        log: takes note of every step and score.
+        best: keeps the best weights.
+        checkpoints: of the run; the last one has been loaded.
+        group: the processes of the job.
+        states: carried from the last checkpoint.
+    """
+    recipe, model, optimizer, source, steps = config.train, task.model, task.optimizer, task.source, task.steps
+    rules, carries = sf.Schedule(config.model.feedback), config.data.batches == "stream"
+    narrow = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
+    first = checkpoints.step + 1
+    parts = group.columns(recipe.batch, recipe.accumulate)
+    before = [None if states is None else group.part(states, part) for part in parts]
+    with Signals() as signals:
+        log.lap(None)
+        for step, batch in zip(range(first, steps + 1), _batches(source, first), strict=False):
+            epoch, columns = (step - 1) // len(source), batch.inputs.shape[1]
+            kept, counted = _draw(recipe, step, columns, group.rank), int((batch.targets != IGNORED).sum())
+            share = counted if recipe.loss == "mean" else columns
+            rules.apply(model, (step - 1) / steps)
+            optimizer.zero_grad()
+            nats: Tensor | float = torch.zeros(())
+            log.lap("data")
+            for i, part in enumerate(group.columns(columns, recipe.accumulate)):
+                if part.start < part.stop:
+                    with narrow:
+                        cost = model.loss(part_of(batch, part), before[i])
+                    log.lap("forward")
+                    (cost.nats / share).backward()  # type: ignore[no-untyped-call]
+                    nats += cost.nats.detach()
+                    before[i] = carried(cost.states, kept[part]) if carries else None
+                    log.lap("backward")
+            nats, stop, save = group.sum(model, nats, signals.caught is not None, checkpoints.due)
+            if recipe.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps, epoch)
+            optimizer.step()
+            log.lap("optimiser")
+            log.step(step, epoch + 1, nats / counted, counted)
+            if step in scored:
+                _score(task, recipe, log, best, step, epoch + 1)
+            if stop or save or step == steps:
+                _save(task, log, checkpoints, group, step, before)
+            if stop and step < steps:
+                raise Interrupted(f"interrupted after step {step:,} of {steps:,}", signals.caught or signal.SIGTERM)
+            log.lap(None)
 
 
 def report(task: Task, config: Config, log: Log, best: checkpoint.Best) -> None:
@@ -171,11 +245,68 @@ def learning_rate(recipe: Train, step: int, steps: int, epoch: int) -> float:
     return recipe.lr * (recipe.floor + (1 - recipe.floor) * left)
 
 
-def _checked(loss: float, step: int) -> float:
-    """The loss, where it has a perplexity."""
-    if not math.isfinite(perplexity(loss)):
-        raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")
-    return loss
+def _batches(source: Source, step: int) -> Iterator[Batch]:
+    """The batches of one epoch after the other, from that of a step on, counted from 1."""
+    epoch, start = divmod(step - 1, len(source))
+    while True:
+        yield from source.epoch(epoch, start)
+        epoch, start = epoch + 1, 0
+
+
+def _draw(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
+    """Everything random in a step is a function of the seed and the step, so that no checkpoint has to remember it.
+
+    Returns:
+        Which sequences keep their past at the end of the step, (columns, 1), the same in every process; dropout, which
+        torch's generator draws, differs from process to process.
+    """
+    generator = np.random.default_rng((recipe.seed, step, 1))
+    torch.manual_seed(int(generator.integers(2**62)) + rank)
+    return torch.from_numpy(generator.random((columns, 1)) >= recipe.restart)
+
+
+def _score(task: Task, recipe: Train, log: Log, best: Best, step: int, epoch: int) -> None:
+    """Score the validation split, keep the weights if they are the best, compare their gradient with the exact one."""
+    valid = score(task.model, task.valid, task.corpus.sizes["valid"])
+    log.score(step, epoch, "valid", valid)
+    best.offer(task.model, step, epoch, valid)
+    if recipe.alignment:
+        fixed = next(task.source.epoch(0))
+        found = agreement(task.model, lambda model, batch: model.loss(batch).mean, fixed)
+        if found is not None:
+            log.align(step, epoch, found, int((fixed.targets != IGNORED).sum()))
+
+
+def _save(
+    task: Task, log: Log, checkpoints: Checkpoints, group: Group, step: int, states: list[list[State] | None]
+) -> None:
+    """Make a checkpoint, unless the last step has ruined the weights: the one before is the last good one then.
+
+    Raises:
+        Diverged: when it has.
+    """
+    memory = log.memory(step)
+    if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
+        raise Diverged(f"training diverged (weights after step {step:,}): lower train.lr or change model.feedback")
+    held = [state for state in states if state is not None]
+    whole = group.whole(held) if held else None
+    if group.rank == 0:
+        checkpoints.save(step, task.model, task.optimizer, whole, memory)
+    checkpoints.made(step)
+
+
+def _refuse_rules(model: LanguageModel, config: Config) -> None:
+    """Put every rule of a schedule to the layers once, the first one last.
+
+    Raises:
+        UsageError: when one does not fit.
+    """
+    rules = sf.Schedule(config.model.feedback)
+    try:
+        for begin in (*(until for until, _ in rules.stages), 0.0):
+            rules.apply(model, begin)
+    except ValueError as error:
+        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
 
 
 def _opening(task: Task, recipe: Train) -> str:
