@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from statefeed.lm.results import CELLS, VARIED, Result, bests, by_rule, size, split, tasks, without
 
-SIZE = (5.2, 3.7)  # inches: one panel, whose letters can still be read where it is as wide as a phone
+SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
 # The curves are shown up to this many times the lowest perplexity: what lies above tells the rules not apart.
-REACH = 2.5
+REACH = 2.0
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
 
@@ -69,7 +69,7 @@ def against(results: Sequence[Result], what: str) -> Figure | None:
     best = bests(results)
     if not best:
         return None
-    figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity", log=True)
+    figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity")
     groups = by_rule(results)
     for label, colour in colours(groups).items():
         evaluations = list(zip(*(result.valid for result in groups[label]), strict=False))
@@ -167,7 +167,8 @@ def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
         axes.set_xticks(values, [str(value) for value in values])
         axes.legend()
         first = same[0]
-        kept = f"{first.get('model.layers')} layers" if key == "model.width" else f"width {first.get('model.width')}"
+        layers, width = first.get("model.layers"), first.get("model.width")
+        kept = f"layers {layers}" if key == "model.width" else f"width {width}"
         figures[_fresh(figures, f"{first.facts.get('corpus')}, {first.get('model.cell')}, {kept}: {form}")] = figure
     return figures
 
@@ -212,16 +213,16 @@ def _bars(cells: dict[str, list[Result]]) -> Figure:
                 _bar(axes, place + (k + 0.5) * width - 0.4, width, found, color=colour, label=rule if first else None)
                 first = False
     axes.set_xticks(range(len(cells)), list(cells))
-    values = [value for group in cells.values() for value in bests(group)]
-    axes.set_ylim(max(0, min(values) - 1.5 * (max(values) - min(values)) - 1), None)
-    axes.legend()
+    axes.grid(visible=False)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
 def _bar(axes: Axes, place: float, width: float, found: Sequence[float], **look: Any) -> None:
     middle = statistics.mean(found)
     reach = [[middle - min(found)], [max(found) - middle]] if len(found) > 1 else None
-    axes.bar(place, middle, width, yerr=reach, **look)
+    bar = axes.bar(place, middle, width, yerr=reach, **look)
+    axes.bar_label(bar, fmt="%.3g", fontsize="x-small", padding=1)
 
 
 def _points(axes: Axes, at: dict[Any, list[float]], **look: Any) -> None:
@@ -240,13 +241,9 @@ def colours(labels: Any) -> dict[str, str]:
     return {label: _COLOURS.get(label) or next(free) for label in labels}
 
 
-def _panel(x: str, y: str, log: bool = False) -> tuple[Figure, Axes]:
+def _panel(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel=y)
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     return figure, axes
 

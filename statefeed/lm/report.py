@@ -35,7 +35,7 @@ th { background: #f6f6f6; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f6f6; }
 .figures { display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #555; }
 """
@@ -163,7 +163,7 @@ def _about(same: Sequence[Result]) -> str:
     facts = [result.facts for result in same]
 
     def all_of(key: str) -> str:
-        return " and ".join(dict.fromkeys(str(fact[key]) for fact in facts if key in fact))
+        return " and ".join(dict.fromkeys(_number(fact[key]) for fact in facts if key in fact))
 
     return (
         f"{all_of('parameters')} parameters. Perplexity: mean and standard deviation over the seeds of the best "
@@ -179,7 +179,9 @@ def _benchmark(records: Sequence[dict[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shared = {key for key in keys if len(rows) > 1 and len({row.get(key) for row in rows}) == 1}
     headings = [key for key in keys if key not in shared]
-    body = _table(headings, [[row.get(key, "-") for key in headings] for row in rows])
+    body = _table(
+        [key.replace("_", " ") for key in headings], [[row.get(key, "-") for key in headings] for row in rows]
+    )
     told = ", ".join(f"{key} {rows[0][key]}" for key in keys if key in shared and key != "bench")
     for command in dict.fromkeys(record.get("command") for record in records):
         first = next(record for record in records if record.get("command") == command)

@@ -1,6 +1,7 @@
 """Owns what runs say: a run folder read as one result, results told apart by task and rule, and their table."""
 
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,7 @@ class Result:
             gradient of one fixed training batch against exact BPTT.
         ms: milliseconds of one step by phase, medians over the run; empty where the run has not timed them.
         tokens_per_s: of training, the median over the run.
-        peak_bytes: the most memory that the run's process held, None where it is not known.
+        peak_bytes: the most memory that the run's process held under its own rule, None where it is not known.
         test: perplexity of the best weights on the test split, None where there is none.
     """
 
@@ -99,7 +100,9 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
     if outcome is None:
         outcome = "finished" if len(valid) >= recipe["train"]["evaluations"] else "unfinished"
     speeds = [row["tokens_per_s"] for row in train]
-    peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes") is not None]
+    # The first alignment runs exact BPTT: from there on the peak is no longer that of the rule.
+    own = itertools.takewhile(lambda row: row["split"] != "alignment", rows)
+    peaks = [row["peak_bytes"] for row in own if row.get("peak_bytes") is not None]
     return Result(
         config=recipe,
         facts=facts,

@@ -1,0 +1,324 @@
+"""statefeed compare: the same training under every rule, run folders as of `statefeed train`, numbers that hold."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from statefeed.lm import cli, compare, config, results
+from statefeed.lm.config import Config, UsageError
+from statefeed.lm.results import Result
+from statefeed.lm.train import prepare
+
+TIMES = ("seconds", "tokens_per_s", "peak_bytes", "data_ms", "forward_ms", "backward_ms", "optimiser_ms")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def compared(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two rules, one run of each."""
+    folder = tmp_path_factory.mktemp("compared") / "rules"
+    arguments = ["compare", *flags, "--feedback=bptt,dsf", "--lr=dsf=2e-3", f"--out={folder}"]
+    assert cli.main(arguments) == 0
+    return folder
+
+
+# What it trains ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_what_train_leaves(compared: Path, flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    more = ["--model.feedback=dsf", "--train.lr=2e-3", "--train.alignment=true", f"--run.dir={folder}"]
+    assert cli.main(["train", *flags, *more]) == 0
+    assert without_times(folder) == without_times(compared / "dsf-seed1")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (compared / "dsf-seed1").iterdir()}
+
+
+def test_alignment_is_logged_at_every_evaluation_of_a_rule_that_is_not_exact(compared: Path) -> None:
+    assert [row["step"] for row in rows(compared / "dsf-seed1") if row["split"] == "alignment"] == [4, 8, 12]
+    assert [row for row in rows(compared / "bptt-seed1") if row["split"] == "alignment"] == []
+    for row in rows(compared / "dsf-seed1"):
+        if row["split"] == "alignment":
+            assert 0 < row["cosine"] < 1
+            assert row["norm_ratio"] > 0
+            assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+
+
+def test_everything_is_the_same_but_the_rule(compared: Path) -> None:
+    exact, approximate = (rows(compared / f"{rule}-seed1") for rule in ("bptt", "dsf"))
+    assert exact[0]["loss"] == pytest.approx(approximate[0]["loss"], rel=1e-5)
+    assert [row["step"] for row in exact if row["split"] == "valid"] == [
+        row["step"] for row in approximate if row["split"] == "valid"
+    ]
+
+
+def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path: Path) -> None:
+    recipe = config.build(config.parse(config.parser("test"), flags))
+    planned = compare.plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
+    assert [(p.train.seed, p.model.feedback, p.train.lr) for p in planned] == [
+        (1, "bptt", 1e-3),
+        (1, "dsf", recipe.train.lr),
+        (1, "dsf@0.3/gate+1", 0.5),
+        (2, "bptt", 1e-3),
+        (2, "dsf", recipe.train.lr),
+        (2, "dsf@0.3/gate+1", 0.5),
+    ]
+    assert len({p.run.dir for p in planned}) == 6
+    assert {Path(p.run.dir).parent for p in planned} == {tmp_path}
+    first, second, *_ = (prepare(p) for p in planned[:2])
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, second.model.state_dict()[name])
+    for a, b in zip(first.source.epoch(0), second.source.epoch(0), strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+
+
+# What it keeps and prints --------------------------------------------------------------------------------------------
+
+
+def test_records_and_figures(compared: Path) -> None:
+    found = [results.from_line(line) for line in (compared / "compare.jsonl").read_text().splitlines()]
+    assert [(r.rule, r.outcome, r.get("train.lr")) for r in found] == [
+        ("bptt", "finished", 3e-3),
+        ("dsf", "finished", 2e-3),
+    ]
+    valid = [row["perplexity"] for row in rows(compared / "dsf-seed1") if row["split"] == "valid"]
+    assert found[1].best == min(valid)
+    assert [row["perplexity"] for row in found[1].valid] == valid
+    assert found[1].test == next(row["perplexity"] for row in rows(compared / "dsf-seed1") if row["split"] == "test")
+    forms = {"perplexity-against-epoch", "perplexity-against-time", "alignment-with-bptt"}
+    drawn = {path.stem for path in compared.glob("*.svg")}
+    assert all(any(name.endswith(form) for name in drawn) for form in forms)
+
+
+def test_a_second_time_nothing_is_trained(
+    compared: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(recipe: Config) -> str:
+        raise AssertionError(f"trained {recipe.run.dir}")
+
+    monkeypatch.setattr(compare, "_train", trained)
+    before = (compared / "compare.jsonl").read_text()
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}"]) == 0
+    out = capsys.readouterr().out
+    assert "valid perplexity" in out
+    assert "epochs to bptt" in out
+    assert (compared / "compare.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_recipe_is_refused(
+    compared: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", *flags, "--feedback=dsf", f"--out={compared}"]) == 2
+    err = capsys.readouterr().err
+    assert "with train.lr 0.002 and not 0.003: choose another folder with --out" in err
+    assert err.count("\n") == 1
+
+
+def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_this_process(recipe: Config) -> str:
+        given = results.flat(dataclasses.asdict(recipe))
+        arguments = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
+        return "diverged" if cli.main(["train", *arguments]) else "finished"
+
+    monkeypatch.setattr(compare, "_train", in_this_process)
+    wild = [
+        "--train.clip=null",
+        "--train.warmup=0",
+        "--feedback=dsf,bptt",
+        "--lr=dsf=1e30",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert cli.main(["compare", *flags, *wild]) == 0
+    found = [results.from_line(line) for line in (tmp_path / "out" / "compare.jsonl").read_text().splitlines()]
+    assert [(r.rule, r.outcome, r.best is None) for r in found] == [
+        ("dsf", "diverged", True),
+        ("bptt", "finished", False),
+    ]
+    assert "1, 1 diverged" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_interrupted_and_started_again_it_comes_to_its_end(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = [*flags, "--train.steps=200", "--train.evaluations=1", "--feedback=ft-bptt", f"--out={folder}"]
+    command = [sys.executable, "-m", "statefeed", "compare", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        metrics = folder / "ft-bptt-seed1" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert "the same command goes on from here" in err
+    assert not (folder / "compare.jsonl").exists()
+    assert cli.main(["compare", *arguments]) == 0
+    (result,) = (results.from_line(line) for line in (folder / "compare.jsonl").read_text().splitlines())
+    assert result.outcome == "finished"
+    train = [row["step"] for row in rows(folder / "ft-bptt-seed1") if row["split"] == "train"]
+    assert train == list(range(1, 201))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--feedback=dsf,fast"], "--feedback fast: feedback must be"),
+        (["--feedback=gate", "--model.cell=rnn"], "--feedback gate: "),
+        (["--feedback=dsf@2/bptt"], "--feedback dsf@2/bptt: "),
+        (["--feedback=dsf", "--seeds=0"], "--seeds must be at least 1, got 0"),
+        (["--feedback=dsf", "--lr=bptt=1e-3"], "--lr must name rules of --feedback (dsf), got bptt=1e-3"),
+        (["--feedback=dsf", "--lr=dsf=fast"], "--lr must be rule=rate"),
+        (["--feedback=dsf", "--lr=dsf=-1"], "train.lr must be a positive number"),
+        (
+            ["--feedback=dsf", "--model.feedback=dsf"],
+            "statefeed compare takes --feedback and --out, got --model.feedback",
+        ),
+        (["--feedback=dsf", "--run.dir=x"], "statefeed compare takes --feedback and --out, got --run.dir"),
+        (["--feedback=dsf", "--train.learning=1"], "unknown key train.learning"),
+        (["nowhere.yaml", "--feedback=dsf"], "the recipe nowhere.yaml does not exist"),
+        ([], "feedback"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# The arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def result(
+    rule: str,
+    seed: int,
+    perplexities: Sequence[float],
+    step_seconds: float = 1.0,
+    outcome: str = "finished",
+    **ms: float,
+) -> Result:
+    """A run with an evaluation every ten steps, an epoch having twenty."""
+    recipe = Config(model=config.Model(feedback=rule), train=config.Train(seed=seed))
+    return Result(
+        config=dataclasses.asdict(recipe),
+        facts={"corpus": "made up", "parameters": 7, "torch": "2", "threads": 1, "machine": "m"},
+        outcome=outcome,
+        valid=[
+            {
+                "step": 10 * (k + 1),
+                "epochs": (k + 1) / 2,
+                "seconds": 10 * (k + 1) * step_seconds,
+                "perplexity": perplexity,
+            }
+            for k, perplexity in enumerate(perplexities)
+        ],
+        alignment=[] if rule == "bptt" else [{"step": 10, "epochs": 0.5, "cosine": 0.5, "norm_ratio": 2.0}],
+        ms=ms,
+        tokens_per_s=100.0,
+        peak_bytes=2.0**20 * 100,
+        test=None,
+    )
+
+
+def test_the_table_counts_seed_by_seed() -> None:
+    compared = [
+        result("ft-bptt", 1, [90, 60, 50]),
+        result("dsf", 1, [80, 55, 45, 44], 0.5, data=1.0, forward=10.0, backward=20.0, optimiser=5.0),
+        result("bptt", 1, [95, 50, 40]),
+        result("ft-bptt", 2, [91, 61, 70]),
+        result("dsf", 2, [75, 50, 38, 39], 0.5, data=1.0, forward=12.0, backward=22.0, optimiser=5.0),
+        result("bptt", 2, [96, 51, 39]),
+    ]
+    headings, table = results.table(compared)
+    cells = {row[0]: dict(zip(headings, row, strict=True)) for row in table}
+    dsf = cells["dsf"]
+    # Best of the seeds 44 and 38: mean 41, standard deviation 6 / sqrt(2).
+    assert dsf["valid perplexity"] == "41.00 ± 4.24"
+    assert (dsf["forward ms"], dsf["backward ms"], dsf["step ms"]) == ("11.0", "21.0", "38.0")
+    assert dsf["peak MiB"] == "100"
+    # ft-bptt ends with 50 and 70: reached at the evaluations 3 and 2, after 1.5 and 1 epochs, 15 and 10 seconds.
+    assert (dsf["epochs to ft-bptt"], dsf["seconds to ft-bptt"]) == ("1.2", "12.5")
+    # bptt ends with 40 and 39: never with the first seed, at the third evaluation with the second.
+    assert (dsf["epochs to bptt"], dsf["seconds to bptt"]) == ("1.5 (1 of 2)", "15.0 (1 of 2)")
+    assert (dsf["cosine with BPTT"], dsf["norm ratio"]) == ("0.500", "2.000")
+    assert (cells["bptt"]["cosine with BPTT"], cells["bptt"]["forward ms"]) == ("-", "-")
+    assert cells["ft-bptt"]["epochs to bptt"] == "never"
+    assert cells["ft-bptt"]["valid perplexity"] == "55.50 ± 7.78"
+    assert cells["bptt"]["epochs to bptt"] == "1.5"
+
+
+def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:
+    compared = [result("bptt", 1, [50, 1e9], outcome="diverged"), result("dsf", 1, [60])]
+    headings, table = results.table(compared)
+    bptt, dsf = (dict(zip(headings, row, strict=True)) for row in table)
+    assert (bptt["seeds"], bptt["valid perplexity"]) == ("1, 1 diverged", "-")
+    assert dsf["epochs to bptt"] == "-"
+
+
+def test_runs_of_different_recipes_are_not_mixed() -> None:
+    one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
+    other.config["train"]["batch"] = 7
+    tasks = results.tasks([one, other, result("bptt", 2, [41])])
+    assert [[r.rule for r in same] for same in tasks.values()] == [["dsf", "bptt"], ["bptt"]]
+    assert [title.partition("train.batch=")[2] for title in tasks] == ["32", "7"]
+
+
+def test_a_rule_at_two_rates_is_two_rows() -> None:
+    one, other = result("dsf", 1, [50]), result("dsf", 1, [40])
+    other.config["train"]["lr"] = 0.5
+    assert [row[:2] for row in results.table([one, other])[1]] == [["dsf at 0.003", "0.003"], ["dsf at 0.5", "0.5"]]
+
+
+def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "record.json"):
+        (folder / name).write_text((run / name).read_text())
+    facts = json.loads((folder / "record.json").read_text())
+    phases = {"data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optimiser_ms": 4.0}
+    lines: list[dict[str, Any]] = []
+    for step, scale in ((5, 100), (10, 300)):  # a second a step, then three
+        timed = {phase: scale * ms for phase, ms in phases.items()}
+        lines.append({"step": step, "epoch": 1, "split": "train", "tokens_per_s": 1.0, "seconds": 1e6, **timed})
+        lines[-1]["peak_bytes"] = scale
+        lines.append({"step": step - 1, "epoch": 1, "split": "valid", "perplexity": 9.0, "seconds": 1e6})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = results.of_run(folder)
+    assert [row["seconds"] for row in found.valid] == pytest.approx([4.0, 5.0 + 4 * 3.0])
+    assert [row["epochs"] for row in found.valid] == [4 / facts["steps_per_epoch"], 9 / facts["steps_per_epoch"]]
+    assert found.ms == {"data": 200.0, "forward": 400.0, "backward": 600.0, "optimiser": 800.0}
+    assert found.step_ms == 2000.0
+    assert (found.peak_bytes, found.outcome) == (300, "unfinished")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a run folder"):
+        results.of_run(tmp_path)
