@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -141,3 +142,79 @@ def test_pydoc_is_about_two_megabytes_in_shares_and_no_split_repeats_another() -
     assert not paragraphs["train"] & paragraphs["valid"]
     assert not paragraphs["train"] & paragraphs["test"]
     assert not paragraphs["valid"] & paragraphs["test"]
+
+
+PACKED = [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKED)
+@pytest.mark.parametrize(
+    ("corpus", "form"), [("ptb", "ptb.{}.txt"), ("wikitext", "wiki.{}.tokens"), ("wikitext", "wiki.{}.raw")]
+)
+def test_published_corpora_in_every_form(
+    tmp_path: Path, corpus: str, form: str, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / (form.format(split) + suffix)).write_bytes(pack(f" = ä {split} = \n".encode()))
+    (tmp_path / "README.md").write_text("not a split\n")
+    data = Data(corpus=corpus, path=str(tmp_path))  # type: ignore[arg-type]
+    splits = corpora.read(data).splits
+    assert splits == {split: f" = ä {split} = \n" for split in ("train", "valid", "test")}
+    assert list(splits) == ["train", "valid", "test"]
+    (tmp_path / (form.format("test") + suffix)).unlink()
+    assert corpora.read(data).splits.keys() == {"train", "valid"}
+
+
+def test_published_corpora_that_are_refused(tmp_path: Path) -> None:
+    def refused(corpus: str, sentence: str) -> None:
+        with pytest.raises(UsageError, match=sentence) as error:
+            corpora.read(Data(corpus=corpus, path=str(tmp_path / "given")))  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+
+    refused("ptb", r"there is no folder .*given; data.corpus=ptb reads the files of one")
+    (tmp_path / "given").mkdir()
+    refused("ptb", r"holds no ptb.train.txt \(plain, .gz or .xz\), which data.corpus=ptb reads; it holds nothing")
+    (tmp_path / "given" / "ptb.train.txt").write_text("a b\n")
+    refused("ptb", r"holds no ptb.valid.txt .* it holds ptb.train.txt")
+    refused("wikitext", r"holds no wiki.train.tokens or wiki.train.raw .* it holds ptb.train.txt")
+    (tmp_path / "given" / "ptb.train.txt.xz").write_bytes(lzma.compress(b"a b\n"))
+    refused("ptb", r"ptb.train.txt and .*ptb.train.txt.xz are the same split: remove one")
+    for form in ("tokens", "raw"):
+        for split in ("train", "valid"):
+            (tmp_path / "given" / f"wiki.{split}.{form}").write_text("a\n")
+    refused("wikitext", r"holds wiki.\*.tokens and wiki.\*.raw: keep one form")
+
+
+class Hub:
+    """The package `datasets`, as far as the reader knows it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def load_dataset(self, repository: str, name: str) -> dict[str, dict[str, list[str]]]:
+        self.asked.append((repository, name))
+        if name == "wikitext-9":
+            raise ValueError("BuilderConfig 'wikitext-9' not found.\nAvailable: ...")
+        rows = {"train": ["", " = A = \n", "", " b <unk> c \n"], "validation": ["", " d \n"], "test": [" e \n"]}
+        return {split: {"text": text} for split, text in rows.items()}
+
+
+def test_wikitext_of_the_hub_is_the_text_of_its_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
+    corpus = corpora.read(Data(corpus="wikitext", path="hub:wikitext-103-v1"))
+    assert hub.asked == [("Salesforce/wikitext", "wikitext-103-v1")]
+    assert corpus.name == "wikitext-103-v1"
+    assert corpus.splits == {"train": " \n = A = \n \n b <unk> c \n", "valid": " \n d \n", "test": " e \n"}
+    assert "reading wikitext-103-v1 from the Hugging Face Hub" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="wikitext-9 cannot be read from the Hub: BuilderConfig") as refused:
+        corpora.read(Data(corpus="wikitext", path="hub:wikitext-9"))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_hub_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"needs the package datasets, .* pip install statefeed\[datasets\]"):
+        corpora.read(Data(corpus="wikitext", path="hub:wikitext-2-v1"))

@@ -52,6 +52,30 @@ def test_the_seed_decides(model: LanguageModel) -> None:
     assert sample(5) != sample(6)
 
 
+def test_sentences_are_sampled_apart_from_each_other(model: LanguageModel) -> None:
+    """What came before the last `<bos>` of the prompt, and before a sampled `<eos>`, decides nothing."""
+    begin, end = 0, 1
+    alone = list(islice(generate(model, [begin, 5], sentence=(begin, end)), 60))
+    assert list(islice(generate(model, [begin, 7, end, begin, 5], sentence=(begin, end)), 60)) == alone
+    model.head.weight.data *= 0
+    model.head.bias.data = torch.zeros(V)
+    model.head.bias.data[end] = 2.0
+    read: list[list[int]] = []
+    forward = model.forward
+
+    def noted(tokens: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
+        if states is None:
+            read.append([])
+        read[-1] += tokens.flatten().tolist()
+        return forward(tokens, states)
+
+    model.forward = noted  # type: ignore[method-assign]
+    sampled = list(islice(generate(model, [begin, 5], sentence=(begin, end)), 40))
+    assert sampled.count(end) > 5
+    assert all(sentence[0] == begin and end not in sentence for sentence in read)
+    assert [i for sentence in read for i in [*sentence[1:], end]][1 : len(sampled)] == sampled[:-1]
+
+
 class Fixed(LanguageModel):
     """Has the same logits for every text."""
 

@@ -127,3 +127,65 @@ def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
     for layer in range(2):
         a, b = (model.blocks[layer].rnn.weight_hh_l0.grad for model in (exact, cheap))  # type: ignore[union-attr]
         assert not torch.allclose(a, b, rtol=1e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("block", ["plain", "prenorm", "stacked"])
+def test_padded_sentences_cost_what_each_costs_alone(cell: str, block: str) -> None:
+    """Neither the loss nor a gradient knows how far a column is filled up, nor with what."""
+    torch.manual_seed(0)
+    model = LanguageModel(Model(cell=cell, block=block, width=8, feedback="dsf"), V)  # type: ignore[arg-type]
+    sentences = [torch.randint(1, V, (length,)) for length in (6, 2, 9, 3)]
+    inputs = nn.utils.rnn.pad_sequence([sentence[:-1] for sentence in sentences], padding_value=V - 1)
+    targets = nn.utils.rnn.pad_sequence([sentence[1:] for sentence in sentences], padding_value=IGNORED)
+    together = model.loss(Batch(inputs, targets, torch.tensor([5, 1, 8, 2]), fresh=True))
+    assert together.tokens == 16
+    assert together.mean.item() == pytest.approx(together.nats.item() / 16)
+    together.nats.backward()  # type: ignore[no-untyped-call]
+    padded = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    alone = torch.stack([model.loss(Batch(s[:-1, None], s[1:, None], None, fresh=True)).nats for s in sentences]).sum()
+    alone.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(together.nats, alone)
+    for (name, parameter), grad in zip(model.named_parameters(), padded, strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_fresh_batch_begins_without_the_states_it_is_given() -> None:
+    model = LanguageModel(Model(width=8), V)
+    tokens = torch.randint(V, (2, T, B))
+    _, states = model(tokens[0])
+    states = carried(states, torch.ones(B, 1))
+    goes_on, fresh = (model.loss(Batch(*tokens, None, fresh=fresh), states).nats.item() for fresh in (False, True))
+    assert fresh == model.loss(Batch(*tokens, None, fresh=True)).nats.item() != goes_on
+
+
+def test_stacked_blocks_are_the_layers_of_torch_on_top_of_each_other() -> None:
+    model = LanguageModel(Model(cell="lstm", block="stacked", width=8, layers=2, uniform=0.1), V)
+    plain = nn.LSTM(8, 8, num_layers=2)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    weights = model.state_dict()
+    plain.load_state_dict({f"{n}_l{i}": weights[f"blocks.{i}.rnn.{n}_l0"] for i in range(2) for n in names})
+    tokens = torch.randint(V, (T, B))
+    torch.testing.assert_close(model(tokens)[0], model.head(plain(model.embedding(tokens))[0]))
+
+
+def test_dropout_of_stacked_blocks_is_on_every_path_but_the_recurrent_one() -> None:
+    """With everything dropped but once, what is left is the head's bias: inputs, between layers, and the output."""
+    model = LanguageModel(Model(cell="lstm", block="stacked", width=8, layers=2, dropout=0.5), V)
+    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    assert dropouts == ["dropout", "blocks.0.dropout", "blocks.1.dropout"]
+    assert all(block.rnn.dropout == 0 for block in model.blocks)  # type: ignore[union-attr]
+
+
+def test_uniform_weights_are_uniform_everywhere() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(Model(cell="lstm", block="stacked", width=64, uniform=0.1), 300)
+    for name, weight in model.named_parameters():
+        assert weight.abs().max().item() == pytest.approx(0.1, rel=0.02), name
+        assert weight.std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.15), name
+
+
+def test_a_schedule_of_rules_begins_with_its_first() -> None:
+    model = LanguageModel(Model(width=8, feedback="dsf@0.3/gate+1"), V)
+    assert [str(block.rnn.feedback) for block in model.blocks] == ["dsf", "dsf"]  # type: ignore[union-attr]
