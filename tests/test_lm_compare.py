@@ -17,6 +17,7 @@ import torch
 
 from statefeed.lm import cli, compare, config, results
 from statefeed.lm.config import Config, UsageError
+from statefeed.lm.distributed import Group
 from statefeed.lm.results import Result
 from statefeed.lm.train import prepare
 
@@ -82,7 +83,7 @@ def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path
     ]
     assert len({p.run.dir for p in planned}) == 6
     assert {Path(p.run.dir).parent for p in planned} == {tmp_path}
-    first, second, *_ = (prepare(p) for p in planned[:2])
+    first, second, *_ = (prepare(p, False, Group()) for p in planned[:2])
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name])
     for a, b in zip(first.source.epoch(0), second.source.epoch(0), strict=True):
@@ -131,6 +132,19 @@ def test_a_folder_of_another_recipe_is_refused(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("code", ["sys.exit(2)", "raise ValueError", "os.kill(os.getpid(), 9)"])
+def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
+    code: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "statefeed.py"
+    fake.write_text(f"import os, sys\n{code}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    recipe = config.build(config.parse(config.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
+    with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command goes on"):
+        compare._train(recipe)
+
+
 def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +171,9 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_interrupted_and_started_again_it_comes_to_its_end(flags: list[str], tmp_path: Path) -> None:
+def test_interrupted_and_started_again_it_goes_on(
+    flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out"
     arguments = [*flags, "--train.steps=200", "--train.evaluations=1", "--feedback=ft-bptt", f"--out={folder}"]
     command = [sys.executable, "-m", "statefeed", "compare", *arguments]
@@ -177,6 +193,7 @@ def test_interrupted_and_started_again_it_comes_to_its_end(flags: list[str], tmp
     assert result.outcome == "finished"
     train = [row["step"] for row in rows(folder / "ft-bptt-seed1") if row["split"] == "train"]
     assert train == list(range(1, 201))
+    assert "going on after step " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

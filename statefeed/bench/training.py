@@ -1,7 +1,7 @@
 """Owns ``statefeed bench training``: the trainer end to end, against the published procedure and torch.nn in its loop.
 
 The model is the smallest published one: words of Penn Treebank, a GRU of one layer and 256 units with a path around
-it, batches of 128 sentences cut at 65 words, Adam. Everyone has the same weights and trains on the same batches, cut
+it, batches of 128 sentences cut at 65 tokens, Adam. Everyone has the same weights and trains on the same batches, cut
 anew in every turn. The rivals are what one writes with torch alone: sentences filled up to the longest, the recurrence
 over the filling too, and logits at all positions.
 """
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # Words of a Penn Treebank sentence at every twentieth of all sentences, and how many words and sentences there are.
 _LENGTHS = (1, 6, 9, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 24, 26, 27, 29, 31, 34, 39, 82)
 _WORDS, _SENTENCES = 9_999, 42_068
-_BATCH, _CONTEXT, _WIDTH = 128, 65, 256
+_BATCH, _CONTEXT, _WIDTH = 128, 64, 256
 _RATE, _DECAY = 1e-3, 1e-4
 # Allowed parts of the largest value, as for one layer; bfloat16 against float32.
 _ALLOWED = {"float32": {"loss": 1e-5, "gradient": 1e-3}, "bfloat16": {"loss": 1e-2, "gradient": 1e-1}}
@@ -330,7 +330,7 @@ def _sentences(options: Options) -> tuple[Source, int, dict[str, Any]]:
         told = "made-up sentences with the lengths of Penn Treebank and as many words"
     else:
         try:
-            data = config.Data(corpus="text", path=options.data, tokens="word", batches="sentences")
+            data = config.Data(corpus="ptb", path=options.data, tokens="word", batches="sentences")
             text = corpora.read(data).splits["train"]
         except config.UsageError as error:
             raise OptionError(str(error)) from None

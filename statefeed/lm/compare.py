@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from rich.table import Table
 
 import statefeed as sf
 from statefeed.lm import checkpoint, config, figures, report, results
-from statefeed.lm.config import Config, UsageError, require
-from statefeed.lm.results import CELLS, Result
+from statefeed.lm.config import RECURRENT, Config, UsageError, require
+from statefeed.lm.endings import Interrupted
+from statefeed.lm.results import Result
 
 # Characters of the widest table, where no terminal says how many there are.
 _WIDTH = 200
@@ -30,7 +30,7 @@ def command(arguments: Sequence[str]) -> None:
 
     Raises:
         UsageError: for a mistake in them, before anything is written, and for a run that cannot be carried out.
-        KeyboardInterrupt: when a run was interrupted; the same command goes on with it.
+        Interrupted: when a run was interrupted; the same command goes on with it.
     """
     flags = config.parser("statefeed compare")
     flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
@@ -69,7 +69,9 @@ def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     """
     require(seeds >= 1, "--seeds must be at least 1", seeds)
     require(
-        recipe.model.cell in CELLS, f"a comparison of rules needs a cell out of {', '.join(CELLS)}", recipe.model.cell
+        recipe.model.cell in RECURRENT,
+        f"a comparison of rules needs a cell out of {', '.join(RECURRENT)}",
+        recipe.model.cell,
     )
     rules = list(dict.fromkeys(rule.strip() for rule in feedback.split(",")))
     for rule in rules:
@@ -116,7 +118,7 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
 
     Raises:
         UsageError: when the folder holds runs of other recipes, or a run cannot be carried out.
-        KeyboardInterrupt: when a run was interrupted.
+        Interrupted: when a run was interrupted.
     """
     records = folder / report.COMPARISON
     done = {result.get("run.dir"): result for result in report.read([records]).results} if records.exists() else {}
@@ -147,7 +149,7 @@ def _refuse_other(recipe: Config, there: dict[str, dict[str, object]], place: Pa
     """Refuse to take a run of another recipe for one of this comparison."""
     expected, got = results.flat(dataclasses.asdict(recipe)), results.flat(there)
     for key, value in expected.items():
-        if got.get(key) != value:
+        if got.get(key) != value and not key.startswith("run."):
             raise UsageError(
                 f"{place} holds a run of another recipe, with {key} {got.get(key)} and not {value}: "
                 "choose another folder with --out"
@@ -155,33 +157,40 @@ def _refuse_other(recipe: Config, there: dict[str, dict[str, object]], place: Pa
 
 
 def _train(recipe: Config) -> str:
-    """Train in a process of its own, so that its memory is its own and its end is not the comparison's.
+    """Train, or go on, in a process of its own: its memory is its own and its end is not the comparison's.
 
     Returns:
         finished or diverged.
     """
-    shutil.rmtree(recipe.run.dir, ignore_errors=True)
-    flags = [
+    flags = ["--resume"] if (Path(recipe.run.dir) / checkpoint.CONFIG).exists() else []
+    flags += [
         f"--{key}={'null' if value is None else value}"
         for key, value in results.flat(dataclasses.asdict(recipe)).items()
     ]
+    command = [sys.executable, "-m", "statefeed", "train", *flags]
+    told = ""
     # In a session of its own it hears of an interruption once, through us, however it was sent.
-    with subprocess.Popen([sys.executable, "-m", "statefeed", "train", *flags], start_new_session=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
 
         def pass_on(number: int, _: FrameType | None) -> None:
             process.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            for told in process.stderr:
+                sys.stderr.write(told)
             code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if code in (0, 1):
-        return "diverged" if code else "finished"
+    if code == 0:
+        return "finished"
+    if code == 1 and "training diverged" in told:
+        return "diverged"
     again = "the same command goes on from here"
-    if code >= 128:
-        raise KeyboardInterrupt(f"the comparison was interrupted in {recipe.run.dir}: {again}")
+    if code > 128:
+        raise Interrupted(f"the comparison was interrupted in {recipe.run.dir}: {again}", code - 128)
     raise UsageError(f"the comparison stopped in {recipe.run.dir}, whose training ended with exit code {code}: {again}")
 
 

@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from statefeed.lm.results import CELLS, VARIED, Result, bests, by_rule, size, split, tasks, without
+from statefeed.lm.config import RECURRENT
+from statefeed.lm.results import VARIED, Result, bests, by_rule, size, split, tasks, without
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
 # The curves are shown up to this many times the lowest perplexity: what lies above tells the rules not apart.
@@ -186,8 +187,8 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
         return f"{result.facts.get('corpus')} {data} {[result.get(key) for key in length]}"
 
     for same in split(results, family).values():
-        recurrent = [result for result in same if result.get("model.cell") in CELLS and result.best is not None]
-        others = [result for result in same if result.get("model.cell") not in CELLS and result.best is not None]
+        recurrent = [result for result in same if result.get("model.cell") in RECURRENT and result.best is not None]
+        others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
             budgets = [result.facts.get("parameters", 0) for result in sized]
             rivals = [r for r in others if min(abs(b / r.facts.get("parameters", 1) - 1) for b in budgets) <= BUDGET]
@@ -199,16 +200,16 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
 
 
 def _bars(cells: dict[str, list[Result]]) -> Figure:
-    rules = list(dict.fromkeys(r.rule for group in cells.values() for r in group if r.get("model.cell") in CELLS))
+    rules = list(dict.fromkeys(r.rule for group in cells.values() for r in group if r.get("model.cell") in RECURRENT))
     figure, axes = _panel("", "best validation perplexity")
     width = 0.8 / max(1, len(rules))
     for place, (cell, group) in enumerate(cells.items()):
-        if cell not in CELLS:
+        if cell not in RECURRENT:
             _bar(axes, place, 0.4, bests(group), color="C9")
     for k, (rule, colour) in enumerate(colours(rules).items()):
         first = True
         for place, (cell, group) in enumerate(cells.items()):
-            found = bests([result for result in group if result.rule == rule and cell in CELLS])
+            found = bests([result for result in group if result.rule == rule and cell in RECURRENT])
             if found:
                 _bar(axes, place + (k + 0.5) * width - 0.4, width, found, color=colour, label=rule if first else None)
                 first = False

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from statefeed.lm import checkpoint, config
-from statefeed.lm.config import UsageError
+from statefeed.lm.config import RECURRENT, UsageError
+from statefeed.lm.log import PHASES
 
-PHASES = ("data", "forward", "backward", "optimiser")  # of one training step
-CELLS = ("rnn", "gru", "lstm")  # that have a feedback rule
-# What may differ between the runs of one task, which are compared with each other.
-VARIED = ("run.dir", "train.seed", "train.lr", "train.alignment", "model.feedback")
+# What may differ between the runs of one task, which are compared with each other, besides where and how they are kept.
+VARIED = ("train.seed", "train.lr", "train.alignment", "model.feedback")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Result:
     def rule(self) -> str:
         """The feedback rule; the cell, where it has none."""
         cell = self.get("model.cell")
-        return str(self.get("model.feedback")) if cell in CELLS else str(cell)
+        return str(self.get("model.feedback")) if cell in RECURRENT else str(cell)
 
     @property
     def best(self) -> float | None:
@@ -203,8 +202,8 @@ def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def without(result: Result, *keys: str) -> dict[str, Any]:
-    """The recipe of a result by section.key, some left out."""
-    return {key: value for key, value in flat(result.config).items() if key not in keys}
+    """The recipe of a result by section.key, some left out and where and how the run is kept."""
+    return {k: value for k, value in flat(result.config).items() if k not in keys and not k.startswith("run.")}
 
 
 def size(result: Result) -> str:
