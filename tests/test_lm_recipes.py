@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import sentences
 
-from statefeed.lm import cli, config
+from statefeed.lm import cli, config, train
 from statefeed.lm.model import LanguageModel
 from statefeed.lm.train import learning_rate
 
@@ -94,6 +94,10 @@ PUBLISHED: dict[str, tuple[dict[str, dict[str, Any]], ...]] = {
         {"model": {"width": 650, "uniform": 0.05, "dropout": 0.5}, "train": {"context": 35, "epochs": 39}},
     ),
 }
+# One of each kind of batch and cell: they are scored again and sampled from as well.
+WRITING = {"ptb-gru-3x256", "ptb-lstm-zaremba-medium", "wikitext103-rnn-3x512"} | {
+    name for name in PUBLISHED if name.startswith("wikitext2")
+}
 
 
 def test_every_recipe_but_the_quickstart_is_a_published_one() -> None:
@@ -168,8 +172,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_trains_is_scored_and_writes(
-    name: str, corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    corpus: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(train, "SAMPLE", 3)  # of 150 tokens, which take longer than all the rest
     folder = tmp_path / "run"
     small = [
         f"--data.path={corpus(name.split('-')[0].rstrip('0123456789'))}",
@@ -184,8 +193,9 @@ def test_a_recipe_trains_is_scored_and_writes(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} >= {"train", "valid"}
     assert "has no test split" in capsys.readouterr().out
-    assert cli.main(["evaluate", str(folder)]) == 0
-    valid = next(row for row in rows if row["split"] == "valid")
-    assert f"perplexity {valid['perplexity']:.2f}," in capsys.readouterr().out
-    assert cli.main(["generate", str(folder), "--prompt=the dog", "--tokens=5"]) == 0
-    assert capsys.readouterr().out.startswith("the dog")
+    if name in WRITING:
+        assert cli.main(["evaluate", str(folder)]) == 0
+        valid = next(row for row in rows if row["split"] == "valid")
+        assert f"perplexity {valid['perplexity']:.2f}," in capsys.readouterr().out
+        assert cli.main(["generate", str(folder), "--prompt=the dog", "--tokens=5"]) == 0
+        assert capsys.readouterr().out.startswith("the dog")
