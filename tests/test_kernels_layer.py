@@ -202,16 +202,6 @@ def test_what_lies_in_memory_does_not_matter() -> None:
     assert_same(case.run("gate", 1), expected, 1e-5)
 
 
-def test_memory_is_reused_but_never_while_a_tensor_lives() -> None:
-    like = torch.empty(0)
-    first = empty(1000, 1000, like).fill_(1)
-    place, view = first.data_ptr(), first[3:]
-    del first
-    assert empty(1000, 1000, like).data_ptr() != place
-    del view
-    assert empty(1000, 1000, like).data_ptr() == place
-
-
 @pytest.mark.usefixtures("threads")
 def test_denormals_count_outside() -> None:
     Case("gru", 4, 64, 64, 64, torch.float32).run("gate")

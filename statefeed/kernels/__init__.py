@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from typing import NamedTuple
 
 
 def available() -> bool:
@@ -18,25 +19,40 @@ def available() -> bool:
 
 def unavailable() -> str | None:
     """Why the fused kernels cannot be used, None if they can; builds and loads them at the first call."""
-    return _unavailable()
+    return _loaded().reason
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo with statefeed.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def described() -> str:
+    """Which library is loaded, for which CPUs it was compiled, and on how many threads it runs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"{_loaded().library}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+class _Loaded(NamedTuple):
+    library: str
+    reason: str | None
+
+
 @functools.cache
-def _unavailable() -> str | None:
+def _loaded() -> _Loaded:
     wish = os.environ.get("STATEFEED_KERNELS", "auto")
     if wish not in ("auto", "on", "off"):
         raise ValueError(f"STATEFEED_KERNELS must be on, off or auto, not {wish!r}")
     if wish == "off":
-        return "STATEFEED_KERNELS is off"
+        return _Loaded("none", "STATEFEED_KERNELS is off")
     from statefeed.kernels.build import load
 
-    reason = load()
-    if reason is not None and wish == "on":
-        raise RuntimeError(f"STATEFEED_KERNELS is on, but the CPU kernels cannot be used: {reason}")
-    if reason is not None:
-        warnings.warn(f"the CPU kernels cannot be used, torch does their work: {reason}", RuntimeWarning, stacklevel=2)
-    return reason
+    try:
+        return _Loaded(load(), None)
+    except (OSError, RuntimeError) as error:
+        why = f"the CPU kernels cannot be used: {error}"
+        if wish == "on":
+            raise RuntimeError(f"STATEFEED_KERNELS is on, but {why}") from error
+        warnings.warn(f"torch does the work of the kernels: {why}", RuntimeWarning, stacklevel=2)
+        return _Loaded("none", str(error))

@@ -22,15 +22,22 @@ from statefeed.kernels.compile import FLAGS, SOURCES, VARIANTS, compile_library,
 PREBUILT = Path(__file__).parent / "prebuilt"
 
 
-def load() -> str | None:
-    """Make ``torch.ops.statefeed`` usable; the reason if that cannot be."""
-    try:
-        torch.ops.load_library(str(_prebuilt() or _built()))  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError) as error:
-        return str(error)
+def load() -> str:
+    """Make ``torch.ops.statefeed`` usable; returns what was loaded, OSError or RuntimeError if that cannot be."""
+    prebuilt = _prebuilt()
+    torch.ops.load_library(str(prebuilt or _built()))  # type: ignore[no-untyped-call]
     from statefeed.kernels import fakes  # noqa: F401
 
-    return None
+    return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
+
+
+def _instruction_set() -> str:
+    """The best of the variants that this CPU has all of, by name."""
+    flags = set(_cpu().split())
+    for variant in VARIANTS:
+        if variant.machine == platform.machine() and variant.needs <= flags:
+            return variant.name
+    return platform.machine()
 
 
 def _prebuilt() -> Path | None:

@@ -66,7 +66,7 @@ def forward(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     h0, *c0 = (s.contiguous() for s in state)
     bias, hidden_bias = _biases(cell, biases, H)
-    y = empty(len(rows), H, rows)
+    y = rows.new_empty(len(rows), H)
     c = c0[0].clone() if c0 else None
     tape = Tape(None, None)
     if keep and gates > 1:
@@ -134,8 +134,8 @@ def backward(
         rule, exact = _RULES[diagonal], diagonal == "bptt"
         D = _own_weights(w_hh) if diagonal == "jacobian" else None
     carry = torch.empty_like(final_e)
-    d_x = empty(len(rows), rows.shape[1], rows) if needs_x else None
-    d_ih, d_hh = (empty(len(w), w.shape[1], rows).zero_() for w in (w_ih, w_hh))
+    d_x = torch.empty_like(rows) if needs_x else None
+    d_ih, d_hh = (rows.new_empty(w.shape) for w in (w_ih, w_hh))
     sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
     residual = empty(len(rows), len(state) * H, rows) if corrections else None
     torch.ops.statefeed.layer_backward(

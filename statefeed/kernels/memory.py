@@ -1,4 +1,7 @@
-"""Memory for large results, kept from step to step: fresh pages cost as much as the arithmetic that fills them."""
+"""Memory for what lies between forward and backward, kept from step to step: fresh pages cost as much as filling them.
+
+Only for what never leaves this package: a tensor on such memory cannot be resized, as an ordinary one can.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def empty(rows: int, width: int, like: Tensor) -> Tensor:
     """An uninitialised (rows, width) tensor of the dtype of ``like``, on memory that is free again when it dies."""
     count = rows * width
     size = count * like.element_size()
-    if size < _SMALLEST or sys.platform == "win32":
+    if size < _SMALLEST or sys.platform == "win32" or torch.compiler.is_compiling():
         return like.new_empty(rows, width)
     return torch.frombuffer(_block(size), dtype=like.dtype, count=count).view(rows, width)
 
@@ -44,5 +47,12 @@ def _block(size: int) -> mmap.mmap:
 
 
 def _is_idle(index: int) -> bool:
-    # The list's own reference and the argument's: a tensor on the block would hold one more.
-    return sys.getrefcount(_blocks[index]) == 2
+    return _references(_blocks, index) == _ALONE
+
+
+def _references(blocks: list[mmap.mmap], index: int) -> int:
+    return sys.getrefcount(blocks[index])
+
+
+# What this Python counts where only the list holds a block: a tensor on it would be one more.
+_ALONE = _references([mmap.mmap(-1, 1)], 0)

@@ -88,7 +88,7 @@ struct RowPacking {
   }
 };
 
-// out (units, inputs) += a (rows, units)^T @ b (rows, inputs)
+// out (units, inputs) = a (rows, units)^T @ b (rows, inputs) (+ out)
 template <class P>
 struct RowProducts {
   typedef typename P::Out T;
@@ -98,12 +98,13 @@ struct RowProducts {
   const T* a;
   const RowPacking<P>& b;
   T* out;  // rows of b.units
+  bool add;
 
   int64_t items() const { return panel_count(units, bulk_group * M); }
   void run(int64_t item) const {
-    for (int64_t from = 0; from < b.rows; from += bulk_depth) add(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
+    for (int64_t from = 0; from < b.rows; from += bulk_depth) part(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
   }
-  void add(int64_t item, int64_t from, int64_t count) const {
+  void part(int64_t item, int64_t from, int64_t count) const {
     alignas(64) T sum[tile_size<T, N>];
     alignas(64) In rows[bulk_group][bulk_rows_size<T>];
     const int64_t first = item * bulk_group, group = std::min<int64_t>(bulk_group, panel_count(units, M) - first);
@@ -121,7 +122,7 @@ struct RowProducts {
       for (int64_t i = 0; i < group; ++i) {
         const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, units - unit);
         tile_of<P, N, true>(inside, rows[i], M, b.to + p * b.panel() + from / P::pack * N * L, packed_depth<P>(count), sum);
-        put_tile(sum, inside, std::min<int64_t>(N * L, b.units - p * N * L), static_cast<const T*>(nullptr), true,
+        put_tile(sum, inside, std::min<int64_t>(N * L, b.units - p * N * L), static_cast<const T*>(nullptr), add || from,
                  out + unit * b.units + p * N * L, b.units);
       }
   }

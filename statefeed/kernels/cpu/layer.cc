@@ -29,7 +29,6 @@ std::vector<Chunk> chunks(const Stretch<T>& s) {
   return all;
 }
 
-template <class T>
 int64_t most_rows(const std::vector<Chunk>& all) {
   int64_t most = 0;
   for (const Chunk& chunk : all) most = std::max(most, chunk.rows);
@@ -78,7 +77,7 @@ void layer_forward(const LayerForward<T>& s) {
   const auto hidden = packing<P, Use::hidden_weights>({s.w_hh, cell.gates, H, H, cell.unit_vectors, false, nullptr});
   const auto forward = s.rounded ? cell.forward_rounded : cell.forward;
   const std::vector<Chunk> all = chunks(s);
-  T* gates = s.gates ? nullptr : scratch<T, Use::gates>(most_rows<T>(all) * G);
+  T* gates = s.gates ? nullptr : scratch<T, Use::gates>(most_rows(all) * G);
   with_team(s.rows * G * (s.inputs + H), [&](Member& member) {
     divide(member, input, hidden);
     const T* previous = s.h0;
@@ -101,7 +100,11 @@ void layer_backward(const LayerBackward<T>& s) {
   const CellKernels<T>& cell = *s.cell;
   const int64_t H = s.hidden, G = cell.gates * H, S = cell.states * H, shared = cell.split * H, own = G - shared;
   const std::vector<Chunk> all = chunks(s);
-  const int64_t most = most_rows<T>(all);
+  if (all.empty()) {
+    std::fill(s.d_ih, s.d_ih + G * s.inputs, T(0));
+    std::fill(s.d_hh, s.d_hh + G * H, T(0));
+  }
+  const int64_t most = most_rows(all);
   const int64_t d_stride = G + 64 / static_cast<int64_t>(sizeof(T));  // rows a power of two apart share cache sets
   T* d = scratch<T, Use::d>(most * d_stride);
   T* d_hidden = own ? scratch<T, Use::d_hidden>(most * H) : nullptr;
@@ -149,8 +152,10 @@ void layer_backward(const LayerBackward<T>& s) {
         T* d_x = s.d_x ? s.d_x + row * s.inputs : nullptr;
         divide(member, states);
         divide(member, x_rows, h_rows, Product<P>{rows, G, s.inputs, d_stride, s.inputs, d, input.to, nullptr, d_x, false});
-        divide(member, RowProducts<P>{G, d_stride, d, x_rows, s.d_ih}, RowProducts<P>{shared, d_stride, d, h_rows, s.d_hh},
-               RowProducts<P>{own, H, d_hidden, h_rows, s.d_hh + shared * H});
+        const bool add = at != all.rbegin();
+        divide(member, RowProducts<P>{G, d_stride, d, x_rows, s.d_ih, add},
+               RowProducts<P>{shared, d_stride, d, h_rows, s.d_hh, add},
+               RowProducts<P>{own, H, d_hidden, h_rows, s.d_hh + shared * H, add});
       }
     }
   });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -55,6 +56,10 @@ inline Range share(int64_t total, int64_t rank, int64_t ranks) {
   return {total * rank / ranks, total * (rank + 1) / ranks};
 }
 
+inline int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // What the members of a team know of each other. Nobody waits for a member, only for parts that a member has taken:
 // where the machine is busy and a thread comes late, or never, the others do its parts.
 struct Team {
@@ -72,6 +77,7 @@ class Member {
   const int64_t rank;
   uint64_t phase = 0;
   uint32_t target = 0;
+  int64_t slept = 0;  // nanoseconds
 
   int64_t take(int64_t owner, int64_t size) {  // the next part of the owner's share, -1 if all are taken
     std::atomic<uint64_t>& parts = team.taken[static_cast<size_t>(owner)].parts;
@@ -89,12 +95,16 @@ class Member {
     constexpr int spins = 1000;
     uint32_t done = team.done.load(std::memory_order_acquire);
     for (int i = 0; i < spins && behind(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
+    if (!behind(done)) return;
+    const int64_t start = nanoseconds();
     for (; behind(done); done = team.done.load(std::memory_order_acquire)) team.done.wait(done);
+    slept += nanoseconds() - start;
   }
 
  public:
   Member(Team& members, int64_t own) : team(members), rank(own) {}
   int64_t ranks() const { return static_cast<int64_t>(team.taken.size()); }
+  int64_t waited() const { return slept; }
 
   // Calls body(i) once for every i below `parts`, each on one member, its own share first; returns when all are done.
   template <class Body>
@@ -130,20 +140,41 @@ void divide(Member& member, const Task&... tasks) {
   });
 }
 
+// Where others keep the cores, a team waits for its members longer than it gains by them. Then one thread does the parts
+// of all for a while: what is divided, and so every rounding, stays the same.
+class Crowding {
+  std::atomic<int64_t> until{0}, patience{16};
+
+ public:
+  bool now(int64_t time) const { return time < until.load(std::memory_order_relaxed); }
+  void learn(int64_t end, int64_t took, int64_t waited) {
+    const bool crowded = 2 * waited > took;
+    const int64_t times = crowded ? patience.load(std::memory_order_relaxed) : 8;
+    if (crowded) until.store(end + times * took, std::memory_order_relaxed);
+    patience.store(std::min<int64_t>(2 * times, 512), std::memory_order_relaxed);
+  }
+};
+
+inline Crowding crowding;
+
 // Calls body(member) on as many threads as the work, in multiply-adds, is worth.
 template <class Body>
 void with_team(int64_t work, Body body) {
   constexpr int64_t worth_a_thread = 2000000;  // some 30 microseconds
-  Team team(std::clamp<int64_t>(work / worth_a_thread, 1, std::max<int64_t>(thread_count(), 1)));
-  auto call = [&](int64_t begin) {
+  const int64_t ranks = std::clamp<int64_t>(work / worth_a_thread, 1, std::max<int64_t>(thread_count(), 1)), start = nanoseconds();
+  Team team(ranks);
+  int64_t idle = 0;  // of the caller
+  auto walk = [&](int64_t rank) {
     FlushDenormals flush;
-    Member member(team, begin);
+    Member member(team, rank);
     body(member);
+    if (rank == 0) idle = member.waited() - nanoseconds();
   };
-  if (team.taken.size() == 1) return call(0);
+  if (ranks == 1 || crowding.now(start)) return walk(0);
   run_parallel(
-      static_cast<int64_t>(team.taken.size()),
-      [](int64_t begin, int64_t, void* context) { (*static_cast<decltype(call)*>(context))(begin); }, &call);
+      ranks, [](int64_t begin, int64_t, void* context) { (*static_cast<decltype(walk)*>(context))(begin); }, &walk);
+  const int64_t end = nanoseconds();
+  crowding.learn(end, end - start, end + idle);
 }
 
 }  // namespace statefeed

@@ -1,0 +1,80 @@
+"""Memory kept from step to step: reused, but never while a tensor lives, and never under what the user gets."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+import statefeed as sf
+from statefeed import kernels
+from statefeed.kernels import memory
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+
+
+def results() -> list[Tensor]:
+    """All that a user gets of one step, each large enough to lie on kept memory."""
+    model = sf.GRU(160, 160)
+    x = torch.randn(64, 16, 160, requires_grad=True)
+    y, _ = model(x)
+    y.sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.dim() > 1)]
+
+
+def test_memory_is_reused_but_never_while_a_tensor_lives() -> None:
+    like = torch.empty(0)
+    first = memory.empty(1000, 1000, like).fill_(1)
+    place, view = first.data_ptr(), first[3:]
+    del first
+    assert memory.empty(1000, 1000, like).data_ptr() != place
+    del view
+    assert memory.empty(1000, 1000, like).data_ptr() == place
+
+
+def test_results_are_ordinary_tensors() -> None:
+    for tensor in results():
+        expected, file = tensor.clone(), io.BytesIO()
+        torch.save(tensor, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file), expected)
+        assert torch.equal(copy.deepcopy(tensor), expected)
+        assert torch.equal(tensor.clone().share_memory_(), expected)
+        assert tensor.mul_(2).numel() == expected.numel()
+        assert tensor.resize_(2 * expected.numel()).numel() == 2 * expected.numel()
+
+
+def test_no_step_writes_into_what_an_earlier_one_returned() -> None:
+    kept = [results() for _ in range(3)]
+    expected = [[tensor.clone() for tensor in step] for step in kept]
+    results()
+    assert all(
+        torch.equal(a, b) for step, same in zip(kept, expected, strict=True) for a, b in zip(step, same, strict=True)
+    )
+
+
+def test_what_is_kept_does_not_grow() -> None:
+    model, x = sf.GRU(160, 160), torch.randn(64, 16, 160)
+    optimizer = torch.optim.Adam(model.parameters())
+    sizes = []
+    for _ in range(5):
+        optimizer.zero_grad(set_to_none=False)
+        model(x)[0].sum().backward()
+        optimizer.step()
+        sizes.append(sum(map(len, memory._blocks)))
+    assert sizes[1:] == sizes[:1] * 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo itself
+def test_a_compiled_large_layer_has_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._dynamo.config.allow_rnn", True)
+    model = sf.GRU(128, 128, feedback="gate+1")
+
+    def gradients(run: torch.nn.Module) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 64 * 32 * 128).view(64, 32, 128).requires_grad_()
+        y, h = run(x)
+        return list(torch.autograd.grad(y.sin().sum() + h.sum(), [x, *model.parameters()]))
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(gradients(compiled), gradients(model), strict=True))
