@@ -1,6 +1,8 @@
 """Text and a trained run for the tests of the language-model application."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +54,10 @@ def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "char"
     assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
     return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run without what differs from machine to machine: times and memory."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    differs = ("seconds", "tokens_per_s", "peak_bytes")
+    return [{k: v for k, v in row.items() if k not in differs and not k.endswith("_ms")} for row in rows]

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from statefeed.lm import checkpoint
-from statefeed.lm.config import Model, UsageError
+from statefeed.lm.checkpoint import Best, Broken
+from statefeed.lm.config import Config, Model, Run, UsageError
 from statefeed.lm.evaluate import Score
 from statefeed.lm.model import LanguageModel
 
@@ -17,49 +20,96 @@ def model(seed: int) -> LanguageModel:
     return LanguageModel(Model(width=4, layers=1), 5)
 
 
-def test_weights_survive(tmp_path: Path) -> None:
-    checkpoint.save_weights(model(1), tmp_path)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def test_weights_survive(folder: Path) -> None:
+    Best(folder).offer(model(1), 3, 1, Score(2.0, 10, 1.0, 1.0))
     other = model(2)
-    checkpoint.load_weights(other, tmp_path)
+    checkpoint.load_weights(other, folder)
     for name, value in model(1).state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "weights.safetensors"]
+    assert load_file(folder / "weights.safetensors").keys() == other.state_dict().keys()
 
 
-def test_a_save_that_fails_leaves_the_weights_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save_weights(model(1), tmp_path)
-    before = (tmp_path / "weights.safetensors").read_bytes()
+def test_a_write_that_fails_leaves_the_file_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "x.safetensors"
+    checkpoint.write(path, folder / "checkpoints", {"x": torch.ones(2)}, {})
+    before = path.read_bytes()
 
-    def full(tensors: object, path: Path) -> None:
+    def full(tensors: object, path: Path, facts: object) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_weights(model(2), tmp_path)
-    assert (tmp_path / "weights.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+    with pytest.raises(OSError, match="No space left") as failed:
+        checkpoint.write(path, folder / "checkpoints", {"x": torch.zeros(2)}, {})
+    assert (failed.value.errno, failed.value.filename) == (28, path)
+    assert path.read_bytes() == before
+    assert sorted(path.name for path in folder.rglob("*")) == ["checkpoints", "x.safetensors"]
 
 
-def test_best_keeps_the_lowest_loss(tmp_path: Path) -> None:
-    best = checkpoint.Best(tmp_path)
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3).T,
+    "complex": torch.ones(2, dtype=torch.complex64),
+    "empty": torch.ones(0, 3),
+    "narrow": torch.ones(3, dtype=torch.bfloat16),
+    "number": torch.tensor(7),
+}
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    path = folder / "x.safetensors"
+    checkpoint.write(path, folder, TENSORS, {"loss": 0.1, "rows": [1.0]})
+    tensors, facts = checkpoint.read(path)
+    assert facts == {"loss": 0.1, "rows": [1.0]}
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+
+
+def test_no_changed_byte_goes_unnoticed(folder: Path) -> None:
+    path = folder / "x.safetensors"
+    checkpoint.write(path, folder, TENSORS, {"loss": 0.5})
+    content = path.read_bytes()
+    for place in range(8, len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        try:
+            tensors, facts = checkpoint.read(path)
+        except Broken:
+            continue
+        assert facts == {"loss": 0.5}  # white space between the parts of the header
+        assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+
+
+def test_best_keeps_the_lowest_loss(folder: Path) -> None:
+    best = Best(folder)
     assert "no weights" in str(best)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0), (4, 1.5)):
         best.offer(model(step), step, 1, Score(loss, 10, 1.0, 1.0))
     kept = model(9)
-    checkpoint.load_weights(kept, tmp_path)
+    checkpoint.load_weights(kept, folder)
     assert torch.equal(kept.head.weight, model(2).head.weight)
     assert str(best) == "the weights of step 2, the best so far (valid perplexity 2.72)"
+    again = Best(folder)
+    assert (again.step, again.epoch, again.score) == (2, 1, best.score)
 
 
 def test_a_folder_that_is_taken(tmp_path: Path) -> None:
-    checkpoint.refuse_taken(tmp_path)
-    checkpoint.refuse_taken(tmp_path / "new")
+    checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path))))
+    checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path / "new"))))
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UsageError, match="already holds a run"):
-        checkpoint.refuse_taken(tmp_path)
+        checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path))))
     with pytest.raises(UsageError, match="is a file, not a folder"):
-        checkpoint.refuse_taken(tmp_path / "config.yaml")
+        checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path / "config.yaml"))))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +121,7 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
         ("record.json", b"{", "record.json cannot be read"),
         ("tokenizer.json", None, "tokenizer.json cannot be read"),
         ("weights.safetensors", None, "holds no weights yet"),
-        ("weights.safetensors", b"not weights", "weights.safetensors does not fit the recipe beside it"),
+        ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),
     ],
 )
 def test_a_broken_run_is_one_sentence(

@@ -65,7 +65,7 @@ MISTAKES = {
     "short valid": (["train", "{flags}", "--train.context=700"], "the valid split of story.txt has "),
     "unknown rule": (["train", "{flags}", "--model.feedback=dfs"], "model.feedback=dfs: "),
     "rule does not fit": (["train", "{flags}", "--model.cell=rnn", "--model.feedback=gate"], "model.feedback=gate: "),
-    "taken folder": (["train", "{flags}", "--run.dir={run}"], "already holds a run: choose another folder"),
+    "taken folder": (["train", "{flags}", "--run.dir={run}"], "already holds a run: go on with it by --resume"),
     "run is a file": (["train", "{flags}", "--run.dir={empty}"], "empty.txt is a file, not a folder"),
     "run inside a file": (["train", "{flags}", "--run.dir={empty}/run"], "empty.txt"),
     "no run": (["evaluate", "nowhere"], "nowhere is not a run folder: it holds no config.yaml"),

@@ -50,6 +50,8 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Lost):
+            return  # torchrun ends a job by SIGTERM, which must not cut off the last word
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -46,6 +46,8 @@ class Log:
         self._steps = steps
         self._every = max(1, steps // TRAIN_ROWS)
         self._loss = self._speed = math.nan  # of the last row
+        if path and memory and (not path.exists() or path.stat().st_size < memory["bytes"]):
+            raise UsageError(f"{path} is shorter than when the checkpoint was made: the run cannot go on without it")
         self._path = path
         mode = "x+" if path and memory is None else "a+"
         self._file = Path(path or os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
@@ -55,8 +57,6 @@ class Log:
         self._laps: dict[str, float] = dict(memory["laps"])
         self._before: float = memory["seconds"]
         if path:
-            if os.fstat(self._file.fileno()).st_size < memory["bytes"]:
-                raise UsageError(f"{path} is shorter than when the checkpoint was made: it cannot be gone on with")
             self._file.truncate(memory["bytes"])
             self._file.seek(0)
             for row in map(json.loads, self._file):
