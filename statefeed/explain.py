@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from statefeed import kernels
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.recurrence import why_not_fused
 
@@ -104,7 +105,7 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     waiting = T if rule.exact else 1 + rule.corrections
     if reason is None:
-        forward = back = "fused CPU kernels"
+        forward = back = f"fused kernels ({kernels.described()})"
         kept += rows * H * _TAPE[layer.mode] * directions * layer.num_layers
         why = f"everything is {data.dtype} on the {data.device.type}" + (
             ", products rounded to bfloat16 under autocast" if torch.is_autocast_enabled(data.device.type) else ""
