@@ -190,10 +190,10 @@ class Best:
     def offer(self, model: LanguageModel, step: int, epoch: int, score: Score) -> None:
         """Save the weights if they are better than those kept."""
         if self.score is None or score.loss < self.score.loss:
-            self.step, self.epoch, self.score = step, epoch, score
             if self._writes:
                 facts = {"step": step, "epoch": epoch, "score": dataclasses.asdict(score)}
                 write(self.folder / WEIGHTS, self.folder / CHECKPOINTS, model.state_dict(), facts)
+            self.step, self.epoch, self.score = step, epoch, score
 
     def __str__(self) -> str:
         if self.score is None:
