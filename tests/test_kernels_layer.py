@@ -1,5 +1,8 @@
 """The fused kernels against the equations (oracles, float64) and against torch.nn."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import oracles
@@ -269,3 +272,27 @@ def test_a_forked_worker_does_not_hang() -> None:
     here = Outputs()[0]
     for there in DataLoader(Outputs(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=30):
         assert_same({"y": there}, {"y": here}, 1e-5)
+
+
+LATE = """
+import hashlib, os, sys, torch, statefeed as sf
+if sys.argv[1] == "late":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the team's second thread must wait for the first
+torch.set_num_threads(2)
+torch.manual_seed(0)
+layer, x = sf.GRU(96, 96, feedback="gate+1"), torch.randn(40, 32, 96)
+for _ in range(20):  # past the point where the kernels take the machine for crowded
+    layer.zero_grad()
+    layer(x)[0].square().sum().backward()
+    print(hashlib.sha256(b"".join(p.grad.numpy().tobytes() for p in layer.parameters())).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a core here")
+def test_threads_that_come_late_change_no_bit() -> None:
+    def run(how: str) -> list[str]:
+        return subprocess.check_output([sys.executable, "-c", LATE, how], text=True, timeout=60).split()
+
+    found = run("late") + run("free")
+    assert len(found) == 40
+    assert len(set(found)) == 1

@@ -70,7 +70,7 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> None:
     console.print(f"{machine['gpu'] or machine['cpu']}, {facts['threads']} threads, torch {versions['torch']}")
     console.print(bench.table(records))
     picture = output.with_suffix(".png")
-    bench.figure(records).savefig(picture, dpi=150)
+    bench.figure(records).savefig(picture, dpi=100)
     console.print(f"records in {output}, figure in {picture}")
 
 

@@ -419,7 +419,7 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
                 steps = {p: r["backward_us_per_step"]["median"] for p, r in found.items() if r["dtype"] == dtype}
                 right.plot(list(steps), list(steps.values()), marker="o", color=f"C{k}")
         left.axhline(1, color="black", linewidth=0.8)
-        left.set(ylabel="times faster than torch.nn at its best", title=f"{cell}: forward + backward")
+        left.set(ylabel="times faster than torch.nn at its best", yscale="log", title=f"{cell}: forward + backward")
         right.set(ylabel="microseconds per step", yscale="log", title=f"{cell}: backward")
         labels = [f"{T}x{B}x{H}\n{dtype}" for T, B, H, dtype in places]
         for panel in (left, right):
