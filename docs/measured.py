@@ -126,7 +126,7 @@ def benchmarks(results):
         body = [
             [case, *(f"{found[rule]:.2f}" if rule in found else "" for rule in rules)] for case, found in cases.items()
         ]
-        text += f"{name}, {threads} threads, torch {version}.\n\n"
+        text += f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {version}.\n\n"
         text += table(["cell, T x B x H", *(f"`{rule}`" for rule in rules)], body) + "\n"
     return text and text[:-1]
 
