@@ -2,13 +2,16 @@
 
 import re
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import statefeed
 
 project = "statefeed"
 author = copyright = "The statefeed authors"
 release = version = statefeed.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["measured.md"]  # included by choosing.md
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -16,6 +19,9 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "statefeed"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
+html_math_renderer = "mathml"  # what browsers draw themselves: the pages need no script and no network
 pygments_style = "tango"
 pygments_dark_style = "monokai"
 
@@ -47,5 +53,11 @@ def _own_sections(_app, what, _name, _object, _options, lines):
     lines[:] = result
 
 
+def _formula(translator, node):
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("autodoc-process-docstring", _own_sections, priority=100)  # before napoleon, which runs at 500

@@ -1,8 +1,8 @@
 """Writes docs/measured.md from the records under results/: python docs/measured.py
 
 Training runs are folders that `statefeed train` leaves (metrics.jsonl, config.yaml, record.json) or the records of
-`statefeed compare`; benchmarks are the records of `statefeed bench layers`. Runs that differ in rule, rate and seed
-alone are compared with one another. Nothing is copied by hand: with no record there is no number.
+`statefeed compare`; benchmarks are those of `statefeed bench` layers, training and recall. Runs that differ in rule,
+rate and seed alone are compared with one another. Nothing is copied by hand: with no record there is no number.
 """
 
 import json
@@ -112,36 +112,100 @@ def training(results):
     )
 
 
-def benchmarks(results):
-    machines = defaultdict(lambda: defaultdict(dict))
+def measurements(results, bench):
+    """The records of one benchmark by the circumstances that their table is headed with; trials are left out."""
+    found = defaultdict(list)
     for file in sorted(results.rglob("*.jsonl")):
         for r in rows(file):
-            if r.get("bench") == "layers" and r["implementation"] == "statefeed" and r["repeats"] >= FEWEST_REPEATS:
-                machine = r["machine"]["gpu"] or r["machine"]["cpu"], r["threads"], r["versions"]["torch"]
-                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
-                machines[machine][case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
+            if r.get("bench") == bench and r["repeats"] >= FEWEST_REPEATS:
+                machine = r["machine"]["gpu"] or r["machine"]["cpu"]
+                found[f"{machine}, {r['threads']} threads, torch {r['versions']['torch']}"].append(r)
+    return found
+
+
+def benchmarks(results):
     text = ""
-    for (name, threads, version), cases in machines.items():
+    for circumstances, records in measurements(results, "layers").items():
+        cases = defaultdict(dict)
+        for r in records:
+            if r["implementation"] == "statefeed":
+                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
+                cases[case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
         rules = list(dict.fromkeys(rule for found in cases.values() for rule in found))
         body = [
             [case, *(f"{found[rule]:.2f}" if rule in found else "" for rule in rules)] for case, found in cases.items()
         ]
+<<<<<<< HEAD
         text += f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {version}.\n\n"
         text += table(["cell, T x B x H", *(f"`{rule}`" for rule in rules)], body) + "\n"
     return text and text[:-1]
+=======
+        text += f"{circumstances}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+    return text
+
+
+def end_to_end(results):
+    text = ""
+    for circumstances, records in measurements(results, "training").items():
+        head = ["dtype", "who", "tokens per second", "times the published procedure", "times `torch.nn` at its best"]
+        body = [
+            [
+                r["dtype"],
+                f"{r['implementation']}, {r['variant']}" if r["implementation"] != "statefeed" else f"`{r['variant']}`",
+                f"{r['tokens_per_s']['median']:,.0f}",
+                *(
+                    f"{r['times_faster_than'][rival]['median']:.2f}" if rival in r["times_faster_than"] else ""
+                    for rival in (f"published {r['dtype']}", "torch.nn at its best")
+                ),
+            ]
+            for r in records
+        ]
+        text += f"{circumstances}; {records[0]['corpus']}.\n\n{table(head, body)}\n"
+    return text
+
+
+def recall(results):
+    text = ""
+    for circumstances, records in measurements(results, "recall").items():
+        by_task = defaultdict(lambda: defaultdict(list))
+        for r in records:
+            by_task[r["delay"], r["steps"]][r["variant"]].append(r)
+        for (delay, steps), by_rule in by_task.items():
+            body = []
+            for rule, found in by_rule.items():
+                accuracy = [r["accuracy"] for r in found]
+                learnt = [r["learnt"] for r in found if r["learnt"] is not None]
+                body.append(
+                    [
+                        f"`{rule}`",
+                        f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})",
+                        f"{len(learnt)} of {len(found)}",
+                        f"{statistics.mean(learnt):,.0f}" if learnt else "-",
+                    ]
+                )
+            body.sort(key=lambda row: float(row[1].split()[0]), reverse=True)
+            head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
+            text += f"{delay} steps apart, {steps:,} steps of training; {circumstances}.\n\n{table(head, body)}\n"
+    return text
+>>>>>>> 5f92978 (Stationary diagonals by name and by fit; explain times and warns; Monitor; recall benchmark; formulas as MathML)
 
 
 def page(results):
     """The text of measured.md."""
-    runs, layers = training(results).rstrip("\n"), benchmarks(results)
     return "\n\n".join(
         [
             "<!-- Written by docs/measured.py from results/; do not edit. -->",
             "Validation perplexity against time per step, by rule. "
             "A rule is on the frontier where no other is both faster and better.",
-            runs or "No records yet.",
+            training(results).rstrip("\n") or "No records yet.",
             "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
-            layers or "No records yet.\n",
+            benchmarks(results).rstrip("\n") or "No records yet.",
+            "Training end to end, a GRU of 256 units on sentences of words: times faster than the published procedure "
+            "in the same dtype, and than `torch.nn` at its best setting in the same loop.",
+            end_to_end(results).rstrip("\n") or "No records yet.",
+            "Long memory: share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench "
+            "recall`; guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
+            (recall(results).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 

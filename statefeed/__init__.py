@@ -1,6 +1,6 @@
 """Recurrent networks trained without sequential backpropagation through time: the front door."""
 
-from statefeed.alignment import Agreement, Alignment, Lags, alignment
+from statefeed.alignment import Agreement, Alignment, Lags, Monitor, alignment
 from statefeed.custom import Recurrent
 from statefeed.explain import Explanation, explain
 from statefeed.feedback import Feedback
@@ -20,6 +20,7 @@ __all__ = [
     "Explanation",
     "Feedback",
     "Lags",
+    "Monitor",
     "Recurrent",
     "Schedule",
     "SwapReport",

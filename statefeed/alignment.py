@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from statefeed.custom import Recurrent
+from statefeed.feedback import Feedback
 from statefeed.modules import GRU, LSTM, RNN
 
 _OURS = (RNN, GRU, LSTM, Recurrent)
@@ -70,6 +72,11 @@ class Alignment:
     layers: dict[str, Agreement]
     lags: dict[str, Lags]
 
+    def numbers(self) -> dict[str, float]:
+        """What a logger takes: ``alignment/cosine`` and its like in total, ``alignment/LAYER/cosine`` per layer."""
+        parts = {"alignment": self.total, **{f"alignment/{name or 'model'}": at for name, at in self.layers.items()}}
+        return {f"{place}/{what}": value for place, at in parts.items() for what, value in asdict(at).items()}
+
 
 def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, lags: int = 64) -> Alignment:
     """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
@@ -77,6 +84,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
     the gradient with every statefeed layer of the model set to ``"bptt"``. Both passes draw the same random numbers, so
     dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
+
+    A layer under ``"fitted"`` is measured under the diagonal that it has by now, not by one of its exact passes.
 
     The lags are measured on every layer alone, with the input of its first call (its longest sequences if they are
     packed or have ``lengths``; ``resets`` are left out), on the forward direction's half of the last output if it has
@@ -96,8 +105,9 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Raises:
         ValueError: a model without a statefeed layer or without a parameter that requires grad, or negative ``lags``.
 
-    Cost: one forward and backward pass under the rules and one under torch's own BPTT; for the lags the recurrent
-        layers alone once more in both ways, on at most four rows of the batch and ``lags`` steps.
+    Cost: one forward and backward pass under the rules and one under torch's own BPTT. For the lags the recurrent
+        layers alone run once more in both ways, over min(lags, T) steps of min(4, B) rows: next to nothing beside a
+        batch of many rows, but as much again for one of four rows or fewer and no more steps than ``lags``.
 
     Example:
         >>> layer = GRU(2, 4, feedback="gate+9")
@@ -117,6 +127,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
 
     with _untouched(model), _inputs(layers, lags) as inputs:
+        _freeze(layers.values())
         ours = _gradients(model, loss_fn, batch, parameters)
     with _untouched(model):
         for layer in layers.values():
@@ -139,6 +150,55 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         layers={name: over(group) for name, group in owned.items() if group},
         lags={name: _lags(layers[name], x) for name, x in inputs.items()},
     )
+
+
+class Monitor:
+    """Alignment on one batch every so many steps, in any training loop.
+
+    Args:
+        loss_fn: (model, batch) -> scalar loss, as for ``alignment``.
+        batch: always the same one, so that what changes is the model.
+        every: steps from one measurement to the next, the first at step 0.
+        lags: as for ``alignment``; credit by lag is left in ``history``.
+
+    Attributes:
+        history: (step, ``Alignment``) of every measurement.
+
+    Raises:
+        ValueError: ``every`` below 1.
+
+    Cost: that of ``alignment`` at every measurement, none in between.
+
+    Example:
+        >>> layer = GRU(2, 4, feedback="gate+9")
+        >>> monitor = Monitor(lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2), every=100)
+        >>> for step in range(101):
+        ...     numbers = monitor(layer, step)  # hand them to a logger
+        ...     # one training step
+        >>> [step for step, _ in monitor.history], round(numbers["alignment/cosine"], 3)
+        ([0, 100], 1.0)
+    """
+
+    def __init__(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, every: int = 500, lags: int = 0
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be 1 step or more, got {every}")
+        self.loss_fn, self.batch, self.every, self.lags = loss_fn, batch, every, lags
+        self.history: list[tuple[int, Alignment]] = []
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The numbers to log at a step; none between measurements, nor where every layer's rule is exact.
+
+        Args:
+            model: as for ``alignment``; it is left as it was.
+            step: of the training, counted from 0.
+        """
+        rules = [m.feedback for m in model.modules() if isinstance(m, _OURS)]
+        if step % self.every or (rules and all(rule.exact for rule in rules)):
+            return {}
+        self.history.append((step, alignment(model, self.loss_fn, self.batch, self.lags)))
+        return self.history[-1][1].numbers()
 
 
 def _gradients(
@@ -197,8 +257,18 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
+def _freeze(layers: Iterable[Any]) -> None:
+    """Set the rule of every fitted layer to its diagonal."""
+    for layer in layers:
+        if layer.feedback.diagonal == "fitted":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that corrections around a fixed diagonal near 1 may diverge
+                layer.feedback = Feedback(layer.diagonal, layer.feedback.corrections)
+
+
 def _lags(layer: Any, x: Tensor) -> Lags:
     with _untouched(layer):
+        _freeze([layer])
         rule = _by_lag(layer, x)
     with _untouched(layer):
         layer.feedback = "bptt"

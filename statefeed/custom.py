@@ -29,7 +29,7 @@ class Recurrent(nn.Module):
         feedback: the rule, in every spelling of ``Feedback`` but ``"gate"``; a tensor diagonal runs over the states
             joined, S in all. ``"jacobian"`` and ``"calibrated"`` estimate diag(J) as v * (J^T v) with one random sign
             vector v per row (Hutchinson): unbiased, its noise the off-diagonal entries; ``"calibrated"`` averages it
-            over all rows and steps.
+            over all rows and steps. An exact pass of ``"fitted"`` calls the cell once more at every step.
         state_size: width of the state, or of each of its tensors; the cell's ``hidden_size`` if None, for h and c of an
             nn.LSTMCell.
         batch_first: (B, T, .) instead of (T, B, .).
@@ -83,12 +83,12 @@ class Recurrent(nn.Module):
         size = sum(self._widths)
         if feedback.diagonal == "gate":
             raise ValueError('feedback "gate" is known for GRU and LSTM only, not for a cell of one\'s own')
-        if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.numel() != size:
+        if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.shape != (size,):
             raise ValueError(
                 f"the feedback diagonal must have one value per unit of the state, {size} here, got "
-                f"{feedback.diagonal.numel()}"
+                f"{tuple(feedback.diagonal.shape)}"
             )
-        if feedback.diagonal == "calibrated" and "diagonal" not in self._buffers:
+        if feedback.diagonal in ("calibrated", "fitted") and "diagonal" not in self._buffers:
             like = next(self.cell.parameters(), torch.empty(0))
             self.register_buffer("diagonal", like.new_zeros(size), persistent=False)
             updates = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -136,8 +136,9 @@ class Recurrent(nn.Module):
         else:
             named = dict(self.cell.named_parameters())
             calibration = None
-            if self._feedback.diagonal == "calibrated":
-                calibration = Calibration(self.diagonal, self.diagonal_updates, self.training)  # type: ignore[arg-type]
+            if self._feedback.diagonal in ("calibrated", "fitted"):
+                fits = self._feedback.diagonal == "fitted"
+                calibration = Calibration(self.diagonal, self.diagonal_updates, self.training, fits)  # type: ignore[arg-type]
             y, *finals = _Custom.apply(  # type: ignore[no-untyped-call]
                 self.cell, self._feedback, calibration, tuple(named), len(initial), x, *initial, *named.values()
             )
@@ -205,16 +206,21 @@ class _Custom(torch.autograd.Function):
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
-        D = _diagonal(ctx.feedback, ctx.calibration, e, transported)
-        D_later = D if D.dim() == 1 else _later(D)
+        if ctx.calibration is not None and e.numel() and ctx.calibration.due:
+            with torch.autocast(x.device.type, *ctx.autocast):
+                delta, back = _exact(ctx.cell, x, before, e)
+            ctx.calibration.fit([delta], [back])
+        else:
+            D = _diagonal(ctx.feedback, ctx.calibration, e, transported)
+            D_later = D if D.dim() == 1 else _later(D)
+            residual = torch.zeros_like(e)
+            delta = diagonal_scan(e, D_later, reverse=True)
+            for _ in range(ctx.feedback.corrections):
+                residual = transported(delta) - D * delta
+                delta = diagonal_scan(e + _later(residual), D_later, reverse=True)
+            back = D * delta + residual
 
-        residual = torch.zeros_like(e)
-        delta = diagonal_scan(e, D_later, reverse=True)
-        for _ in range(ctx.feedback.corrections):
-            residual = transported(delta) - D * delta
-            delta = diagonal_scan(e + _later(residual), D_later, reverse=True)
-
-        d_initial = torch.split((D * delta)[0] + residual[0], widths, -1)
+        d_initial = torch.split(back[0], widths, -1)
         wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
         found = iter(vjp(delta, wanted) if wanted else ())
         d_x, *d_parameters = [next(found) if n else None for n in needs]
@@ -229,14 +235,30 @@ def _diagonal(
     D = feedback.stationary(e.shape[-1], e.dtype, e.device)
     if D is not None:
         return D
-    if calibration is not None and not calibration.training:
-        return calibration.mean.to(e.dtype)
-    signs = torch.randint_like(e, 2) * 2 - 1
-    estimate = signs * transported(signs)
+
+    def estimate() -> Tensor:
+        signs = torch.randint_like(e, 2) * 2 - 1
+        return signs * transported(signs)
+
     if calibration is None:
-        return estimate
-    calibration.observe(estimate.flatten(0, 1).mean(0))
-    return calibration.mean.to(e.dtype)
+        return estimate()
+    if not e.numel():
+        return calibration.diagonal.to(e.dtype)
+    return calibration.after(lambda: estimate().flatten(0, 1).mean(0)).to(e.dtype)
+
+
+def _exact(cell: nn.Module, x: Tensor, before: list[Tensor], e: Tensor) -> tuple[Tensor, Tensor]:
+    """BPTT, one step after the other: the exact gradient of every state, and what each gives back, both (T, B, S)."""
+    T, B = x.shape[:2]
+    delta, back = torch.empty_like(e), torch.zeros_like(e)
+    for t in reversed(range(T)):
+        delta[t] = e[t] + (back[t + 1] if t + 1 < T else 0.0)
+        state = tuple(s.detach()[t * B : (t + 1) * B].requires_grad_() for s in before)
+        with torch.enable_grad():
+            after = torch.cat(_call(cell, {}, x[t], state), -1)
+        found = torch.autograd.grad(after, state, delta[t].to(after.dtype), materialize_grads=True)
+        back[t] = torch.cat(found, -1)
+    return delta, back
 
 
 def _later(grid: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import statistics
+import time
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from statefeed.recurrence import why_not_fused
 _GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 # Numbers a row that the fused forward pass keeps besides its outputs, in units of H.
 _TAPE = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
+# Products, forward and backward, in units of exact BPTT's: above this no saved waiting is expected to pay for them.
+_TOO_MANY_PRODUCTS = 1.5
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class Explanation:
         backward_steps: products that must wait for one another in the backward pass; T * L for exact BPTT.
         kept_bytes: what is kept from the forward to the backward pass, outputs included; None where torch.nn's own
             path decides.
+        warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; None if not.
+        seconds: of a forward and backward pass under the rule; None unless ``timed``.
+        torch_seconds: of torch.nn's own layer, likewise.
     """
 
     rule: str
@@ -43,6 +52,9 @@ class Explanation:
     bptt_flops: int
     backward_steps: int
     kept_bytes: int | None
+    warning: str | None = None
+    seconds: float | None = None
+    torch_seconds: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -54,15 +66,26 @@ class Explanation:
         ]
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB kept for the backward pass")
+        if self.seconds is not None and self.torch_seconds is not None:
+            ours, torchs = 1e3 * self.seconds, 1e3 * self.torch_seconds
+            lines.append(f"time      {ours:.3g} ms forward and backward, torch.nn {torchs:.3g} ms")
+        if self.warning is not None:
+            lines.append(f"warning   {self.warning}")
         return "\n".join(lines)
 
 
-def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
+def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
     """Which kernel runs a layer on an input, why, and what it costs.
+
+    What it costs is counted: matrix products, and how many of them wait for one another. From these it warns of a rule
+    whose products wait as often as those of exact BPTT, or are more than 1.5 times as many. How long they take depends
+    on the machine and the shape in ways that no count foretells; ``timed`` measures it instead.
 
     Args:
         layer: a statefeed layer.
-        x: an input of it, as its call takes it; nothing is computed with it. Autocast counts as it is at this call.
+        x: an input of it, as its call takes it. Autocast counts as it is at this call.
+        timed: run copies of the layer on x, forward and backward with the gradient of x, under its rule and through
+            torch.nn's own path in turns; the medians of 5 turns. Without, nothing is computed.
 
     Returns:
         ``Explanation``; printing it gives a line a fact.
@@ -72,11 +95,13 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
     Raises:
         TypeError: another kind of layer.
 
-    Cost: none, but for building the kernels at their first use.
+    Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
 
     Example:
         >>> print(explain(GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1
+        >>> print(explain(GRU(4, 8), torch.zeros(1, 2, 4)).warning)
+        1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
     if not isinstance(layer, (RNN, GRU, LSTM)):
         raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {type(layer).__name__}")
@@ -98,9 +123,8 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
     )
     if rule.exact and reason is not None:
         path = "torch.nn's own path"
-        return Explanation(
-            str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None
-        )  # fmt: skip
+        said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
+        return _timed(said, layer, x) if timed else said
     kept = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     waiting = T if rule.exact else 1 + rule.corrections
@@ -115,7 +139,54 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
         back = "one scan and products over all steps, in PyTorch"
         backward += (inputs + hidden) if G > 1 else 0
         why = reason
-    return Explanation(
+    warning = (
+        None if rule.exact else _expected_slower(T, waiting, (inputs + hidden + backward) / (inputs + hidden + bptt))
+    )
+    said = Explanation(
         str(rule), forward, back, why, inputs + hidden, backward, bptt, waiting * layer.num_layers,
-        kept * data.element_size(),
+        kept * data.element_size(), warning,
     )  # fmt: skip
+    return _timed(said, layer, x) if timed else said
+
+
+def _expected_slower(T: int, waiting: int, products: float) -> str | None:
+    """Why the counts speak against a rule."""
+    if waiting >= T:
+        these = "1 product waits" if waiting == 1 else f"{waiting} products wait"
+        return f"{these} for another over T = {T} steps, no fewer than under exact BPTT"
+    if products > _TOO_MANY_PRODUCTS:
+        return f"the products are {products:.1f} times those of exact BPTT; timed=True tells whether they are faster"
+    return None
+
+
+def _timed(said: Explanation, layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
+    ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
+    exact.feedback = "bptt"
+    seconds: dict[str, list[float]] = {"ours": [], "exact": []}
+    with torch.random.fork_rng([]):
+        for turn in range(1 + _REPEATS):
+            for name, module in (("ours", ours), ("exact", exact)):
+                took = _seconds(module, x)
+                if turn:
+                    seconds[name].append(took)
+    rule, torchs = (statistics.median(values) for values in seconds.values())
+    slower = f"slower than exact BPTT here, {rule / torchs:.2f} times its time"
+    return replace(said, seconds=rule, torch_seconds=torchs, warning=slower if rule > torchs else None)
+
+
+def _seconds(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> float:
+    """Of one forward and backward pass."""
+    leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
+    wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+    start = _clock(leaf)
+    with torch.enable_grad():
+        y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
+        total = (y.data if isinstance(y, PackedSequence) else y).sum()
+    torch.autograd.grad(total, wanted)
+    return _clock(leaf) - start
+
+
+def _clock(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()

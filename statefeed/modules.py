@@ -28,19 +28,24 @@ def refusal(layer: nn.RNNBase, feedback: Feedback) -> str | None:
         )
     if feedback.diagonal == "gate" and isinstance(layer, nn.RNN):
         return 'feedback "gate" needs a direct path between states and an RNN has none; use "jacobian" or "calibrated"'
-    size = (2 if isinstance(layer, nn.LSTM) else 1) * layer.hidden_size
-    if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.numel() != size:
+    size, rows = (2 if isinstance(layer, nn.LSTM) else 1) * layer.hidden_size, _rows(layer)
+    if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.shape not in ((size,), (rows, size)):
         return (
             f"the feedback diagonal must have one value per unit of the state, {size} here (an LSTM counts h and c, "
-            f"2H), got {feedback.diagonal.numel()}"
+            f"2H), or a row of them for every layer and direction, {rows} here, got {tuple(feedback.diagonal.shape)}"
         )
     return None
+
+
+def _rows(layer: nn.RNNBase) -> int:
+    return layer.num_layers * (2 if layer.bidirectional else 1)
 
 
 class _WithFeedback(nn.RNNBase):
     """The forward pass of torch.nn.RNNBase, layer by layer, each under the feedback rule."""
 
     _feedback: Feedback
+    _rules: tuple[Feedback, ...]  # of every layer and direction
 
     def __init__(self, *args: Any, feedback: FeedbackLike, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,14 +62,14 @@ class _WithFeedback(nn.RNNBase):
         reason = refusal(self, feedback)
         if reason is not None:
             raise ValueError(reason)
-        if feedback.diagonal == "calibrated" and "diagonal" not in self._buffers:
+        if feedback.diagonal in ("calibrated", "fitted") and "diagonal" not in self._buffers:
             weight: Tensor = getattr(self, "weight_hh_l0")  # noqa: B009
-            directions = self.num_layers * (2 if self.bidirectional else 1)
-            diagonal = weight.new_zeros(directions, self._states * self.hidden_size)
+            diagonal = weight.new_zeros(_rows(self), self._states * self.hidden_size)
             self.register_buffer("diagonal", diagonal, persistent=False)
-            updates = torch.zeros(directions, dtype=torch.int64, device=weight.device)
+            updates = torch.zeros(_rows(self), dtype=torch.int64, device=weight.device)
             self.register_buffer("diagonal_updates", updates, persistent=False)
         self._feedback = feedback
+        self._rules = tuple(feedback.row(k) for k in range(_rows(self)))
 
     @property
     def _states(self) -> int:
@@ -119,7 +124,7 @@ class _WithFeedback(nn.RNNBase):
             x, hx, unbatched = self._batched(x, hx)
             B = x.shape[0 if self.batch_first else 1]
         if hx is None:
-            shape = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
+            shape = (_rows(self), B, self.hidden_size)
             zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
             hx = (zeros, zeros) if self._states == 2 else zeros
         else:
@@ -243,7 +248,7 @@ class _WithFeedback(nn.RNNBase):
                 weights = [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
                 y, final = recurrence(
                     self._cell,
-                    self._feedback,
+                    self._rules[k],
                     self._calibration(k),
                     _reverse(x, backwards) if suffix else x,
                     batch_sizes,
@@ -258,9 +263,10 @@ class _WithFeedback(nn.RNNBase):
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
     def _calibration(self, k: int) -> Calibration | None:
-        if self._feedback.diagonal != "calibrated":
+        rule = self._feedback.diagonal
+        if rule not in ("calibrated", "fitted"):
             return None
-        return Calibration(self.diagonal[k], self.diagonal_updates[k], self.training)  # type: ignore[index]
+        return Calibration(self.diagonal[k], self.diagonal_updates[k], self.training, rule == "fitted")  # type: ignore[index]
 
 
 def _reverse(rows: Tensor, index: Tensor | None) -> Tensor:

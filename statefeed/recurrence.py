@@ -10,7 +10,7 @@ out as in torch's PackedSequence and become a (T, B, H) grid only for the scan, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +23,57 @@ from statefeed.feedback import Feedback
 from statefeed.kernels import layer
 from statefeed.scan import diagonal_scan
 
+# Under "fitted", how many training backward passes it takes until another is exact and fits the diagonal anew.
+_REFIT = 50
+
 
 class Calibration(NamedTuple):
-    """The running mean of diag(J[t]): one row of a layer's buffers, and whether this backward updates it."""
+    """The diagonal that "calibrated" or "fitted" keeps in one row of a layer's buffers, and what may change it.
 
-    mean: Tensor
+    Attributes:
+        diagonal: (S,), changed in place.
+        updates: how many training backward passes it has seen.
+        training: whether this backward pass counts.
+        fits: "fitted" rather than "calibrated".
+    """
+
+    diagonal: Tensor
     updates: Tensor
     training: bool
+    fits: bool
 
-    def observe(self, jacobian: Tensor) -> None:
-        """Take in the mean of one backward pass: cumulative over the first 100, then exponential with weight 0.01."""
+    @property
+    def due(self) -> bool:
+        """Whether this backward pass is to be exact, and to end in ``fit``."""
+        return self.fits and self.training and int(self.updates) % _REFIT == 0
+
+    def after(self, jacobian: Callable[[], Tensor]) -> Tensor:
+        """The diagonal after this backward pass has been counted; "calibrated" has taken in its mean of diag(J).
+
+        The mean is cumulative over the first 100 passes, then exponential with weight 0.01.
+        """
+        if self.training:
+            self.updates.add_(1)
+            if not self.fits:
+                weight = self.updates.to(self.diagonal.dtype).reciprocal().clamp(min=0.01)
+                self.diagonal.lerp_(jacobian().to(self.diagonal.dtype), weight)
+        return self.diagonal
+
+    def fit(self, delta: Sequence[Tensor], back: Sequence[Tensor]) -> None:
+        """Set the diagonal to the a that minimises sum (back - a * delta)^2; zero for a unit without gradient.
+
+        Args:
+            delta: exact gradient of every state, (..., S) in parts along S.
+            back: what each of them gives back to the state before it.
+        """
+        products, squares = (
+            torch.cat(
+                [(other.double() * d.double()).flatten(0, -2).sum(0) for other, d in zip(side, delta, strict=True)]
+            )
+            for side in (back, delta)
+        )
         self.updates.add_(1)
-        weight = self.updates.to(self.mean.dtype).reciprocal().clamp(min=0.01)
-        self.mean.lerp_(jacobian.to(self.mean.dtype), weight)
+        self.diagonal.copy_(torch.where(squares > 0, products / squares, 0.0))
 
 
 def recurrence(
@@ -52,7 +90,7 @@ def recurrence(
     Args:
         cell: from cells.py.
         feedback: the rule of the backward pass; not ``"bptt"``, and ``"fused-bptt"`` only where kernels take the input.
-        calibration: the running mean that ``"calibrated"`` reads and updates, else None.
+        calibration: the diagonal that ``"calibrated"`` and ``"fitted"`` read and update, else None.
         x: (T, B, I), or packed rows (N, I) with ``batch_sizes``.
         batch_sizes: rows of every step, int64 on the CPU, as in PackedSequence; None if x is dense.
         state: (h,) or (h, c), each (B, H).
@@ -133,14 +171,15 @@ class _Recurrence(torch.autograd.Function):
         tape = layer.Tape(rest.pop(-2), rest.pop(-1)) if ctx.fused else None
         rule = (ctx.cell, ctx.feedback, ctx.calibration)
         needs_x = ctx.needs_input_grad[5]
-        if tape is not None:
+        fits = ctx.calibration is not None and bool(y.numel()) and ctx.calibration.due
+        if tape is not None and not fits:
             wide_grads = tuple(g.to(y.dtype) for g in grads)
             done = _Done(*_wide(x, rest, ctx.states), y, wide_grads, batch_sizes, needs_x)
             found = _fused_backward(*rule, done, tape, rounded=ctx.autocast[1])
         else:
             done = _Done(x, tuple(rest[: ctx.states]), rest[ctx.states :], y, grads, batch_sizes, needs_x)
             with torch.autocast(x.device.type, *ctx.autocast):
-                found = _backward(*rule, done)
+                found = _backward(*rule, done, fits)
         d_x = None if found.x is None else found.x.to(x.dtype)
         return None, None, None, None, None, d_x, *found.state, *found.weights
 
@@ -173,9 +212,9 @@ def _fused_backward(
     x, state, weights, y, grads, batch_sizes, needs_x = done
     D: Any = feedback.stationary(len(state) * y.shape[-1], y.dtype, y.device)
     if calibration is not None:
-        if calibration.training and y.numel():
-            calibration.observe(layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes))
-        D = calibration.mean
+        D = calibration.diagonal
+        if y.numel():
+            D = calibration.after(lambda: layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes))
     elif D is None:
         D = "bptt" if feedback.exact else feedback.diagonal
     return layer.backward(
@@ -197,8 +236,10 @@ def _forward(
     return y, tuple(s[0] for s in final)
 
 
-def _backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done) -> layer.Gradients:
-    """Scan, local gradients over all rows, and the large products."""
+def _backward(
+    cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done, fits: bool
+) -> layer.Gradients:
+    """The gradient of every state, then local gradients over all rows, and the large products."""
     x, state, weights, y, grads, batch_sizes, needs_x = done
     wide = torch.float32 if y.dtype in (torch.bfloat16, torch.float16) else y.dtype
     time = _Time(batch_sizes)
@@ -216,37 +257,17 @@ def _backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, d
 
     step = cell.step(y.to(wide), products, integrate)
     h = h_before.to(wide)
-    D = _diagonals(cell, feedback, calibration, step, h, w_hh.to(wide))
-    direct = cell.direct(step)
-
     e = [time.at_end(torch.zeros_like(h), g.to(wide)) for g in grads[1:]]
     e[0] = e[0] + time.grid(grads[0].to(wide))
 
-    def scanned(residual: list[Tensor] | None) -> tuple[Tensor, ...]:
-        """The gradient of every state, h first: what c is fed includes what reaches it through h."""
-        delta: tuple[Tensor, ...] = ()
-        for s, fed in enumerate(e):
-            if s and cell.emit is not None:
-                fed = fed + time.grid(cell.emit(step, delta[0]))
-            if residual is not None:
-                fed = fed + time.later(time.grid(residual[s]))
-            a = D[s] if D[s].dim() == 1 else time.later(time.grid(D[s]))
-            delta = (*delta, time.rows(diagonal_scan(fed, a, reverse=True)))
-        return delta
+    if fits and calibration is not None:
+        delta, back = _exact(cell, step, h, e, w_hh, time)
+        calibration.fit(delta, back)
+    else:
+        D = _diagonals(cell, feedback, calibration, step, h, w_hh.to(wide))
+        delta, back = _fed_back(cell, D, feedback.corrections, step, h, e, w_hh, time)
 
-    residual = None
-    delta = scanned(None)
     d_input, d_hidden = cell.local(step, h, delta)
-    for _ in range(feedback.corrections):
-        # (J - D)^T delta of the round before: the direct path less the feedback, then the dense part.
-        residual = [_direct_less(p, d, g) for p, d, g in zip(direct, D, delta, strict=True)]
-        residual[0] = residual[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(wide)
-        delta = scanned(residual)
-        d_input, d_hidden = cell.local(step, h, delta)
-
-    d_state = [D[s] * delta[s] for s in range(len(state))]
-    if residual is not None:
-        d_state = [d + r for d, r in zip(d_state, residual, strict=True)]
     same = d_hidden is d_input
     d_input = d_input.to(w_ih.dtype)
     d_hidden = d_input if same else d_hidden.to(w_hh.dtype)
@@ -258,9 +279,76 @@ def _backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, d
         d_weights += [_rows(d_input).sum(0), _rows(d_hidden).sum(0)]
     return layer.Gradients(
         (d_input @ w_ih).to(x.dtype) if needs_x else None,
-        tuple(time.first(d).to(s.dtype) for d, s in zip(d_state, state, strict=True)),
+        tuple(time.first(d).to(s.dtype) for d, s in zip(back, state, strict=True)),
         d_weights,
     )
+
+
+def _fed_back(
+    cell: Cell,
+    D: tuple[Tensor, ...],
+    corrections: int,
+    step: NamedTuple,
+    h: Tensor,
+    e: list[Tensor],
+    w_hh: Tensor,
+    time: _Time,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The gradient of every state under the diagonal and its corrections, and what each gives back, as rows."""
+
+    def scanned(residual: list[Tensor] | None) -> tuple[Tensor, ...]:
+        """h first: what c is fed includes what reaches it through h."""
+        delta: tuple[Tensor, ...] = ()
+        for s, fed in enumerate(e):
+            if s and cell.emit is not None:
+                fed = fed + time.grid(cell.emit(step, delta[0]))
+            if residual is not None:
+                fed = fed + time.later(time.grid(residual[s]))
+            a = D[s] if D[s].dim() == 1 else time.later(time.grid(D[s]))
+            delta = (*delta, time.rows(diagonal_scan(fed, a, reverse=True)))
+        return delta
+
+    residual = None
+    direct = cell.direct(step)
+    delta = scanned(None)
+    for _ in range(corrections):
+        # (J - D)^T delta of the round before: the direct path less the feedback, then the dense part.
+        _, d_hidden = cell.local(step, h, delta)
+        residual = [_direct_less(p, d, g) for p, d, g in zip(direct, D, delta, strict=True)]
+        residual[0] = residual[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(h.dtype)
+        delta = scanned(residual)
+    back = tuple(d * g for d, g in zip(D, delta, strict=True))
+    if residual is not None:
+        back = tuple(b + r for b, r in zip(back, residual, strict=True))
+    return delta, back
+
+
+def _exact(
+    cell: Cell, step: Any, h: Tensor, e: list[Tensor], w_hh: Tensor, time: _Time
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """BPTT, one step after the other: the exact gradient of every state, and what each gives back, as rows."""
+    parts = [time.steps(part) for part in (h, *step)]
+    carry = [torch.zeros_like(grid[-1]) for grid in e]
+    deltas, backs = [], []
+    for t in reversed(range(len(e[0]))):
+        before, *rest = (part[t] for part in parts)
+        now = type(step)(*rest)
+        delta: tuple[Tensor, ...] = ()
+        for s, grid in enumerate(e):
+            reached = grid[t, : len(before)] + carry[s][: len(before)]
+            if s and cell.emit is not None:
+                reached = reached + cell.emit(now, delta[0])
+            delta = (*delta, reached)
+        _, d_hidden = cell.local(now, before, delta)
+        back = [torch.zeros_like(d) if p is None else p * d for p, d in zip(cell.direct(now), delta, strict=True)]
+        back[0] = back[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(h.dtype)
+        for kept, given in zip(carry, back, strict=True):
+            kept[: len(before)] = given
+        deltas.append(delta)
+        backs.append(back)
+    joined = (tuple(time.joined(list(part)[::-1]) for part in zip(*side, strict=True)) for side in (deltas, backs))
+    delta, given_back = joined
+    return delta, given_back
 
 
 def _diagonals(
@@ -276,10 +364,10 @@ def _diagonals(
         D = feedback.stationary(states * H, h.dtype, h.device)
         assert D is not None
     else:
-        if calibration.training and h.numel():
-            calibration.observe(torch.cat([_rows(j).mean(0) for j in cell.jacobian(step, h, w_hh)]))
-        D = calibration.mean.to(h.dtype)
-    return tuple(torch.split(D, H))
+        D = calibration.diagonal
+        if h.numel():
+            D = calibration.after(lambda: torch.cat([_rows(j).mean(0) for j in cell.jacobian(step, h, w_hh)]))
+    return tuple(torch.split(D.to(h.dtype), H))
 
 
 def _direct_less(direct: Tensor | None, D: Tensor, delta: Tensor) -> Tensor:
@@ -304,6 +392,14 @@ class _Time(NamedTuple):
             return grid
         packed: Tensor = torch._VF._pack_padded_sequence(grid, self._lengths(), False)[0]
         return packed
+
+    def steps(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of every step."""
+        return rows.unbind() if self.batch_sizes is None else torch.split(rows, self.batch_sizes.tolist())
+
+    def joined(self, steps: list[Tensor]) -> Tensor:
+        """The inverse of ``steps``."""
+        return torch.stack(steps) if self.batch_sizes is None else torch.cat(steps)
 
     def before(self, rows: Tensor, initial: Tensor) -> Tensor:
         """The rows one step earlier, ``initial`` before the first."""

@@ -110,7 +110,7 @@ def restore(model: nn.Module) -> nn.Module:
         plain = _TORCHS.get(type(module))
         if plain is not None:
             module.__class__ = plain
-            del module._feedback
+            del module._feedback, module._rules
             for name in ("diagonal", "diagonal_updates"):
                 if module._buffers.pop(name, None) is not None:
                     module._non_persistent_buffers_set.discard(name)

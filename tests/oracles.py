@@ -161,6 +161,30 @@ def truncated_gradients(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Te
     return total
 
 
+def least_squares(cell: str, w: Weights, x: Tensor, states: Tensor, J: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator, (S,), of the stationary a that gives back most nearly what J does.
+
+    a_i = sum (g_t - e_t)_i g_(t+1),i / sum g_(t+1),i^2 over all steps and rows; g - e is what J gives back, and what
+    meets a in the LSTM's c is the whole gradient at c, as in ``feedbacks``.
+    """
+    F = feedbacks(cell, w, x, states, torch.ones_like(states[1:]))
+    numerator, denominator = torch.zeros_like(states[0, 0]), torch.zeros_like(states[0, 0])
+    for t in range(len(x)):
+        for b in range(x.shape[1]):
+            g = F[t, b].T @ delta[t, b]
+            numerator += (J[t, b].T @ delta[t, b]) * g
+            denominator += g * g
+    return numerator, denominator
+
+
+def fitted(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Tensor) -> Tensor:
+    """The diagonal fitted to the exact gradient of a problem, (S,)."""
+    states = run(cell, w, x, initial)
+    J = jacobians(cell, w, x, states)
+    numerator, denominator = least_squares(cell, w, x, states, J, adjoint(e, J, J, 0)[0])
+    return numerator / denominator
+
+
 def running_mean(values: Sequence[Tensor]) -> Tensor:
     """The calibrated diagonal after updates with these means: weight 1/n, and never less than one hundredth."""
     mean = torch.zeros_like(values[0])
@@ -180,6 +204,9 @@ class Network(NamedTuple):
     gradients: dict[str, Tensor]  # by parameter name, and "initial": (layers * directions, B, S)
     inputs: list[Tensor]  # the gradient of every sequence
     diagonals: Tensor  # (layers * directions, S): the mean of diag(J) over the steps of all sequences
+    fits: (
+        Tensor  # (layers * directions, S): the least-squares fit to these gradients, exact ones where the rule is None
+    )
 
 
 def weights_of(parameters: Weights, suffix: str) -> Weights:
@@ -224,6 +251,7 @@ def network(
         inputs.append([torch.cat(parts, -1) for parts in outputs])
 
     gradients, first = {}, torch.zeros_like(initial)
+    fits = torch.zeros(2, *initial[:, 0].shape, dtype=initial.dtype)
     above = output_gradients
     for index in reversed(range(0, len(suffixes), len(directions))):
         below = [torch.zeros_like(sequence) for sequence in inputs[index // len(directions)]]
@@ -241,6 +269,7 @@ def network(
                     diagonal = rule[0](place, means[place]) if callable(rule[0]) else rule[0]
                     D = diagonals(cell, w, x[b], states[b], diagonal)
                     delta, start = adjoint(e, J[b], feedbacks(cell, w, x[b], states[b], D), rule[1])
+                fits[:, place] += torch.stack(least_squares(cell, w, x[b], states[b], J[b], delta))
                 dw, dx = local_gradients(cell, w, x[b], states[b], delta)
                 total = {name: total[name] + dw[name] for name in total}
                 below[b] += turned(suffix, dx[:, 0])
@@ -248,7 +277,7 @@ def network(
             gradients.update({name + suffix: value for name, value in total.items()})
         above = below
     gradients["initial"] = first
-    return Network(inputs[-1], torch.stack(final), gradients, above, torch.stack(means))
+    return Network(inputs[-1], torch.stack(final), gradients, above, torch.stack(means), fits[0] / fits[1])
 
 
 # The scan -------------------------------------------------------------------------------------------------------------

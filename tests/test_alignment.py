@@ -276,3 +276,69 @@ def test_so_many_lags_as_asked_for(x):
     assert few == sf.alignment(layer, outputs, x[-3:]).lags[""]
     with pytest.raises(ValueError, match=r"^lags must be 0 or more, got -1$"):
         sf.alignment(layer, outputs, x, lags=-1)
+
+
+# A fitted diagonal, and other people's loops --------------------------------------------------------------------------
+
+
+def test_a_fitted_layer_is_measured_under_its_diagonal_and_not_by_an_exact_pass(x):
+    model = Model("fitted", "fitted+1", dropout=0.0)
+    loss(model, x).backward()
+    frozen = copy.deepcopy(model)
+    frozen.first.feedback = frozen.first.diagonal
+    frozen.second.feedback = sf.Feedback(frozen.second.diagonal, 1)
+    for layer in (model.first, model.second):
+        layer.diagonal_updates.fill_(50)  # the next pass in training would be exact
+    torch.manual_seed(7)
+    found = sf.alignment(model, loss, x)
+    torch.manual_seed(7)
+    assert found == sf.alignment(frozen, loss, x)
+    assert found.total.cosine < 0.999
+    assert [str(layer.feedback) for layer in (model.first, model.second)] == ["fitted", "fitted+1"]
+
+
+def test_a_monitor_measures_every_so_many_steps_and_gives_numbers_to_log(x):
+    model = Model("gate", "dsf", dropout=0.0)
+    monitor = sf.Monitor(loss, x, every=3)
+    logged = [monitor(model, step) for step in range(7)]
+    expected = sf.alignment(model, loss, x, lags=0)
+    assert [bool(numbers) for numbers in logged] == [True, False, False] * 2 + [True]
+    assert [step for step, _ in monitor.history] == [0, 3, 6]
+    assert set(logged[0]) == {
+        f"{place}/{what}"
+        for place in ("alignment", "alignment/first", "alignment/second")
+        for what in ("cosine", "norm_ratio", "sign_agreement")
+    }
+    assert logged[0]["alignment/cosine"] == expected.total.cosine
+    assert logged[6]["alignment/second/norm_ratio"] == expected.layers["second"].norm_ratio
+    assert monitor.history[0][1] == expected
+
+
+def test_a_monitor_is_still_where_every_rule_is_exact_and_refuses_what_cannot_be_measured(x):
+    monitor = sf.Monitor(loss, x, every=1)
+    model = Model("bptt", "fused-bptt")
+    model.idle.feedback = "bptt"
+    assert monitor(model, 0) == {}
+    assert not monitor.history
+    with pytest.raises(ValueError, match="alignment needs a model with a statefeed"):
+        monitor(nn.Linear(3, 1), 0)
+    with pytest.raises(ValueError, match=r"^every must be 1 step or more, got 0$"):
+        sf.Monitor(loss, x, every=0)
+
+
+def test_a_monitor_keeps_credit_by_lag_for_a_figure(x):
+    monitor = sf.Monitor(loss, x, every=1, lags=4)
+    monitor(Model("gate", "dsf"), 0)
+    ((_, measured),) = monitor.history
+    assert [len(measured.lags[name].rule) for name in ("first", "second")] == [4, 4]
+
+
+@pytest.mark.parametrize("lags", [0, 5])
+def test_it_costs_one_pass_under_the_rules_one_under_bptt_and_few_rows_for_the_lags(lags):
+    """Steps times rows of every layer pass, counted where it runs; a backward belongs to every forward."""
+    layer, ran = sf.GRU(3, 5, feedback="gate+1").double(), []
+    forward = layer.forward
+    layer.forward = lambda x, *rest: (ran.append((str(layer.feedback), x.shape[0] * x.shape[1])), forward(x, *rest))[1]
+    sf.alignment(layer, outputs, torch.randn(16, 64, 3, dtype=torch.float64), lags)
+    whole, few = 16 * 64, lags * 4
+    assert ran == [("gate+1", whole), ("bptt", whole), *([("gate+1", few), ("bptt", few)] if lags else [])]

@@ -270,7 +270,7 @@ def test_a_second_run_replaces_the_records(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "one of {layers,scan,memory,training}"),
+        ([], "one of {layers,scan,memory,training,recall}"),
         (["train"], "training"),
         (["layers", "--shape=1x2x3"], "--shape"),
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
@@ -289,6 +289,8 @@ def test_a_second_run_replaces_the_records(tmp_path):
         (["scan", "--widths=wide"], "widths must be whole numbers"),
         (["scan", "--methods=newton"], "methods must be among"),
         (["scan", "--device=tpu"], "device"),
+        (["recall", "--delay=0"], "delay must be at least 1"),
+        (["recall", "--rules=fast"], "feedback must be"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags, sentence, capsys, tmp_path, monkeypatch):

@@ -127,6 +127,43 @@ def test_calibrated_averages_to_the_diagonal_of_the_jacobian() -> None:
     assert torch.equal(layer.diagonal, frozen)
 
 
+@pytest.mark.parametrize("name", ["layernorm-gru", "lstm"])
+def test_fitted_is_exact_once_and_then_the_fit_by_least_squares(name: str) -> None:
+    layer, x, states = make(name, "fitted")
+    first = gradients(layer, x, states)
+    ours = gradients(layer, x, states)
+    a = layer.diagonal.clone()
+    layer.feedback = "bptt"
+    exact = gradients(layer, x, states)
+    for g, h in zip(first, exact, strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-9)
+    assert (ours[-1] - exact[-1]).abs().max() > 1e-3
+    layer.feedback = a
+    for g, h in zip(gradients(layer, x, states), ours, strict=True):
+        torch.testing.assert_close(g, h)
+
+    # g[t] - e[t] and g[t+1] from autograd: the gradient of every state on its way through the loop.
+    state, reached = tuple(s.clone().requires_grad_() for s in states), []
+    y = []
+    for x_t in x:
+        state = tuple(s.clone() for s in state)
+        for s in state:
+            s.retain_grad()
+        reached.append(state)
+        after = layer.cell(x_t, state if len(state) > 1 else state[0])
+        state = after if isinstance(after, tuple) else (after,)
+        state = tuple(s.clone() for s in state)
+        for s in state:
+            s.retain_grad()
+        y.append(state)
+    generator = torch.Generator().manual_seed(5)
+    outputs = [torch.stack([s[0] for s in y]), *y[-1]]
+    sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in outputs).backward()
+    back = torch.stack([torch.cat([s.grad for s in parts], -1) for parts in reached])
+    g = torch.stack([torch.cat([s.grad for s in parts], -1) for parts in y])
+    torch.testing.assert_close(a, (back * g).sum((0, 1)) / g.square().sum((0, 1)), rtol=1e-9, atol=1e-9)
+
+
 def test_state_sizes_shapes_and_refusals() -> None:
     class Bare(nn.Module):
         def forward(

@@ -137,8 +137,10 @@ def test_numbers_are_those_of_the_records(measured):
 
 def test_without_records_there_is_no_number(measured, tmp_path):
     text = measured.page(tmp_path)
-    assert text.count("No records yet.") == 2
-    assert not re.search(r"\d", text.replace("below 1", ""))
+    assert text.count("No records yet.") == 4
+    for stated in ("below 1", "256 units", "64 units", "0.125"):
+        text = text.replace(stated, "")
+    assert not re.search(r"\d", text)
 
 
 def leave_run(folder, rule, seed, perplexity, tokens_per_s, width=8):
@@ -192,12 +194,48 @@ def test_benchmarks_become_one_table_a_machine(measured, tmp_path, capsys):
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert measured.page(tmp_path).count("No records yet.") == 2  # a trial is no measurement
+    assert measured.page(tmp_path).count("No records yet.") == 4  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = measured.page(tmp_path)
     assert re.search(r"^\| cell, T x B x H \|.* `dsf` \|", text, re.MULTILINE)
     assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
+
+
+MACHINE = {"machine": {"cpu": "a CPU", "gpu": None}, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5}
+
+
+def test_training_end_to_end_is_one_table_a_machine(measured, tmp_path):
+    record = {"bench": "training", "corpus": "sentences", "dtype": "float32", **MACHINE}
+    lines = [
+        {"implementation": "torch.nn", "variant": "as shipped", "tokens_per_s": {"median": 1000.0}},
+        {"implementation": "statefeed", "variant": "dsf", "tokens_per_s": {"median": 2500.4}},
+    ]
+    ratios = [{"torch.nn at its best": {"median": r}, "published float32": {"median": 2 * r}} for r in (1.0, 2.5)]
+    lines = [{**record, **line, "times_faster_than": r} for line, r in zip(lines, ratios, strict=True)]
+    trial = {**lines[0], "repeats": 1}
+    (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, trial]))
+    text = measured.page(tmp_path)
+    assert "a CPU, 2 threads, torch 2.13; sentences." in text
+    assert text.count("| float32 | torch.nn, as shipped | 1,000 | 2.00 | 1.00 |") == 1
+    assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
+
+
+def test_recall_is_told_over_the_seeds_best_first(measured, tmp_path):
+    record = {"bench": "recall", "delay": 50, "steps": 1500, **MACHINE}
+    found = {"gate": [(0.2, None), (0.9, 700)], "ramp(0.9)": [(1.0, 500), (0.96, 600)], "ft-bptt": [(0.1, None)]}
+    lines = [
+        {**record, "variant": rule, "accuracy": accuracy, "learnt": step}
+        for rule, runs in found.items()
+        for accuracy, step in runs
+    ]
+    (tmp_path / "recall.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [line for line in measured.page(tmp_path).splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `ramp(0.9)` | 0.98 (0.96 to 1.00) | 2 of 2 | 550 |",
+        "| `gate` | 0.55 (0.20 to 0.90) | 1 of 2 | 700 |",
+        "| `ft-bptt` | 0.10 (0.10 to 0.10) | 0 of 1 | - |",
+    ]
 
 
 # Built ---------------------------------------------------------------------------------------------------------------
@@ -212,3 +250,6 @@ def test_it_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
     assert all(f'id="statefeed.{name}"' in reference for name in statefeed.__all__)
     assert all(f">{section}<" in reference for section in ("Gradient", "Cost"))
+    assert "<math" in (tmp_path / "html" / "mathematics.html").read_text(encoding="utf-8")
+    for built_page in (tmp_path / "html").glob("*.html"):  # readable without a network
+        assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="(?:https?:)?//', built_page.read_text("utf-8"))

@@ -46,6 +46,84 @@ def test_printing_says_every_fact() -> None:
     assert [line.split()[0] for line in lines] == ["rule", "forward", "backward", "why", "memory"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "steps", "expected"),
+    [
+        ("dsf", 1, "T = 1 steps, no fewer"),
+        ("gate", 1, "T = 1 steps, no fewer"),
+        ("gate+3", 4, "4 products wait for another over T = 4 steps"),
+        ("gate+2", 4, None),
+        ("gate+9", 64, "times those of exact BPTT"),
+        ("dsf", 64, None),
+        ("gate+1", 64, None),
+        ("bptt", 1, None),
+        ("fused-bptt", 1, None),
+    ],
+)
+def test_a_rule_that_is_expected_slower_than_exact_bptt_is_warned_of(
+    rule: str, steps: int, expected: str | None
+) -> None:
+    said = sf.explain(sf.GRU(8, 8, feedback=rule), torch.zeros(steps, 2, 8))
+    if expected is None:
+        assert said.warning is None
+        assert "warning" not in str(said)
+    else:
+        assert expected in str(said.warning)
+        assert str(said).splitlines()[-1] == f"warning   {said.warning}"
+
+
+@needs_kernels
+def test_products_are_counted_against_those_of_exact_bptt() -> None:
+    """With I = H exact BPTT takes 6 units, a fused rule 5 + k: more than 9 from k = 5 on."""
+    for k, warned in ((4, False), (5, True)):
+        said = sf.explain(sf.GRU(8, 8, feedback=f"jacobian+{k}"), torch.zeros(64, 2, 8))
+        assert (said.warning is not None) == warned
+    assert "1.7 times" in str(said.warning)
+
+
+@pytest.mark.parametrize("slower", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that advances by a set amount for every pass: 2 s for exact BPTT, 1 or 4 for the rule."""
+    layer = sf.LSTM(I, H, 2, dropout=0.5, feedback="calibrated")
+    x = nn.utils.rnn.pack_sequence([torch.zeros(5, I), torch.zeros(2, I)]) if packed else torch.zeros(T, B, I)
+    ran: list[str] = []
+    run = sf.LSTM.forward
+
+    def forward(module: sf.LSTM, *args: object) -> object:
+        ran.append(str(module.feedback))
+        return run(module, *args)
+
+    now, readings = [0.0], []
+
+    def clock(_: torch.Tensor) -> float:
+        """Read before and after every pass, so that an even number of readings ends one."""
+        readings.append(1)
+        if len(readings) % 2 == 0:
+            now[0] += {"calibrated": 4.0 if slower else 1.0, "bptt": 2.0}[ran[-1]]
+        return now[0]
+
+    monkeypatch.setattr(sf.LSTM, "forward", forward)
+    monkeypatch.setattr("statefeed.explain._clock", clock)
+    state = torch.get_rng_state()
+    said = sf.explain(layer, x, timed=True)
+    assert (said.seconds, said.torch_seconds) == (4.0 if slower else 1.0, 2.0)
+    assert (said.warning is not None) == slower
+    assert "torch.nn 2e+03 ms" in str(said)
+    assert ran == ["calibrated", "bptt"] * 6
+    # The layer is as it was, and so is the generator that dropout draws from.
+    assert not layer.diagonal.any()
+    assert all(p.grad is None for p in layer.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_timing_is_real() -> None:
+    said = sf.explain(sf.GRU(I, H), torch.zeros(T, B, I), timed=True)
+    assert said.seconds is not None
+    assert said.torch_seconds is not None
+    assert min(said.seconds, said.torch_seconds) > 0
+
+
 def test_other_layers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"got GRU|got Linear"):
         sf.explain(nn.Linear(2, 3), torch.zeros(1, 2))

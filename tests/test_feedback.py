@@ -12,7 +12,7 @@ import statefeed as sf
 
 pytestmark = pytest.mark.filterwarnings("ignore:feedback .* adds corrections")
 
-NAMES = ["ft-bptt", "dsf", "calibrated", "gate", "jacobian"]
+NAMES = ["ft-bptt", "dsf", "calibrated", "fitted", "gate", "jacobian", "ramp(0.95)", "log_spaced(100)"]
 LAYERS = [sf.RNN, sf.GRU, sf.LSTM]
 SAME_RULE = [
     (None, "bptt"),
@@ -26,6 +26,11 @@ SAME_RULE = [
     ("ft-bptt+5", sf.Feedback(0.0, 5)),
     ("jacobian+2", sf.Feedback("jacobian", 2)),
     (torch.tensor([0.25, 0.5]), sf.Feedback(torch.tensor([0.25, 0.5]))),
+    (torch.tensor([[0.25, 0.5]]), sf.Feedback(torch.tensor([[0.25, 0.5]]))),
+    ("ramp(0.95)", sf.Feedback.ramp(0.95)),
+    ("ramp(1)", "dsf"),
+    ("ramp(0.90)+2", sf.Feedback.ramp(0.9, corrections=2)),
+    ("log_spaced(1e2)", sf.Feedback.log_spaced(100)),
 ]
 REFUSED = [
     "dfs",
@@ -44,8 +49,19 @@ REFUSED = [
     -math.inf,
     torch.tensor([0.5, math.nan]),
     torch.tensor([0.5, math.inf]),
-    torch.zeros(2, 2),
+    torch.zeros(2, 2, 2),
+    torch.tensor([[0.5, 0.5], [0.5, math.nan]]),
     torch.tensor(0.5),
+    "ramp",
+    "ramp()",
+    "ramp(x)",
+    "ramp(0)",
+    "ramp(1.01)",
+    "ramp(nan)",
+    "ramp(0.5, 0.6)",
+    "log_spaced(1)",
+    "log_spaced(inf)",
+    "log_spaced(-5)",
     torch.zeros(2, dtype=torch.int64),
 ]
 
@@ -61,7 +77,8 @@ def test_two_spellings_of_one_rule_are_equal(one, other):
 
 
 def test_different_rules_are_different():
-    rules = [*NAMES, "bptt", "gate+1", "gate+2", "dsf+1", 0.5, 1.0, torch.tensor([0.5]), torch.tensor([0.5, 0.5])]
+    tensors = [torch.tensor([0.5]), torch.tensor([[0.5]]), torch.tensor([0.5, 0.5]), torch.tensor([[0.5, 0.5]])]
+    rules = [*NAMES, "bptt", "gate+1", "gate+2", "dsf+1", "ramp(0.9)", "log_spaced(99)", 0.5, 1.0, *tensors]
     rules = [sf.Feedback(rule) for rule in rules]
     assert len(set(rules)) == len(rules)
     assert all(a != b for n, a in enumerate(rules) for b in rules[:n])
@@ -82,7 +99,7 @@ def test_str_is_the_spelling(name):
     assert str(sf.Feedback(name, corrections=3)) == f"{name}+3"
 
 
-@pytest.mark.parametrize("rule", ["gate+1", 0.5, torch.tensor([0.5, 0.25])])
+@pytest.mark.parametrize("rule", ["gate+1", 0.5, "ramp(0.5)", torch.tensor([0.5, 0.25]), torch.tensor([[0.5, 0.25]])])
 def test_a_rule_survives_copying_and_pickling(rule):
     rule = sf.Feedback(rule, corrections=2) if isinstance(rule, float) else sf.Feedback(rule)
     for again in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
@@ -135,6 +152,41 @@ def test_a_diagonal_has_one_value_per_unit_of_the_state(cls):
             cls(2, 3, feedback=wrong)
 
 
+def stationary(rule, size=5):
+    return sf.Feedback(rule).stationary(size, torch.float64, torch.device("cpu"))
+
+
+def test_a_ramp_rises_evenly_to_its_cap():
+    assert stationary("ramp(0.8)").tolist() == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    assert torch.equal(stationary("ramp(1)"), stationary("dsf"))
+
+
+def test_log_spaced_horizons_are_in_even_ratios_from_one_step_to_the_longest():
+    horizons = (1 / (1 - stationary("log_spaced(81)"))).tolist()
+    assert horizons == pytest.approx([1.0, 3.0, 9.0, 27.0, 81.0])
+    assert stationary("log_spaced(81)", size=1).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rule", ["ramp(0.7)", "log_spaced(20)"])
+def test_a_spaced_diagonal_is_the_tensor_of_its_values_in_a_layer_over_h_and_c_joined(rule):
+    torch.manual_seed(0)
+    layer, x = sf.LSTM(2, 3, dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
+    found = []
+    for spelling in (rule, stationary(rule, 6)):
+        layer.feedback = spelling
+        found.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_is_the_rule_of_one_layer_and_direction():
+    rows = torch.tensor([[0.25, 0.5], [0.75, 1.0]])
+    rule = sf.Feedback(rows, corrections=0)
+    assert rule.row(1) == sf.Feedback(rows[1])
+    assert str(rule) == "tensor(2x2)"
+    assert str(rule.row(0)) == "tensor(2)"
+    assert sf.Feedback("gate+1").row(1) == sf.Feedback("gate+1")
+
+
 def test_an_rnn_has_no_gate():
     with pytest.raises(ValueError, match="gate"):
         sf.RNN(2, 3, feedback="gate")
@@ -161,7 +213,7 @@ def test_a_layer_takes_gives_and_shows_its_rule(cls):
         )
 
 
-@pytest.mark.parametrize("diagonal", ["dsf", 1.0, torch.tensor([0.1, 0.2, -1.0])])
+@pytest.mark.parametrize("diagonal", ["dsf", "log_spaced(64)", "ramp(0.95)", 1.0, torch.tensor([0.1, 0.2, -1.0])])
 def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagonal):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -174,7 +226,10 @@ def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagona
         layer.feedback = sf.Feedback(diagonal, corrections=2)
 
 
-@pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "bptt", 1.0])
+@pytest.mark.parametrize(
+    "rule",
+    ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "bptt", 1.0, "fitted+1", "ramp(0.9)+1"],
+)
 def test_other_rules_are_not_warned_of(rule):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -159,7 +159,7 @@ def test_as_many_corrections_as_steps_are_as_accurate_as_bptt_in_float32(form, n
 
 
 @FEWER
-@given(forms(), st.sampled_from(DIAGONALS), st.integers(0, 1))
+@given(forms(), st.sampled_from([*DIAGONALS, "fitted"]), st.integers(0, 1))
 def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, corrections):
     """Layers, directions and packing: every sequence alone through the oracle, whatever it shares its batch with."""
     cell, options, call, T = form
@@ -188,7 +188,8 @@ def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, 
     weights = [e_y[:n, b] for b, n in enumerate(lengths)]
     diagonal = {"calibrated": lambda _, mean: mean, "ft-bptt": 0.0, "0.5": 0.5}.get(name, name)
     state = {key: value for key, value in ours.state_dict().items() if key in found}
-    expected = oracles.network(cell, state, sequences, states, weights, final, (diagonal, corrections))
+    rule = None if name == "fitted" else (diagonal, corrections)  # whose first pass is exact
+    expected = oracles.network(cell, state, sequences, states, weights, final, rule)
 
     assert_same({key: found[key] for key in state}, {key: expected.gradients[key] for key in state})
     dx = (
@@ -203,6 +204,42 @@ def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, 
         assert_same({"initial": initial}, {"initial": expected.gradients["initial"]})
     if name == "calibrated":
         assert_same({"diagonal": ours.diagonal}, {"diagonal": expected.diagonals})
+    if name == "fitted":
+        assert_same({"diagonal": ours.diagonal}, {"diagonal": expected.fits.nan_to_num()}, SAME_BY_CANCELLATION)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_diagonal_may_have_a_row_for_every_layer_and_direction(cell):
+    made = layer(cell, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, width = torch.randn(5, 1, 3, dtype=torch.float64), 8 if cell == "lstm" else 4
+    rows = torch.rand(4, width, dtype=torch.float64)
+    made.feedback = rows
+    answer, _, found = run(made, x)
+    generator = torch.Generator().manual_seed(1)
+    e = [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in tensors(answer)]
+    zeros = torch.zeros(4, 1, width, dtype=torch.float64)
+    state = dict(made.state_dict())
+    expected = oracles.network(
+        cell, state, [x[:, 0]], zeros, [e[0][:, 0]], torch.cat(e[1:], -1), (lambda place, _: rows[place], 0)
+    )
+    assert_same({key: found[key] for key in state}, {key: expected.gradients[key] for key in state})
+    made.feedback = rows.flip(0)
+    assert_different(run(made, x)[2], found)
+    for wrong in (rows[:3], rows[:, 1:], rows[0, 1:]):
+        with pytest.raises(ValueError, match=r"a row of them for every layer and direction, 4 here, got [^\n]+$"):
+            made.feedback = wrong
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "fitted"])
+def test_a_diagonal_learnt_in_training_is_frozen_by_making_it_the_rule(rule):
+    made = layer("lstm", feedback=rule, num_layers=2)
+    x = torch.randn(5, 2, 3)
+    run(made, x)
+    made.eval()
+    expected = run(made, x)[2]
+    made.feedback = made.diagonal
+    made.train()
+    assert_same(run(made, x)[2], expected)
 
 
 # Edges and errors -----------------------------------------------------------------------------------------------------

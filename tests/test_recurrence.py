@@ -195,6 +195,11 @@ def test_a_diagonal_that_is_the_jacobian_is_exact(cell):
     for rule in ("jacobian", "calibrated", *(["gate"] if cell != "relu" else [])):
         ours.feedback = rule
         assert_same(gradients(cell, ours, x, initial, e), expected)
+    ours = layer(cell, "fitted")
+    D = special(cell, ours)
+    for _ in range(2):  # once exact, once under the fit
+        assert_same(gradients(cell, ours, x, initial, e), expected)
+        assert_same({"diagonal": ours.diagonal[0]}, {"diagonal": D})
     ours.feedback = "dsf"
     assert_different(gradients(cell, ours, x, initial, e), expected)
 
@@ -303,6 +308,76 @@ def test_calibrated_diagonal_moves_in_a_training_backward_only(cell):
     states = oracles.run(cell, weights(made), x * 2, initial)
     second = oracles.diagonals(cell, weights(made), x * 2, states, "jacobian").mean((0, 1))
     assert_same({"diagonal": made.diagonal[0]}, {"diagonal": oracles.running_mean([first[0], second])})
+
+
+# The least-squares fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_fitted_diagonal_is_the_least_squares_fit_to_an_exact_pass(cell):
+    for T in (1, 2, 6):
+        made = layer(cell, "fitted")
+        x, initial, e = problem(cell, T)
+        w = weights(made)
+        diagonal = oracles.fitted(cell, w, x, initial, e)
+        assert_same(gradients(cell, made, x, initial, e), bptt(cell, x, initial, e))
+        assert_same({"diagonal": made.diagonal[0]}, {"diagonal": diagonal})
+        other = problem(cell, T + 1)
+        expected = oracles.layer_gradients(cell, w, *other, (diagonal, 0))
+        assert_same(gradients(cell, made, *other), expected)
+        assert_same({"diagonal": made.diagonal[0]}, {"diagonal": diagonal})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_other_diagonal_gives_back_more_nearly_what_the_jacobian_does(cell):
+    """The fit by its meaning rather than its formula: every unit alone, to either side."""
+    made = layer(cell, "fitted")
+    x, initial, e = problem(cell, 6)
+    gradients(cell, made, x, initial, e)
+    w = weights(made)
+    states = oracles.run(cell, w, x, initial)
+    J = oracles.jacobians(cell, w, x, states)
+    delta, _ = oracles.adjoint(e, J, J, 0)
+
+    def missed(a):
+        F = oracles.feedbacks(cell, w, x, states, a.expand(states[1:].shape))
+        return oracles.returned(J - F, delta).square().sum((0, 1))
+
+    fitted = made.diagonal[0]
+    assert (missed(fitted) < missed(fitted + 1e-3)).all()
+    assert (missed(fitted) < missed(fitted - 1e-3)).all()
+
+
+def test_every_fiftieth_training_backward_is_exact_and_fits_anew():
+    made = layer("gru", "fitted+1")
+    x, initial, e = problem("gru", 3)
+    exact = bptt("gru", x, initial, e)
+    fits = []
+    for n in range(101):
+        gradients("gru", made, x, initial, e if n % 50 else e * (n + 1) ** torch.rand_like(e))
+        fits.append(made.diagonal.clone())
+    assert torch.equal(fits[0], fits[49])
+    assert torch.equal(fits[50], fits[99])
+    assert not torch.equal(fits[49], fits[50])
+    assert not torch.equal(fits[99], fits[100])
+    expected = oracles.layer_gradients("gru", weights(made), x, initial, e, (fits[100][0], 1))
+    assert_same(gradients("gru", made, x, initial, e), expected)
+    assert_different(expected, exact)
+
+
+def test_a_fit_is_of_training_alone_and_of_nothing_where_there_is_no_gradient():
+    made = layer("gru", "fitted").eval()
+    x, initial, e = problem("gru", 4)
+    zero = oracles.layer_gradients("gru", weights(made), x, initial, e, (0.0, 0))
+    assert_same(gradients("gru", made, x, initial, e), zero)
+    assert not made.diagonal.any()
+    made.train()
+    e[..., 0] = 0
+    with torch.no_grad():
+        made.weight_hh_l0[:, 0] = 0
+    gradients("gru", made, x, initial, e)
+    assert made.diagonal[0, 0] == 0
+    assert made.diagonal[0, 1:].all()
 
 
 # What autograd asks ---------------------------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ from typing import Any, get_type_hints
 
 import torch
 
-from statefeed.bench import layers, memory, scan, training
+from statefeed.bench import layers, memory, recall, scan, training
 from statefeed.bench.measure import ParityError, circumstances
 from statefeed.bench.options import OptionError, Options
 
 __all__ = ["OptionError", "ParityError", "main"]
 
-_BENCHMARKS = {"layers": layers, "scan": scan, "memory": memory, "training": training}
+_BENCHMARKS = {"layers": layers, "scan": scan, "memory": memory, "training": training, "recall": recall}
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
-_PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype")
+_PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype", "seed")
 # Characters that the widest table takes, where no terminal says how many there are.
 _WIDTH = 190
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one benchmark: measure, write each record as it comes, print a table and draw a figure.
 
     Args:
-        argv: what follows ``statefeed bench``: layers, scan, memory or training, and its flags.
+        argv: what follows ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
 
     Returns:
         0; 1 where parity fails and nothing was timed; 2 for a mistake in the flags, or a missing dependency.

@@ -26,7 +26,7 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
   statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
   statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
-  statefeed bench layers|scan|memory|training [--smoke]       time layers, scans and training on this machine
+  statefeed bench layers|scan|memory|training|recall [--smoke]  time layers and training here, or test long memory
 
 statefeed COMMAND --help lists every flag of a command.
 """

@@ -1,0 +1,177 @@
+"""Owns ``statefeed bench recall``: what a GRU learns of long memory under every rule, not how fast it runs.
+
+The first step of a sequence shows one of eight symbols, every later step one of eight others at random, and the last
+output is to tell the first symbol. Guessing is right one time in eight; credit must cross every step in between.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import statefeed as sf
+from statefeed.bench.layers import rules_of
+from statefeed.bench.options import OptionError, option
+from statefeed.bench.options import Options as Common
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_SYMBOLS, _WIDTH, _BATCH, _RATE = 8, 64, 64, 3e-3
+_HELD_OUT, _EVALUATIONS, _LEARNT = 512, 40, 0.9
+
+
+@dataclass(frozen=True)
+class Options(Common):
+    """What a GRU of 64 units learns of long memory under every rule: recall of the first symbol."""
+
+    repeats: int = option(5, "seeds, at least 5: of the initial weights and of the sequences")
+    rules: str = option(
+        "bptt,gate+1,gate,jacobian,ft-bptt,0.5,0.9,dsf,ramp(0.9),ramp(0.98),log_spaced(16),log_spaced(64),calibrated,"
+        "fitted",
+        "feedback rules, separated by commas",
+    )
+    delay: int = option(50, "steps between the symbol and the question for it")
+    steps: int = option(1500, "training steps")
+    output: str = option(
+        "recall.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules_of("gru", self.rules)
+        for name in ("delay", "steps"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Model(nn.Module):
+    """Symbols (T, B) -> logits of the first one, (B, 8)."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.gru = sf.GRU(2 * _SYMBOLS, _WIDTH, feedback=rule)
+        self.head = nn.Linear(_WIDTH, _SYMBOLS)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        y, _ = self.gru(F.one_hot(symbols, 2 * _SYMBOLS).to(self.head.weight.dtype))
+        answer: Tensor = self.head(y[-1])
+        return answer
+
+
+def sequences(T: int, B: int, generator: torch.Generator) -> Tensor:
+    """Symbols (T, B): 0 to 7 at the first step, 8 to 15 at the others."""
+    symbols = torch.randint(_SYMBOLS, 2 * _SYMBOLS, (T, B), generator=generator)
+    symbols[0] = torch.randint(_SYMBOLS, (B,), generator=generator)
+    return symbols
+
+
+def train(rule: str, seed: int, delay: int, steps: int, device: str) -> list[tuple[int, float]]:
+    """(step, accuracy on sequences held out) at evenly spread evaluations, the last after the last step.
+
+    Args:
+        rule: of the GRU.
+        seed: of the initial weights and the sequences, the same for every rule.
+        delay: steps between the symbol and the question.
+        steps: of training.
+        device: cpu or cuda.
+    """
+    torch.manual_seed(seed)
+    model = Model(rule).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    held_out = sequences(delay + 1, _HELD_OUT, generator).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), _RATE)
+    scored = {max(1, steps * (k + 1) // _EVALUATIONS) for k in range(_EVALUATIONS)}
+    curve = []
+    for step in range(1, steps + 1):
+        symbols = sequences(delay + 1, _BATCH, generator).to(device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(symbols), symbols[0]).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step in scored:
+            with torch.no_grad():
+                right = model(held_out).argmax(-1) == held_out[0]
+            curve.append((step, float(right.float().mean())))
+    return curve
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Train; one record for every seed and rule.
+
+    Args:
+        options: checked.
+
+    Yields:
+        the records; ``learnt`` is the first step at which nine answers in ten were right, None if there was none.
+    """
+    delay, steps = (2, 4) if options.smoke else (options.delay, options.steps)
+    for seed in range(1, options.rounds + 1):
+        for rule in rules_of("gru", options.rules):
+            curve = train(rule, seed, delay, steps, options.device)
+            yield {
+                "bench": "recall",
+                "cell": "gru",
+                "variant": rule,
+                "seed": seed,
+                "delay": delay,
+                "steps": steps,
+                "device": options.device,
+                "repeats": options.rounds,
+                "accuracy": curve[-1][1],
+                "learnt": next((step for step, accuracy in curve if accuracy >= _LEARNT), None),
+                "curve": curve,
+            }
+
+
+def by_rule(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of every rule, over its seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["variant"], []).append(record)
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row a rule."""
+    from rich.table import Table
+
+    result = Table(
+        title=f"recall of a symbol over {records[0]['delay']} steps, after {records[0]['steps']} steps of training",
+        caption="accuracy: mean over the seeds (least to largest), guessing 0.125; learnt: step of the first 90 %",
+    )
+    result.add_column("rule", no_wrap=True)
+    for heading in ("seeds", "accuracy", "learnt by", "learnt at step"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for rule, rows in by_rule(records).items():
+        accuracy = [r["accuracy"] for r in rows]
+        learnt = [r["learnt"] for r in rows if r["learnt"] is not None]
+        result.add_row(
+            rule,
+            str(len(rows)),
+            f"{statistics.mean(accuracy):.3f} ({min(accuracy):.3f} to {max(accuracy):.3f})",
+            f"{len(learnt)} of {len(rows)}",
+            f"{statistics.mean(learnt):.0f}" if learnt else "-",
+        )
+    return result
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """One line a rule: accuracy over training, mean over the seeds."""
+    from matplotlib.figure import Figure
+
+    result = Figure(figsize=(8, 5), layout="constrained")
+    axes = result.add_subplot(xlabel="training step", ylabel="share of first symbols recalled", ylim=(0, 1.02))
+    for k, (rule, rows) in enumerate(by_rule(records).items()):
+        steps = [step for step, _ in rows[0]["curve"]]
+        means = [statistics.mean(values) for values in zip(*([a for _, a in r["curve"]] for r in rows), strict=True)]
+        axes.plot(steps, means, "-" if k < 10 else "--", color=f"C{k % 10}", label=rule)
+    axes.legend(fontsize=7)
+    return result
