@@ -119,7 +119,8 @@ def measurements(results, bench):
         for r in rows(file):
             if r.get("bench") == bench and r["repeats"] >= FEWEST_REPEATS:
                 machine = r["machine"]["gpu"] or r["machine"]["cpu"]
-                found[f"{machine}, {r['threads']} threads, torch {r['versions']['torch']}"].append(r)
+                threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+                found[f"{machine}, {threads}, torch {r['versions']['torch']}"].append(r)
     return found
 
 
@@ -135,11 +136,6 @@ def benchmarks(results):
         body = [
             [case, *(f"{found[rule]:.2f}" if rule in found else "" for rule in rules)] for case, found in cases.items()
         ]
-<<<<<<< HEAD
-        text += f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {version}.\n\n"
-        text += table(["cell, T x B x H", *(f"`{rule}`" for rule in rules)], body) + "\n"
-    return text and text[:-1]
-=======
         text += f"{circumstances}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
     return text
 
@@ -187,7 +183,6 @@ def recall(results):
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
             text += f"{delay} steps apart, {steps:,} steps of training; {circumstances}.\n\n{table(head, body)}\n"
     return text
->>>>>>> 5f92978 (Stationary diagonals by name and by fit; explain times and warns; Monitor; recall benchmark; formulas as MathML)
 
 
 def page(results):
