@@ -1,4 +1,4 @@
-"""Writes docs/measured.md from the records under results/: python docs/measured.py
+"""Writes docs/measured.md, and the figures of README.md, from the records under results/: python docs/measured.py
 
 Training runs are folders that `statefeed train` leaves (metrics.jsonl, config.yaml, record.json) or the records of
 `statefeed compare`; benchmarks are those of `statefeed bench` layers, training and recall. Runs that differ in rule,
@@ -205,5 +205,49 @@ def page(results):
     )
 
 
+def summary(results):
+    """The figures of the README: single layers under "dsf" on the most threads measured, and training end to end."""
+    text = ""
+    found = measurements(results, "layers")
+    for circumstances, records in sorted(found.items(), key=lambda item: -item[1][0]["threads"])[:1]:
+        cases = defaultdict(dict)
+        for r in records:
+            if r["implementation"] == "statefeed" and r["variant"] == "dsf":
+                median = r["times_faster_than"]["torch.nn at its best"]["median"]
+                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]] = f"{median:.1f}"
+        columns = list(dict.fromkeys(column for found in cases.values() for column in found))
+        columns.sort(key=lambda column: column[1], reverse=True)  # float32 before bfloat16
+        head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
+        body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
+        text += (
+            'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best setting for that '
+            f"shape.\n{circumstances}.\n\n{table(head, body)}\n"
+        )
+    for circumstances, records in measurements(results, "training").items():
+        best = [r for r in records if r["implementation"] == "statefeed" and r["variant"] == "dsf"]
+        told = ", ".join(
+            f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
+            f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
+            for r in best
+        )
+        text += (
+            "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
+            f"in float32: {told}.\n{circumstances}.\n\n"
+        )
+    return text
+
+
+BEGIN, END = "<!-- From results/, written by docs/measured.py. -->\n", "<!-- Up to here. -->"
+
+
+def with_summary(readme, results):
+    """The text of README.md with its figures renewed."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{summary(results)}{END}{after}"
+
+
 if __name__ == "__main__":
-    (DOCS / "measured.md").write_text(page(DOCS.parent / "results"), encoding="utf-8")
+    RESULTS, README = DOCS.parent / "results", DOCS.parent / "README.md"
+    (DOCS / "measured.md").write_text(page(RESULTS), encoding="utf-8")
+    README.write_text(with_summary(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")

@@ -131,8 +131,10 @@ def measured():
 
 
 def test_numbers_are_those_of_the_records(measured):
-    again = "run `python docs/measured.py` and commit docs/measured.md"
+    again = "run `python docs/measured.py` and commit docs/measured.md and README.md"
     assert TEXTS["measured"] == measured.page(HOUSE / "results"), again
+    readme = (HOUSE / "README.md").read_text(encoding="utf-8")
+    assert readme == measured.with_summary(readme, HOUSE / "results"), again
 
 
 def test_without_records_there_is_no_number(measured, tmp_path):
