@@ -54,9 +54,11 @@ def step_ms(config, tokens_per_s):
 def setting(config, facts):
     """What runs must have in common to be compared: all but rule, rate, seed and places."""
     flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
-    for key in ("model.feedback", "train.lr", "train.seed", "train.alignment", "run.dir", "data.path"):
+    varied = ("model.feedback", "train.lr", "train.seed", "train.alignment", "run.dir", "data.path")
+    for key in (*varied, "train.device", "train.parallel", "train.compile"):
         flat.pop(key, None)
     flat |= {f"facts.{key}": facts.get(key) for key in ("corpus", "machine", "threads", "torch")}
+    flat["facts.device"] = facts.get("device", "cpu")  # as in records older than the key
     return flat
 
 

@@ -1,6 +1,10 @@
 """statefeed bench: its baseline computes what it stands for, parity comes first, and the numbers mean what they say."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,7 +135,7 @@ def test_parity_of_the_scans_catches_a_planted_error(tmp_path, capsys, monkeypat
     assert not output.exists()
 
 
-@pytest.mark.parametrize("dtype", layers.DTYPES)
+@pytest.mark.parametrize("dtype", layers.DTYPES["cpu"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_parity_holds_for_every_contender(cell, dtype):
     case = layers.Case(cell, Shape(20, 3, 24), dtype, "cpu")
@@ -187,15 +191,38 @@ def test_a_setting_that_computes_in_bfloat16_is_no_float32_baseline(monkeypatch)
     assert measure.float32_settings("cpu") == [measure.SHIPPED, measure.NO_ONEDNN]
 
 
-@pytest.mark.parametrize("setting", [measure.SHIPPED, measure.ONEDNN_MATMUL, measure.NO_ONEDNN])
+GPU = {dtype: measure.usual("cuda", dtype) for dtype in layers.DTYPES["cuda"]}
+
+
+@pytest.mark.parametrize("setting", [measure.SHIPPED, measure.ONEDNN_MATMUL, measure.NO_ONEDNN, *GPU.values()])
 def test_settings_are_put_back(setting):
     def state():
-        return torch.backends.mkldnn.enabled, torch.backends.mkldnn.matmul.fp32_precision
+        cpu, gpu = torch.backends.mkldnn, (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+        return cpu.enabled, cpu.matmul.fp32_precision, *(library.fp32_precision for library in gpu)
 
     before = state()
     with measure.applied(setting):
         assert (state() == before) == (setting == measure.SHIPPED)
     assert state() == before
+
+
+def test_on_a_gpu_float32_is_float32_and_tf32_is_a_dtype_of_its_own():
+    for dtype, setting in GPU.items():
+        with measure.applied(setting):
+            found = {library.fp32_precision for library in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)}
+        assert found == {"tf32" if dtype == "tf32" else "ieee"}
+        case = layers.Case("gru", Shape(3, 2, 4), dtype, "cuda")
+        assert layers._tried(case, measure.float32_settings("cuda")) == [setting]
+    case = layers.Case("gru", Shape(3, 2, 4), "tf32", "cpu")  # one that can be made here
+    entries = layers.contenders(case, ["dsf", "gate"], [GPU["tf32"]])
+    assert [entry.name for entry in entries] == [
+        "torch.nn cuDNN",
+        "published dsf",
+        "statefeed dsf",
+        "statefeed gate",
+    ]
+    assert {entry.setting for entry in entries} == {GPU["tf32"]}
+    assert not any(entry.autocast for entry in entries)
 
 
 def test_growth_is_the_exponent_of_time_in_T(monkeypatch):
@@ -280,6 +307,7 @@ def test_a_second_run_replaces_the_records(tmp_path):
         (["layers", "--cells=rnn", "--rules=gate,gate+1"], "it has no gate"),
         (["memory", "--cells=rnn", "--rules=gate"], "it has no gate"),
         (["layers", "--dtypes=int8"], "dtypes must be among"),
+        (["layers", "--dtypes=tf32"], "dtypes must be among float32, bfloat16, separated by commas, got 'tf32'"),
         (["layers", "--repeats=4"], "repeats must be at least 5"),
         (["layers", "--repeats=many"], "repeats"),
         (["layers", "--threads=0"], "threads must be at least 1"),
@@ -318,3 +346,16 @@ def test_a_missing_dependency_is_one_sentence(package, capsys, monkeypatch):
     assert capsys.readouterr().err == (
         f'statefeed bench: the benchmarks need {package}, which is not installed: pip install "statefeed[lm]"\n'
     )
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_without_one(tmp_path):
+    script = Path(__file__).parent.parent / "bench" / "gpu.sh"
+    environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        [script, "--smoke", "--threads=1"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for bench in ("layers", "scan", "training"):
+        records = [json.loads(line) for line in (tmp_path / f"gpu-{bench}.jsonl").read_text().splitlines()]
+        assert {record["bench"] for record in records} == {bench}

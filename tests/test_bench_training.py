@@ -3,6 +3,7 @@
 import json
 import lzma
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from statefeed.bench import main, training
 from statefeed.bench.measure import SHIPPED
 from statefeed.bench.options import OptionError
+from statefeed.lm import config
 from statefeed.lm import model as lm_model
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 RULES = ["bptt", "dsf", "gate+1"]
 
 
@@ -23,10 +26,41 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+PTB = training.RECIPES["ptb-gru-1x256"]
+SMALL = PTB._replace(width=16, batch=8)
+
+
 def small():
     """The sentences, and every contender in float32 with a width of 16."""
-    source, vocabulary, _ = training._sentences(training.Options(smoke=True))
-    return source, training.contenders(vocabulary, 16, RULES, ["float32"], [SHIPPED])
+    source, vocabulary, _ = training._text(training.Options(smoke=True), SMALL)
+    return source, training.contenders(SMALL, vocabulary, RULES, {"float32": [SHIPPED]}, "cpu")
+
+
+@pytest.mark.parametrize("name", training.RECIPES)
+def test_a_recipe_is_the_published_one(name):
+    published, ours = config.load(RECIPES / f"{name}.yaml"), training.RECIPES[name]
+    assert ours == training.Recipe(
+        published.model.layers,
+        published.model.width,
+        published.model.block,
+        published.data.batches,
+        published.train.context,
+        published.train.weight_decay,
+        published.train.batch,
+        published.train.lr,
+    )
+    assert (published.model.cell, published.train.optimizer, published.train.clip) == ("gru", "adam", None)
+    assert published.data.vocabulary in (None, training._BYTE_PAIRS)
+
+
+def test_smoke_of_wikitext(tmp_path):
+    output = tmp_path / "records.jsonl"
+    flags = ["--recipe=wikitext103-gru-3x512", "--rules=dsf", "--dtypes=float32"]
+    assert main(["training", "--smoke", *flags, f"--output={output}"]) == 0
+    for record in map(json.loads, output.read_text().splitlines()):
+        place = (record["recipe"], record["corpus"], record["layers"], record["vocabulary"], record["context"])
+        assert place == ("wikitext103-gru-3x512", "made-up byte pairs", 3, 257, 256)
+        assert record["tokens"]["median"] == record["steps"] * record["batch"] * 256
 
 
 def test_smoke(tmp_path, capsys):
@@ -56,8 +90,7 @@ def test_speeds_and_ratios_are_taken_turn_by_turn(monkeypatch):
     seconds = {f"{name} float32": [(s,), (2 * s,), (s,), (s,), (s,)] for name, s in turns.items()}
     monkeypatch.setattr(training, "interleaved", lambda contenders, _: {name: seconds[name] for name in contenders})
     monkeypatch.setattr(training, "float32_settings", lambda _: [SHIPPED])
-    monkeypatch.setattr(training, "_BATCH", 8)
-    monkeypatch.setattr(training, "_WIDTH", 8)
+    monkeypatch.setitem(training.RECIPES, "ptb-gru-1x256", PTB._replace(width=8, batch=8))
     monkeypatch.setattr(training, "_SENTENCES", 100)
     monkeypatch.setattr(training, "_WORDS", 20)
     options = training.Options(repeats=5, dtypes="float32", rules="dsf", steps=2)
@@ -69,7 +102,7 @@ def test_speeds_and_ratios_are_taken_turn_by_turn(monkeypatch):
     assert ours["step_ms"] == {"median": 250.0, "min": 250.0, "max": 500.0}
     # Words of the sentences and one <eos> each: counted from the text, in the order of every measured epoch.
     lengths = [len(line.split()) + 1 for line in training.made_up(100, 20).splitlines()]
-    source, _, _ = training._sentences(options)
+    source, _, _ = training._text(options, PTB._replace(batch=8))
     counts = []
     for epoch in range(1, 6):
         batches = [batch for _, batch in zip(range(2), source.epoch(epoch), strict=False)]
@@ -87,13 +120,14 @@ def test_everyone_takes_the_same_steps():
     for entry in entries:
         entry.turn(source, 3)
     weights = {
-        e.name: {training._plain(name): p.detach().double() for name, p in e.model.named_parameters()} for e in entries
+        e.name: {training._ours(name): p.detach().double() for name, p in e.model.named_parameters()} for e in entries
     }
     exact, published = weights["torch.nn as shipped float32"], weights["published dsf float32"]
     for name in exact:
         assert torch.allclose(weights["statefeed bptt float32"][name], exact[name], atol=1e-5)
         assert torch.allclose(weights["statefeed dsf float32"][name], published[name], atol=1e-5)
-    assert not torch.allclose(exact["gru.weight_hh_l0"], published["gru.weight_hh_l0"], atol=1e-4)
+    name = "blocks.0.rnn.weight_hh_l0"
+    assert not torch.allclose(exact[name], published[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", ["published", "loss", "gradient"])
@@ -104,10 +138,10 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
     monkeypatch.setattr(training, "interleaved", timed)
     if wrong == "published":  # exact where dsf is meant
         _, entries = small()
-        entries[1].model.recurrence = lambda gru, x: gru(x)
-        source, _, _ = training._sentences(training.Options(smoke=True))
+        entries[1].model.blocks[0].rnn.recurrence = lambda gru, x: gru(x)
+        source, _, _ = training._text(training.Options(smoke=True), SMALL)
         with pytest.raises(training.ParityError, match=r"gradient .* of published dsf"):
-            training.check_parity(entries, next(source.epoch(0)))
+            training.check_parity(SMALL, entries, next(source.epoch(0)))
         return
     right = lm_model.LanguageModel.loss
 
@@ -139,7 +173,7 @@ def test_a_corpus_that_is_given_is_read(tmp_path):
     text = "a b c\nb c\n" * 40
     (tmp_path / "ptb.train.txt.xz").write_bytes(lzma.compress(text.encode()))
     (tmp_path / "ptb.valid.txt").write_text("a b\n")
-    source, vocabulary, told = training._sentences(training.Options(data=str(tmp_path)))
+    source, vocabulary, told = training._text(training.Options(data=str(tmp_path)), PTB)
     (batch,) = source.epoch(0)
     assert sorted(batch.lengths.tolist()) == [3] * 40 + [4] * 40
     assert told == {"corpus": "the training split in --data", "vocabulary": vocabulary}
@@ -150,6 +184,7 @@ def test_a_corpus_that_is_given_is_read(tmp_path):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"data": "no/such/folder"}, "data must be a folder"),
+        ({"data": ".", "recipe": "wikitext103-gru-3x512"}, "data is for the recipe ptb-gru-1x256"),
         ({"rules": "fast"}, "feedback must be"),
         ({"dtypes": "int8"}, "dtypes must be among"),
         ({"repeats": 4}, "repeats must be at least 5"),

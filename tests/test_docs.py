@@ -40,6 +40,16 @@ def test_every_python_block_runs(name, tmp_path, monkeypatch):
                 exec(code, namespace)
 
 
+def test_the_tables_on_scaling_are_what_its_blocks_print(capsys):
+    namespace = {}
+    for block in FENCE.finditer(TEXTS["scaling"]):
+        if block[1] == "python":
+            exec(block[2], namespace)
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in TEXTS["scaling"].splitlines() if re.match(r"\| (gru|lstm|bptt|\d)", line)]
+    assert rows == printed
+
+
 @page
 def test_every_block_says_what_it_is(name):
     assert {block[1] for block in FENCE.finditer(TEXTS[name])} <= KNOWN

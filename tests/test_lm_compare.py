@@ -300,6 +300,21 @@ def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:
     assert dsf["epochs to bptt"] == "-"
 
 
+def test_records_older_than_a_key_are_those_of_its_default() -> None:
+    new = result("dsf", 1, [50])
+    line = json.loads(results.to_line(new))
+    del line["config"]["train"]["device"], line["config"]["train"]["precision"]
+    old = results.from_line(json.dumps(line))
+    assert old == new
+    assert len(results.tasks([old, result("bptt", 1, [40])])) == 1
+
+
+def test_runs_of_different_devices_are_not_mixed() -> None:
+    one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
+    other.facts["device"] = "a GPU"
+    assert [title.partition("facts.device=")[2] for title in results.tasks([one, other])] == ["cpu", "a GPU"]
+
+
 def test_runs_of_different_recipes_are_not_mixed() -> None:
     one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
     other.config["train"]["batch"] = 7

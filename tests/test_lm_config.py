@@ -76,6 +76,8 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--model.uniform=0", "model.uniform must be a positive number, or null, got 0.0"),
         ("--model.window=0", "model.window must be at least 1, got 0"),
         ("--model.modes=0", "model.modes must be at least 1, got 0"),
+        ("--train.device=tpu", "train.device must be 'auto', 'cpu', 'cuda', got tpu"),
+        ("--train.parallel=tp", "train.parallel must be 'ddp', 'fsdp', got tp"),
         ("--train.evaluations=0", "train.evaluations must be at least 1, got 0"),
         ("--train.seed=-1", "train.seed must be at least 0 and below 2^63, got -1"),
         ("--model.layers=0", "model.layers must be at least 1, got 0"),
@@ -146,3 +148,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         for key, value in keys.items():
             assert written[section][key] == value
     assert recipe.run.dir == f"runs/{path.stem}"
+
+
+def test_alignment_needs_whole_weights() -> None:
+    with pytest.raises(UsageError, match=r"train\.parallel must be ddp, got fsdp"):
+        parsed("--train.parallel=fsdp", "--train.alignment=true")

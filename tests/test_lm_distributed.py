@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import metrics
 
+from statefeed.lm import checkpoint
 from statefeed.lm.batches import IGNORED, Batch
 from statefeed.lm.distributed import Group, part_of
 
@@ -40,24 +42,39 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def assert_same_losses(ours: Path, theirs: Path) -> None:
+def assert_same_losses(ours: Path, theirs: Path, tolerance: float = SAME_LOSS) -> None:
     a, b = metrics(ours), metrics(theirs)
     assert [(row["split"], row["step"]) for row in a] == [(row["split"], row["step"]) for row in b]
     torch.testing.assert_close(
-        torch.tensor([row["loss"] for row in a]), torch.tensor([row["loss"] for row in b]), rtol=SAME_LOSS, atol=0
+        torch.tensor([row["loss"] for row in a]), torch.tensor([row["loss"] for row in b]), rtol=tolerance, atol=0
     )
 
 
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    """Whole tensors under the same names, however they were held."""
+    for name in ("weights.safetensors", "checkpoints/step-000000026.safetensors"):
+        (a, _), (b, _) = (checkpoint.read(folder / name) for folder in (ours, theirs))
+        assert {key: (value.shape, value.dtype) for key, value in a.items()} == {
+            key: (value.shape, value.dtype) for key, value in b.items()
+        }
+
+
 SENTENCES = ["--data.tokens=word", "--data.batches=sentences", "--train.optimizer=sgd", "--train.lr=0.5"]
+FSDP = "--train.parallel=fsdp"
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        ["--model.feedback=calibrated+1", "--model.layers=1"],
-        pytest.param([*SENTENCES, "--train.batch=26"], marks=pytest.mark.slow),
+        pytest.param(["--model.feedback=calibrated+1", "--model.layers=1"], id="ddp-stream"),
+        pytest.param([*SENTENCES, "--train.batch=26"], marks=slow, id="ddp-sentences"),
+        pytest.param([FSDP, "--model.feedback=dsf@0.5/calibrated+1", "--model.cell=lstm"], id="fsdp-stream"),
+        # The last step of an epoch has one sentence: the second process holds its weights out and reads none.
+        pytest.param([FSDP, *SENTENCES, "--train.batch=40", "--train.accumulate=2"], marks=slow, id="fsdp-sentences"),
+        pytest.param([FSDP, "--model.block=prenorm", "--train.precision=bfloat16"], marks=slow, id="fsdp-bfloat16"),
+        pytest.param([FSDP, "--model.feedback=bptt", "--train.eval_batch=1"], marks=slow, id="fsdp-bptt"),
     ],
-    ids=["stream", "sentences"],
 )
 def test_two_processes_have_the_losses_of_one_and_resume_exactly(
     kind: list[str], flags: list[str], tmp_path: Path
@@ -68,9 +85,11 @@ def test_two_processes_have_the_losses_of_one_and_resume_exactly(
         "two": launch(*flags, f"--run.dir={tmp_path / 'two'}"),
     }
     for process in runs.values():
-        code, _, err = finished(process)
+        code, out, err = finished(process)
         assert code == 0, err
-    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert f" on cpu, 2 processes ({'fsdp' if FSDP in kind else 'ddp'})\n" in out
+    assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-3 if "--train.precision=bfloat16" in kind else SAME_LOSS)
+    assert_same_files(tmp_path / "two", tmp_path / "one")
 
     stopped = tmp_path / "stopped"
     process = launch(*flags, "--run.checkpoint_minutes=0", f"--run.dir={stopped}")
@@ -86,10 +105,35 @@ def test_two_processes_have_the_losses_of_one_and_resume_exactly(
     assert metrics(stopped) == metrics(tmp_path / "two")
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_dead_process_ends_the_job_with_a_sentence(rank: int, flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(flags: list[str], tmp_path: Path) -> None:
+    """One checkpoint for all: begun sharded over two, gone on in one, and the other way round."""
+    flags = [*flags, "--train.steps=26", "--run.checkpoint_minutes=0", "--run.checkpoints=99"]
+    assert finished(launch(*flags, f"--run.dir={tmp_path / 'one'}", processes=1))[0] == 0
+    assert finished(launch(*flags, FSDP, f"--run.dir={tmp_path / 'two'}"))[0] == 0
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    for begun, more, processes in (("one", [FSDP], 2), ("two", ["--train.parallel=ddp"], 1), ("two", [], 2)):
+        folder = tmp_path / f"{begun}-{processes}"
+        shutil.copytree(tmp_path / begun, folder)
+        for path in sorted((folder / "checkpoints").iterdir())[13:]:
+            path.unlink()
+        code, out, err = finished(launch("--resume", f"--run.dir={folder}", *more, processes=processes))
+        assert code == 0, err
+        assert "going on after step 13\n" in out
+        assert_same_losses(folder, tmp_path / begun)
+        assert_same_files(folder, tmp_path / begun)
+
+
+@pytest.mark.parametrize(
+    ("rank", "parallel"),
+    [pytest.param(0, "ddp", marks=slow), (1, "ddp"), pytest.param(1, "fsdp", marks=slow)],
+)
+def test_a_dead_process_ends_the_job_with_a_sentence(
+    rank: int, parallel: str, flags: list[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     more = ["--train.steps=1000000", "--train.evaluations=1", "--run.checkpoint_minutes=0"]
+    more.append(f"--train.parallel={parallel}")
     process = launch(*flags, *more, f"--run.dir={folder}")
     while len(list(folder.glob("checkpoints/step-*.safetensors"))) < 2:
         assert process.poll() is None
@@ -143,3 +187,6 @@ def test_part_of_a_batch() -> None:
     assert part.inputs.tolist() == [[1, 2], [4, 5]]
     assert part.lengths is not None
     assert part.lengths.tolist() == [1, 2]
+    nothing = part_of(batch, slice(3, 3))
+    assert nothing.inputs.tolist() == [[0], [3]]
+    assert nothing.targets.tolist() == [[IGNORED], [IGNORED]]

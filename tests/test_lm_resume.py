@@ -420,7 +420,7 @@ def test_checkpoints_hold_plain_tensors(run: Path) -> None:
     (path,) = (run / "checkpoints").iterdir()
     tensors, facts = checkpoint.read(path)
     assert {name.split(".")[0] for name in tensors} == {"model", "optimizer", "state"}
-    assert facts.keys() == {"step", "log"}
+    assert facts.keys() == {"step", "log", "scaler"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -154,3 +154,36 @@ def test_learning_rate() -> None:
         assert learning_rate(recipe, 200, 200, 0) == pytest.approx(last, rel=1e-2)
     assert learning_rate(Train(warmup=0, lr=1.0, schedule="linear"), 1, 10, 0) == 1.0
     assert learning_rate(Train(warmup=50, lr=1.0), 20, 20, 0) == 0.4
+
+
+@pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
+@pytest.mark.parametrize(
+    "mode",
+    ["default", pytest.param("reduce-overhead", marks=pytest.mark.slow)],
+)
+def test_compiled_blocks_have_the_same_losses(mode: str, flags: list[str], tmp_path: Path) -> None:
+    """Both rules of a schedule are compiled; scores and alignment are not."""
+    torch._dynamo.reset()
+    flags = [*flags, "--model.block=prenorm", "--train.alignment=true", "--train.steps=6", "--model.layers=1"]
+    flags.append("--model.feedback=dsf@0.5/gate+1")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for name, more in (("plain", []), ("compiled", [f"--train.compile={mode}"])):
+        assert cli.main(["train", *flags, *more, f"--run.dir={tmp_path / name}"]) == 0
+    assert counters["stats"]["unique_graphs"] >= 2
+    ours, theirs = (torch.tensor([row["loss"] for row in metrics(tmp_path / name)]) for name in ("compiled", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert cli.main(["train", "--resume", str(tmp_path / "compiled")]) == 0
+
+
+def test_blocks_that_cannot_be_compiled_are_one_sentence(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._dynamo.reset()
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, "--train.compile=default", f"--run.dir={folder}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("statefeed: torch.compile failed (")
+    assert f"leave train.compile out; {folder} keeps no checkpoint" in err
+    assert err.count("\n") == 1

@@ -24,6 +24,7 @@ from statefeed.bench.measure import (
     interleaved,
     matmul_rates,
     spread,
+    usual,
 )
 from statefeed.bench.options import OptionError, Shape, names, option, shapes
 from statefeed.bench.options import Options as Common
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-DTYPES = ("float32", "bfloat16")
+# By device; tf32 is float32 whose products cuBLAS and cuDNN may round to ten bits.
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16")}
 # Products of T*B rows with (H, G*H) that every method needs: forward x W_ih and h W_hh, backward dW_ih, dW_hh and dx.
 UNITS = 5
 
@@ -45,6 +47,7 @@ _CORRECTED_STEPS = 3
 # Allowed parts of the largest value: some hundred roundings; a wrong sign or step is off by a tenth and more.
 _ALLOWED = {
     "float32": {"output": 2e-5, "gradient": 2e-4},
+    "tf32": {"output": 1e-2, "gradient": 3e-2},
     "bfloat16": {"output": 4e-2, "gradient": 1e-1},
 }
 
@@ -62,7 +65,9 @@ class Options(Common):
         "64x32x256,64x128x256,512x4x256,1024x1x128",
         "steps x sequences x width, separated by commas; the input is as wide as the state",
     )
-    dtypes: str = option("float32,bfloat16", "among float32 and bfloat16 (autocast), separated by commas")
+    dtypes: str = option(
+        "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
+    )
     output: str = option(
         "layers.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
     )
@@ -70,7 +75,7 @@ class Options(Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         shapes(self.shapes)
-        names("dtypes", self.dtypes, DTYPES)
+        names("dtypes", self.dtypes, DTYPES[self.device])
         for cell in names("cells", self.cells, tuple(GATES)):
             if not rules_of(cell, self.rules):
                 raise OptionError(f"rules must hold one that an {cell} has, got {self.rules!r}: it has no gate")
@@ -168,25 +173,30 @@ class Contender(NamedTuple):
             return forward, clock(device) - start
 
 
-def contenders(case: Case, rules: Sequence[str], settings: Sequence[Setting]) -> list[Contender]:
-    """torch.nn under every setting, as shipped first; the published procedure; statefeed under every rule.
+def contenders(case: Case, rules: Sequence[str], tried: Sequence[Setting]) -> list[Contender]:
+    """torch.nn under every setting; the published procedure and statefeed under every rule, all under the first.
 
-    Where bfloat16 is allowed, torch.nn as shipped runs under autocast, and every float32 setting is a rival besides.
+    Where bfloat16 is allowed, torch.nn runs under autocast, and every float32 setting is a rival besides.
+
+    Args:
+        case: the comparison.
+        rules: of statefeed.
+        tried: settings of torch, that of everyone first.
     """
-    plain = case.layer(nn)
+    plain, first = case.layer(nn), tried[0]
     autocast = case.dtype == "bfloat16"
-    result = [Contender("torch.nn", SHIPPED.name, plain, plain, SHIPPED, autocast)]
-    for setting in settings:
+    result = [Contender("torch.nn", first.name, plain, plain, first, autocast)]
+    for setting in tried:
         if setting == NO_ONEDNN and case.cell != "lstm":
             continue  # torch.nn's RNN and GRU as shipped make no use of it
         if autocast:
             result.append(Contender("torch.nn", f"float32 {setting.name}", plain, plain, setting, False))
-        elif setting != SHIPPED:
+        elif setting != first:
             result.append(Contender("torch.nn", setting.name, plain, plain, setting, False))
-    result.append(Contender("published", "dsf", plain, lambda x: published(plain, x), SHIPPED, autocast))
+    result.append(Contender("published", "dsf", plain, lambda x: published(plain, x), first, autocast))
     for rule in rules:
         layer = case.layer(sf, feedback=rule)
-        result.append(Contender("statefeed", rule, layer, layer, SHIPPED, autocast))
+        result.append(Contender("statefeed", rule, layer, layer, first, autocast))
     return result
 
 
@@ -287,25 +297,27 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     Raises:
         ParityError: before anything is timed.
     """
-    settings = float32_settings(options.device)
     rates = matmul_rates(options.device, options.smoke)
     sizes = [Shape(5, 2, 16), Shape(7, 1, 8)] if options.smoke else shapes(options.shapes)
     cases = [
         Case(cell, shape, dtype, options.device)
         for cell in names("cells", options.cells, tuple(GATES))
-        for dtype in names("dtypes", options.dtypes, DTYPES)
+        for dtype in names("dtypes", options.dtypes, DTYPES[options.device])
         for shape in sizes
     ]
-    plans = [(case, contenders(case, rules_of(case.cell, options.rules), _rivals(case, settings))) for case in cases]
+    settings = float32_settings(options.device)
+    plans = [(case, contenders(case, rules_of(case.cell, options.rules), _tried(case, settings))) for case in cases]
     parity = [check_parity(case, entries) for case, entries in plans]
     for (case, entries), errors in zip(plans, parity, strict=True):
         for record in compare(case, entries, options.rounds, rates):
             yield {**record, "parity": errors[f"{record['implementation']} {record['variant']}"]}
 
 
-def _rivals(case: Case, settings: list[Setting]) -> list[Setting]:
-    """torch.nn's settings for a case: where bfloat16 is allowed, so is a product that computes in it."""
-    if case.dtype == "float32" or case.device != "cpu" or ONEDNN_MATMUL in settings:
+def _tried(case: Case, settings: list[Setting]) -> list[Setting]:
+    """torch.nn's settings for a case: where bfloat16 is allowed, so is a product of a CPU that computes in it."""
+    if case.device != "cpu":
+        return [usual(case.device, case.dtype)]
+    if case.dtype == "float32" or ONEDNN_MATMUL in settings:
         return settings
     return [*settings, ONEDNN_MATMUL]
 

@@ -23,6 +23,7 @@ import statefeed as sf
 Seconds = tuple[float, ...]
 
 _PRODUCTS = ((1024, 1024, 1024), (2048, 256, 768), (4096, 512, 2048))
+_GPU_PRODUCTS = (*_PRODUCTS, (8192, 4096, 4096))
 _SMOKE_PRODUCTS = ((64, 64, 64),)
 _RATE_REPEATS = 10
 # Another order of summation may double an error; a product computed in bfloat16 multiplies it by a thousand.
@@ -35,18 +36,20 @@ class ParityError(RuntimeError):
 
 
 class Setting(NamedTuple):
-    """One way for a user to set torch up for float32 work on a CPU.
+    """One way for a user to set torch up for float32 work.
 
     Attributes:
         name: as it stands in the records.
         onednn_matmul: float32 products go to oneDNN instead of the BLAS library. torch sends them there only with leave
             to compute in bfloat16, of which oneDNN makes use on some machines: see ``product_error``.
         onednn: oneDNN is used at all.
+        tf32: on a GPU, whether cuBLAS and cuDNN compute float32 products in TF32; None leaves both as they are.
     """
 
     name: str
     onednn_matmul: bool = False
     onednn: bool = True
+    tf32: bool | None = None
 
 
 SHIPPED = Setting("as shipped")
@@ -59,7 +62,11 @@ def applied(setting: Setting) -> Iterator[None]:
     """torch as the setting says; what it was is put back. ``SHIPPED`` touches nothing."""
     onednn: Any = torch.backends.mkldnn
     enabled, precision = onednn.enabled, onednn.matmul.fp32_precision
+    gpu: list[Any] = [] if setting.tf32 is None else [torch.backends.cuda.matmul, torch.backends.cudnn.rnn]
+    before = [library.fp32_precision for library in gpu]
     try:
+        for library in gpu:
+            library.fp32_precision = "tf32" if setting.tf32 else "ieee"
         if not setting.onednn:
             onednn.enabled = False
         if setting.onednn_matmul:
@@ -70,6 +77,8 @@ def applied(setting: Setting) -> Iterator[None]:
             onednn.enabled = enabled
         if setting.onednn_matmul:
             onednn.matmul.fp32_precision = precision
+        for library, was in zip(gpu, before, strict=True):
+            library.fp32_precision = was
 
 
 def product_error(setting: Setting) -> float:
@@ -81,10 +90,23 @@ def product_error(setting: Setting) -> float:
     return float((product.double() - a.double() @ b.double()).abs().max())
 
 
+def usual(device: str, dtype: str) -> Setting:
+    """What everyone runs under: torch as shipped on a CPU.
+
+    On a GPU the dtype says how float32 products are computed: exactly, but for "tf32". As shipped, torch lets cuDNN's
+    layers use TF32 and keeps other products exact.
+
+    Args:
+        device: cpu or cuda.
+        dtype: float32, tf32 or bfloat16.
+    """
+    return Setting("cuDNN", tf32=dtype == "tf32") if device == "cuda" else SHIPPED
+
+
 def float32_settings(device: str) -> list[Setting]:
-    """The settings under which a float32 product is one: ``SHIPPED`` first, others by their error against float64."""
+    """The settings under which a float32 product is one: the usual first, a CPU's others by their error in float64."""
     if device != "cpu" or not torch._C._has_mkldnn:
-        return [SHIPPED]
+        return [usual(device, "float32")]
     allowed = _STILL_FLOAT32 * product_error(SHIPPED)
     return [SHIPPED, *(s for s in (ONEDNN_MATMUL, NO_ONEDNN) if product_error(s) <= allowed)]
 
@@ -131,7 +153,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
-    """The best rate of a matrix product that this process finds on this machine, in exact float32 and in bfloat16.
+    """The best rate of a matrix product that this process finds on this machine, in exact float32 and in narrower.
 
     Args:
         device: cpu or cuda.
@@ -140,11 +162,13 @@ def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
     Returns:
         dtype -> ``gflops``, and the ``product`` (MxKxN) and ``setting`` that reached it.
     """
-    tried = [("float32", setting) for setting in float32_settings(device)] + [("bfloat16", SHIPPED)]
+    tried = [("float32", setting) for setting in float32_settings(device)]
+    tried += [(dtype, usual(device, dtype)) for dtype in ("tf32", "bfloat16") if device == "cuda" or dtype != "tf32"]
     rates: dict[str, dict[str, Any]] = {}
     for dtype, setting in tried:
-        for M, K, N in _SMOKE_PRODUCTS if smoke else _PRODUCTS:
-            a, w = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((M, K), (N, K)))
+        held = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        for M, K, N in _SMOKE_PRODUCTS if smoke else _GPU_PRODUCTS if device == "cuda" else _PRODUCTS:
+            a, w = (torch.randn(shape, device=device).to(held) for shape in ((M, K), (N, K)))
             seconds = []
             with applied(setting):
                 for _ in range(1 + _RATE_REPEATS):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from statefeed.bench.layers import GATES, Case, check_parity, contenders, rules_of
-from statefeed.bench.measure import SHIPPED, spread
+from statefeed.bench.measure import spread, usual
 from statefeed.bench.options import OptionError, Shape, names, option, shapes
 from statefeed.bench.options import Options as Common
 
@@ -75,7 +75,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     for cell in names("cells", options.cells, tuple(GATES)):
         for shape in sizes:
             case = Case(cell, shape, "float32", options.device)
-            entries = contenders(case, rules_of(cell, options.rules), [SHIPPED])
+            entries = contenders(case, rules_of(cell, options.rules), [usual(case.device, case.dtype)])
             check_parity(case, entries)
             plans.append((case, entries))
     for case, entries in plans:
@@ -124,7 +124,7 @@ def measure(task: str) -> None:
     cell, shape, dtype, device, rules, contender, threads = json.loads(task)
     torch.set_num_threads(threads)
     case = Case(cell, Shape(*shape), dtype, device)
-    entry = contenders(case, rules_of(cell, rules), [SHIPPED])[contender]
+    entry = contenders(case, rules_of(cell, rules), [usual(case.device, case.dtype)])[contender]
     entry.once(*case.data(_WARM_UP_STEPS))
     x, grad = case.data()
     gc.collect()

@@ -1,19 +1,19 @@
 """Owns ``statefeed bench training``: the trainer end to end, against the published procedure and torch.nn in its loop.
 
-The model is the smallest published one: words of Penn Treebank, a GRU of one layer and 256 units with a path around
-it, batches of 128 sentences cut at 65 tokens, Adam. Everyone has the same weights and trains on the same batches, cut
-anew in every turn. The rivals are what one writes with torch alone: sentences filled up to the longest, the recurrence
-over the filling too, and logits at all positions.
+The models are two of the published ones: on words of Penn Treebank, in sentences, a GRU of 1x256 with a path around it;
+on byte pairs of WikiText-103, in blocks, pre-norm blocks around a GRU of 3x512, whose tokens are made up here. Everyone
+has the same weights and trains on the same batches, cut anew in every turn. The rivals are what one writes with torch
+alone: sentences filled up to the longest, the recurrence over the filling too, and logits at all positions.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ import statefeed as sf
 from statefeed.bench.layers import DTYPES, rules_of
 from statefeed.bench.measure import (
     NO_ONEDNN,
-    SHIPPED,
     ParityError,
     Seconds,
     Setting,
@@ -32,36 +31,64 @@ from statefeed.bench.measure import (
     float32_settings,
     interleaved,
     spread,
+    usual,
 )
 from statefeed.bench.options import OptionError, names, option
 from statefeed.bench.options import Options as Common
 from statefeed.bench.published import published
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from rich.table import Table
 
     from statefeed.lm.batches import Batch, Source
     from statefeed.lm.model import LanguageModel
 
+
+class Recipe(NamedTuple):
+    """What the published recipe of the same name says."""
+
+    layers: int
+    width: int
+    block: Literal["plain", "prenorm"]
+    batches: Literal["sentences", "blocks"]
+    context: int
+    weight_decay: float
+    batch: int = 128
+    lr: float = 1e-3
+
+
+RECIPES = {
+    "ptb-gru-1x256": Recipe(1, 256, "plain", "sentences", context=64, weight_decay=1e-4),
+    "wikitext103-gru-3x512": Recipe(3, 512, "prenorm", "blocks", context=256, weight_decay=0.0),
+}
+
 # Words of a Penn Treebank sentence at every twentieth of all sentences, and how many words and sentences there are.
 _LENGTHS = (1, 6, 9, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 24, 26, 27, 29, 31, 34, 39, 82)
 _WORDS, _SENTENCES = 9_999, 42_068
-_BATCH, _CONTEXT, _WIDTH = 128, 64, 256
-_RATE, _DECAY = 1e-3, 1e-4
-# Allowed parts of the largest value, as for one layer; bfloat16 against float32.
-_ALLOWED = {"float32": {"loss": 1e-5, "gradient": 1e-3}, "bfloat16": {"loss": 1e-2, "gradient": 1e-1}}
+_BYTE_PAIRS, _STEPS_OF_BLOCKS = 16_000, 16
+# Allowed parts of the largest value, as for one layer; what is narrower than float32 is held against float32.
+_ALLOWED = {
+    "float32": {"loss": 1e-5, "gradient": 1e-3},
+    "tf32": {"loss": 1e-3, "gradient": 3e-2},
+    "bfloat16": {"loss": 1e-2, "gradient": 1e-1},
+}
 
 
 @dataclass(frozen=True)
 class Options(Common):
-    """Training end to end: a GRU of 1x256 on Penn Treebank."""
+    """Training end to end: a GRU of 1x256 on Penn Treebank, or of 3x512 on WikiText-103."""
 
+    recipe: Literal["ptb-gru-1x256", "wikitext103-gru-3x512"] = option("ptb-gru-1x256", "which published one")
     data: str | None = option(
-        None, "folder with the train and valid split of Penn Treebank; null makes up sentences of the same lengths"
+        None, "folder with the train and valid split of Penn Treebank; null makes up text of the recipe's kind"
     )
     rules: str = option("bptt,fused-bptt,dsf,gate+1", "feedback rules, separated by commas")
-    dtypes: str = option("float32,bfloat16", "among float32 and bfloat16 (autocast), separated by commas")
+    dtypes: str = option(
+        "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
+    )
     steps: int = option(3, "training steps of one turn")
     output: str = option(
         "training.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
@@ -69,41 +96,60 @@ class Options(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names("dtypes", self.dtypes, DTYPES)
+        names("dtypes", self.dtypes, DTYPES[self.device])
         rules_of("gru", self.rules)
         if self.steps < 1:
             raise OptionError(f"steps must be at least 1, got {self.steps}")
-        if self.device != "cpu":
-            raise OptionError(f"device must be cpu, where the trainer runs, got {self.device}")
+        if self.data is not None and self.recipe != "ptb-gru-1x256":
+            raise OptionError(
+                f"data is for the recipe ptb-gru-1x256, and {self.recipe} makes its text up: leave it out"
+            )
         if self.data is not None and not Path(self.data).is_dir():
             raise OptionError(f"data must be a folder with the splits of Penn Treebank, got {self.data!r}")
 
 
-class Published(nn.Module):
-    """The same model out of torch alone.
+Recurrence = Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]
+
+
+class Plain(nn.Module):
+    """torch's layer in the place of ours, called like it.
 
     Args:
-        model: whose weights it takes.
+        layer: of statefeed, whose weights it takes.
         recurrence: (torch.nn.GRU, inputs) -> outputs and state; of all positions.
     """
 
-    def __init__(self, model: LanguageModel, recurrence: Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]) -> None:
+    def __init__(self, layer: nn.GRU, recurrence: Recurrence) -> None:
         super().__init__()
-        vocabulary, width = model.embedding.weight.shape
-        self.embedding, self.gru = nn.Embedding(vocabulary, width), nn.GRU(width, width)
-        self.head = nn.Linear(width, vocabulary)
-        self.recurrence = recurrence
-        self.load_state_dict({_plain(name): weight for name, weight in model.state_dict().items()})
+        self.gru, self.recurrence = nn.GRU(layer.input_size, layer.hidden_size), recurrence
+        self.gru.load_state_dict(layer.state_dict())
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the targets that count, from logits at all positions."""
-        x = self.embedding(batch.inputs)
-        logits = self.head(x + self.recurrence(self.gru, x)[0])
-        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    def forward(self, x: Tensor, state: None, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """Outputs at all positions and the final state; every sequence begins anew."""
+        return self.recurrence(self.gru, x)
 
 
-def _plain(name: str) -> str:
-    return name.replace("blocks.0.rnn.", "gru.")
+def rival(model: LanguageModel, recurrence: Recurrence) -> LanguageModel:
+    """The model with torch's layers in place of ours."""
+    for block in model.blocks:
+        block.rnn = Plain(block.rnn, recurrence)  # type: ignore[arg-type]
+    return model
+
+
+def everywhere(model: LanguageModel, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the targets that count, from logits at all positions."""
+    device = model.head.weight.device
+    logits, _ = model(batch.inputs.to(device))
+    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten().to(device))
+
+
+def counted(model: LanguageModel, batch: Batch) -> Tensor:
+    """The same as the trainer computes it."""
+    return model.loss(batch).mean
+
+
+def _ours(name: str) -> str:
+    return name.replace(".rnn.gru.", ".rnn.")
 
 
 class Contender:
@@ -116,6 +162,7 @@ class Contender:
         model: with the weights that everyone has.
         loss: (model, batch) -> mean loss.
         setting: of torch while it runs.
+        recipe: of the optimizer.
     """
 
     def __init__(
@@ -123,14 +170,16 @@ class Contender:
         implementation: str,
         variant: str,
         dtype: str,
-        model: nn.Module,
-        loss: Callable[..., Tensor],
+        model: LanguageModel,
+        loss: Callable[[LanguageModel, Batch], Tensor],
         setting: Setting,
+        recipe: Recipe,
     ) -> None:
         self.implementation, self.variant, self.dtype = implementation, variant, dtype
         self.model, self.setting = model, setting
-        self._loss = loss
-        self._optimizer = torch.optim.Adam(model.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
+        self._loss, self._device = loss, model.head.weight.device.type
+        rates: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        self._optimizer = torch.optim.Adam(model.parameters(), fused=True, **rates)
         self._turns = itertools.count()
 
     @property
@@ -139,27 +188,27 @@ class Contender:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with torch.autocast(self._device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return self._loss(self.model, batch)
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss and the gradient in every parameter, under torch's names of them."""
-        loss = self.loss(batch)
-        found = torch.autograd.grad(loss, list(self.model.parameters()))
-        parameters = [_plain(name) for name, _ in self.model.named_parameters()]
+        """Loss and the gradient in every parameter, under our names of them."""
+        with applied(self.setting):
+            loss = self.loss(batch)
+            found = torch.autograd.grad(loss, list(self.model.parameters()))
+        parameters = [_ours(name) for name, _ in self.model.named_parameters()]
         return {"loss": loss.detach(), **dict(zip(parameters, found, strict=True))}
 
     def turn(self, source: Source, steps: int) -> Seconds:
         """Seconds of some steps, cutting the batches included; every turn takes those of another epoch."""
         with applied(self.setting):
-            start = clock("cpu")
+            start = clock(self._device)
             for batch in itertools.islice(source.epoch(next(self._turns)), steps):
                 loss = self.loss(batch)
                 self._optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self._optimizer.step()
-                loss.item()
-            return (clock("cpu") - start,)
+            return (clock(self._device) - start,)
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
@@ -175,14 +224,19 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         ParityError: before anything is timed.
         OptionError: when ``data`` does not hold the corpus.
     """
-    source, vocabulary, corpus = _sentences(options)
-    settings = [setting for setting in float32_settings("cpu") if setting != NO_ONEDNN]  # a GRU makes no use of it
-    dtypes = names("dtypes", options.dtypes, DTYPES)
-    rules = rules_of("gru", options.rules)
-    width = 16 if options.smoke else _WIDTH
-    entries = contenders(vocabulary, width, rules, dtypes, settings)
+    recipe = RECIPES[options.recipe]
+    if options.smoke:
+        recipe = recipe._replace(width=16, batch=8)
+    source, vocabulary, corpus = _text(options, recipe)
+    tried = {}
+    for dtype in names("dtypes", options.dtypes, DTYPES[options.device]):
+        own = [usual(options.device, dtype)]
+        if dtype == "float32":  # a GRU makes no use of oneDNN
+            own = [setting for setting in float32_settings(options.device) if setting != NO_ONEDNN]
+        tried[dtype] = own
+    entries = contenders(recipe, vocabulary, rules_of("gru", options.rules), tried, options.device)
     (batch,) = itertools.islice(source.epoch(0), 1)
-    check_parity(entries, batch)
+    check_parity(recipe, entries, batch)
     steps = min(options.steps, len(source))
     seconds = interleaved(
         {entry.name: lambda entry=entry: entry.turn(source, steps) for entry in entries},  # type: ignore[misc]
@@ -198,17 +252,18 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         baselines = _baselines(entries, total, entry.dtype)
         yield {
             "bench": "training",
+            "recipe": options.recipe,
             "implementation": entry.implementation,
             "variant": entry.variant,
             "dtype": entry.dtype,
             "kernels": _kernels(entry, batch),
             **corpus,
             "cell": "gru",
-            "layers": 1,
-            "width": width,
+            "layers": recipe.layers,
+            "width": recipe.width,
             "batch": len(batch.inputs[0]),
-            "context": _CONTEXT,
-            "device": "cpu",
+            "context": recipe.context,
+            "device": options.device,
             "repeats": options.rounds,
             "steps": steps,
             "tokens": spread(tokens),
@@ -231,70 +286,68 @@ def _baselines(entries: Sequence[Contender], total: dict[str, list[float]], dtyp
 
 
 def contenders(
-    vocabulary: int, width: int, rules: Sequence[str], dtypes: Sequence[str], settings: Sequence[Setting]
+    recipe: Recipe, vocabulary: int, rules: Sequence[str], tried: Mapping[str, Sequence[Setting]], device: str
 ) -> list[Contender]:
-    """torch.nn's exact gradient, as shipped first; the published procedure; the trainer under every rule.
+    """torch.nn's exact gradient; the published procedure; the trainer under every rule.
 
     Args:
+        recipe: of the model.
         vocabulary: V.
-        width: of embedding and state.
         rules: of the trainer.
-        dtypes: of the forward pass.
-        settings: of torch for torch.nn in float32, as shipped first.
+        tried: settings of torch.nn by dtype; the first of each is everyone's.
+        device: cpu or cuda.
     """
-    from statefeed.lm import config
-    from statefeed.lm.model import LanguageModel
 
     def model(rule: str) -> LanguageModel:
-        torch.manual_seed(0)
-        recipe = config.Model(cell="gru", feedback=rule, layers=1, width=width, block="plain")
-        return LanguageModel(recipe, vocabulary)
+        return _model(recipe, vocabulary, rule).to(device)
 
-    def plain(recurrence: Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]) -> nn.Module:
-        return Published(model("bptt"), recurrence)
-
-    def call(model: nn.Module, batch: Batch) -> Tensor:
-        loss: Tensor = model(batch)
-        return loss
-
-    def trained(model: LanguageModel, batch: Batch) -> Tensor:
-        return model.loss(batch).mean
+    def entry(
+        implementation: str, variant: str, dtype: str, model: LanguageModel, loss: Any, setting: Setting
+    ) -> Contender:
+        return Contender(implementation, variant, dtype, model.to(device), loss, setting, recipe)
 
     result = []
-    for dtype in dtypes:
-        for setting in settings if dtype == "float32" else [SHIPPED]:
-            result.append(Contender("torch.nn", setting.name, dtype, plain(lambda gru, x: gru(x)), call, setting))
-        result.append(Contender("published", "dsf", dtype, plain(published), call, SHIPPED))
-        result += [Contender("statefeed", rule, dtype, model(rule), trained, SHIPPED) for rule in rules]
+    for dtype, settings in tried.items():
+        first = settings[0]
+        for setting in settings:
+            exact = rival(model("bptt"), lambda gru, x: gru(x))
+            result.append(entry("torch.nn", setting.name, dtype, exact, everywhere, setting))
+        result.append(entry("published", "dsf", dtype, rival(model("bptt"), published), everywhere, first))
+        result += [entry("statefeed", rule, dtype, model(rule), counted, first) for rule in rules]
     return result
 
 
-def check_parity(entries: Sequence[Contender], batch: Batch) -> None:
+def _model(recipe: Recipe, vocabulary: int, rule: str) -> LanguageModel:
+    """The recipe's model, always with the same weights."""
+    from statefeed.lm import config
+    from statefeed.lm.model import LanguageModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"layers": recipe.layers, "width": recipe.width, "block": recipe.block}
+    return LanguageModel(config.Model(cell="gru", feedback=rule, **sizes), vocabulary)
+
+
+def check_parity(recipe: Recipe, entries: Sequence[Contender], batch: Batch) -> None:
     """Hold every loss against that of torch.nn, and exact gradients and those of dsf against each other, on one batch.
 
     Args:
-        entries: all contenders, torch.nn as shipped in float32 first if there is float32.
-        batch: of sentences of many lengths.
+        recipe: of the model.
+        entries: all contenders.
+        batch: as they will see it.
 
     Raises:
         ParityError: the first error above what is allowed.
     """
-    from statefeed.lm import config
-    from statefeed.lm.model import LanguageModel
-
-    first = entries[0].model
-    assert isinstance(first, Published)
-    vocabulary, width = first.embedding.weight.shape
-    torch.manual_seed(0)
-    exact = LanguageModel(config.Model(cell="gru", feedback="bptt", layers=1, width=width, block="plain"), vocabulary)
-    ways: dict[str, Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]] = {"bptt": lambda gru, x: gru(x), "dsf": published}
-    truth = {
-        rule: Contender("truth", rule, "float32", Published(exact, way), lambda m, b: m(b), SHIPPED).gradients(batch)
-        for rule, way in ways.items()
-    }
+    weight = entries[0].model.embedding.weight
+    device, vocabulary = weight.device.type, len(weight)
+    ways: dict[str, Recurrence] = {"bptt": lambda gru, x: gru(x), "dsf": published}
+    truth = {}
+    for rule, way in ways.items():
+        model = rival(_model(recipe, vocabulary, "bptt"), way).to(device)
+        setting = usual(device, "float32")
+        truth[rule] = Contender("truth", rule, "float32", model, everywhere, setting, recipe).gradients(batch)
     for entry in entries:
-        with applied(entry.setting):
-            found = entry.gradients(batch)
+        found = entry.gradients(batch)
         rule = "bptt" if entry.implementation == "torch.nn" or sf.Feedback(entry.variant).exact else entry.variant
         for name, value in truth.get(rule, {"loss": truth["bptt"]["loss"]}).items():
             error = float((found[name] - value).abs().max() / value.abs().max())
@@ -311,19 +364,25 @@ def _kernels(entry: Contender, batch: Batch) -> dict[str, str] | None:
     layer = next((module for module in entry.model.modules() if isinstance(module, sf.GRU)), None)
     if layer is None:
         return None
-    with torch.autocast("cpu", torch.bfloat16, enabled=entry.dtype == "bfloat16"):
-        said = sf.explain(layer, torch.zeros(*batch.inputs.shape, layer.input_size))
+    device = entry.model.head.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=entry.dtype == "bfloat16"):
+        said = sf.explain(layer, torch.zeros(*batch.inputs.shape, layer.input_size, device=device))
     return {"forward": said.forward, "backward": said.backward, "why": said.why}
 
 
-# The sentences -------------------------------------------------------------------------------------------------------
+# The text ------------------------------------------------------------------------------------------------------------
 
 
-def _sentences(options: Options) -> tuple[Source, int, dict[str, Any]]:
-    """The training sentences in batches, the size of their vocabulary, and what the records say of them."""
+def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
+    """The training text in batches, the size of its vocabulary, and what the records say of it."""
     from statefeed.lm import batches, config, corpora, tokens
 
-    recipe = config.Train(batch=8 if options.smoke else _BATCH, context=_CONTEXT)
+    cut = config.Train(batch=recipe.batch, context=recipe.context)
+    if recipe.batches == "blocks":
+        types = 257 if options.smoke else _BYTE_PAIRS
+        ids = _byte_pairs(types, _STEPS_OF_BLOCKS * recipe.batch * recipe.context)
+        told = "made-up byte pairs"
+        return batches.training(ids, config.Data(batches="blocks"), cut), types, {"corpus": told, "vocabulary": types}
     if options.data is None:
         data = config.Data(tokens="word", batches="sentences")
         text = made_up(200, 50) if options.smoke else made_up(_SENTENCES, _WORDS)
@@ -337,7 +396,15 @@ def _sentences(options: Options) -> tuple[Source, int, dict[str, Any]]:
         told = "the training split in --data"
     tokenizer = tokens.train(data, {"train": text})
     ids = tokenizer.encode(text)
-    return batches.training(ids, data, recipe), tokenizer.size, {"corpus": told, "vocabulary": tokenizer.size}
+    return batches.training(ids, data, cut), tokenizer.size, {"corpus": told, "vocabulary": tokenizer.size}
+
+
+def _byte_pairs(types: int, count: int) -> NDArray[np.int32]:
+    """Ids that follow Zipf's law."""
+    import numpy as np
+
+    weights = 1 / (np.arange(types) + 2.7)
+    return np.random.default_rng(0).choice(types, count, p=weights / weights.sum()).astype(np.int32)
 
 
 def made_up(sentences: int, words: int) -> str:

@@ -21,12 +21,17 @@ import statefeed as sf
 from statefeed.lm import config, tokens
 from statefeed.lm.config import Config, UsageError
 from statefeed.lm.corpora import Corpus
+from statefeed.lm.device import described
+from statefeed.lm.distributed import Group, full, like
 from statefeed.lm.evaluate import Score
 from statefeed.lm.model import LanguageModel, State
 from statefeed.lm.tokens import Tokenizer
 
 CONFIG, RECORD, TOKENIZER, WEIGHTS = "config.yaml", "record.json", "tokenizer.json", "weights.safetensors"
 METRICS, CURVES, CHECKPOINTS, BOARD = "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"
+
+# Keys of the recipe that say how a run is computed, not what: it may go on elsewhere.
+ELSEWHERE = {"device", "parallel", "compile"}
 
 
 class Broken(UsageError):
@@ -60,7 +65,9 @@ def refuse_taken(recipe: Config) -> None:
 
 
 def refuse_other(recipe: Config) -> None:
-    """Refuse to go on with the run of another recipe in the recipe's folder; where and how a run is kept may change.
+    """Refuse to go on with the run of another recipe in the recipe's folder.
+
+    Where and how a run is kept may change, and where and by how many processes it is computed.
 
     Raises:
         UsageError: naming the first key that differs.
@@ -69,7 +76,7 @@ def refuse_other(recipe: Config) -> None:
     there, here = dataclasses.asdict(config.load(folder / CONFIG)), dataclasses.asdict(recipe)
     for section in ("data", "model", "train"):
         for key, value in there[section].items():
-            if here[section][key] != value:
+            if here[section][key] != value and key not in ELSEWHERE:
                 raise UsageError(
                     f"{folder} cannot go on with another recipe: {section}.{key} is {value} there, got "
                     f"{here[section][key]}"
@@ -88,7 +95,9 @@ def refuse_other_text(folder: Path, corpus: Corpus) -> None:
             raise UsageError(f"{folder} cannot go on: the {split} split of {corpus.name} is not the text that it had")
 
 
-def create(config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int) -> None:
+def create(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int, group: Group
+) -> None:
     """Make the run folder with everything that is known before the first step."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +112,8 @@ def create(config: Config, corpus: Corpus, tokenizer: Tokenizer, model: Language
         "python": platform.python_version(),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": group.size,
+        **described(group.device),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
@@ -122,7 +133,7 @@ def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], facts: Mappin
         facts: what JSON can hold, kept with a checksum of everything in the file's metadata.
     """
     text = json.dumps(facts)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     unfinished = folder / f"{path.name}.unfinished"
     try:
         save_file(contiguous, unfinished, {"facts": text, "sha256": _digest(contiguous, text)})
@@ -188,11 +199,12 @@ class Best:
             self.step, self.epoch, self.score = facts["step"], facts["epoch"], Score(**facts["score"])
 
     def offer(self, model: LanguageModel, step: int, epoch: int, score: Score) -> None:
-        """Save the weights if they are better than those kept."""
+        """Save the weights if they are better than those kept; called by all processes."""
         if self.score is None or score.loss < self.score.loss:
+            weights = _gathered(model.state_dict(), self._writes)
             if self._writes:
                 facts = {"step": step, "epoch": epoch, "score": dataclasses.asdict(score)}
-                write(self.folder / WEIGHTS, self.folder / CHECKPOINTS, model.state_dict(), facts)
+                write(self.folder / WEIGHTS, self.folder / CHECKPOINTS, weights, facts)
             self.step, self.epoch, self.score = step, epoch, score
 
     def __str__(self) -> str:
@@ -204,59 +216,58 @@ class Best:
 class Checkpoints:
     """The last checkpoints of a run: each one file of all that the next step depends on.
 
-    Randomness and the order of the text are not in it, since they are functions of the seed and the step.
+    Randomness and the order of the text are not in it, since they are functions of the seed and the step. Sharded
+    tensors are put together: the file is the same whatever the number of processes, and fits any other.
 
     Args:
         folder: the run folder.
         recipe: how often, and how many are kept.
+        writes: whether this process is the one that writes.
     """
 
-    def __init__(self, folder: Path, recipe: config.Run) -> None:
+    def __init__(self, folder: Path, recipe: config.Run, writes: bool = True) -> None:
         self.step = 0  # of the last good one
-        self._folder, self._keep, self._seconds = (
-            folder / CHECKPOINTS,
-            recipe.checkpoints,
-            60 * recipe.checkpoint_minutes,
-        )
-        self._last = time.monotonic()
+        self._folder, self._keep, self._writes = folder / CHECKPOINTS, recipe.checkpoints, writes
+        self._seconds, self._last = 60 * recipe.checkpoint_minutes, time.monotonic()
 
     @property
     def due(self) -> bool:
         """Whether the last one is old enough for another."""
         return time.monotonic() - self._last >= self._seconds
 
-    def made(self, step: int) -> None:
-        """Take note that there is one of a step now, whichever process has written it."""
-        self.step, self._last = step, time.monotonic()
-
     def save(
         self,
         step: int,
         model: LanguageModel,
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         states: list[State] | None,
         log: dict[str, Any],
     ) -> None:
-        """Add the checkpoint of a step and remove those that are too many.
+        """Add the checkpoint of a step and remove those that are too many; called by all processes.
 
         Args:
             step: that is done.
             model: with the buffers of calibrated rules.
             optimizer: of its parameters.
+            scaler: of the loss.
             states: carried to the next step, one per block.
             log: what the log has to remember.
         """
-        tensors = {**_variables(model), **_moments(model, optimizer), **_named(states or [])}
-        write(self._path(step), self._folder, tensors, {"step": step, "log": log})
-        kept = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
-        for path in self._folder.iterdir():
-            if path not in kept:
-                path.unlink()
+        tensors = _gathered({**_variables(model), **_moments(model, optimizer), **_named(states or [])}, self._writes)
+        if self._writes:
+            facts = {"step": step, "log": log, "scaler": scaler.state_dict()}
+            write(self._path(step), self._folder, tensors, facts)
+            kept = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
+            for path in self._folder.iterdir():
+                if path not in kept:
+                    path.unlink()
+        self.step, self._last = step, time.monotonic()
 
     def load(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> tuple[list[State] | None, dict[str, Any], list[Broken]]:
-        """Put model and optimizer back to the last good checkpoint; to the beginning of the run where there is none.
+        """Put all three back to the last good checkpoint; to the beginning of the run where there is none.
 
         Returns:
             The carried states, what the log has to remember, and what is wrong with later checkpoints.
@@ -273,6 +284,8 @@ class Checkpoints:
                 continue
             try:
                 _put_back(model, optimizer, tensors)
+                if scaler.is_enabled():
+                    scaler.load_state_dict(facts["scaler"])
                 self.step = facts["step"]
                 return _states(tensors), facts["log"], broken
             except (KeyError, RuntimeError) as error:
@@ -290,6 +303,13 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         """The newest first."""
         return sorted(self._folder.glob("step-*.safetensors"), reverse=True)
+
+
+@torch.no_grad()
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors on the CPU, sharded ones put together, one after the other; nothing for who does not keep them."""
+    whole = ((name, full(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in whole if keep}
 
 
 def _variables(model: nn.Module) -> dict[str, Tensor]:
@@ -329,11 +349,13 @@ def _states(tensors: Mapping[str, Tensor]) -> list[State] | None:
 def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Copy into memory of torch's own, since results may depend on where a tensor begins."""
     for name, value in _variables(model).items():
-        value.copy_(tensors[name])
+        value.copy_(like(tensors[name], value))
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}/"
         optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)
+            key.removeprefix(prefix): like(value, parameter) if value.dim() else value.to(parameter.device, copy=True)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
         }
 
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
 from statefeed.lm.config import UsageError, require
+from statefeed.lm.device import chosen
 from statefeed.lm.endings import Diverged, Interrupted, Lost
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
@@ -121,6 +122,7 @@ def _train(arguments: Sequence[str]) -> None:
 def _run_parser(command: str) -> ArgumentParser:
     flags = ArgumentParser(prog=f"statefeed {command}", exit_on_error=False, allow_abbrev=False)
     flags.add_argument("run", help="run folder that `statefeed train` left")
+    flags.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where it runs")
     return flags
 
 
@@ -128,6 +130,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     flags = _run_parser("evaluate")
     flags.add_argument("--split", type=Literal["train", "valid", "test"], default="valid", help="what to score")
     values = config.parse(flags, arguments)
+    device = chosen(values.device, "--device")
     run = checkpoint.load(Path(values.run))
     corpus = corpora.read(run.config.data)
     if values.split not in corpus.splits:
@@ -140,7 +143,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
     ids = cache.encode(run.tokenizer, corpus.splits[values.split])
     source = batches.scoring(ids, run.config.data, run.config.train)
-    print(f"{values.split}: {score(run.model, source, corpus.sizes[values.split])}")
+    print(f"{values.split}: {score(run.model.to(device), source, corpus.sizes[values.split])}")
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -159,6 +162,7 @@ def _generate(arguments: Sequence[str]) -> None:
     require(values.top_k is None or values.top_k >= 1, "--top-k must be at least 1", values.top_k)
     require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
     require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
+    device = chosen(values.device, "--device")
     run = checkpoint.load(Path(values.run))
     outside = run.tokenizer.unknown(values.prompt)
     if outside is not None:
@@ -167,7 +171,7 @@ def _generate(arguments: Sequence[str]) -> None:
     ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
     require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
     following = generate(
-        run.model,
+        run.model.to(device),
         ids,
         temperature=values.temperature,
         top_k=values.top_k,

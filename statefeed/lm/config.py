@@ -171,8 +171,20 @@ class Train:
     loss: Literal["mean", "window"] = option(
         "mean", "what is minimised: nats per token, or nats summed over the tokens of a sequence, mean over sequences"
     )
-    precision: Literal["float32", "bfloat16"] = option(
-        "float32", "of the products in training, weights and scores being float32; bfloat16 is torch's autocast"
+    precision: Literal["float32", "bfloat16", "float16"] = option(
+        "float32",
+        "of the products in training, weights and scores being float32; the others are torch's autocast, float16 with "
+        "a scaled loss and on a GPU only",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where it runs; auto is cuda where there is one, else cpu")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp",
+        "what each process of torchrun holds: ddp all weights; fsdp its part of weights, gradients and optimizer state",
+    )
+    compile: Literal["default", "reduce-overhead"] | None = option(
+        None,
+        "mode of torch.compile for the blocks in training; reduce-overhead replays CUDA graphs where shapes stay the "
+        "same; null leaves them as they are",
     )
     optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or plain gradient descent")
     lr: float = option(3e-3, "largest learning rate")
@@ -217,6 +229,11 @@ class Train:
         require(self.decay_every >= 1, "train.decay_every must be at least 1", self.decay_every)
         require(self.clip is None or self.clip > 0, "train.clip must be positive, or null for no limit", self.clip)
         require(self.evaluations >= 1, "train.evaluations must be at least 1", self.evaluations)
+        require(
+            self.parallel == "ddp" or not self.alignment,
+            "train.alignment compares gradients of whole weights: train.parallel must be ddp",
+            self.parallel,
+        )
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def told(kept: Callable[[], str], again: str = "") -> Iterator[None]:
         again: the third, left out where the same would happen again.
 
     Raises:
-        UsageError: in place of an error of the system, such as a full disk, and of memory that cannot be had.
+        UsageError: in place of an error of the system, such as a full disk, of memory that cannot be had, and of blocks
+            that torch.compile cannot compile.
         Diverged, Lost, KeyboardInterrupt: with the other parts added.
     """
     try:
@@ -87,6 +88,10 @@ def told(kept: Callable[[], str], again: str = "") -> Iterator[None]:
         sentence = f"{error.filename or 'the system'}: {error.strerror or error}; {kept()}{again}"
         raise UsageError(sentence) from error
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            why = " ".join(str(error).partition("\n\n")[0].split())
+            sentence = f"torch.compile failed ({why}): leave train.compile out; {kept()}"
+            raise UsageError(sentence) from error
         if not _memory(error):
             raise
         advice = "lower train.batch or train.context, or raise train.accumulate"

@@ -8,6 +8,7 @@ import torch
 
 from statefeed.lm.batches import Source
 from statefeed.lm.config import require
+from statefeed.lm.distributed import Group, part_of
 from statefeed.lm.model import LanguageModel
 
 
@@ -60,25 +61,31 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, source: Source, size: int) -> Score:
+def score(model: LanguageModel, source: Source, size: int, group: Group | None = None) -> Score:
     """Predict every target of a split.
 
     Args:
         model: in any mode; it is left in the mode that it came in.
         source: of `batches.scoring`.
         size: bytes of the split's text.
+        group: the processes that share the sequences and all get the score; None for this one alone.
 
     Raises:
         UsageError: when there is no target.
+        Lost: when another process is gone.
     """
+    group = group or Group()
     require(len(source) > 0, "a split must have at least 2 tokens to be scored", source.tokens)
     started = time.perf_counter()
     training = model.training
     model.eval()
-    total, count, states = 0.0, 0, None
+    total, count, states = torch.zeros((), dtype=torch.float64), 0, None
     for batch in source.epoch(0):
-        nats, counted, states = model.loss(batch, states)
-        total += float(nats)
-        count += counted
+        (part,) = group.columns(batch.inputs.shape[1], 1)
+        if group.takes(part):
+            with group.peers():
+                nats, counted, states = model.loss(part_of(batch, part), states)
+            total, count = total.to(nats.device) + nats, count + counted
     model.train(training)
-    return Score(total / count, count, source.tokens / size, time.perf_counter() - started)
+    nats, tokens = group.total(float(total), float(count))
+    return Score(nats / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)

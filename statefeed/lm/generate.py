@@ -22,7 +22,7 @@ def generate(
     """Sample tokens without end.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, on any device; tokens are drawn on the CPU.
         prompt: ids that are read first; at least one.
         temperature: logits are divided by it; below 1 is safer, above 1 wilder.
         top_k: sample from the k likeliest tokens only.
@@ -34,19 +34,19 @@ def generate(
     Yields:
         One id after the other; however many came before, each costs O(1), under attention O(window).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), model.head.weight.device
     begin, end = sentence or (-1, -1)
     if begin in prompt:
         prompt = prompt[len(prompt) - 1 - list(reversed(prompt)).index(begin) :]
-    logits, states = model(torch.tensor(prompt).unsqueeze(1))
+    logits, states = model(torch.tensor(prompt, device=device).unsqueeze(1))
     while True:
-        probabilities = _distribution(logits[-1, 0] / temperature, top_k, top_p)
+        probabilities = _distribution(logits[-1, 0].cpu() / temperature, top_k, top_p)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield int(token)
         if int(token) == end:
-            logits, states = model(torch.tensor([[begin]]))
+            logits, states = model(torch.tensor([[begin]], device=device))
         else:
-            logits, states = model(token.unsqueeze(1), states)
+            logits, states = model(token.unsqueeze(1).to(device), states)
 
 
 def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

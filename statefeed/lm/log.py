@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -24,6 +24,8 @@ from statefeed.lm.evaluate import Score, perplexity
 TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
 PHASES = ("data", "forward", "backward", "optimiser")  # of a step
 
+Mark: TypeAlias = Any  # a point in time: seconds, or on a GPU an event in the order of its work
+
 
 class Log:
     """The record of one run, used as a context; rows are written as they come and survive whatever follows.
@@ -33,6 +35,7 @@ class Log:
         steps: how many optimizer steps there will be.
         memory: of the log of a run that goes on, empty where it goes on from its beginning: rows behind it are dropped.
         tensorboard: folder of the same metrics for TensorBoard.
+        device: that the steps run on.
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class Log:
         steps: int,
         memory: Mapping[str, Any] | None = None,
         tensorboard: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        self._gpu = device is not None and device.type == "cuda"
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
         self._steps = steps
         self._every = max(1, steps // TRAIN_ROWS)
@@ -55,6 +60,7 @@ class Log:
         self._losses: list[Tensor | float] = list(memory["losses"])  # of the steps since the last row
         self._tokens: int = memory["tokens"]
         self._laps: dict[str, float] = dict(memory["laps"])
+        self._marks: list[tuple[str, Mark, Mark]] = []  # of laps that are not added up yet
         self._before: float = memory["seconds"]
         if path:
             self._file.truncate(memory["bytes"])
@@ -81,8 +87,8 @@ class Log:
 
     def __enter__(self) -> "Log":
         self._bar.start()
-        self._lap = time.perf_counter()
-        self._started = self._lap - self._before
+        self._lap = self._mark()
+        self._started = time.perf_counter() - self._before
         return self
 
     def __exit__(
@@ -98,11 +104,30 @@ class Log:
         self._bar.console.print(line, markup=False)
 
     def lap(self, phase: str | None) -> None:
-        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""
-        now = time.perf_counter()
+        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score.
+
+        A GPU works behind the calls: its own time is taken, between events in its queue, and no step waits for it.
+        """
+        now = self._mark()
         if phase is not None:
-            self._laps[phase] += now - self._lap
+            self._marks.append((phase, self._lap, now))
         self._lap = now
+
+    def _mark(self) -> Mark:
+        if not self._gpu:
+            return time.perf_counter()
+        event: Mark = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _timed(self) -> dict[str, float]:
+        """Seconds of every phase since the last row."""
+        if self._gpu and self._marks:
+            self._marks[-1][-1].synchronize()
+        for phase, start, stop in self._marks:
+            self._laps[phase] += 1e-3 * start.elapsed_time(stop) if self._gpu else stop - start
+        self._marks = []
+        return self._laps
 
     def step(self, step: int, epoch: int, loss: Tensor | float, tokens: int) -> None:
         """Take note of one optimizer step; every few of them make one row, with their mean loss.
@@ -119,7 +144,7 @@ class Log:
         self._losses.append(loss)
         self._tokens += tokens
         if step % self._every == 0 or step == self._steps:
-            losses, laps = self._checked(step), self._laps
+            losses, laps = self._checked(step), self._timed()
             self._loss = sum(losses) / len(losses)
             self._speed = self._tokens / max(sum(laps.values()), 1e-9)
             ms = {f"{phase}_ms": round(1e3 * seconds / len(losses), 3) for phase, seconds in laps.items()}
@@ -162,7 +187,7 @@ class Log:
             "seconds": time.perf_counter() - self._started,
             "losses": losses,
             "tokens": self._tokens,
-            "laps": self._laps,
+            "laps": self._timed(),
         }
 
     def _checked(self, step: int) -> list[float]:
@@ -175,13 +200,23 @@ class Log:
     def _row(self, step: int, epoch: int, split: str, loss: float, speed: float, **more: float) -> None:
         row = {"step": step, "epoch": epoch, "split": split, "loss": loss, "perplexity": perplexity(loss), **more}
         seconds = time.perf_counter() - self._started
-        row |= {"tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "peak_bytes": _peak_bytes()}
+        row |= {"tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "peak_bytes": self._peak_bytes()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._curves[split].append((step, loss))
         if self._board is not None:
             for key in row.keys() - {"step", "split"}:
                 self._board.add_scalar(f"{split}/{key}", row[key], step)
+
+    def _peak_bytes(self) -> int | None:
+        """The most memory that this process has held, where the system tells: that of the GPU where one is used."""
+        if self._gpu:
+            return torch.cuda.max_memory_allocated()
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def draw(self, path: Path) -> None:
         """Draw the losses over the steps."""
@@ -198,17 +233,6 @@ class Log:
 def _check(loss: float, step: int) -> None:
     if not math.isfinite(perplexity(loss)):
         raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that this process has held, where the system tells: that of the GPU where one is used."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def board_writer() -> Any:

@@ -11,6 +11,7 @@ import statefeed as sf
 from statefeed.lm import baselines, config, head
 from statefeed.lm.batches import IGNORED, Batch
 from statefeed.lm.config import UsageError
+from statefeed.lm.device import sent
 
 State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B, .)
 
@@ -145,16 +146,18 @@ class LanguageModel(nn.Module):
         """The cross-entropy of a batch; head and loss see the targets that count and nothing else.
 
         Args:
-            batch: of any source.
+            batch: of any source, on the CPU: what counts is found there, so that nobody waits for a GPU.
             states: as for `forward`; a fresh batch begins without them.
         """
-        x, states = self._read(batch.inputs, None if batch.fresh else states, batch.lengths)
         targets = batch.targets.flatten()
         counted = (targets != IGNORED).nonzero().squeeze(1)
+        device = self.head.weight.device
+        x, states = self._read(sent(batch.inputs, device), None if batch.fresh else states, batch.lengths)
         rows = x.flatten(0, 1)
         if len(counted) < len(targets):
-            rows, targets = rows.index_select(0, counted), targets.index_select(0, counted)
-        return Loss(head.nats(rows, self.head.weight, self.head.bias, targets), len(counted), states)
+            rows, targets = rows.index_select(0, sent(counted, device)), targets.index_select(0, counted)
+        nats = head.nats(rows, self.head.weight, self.head.bias, sent(targets, device))
+        return Loss(nats, len(counted), states)
 
     def _read(self, tokens: Tensor, states: list[State] | None, lengths: Tensor | None) -> tuple[Tensor, list[State]]:
         """What the head sees, (T, B, H), and the states after the last token."""

@@ -46,9 +46,9 @@ class Result:
     test: float | None
 
     def get(self, key: str) -> Any:
-        """The value of section.key in the recipe, None where the recipe is older than the key."""
+        """The value of section.key in the recipe."""
         section, _, name = key.partition(".")
-        return self.config[section].get(name)
+        return self.config[section][name]
 
     @property
     def rule(self) -> str:
@@ -154,12 +154,15 @@ def _places(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Callable[[
 
 
 def from_line(line: str) -> Result:
-    """The result that one line of a comparison's records holds.
+    """The result that one line of a comparison's records holds; keys younger than the line have their defaults.
 
     Raises:
         TypeError, ValueError: when it is none.
     """
-    return Result(**json.loads(line))
+    result = Result(**json.loads(line))
+    defaults = dataclasses.asdict(config.Config())
+    recipe = {section: {**keys, **result.config.get(section, {})} for section, keys in defaults.items()}
+    return dataclasses.replace(result, config=recipe)
 
 
 def to_line(result: Result) -> str:
@@ -187,7 +190,8 @@ def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results by what they have in common but for rule, rate and seed, each task under a title that tells it."""
 
     def rest(result: Result) -> dict[str, Any]:
-        return {"facts.corpus": result.facts.get("corpus"), **without(result, *VARIED)}
+        facts = {"facts.corpus": result.facts.get("corpus"), "facts.device": result.facts.get("device", "cpu")}
+        return {**facts, **without(result, *VARIED)}
 
     titled: dict[str, list[Result]] = {}
     for same in split(results, _title).values():

@@ -4,6 +4,7 @@ import math
 import shlex
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from statefeed.lm.batches import IGNORED, Batch, Source
 from statefeed.lm.checkpoint import Best, Checkpoints
 from statefeed.lm.config import Config, Train, UsageError, require
 from statefeed.lm.corpora import Corpus
-from statefeed.lm.distributed import Group, part_of
+from statefeed.lm.device import described, narrowed, sent
+from statefeed.lm.distributed import Group, finite, part_of
 from statefeed.lm.endings import Diverged, Interrupted, Signals, told
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
@@ -42,6 +44,7 @@ class Task:
     steps: int
     model: LanguageModel
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -59,33 +62,36 @@ def train(config: Config, resume: bool = False) -> None:
         KeyboardInterrupt: when a signal ends it.
     """
     folder = Path(config.run.dir)
-    with Group.join() as group:
+    with Group.join(config.train) as group:
         with told(lambda: "training had not begun"):
             resume = resume and (folder / checkpoint.CONFIG).exists()
             (checkpoint.refuse_other if resume else checkpoint.refuse_taken)(config)
             task = prepare(config, resume, group)
             group.wait()  # until all have seen what the folder holds
             if not resume and group.rank == 0:
-                checkpoint.create(config, task.corpus, task.tokenizer, task.model, len(task.source))
-            best, checkpoints = Best(folder, writes=group.rank == 0), Checkpoints(folder, config.run)
-            states, memory, broken = checkpoints.load(task.model, task.optimizer) if resume else (None, None, [])
+                checkpoint.create(config, task.corpus, task.tokenizer, task.model, len(task.source), group)
+            writes = group.rank == 0
+            best, checkpoints = Best(folder, writes), Checkpoints(folder, config.run, writes)
+            states, memory, broken = None, None, list[checkpoint.Broken]()
+            if resume:
+                states, memory, broken = checkpoints.load(task.model, task.optimizer, task.scaler)
         path, board = folder / checkpoint.METRICS, folder / checkpoint.BOARD if config.run.tensorboard else None
         again = f"; go on with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
         with (
             told(lambda: f"{folder} keeps {checkpoints} and {best}", again),
-            Log(path if group.rank == 0 else None, task.steps, memory, board) as log,
+            Log(path if writes else None, task.steps, memory, board, group.device) as log,
         ):
             for sentence in broken:
                 log.say(f"{sentence}; going on from {checkpoints}")
-            log.say(_opening(task, config.train))
+            log.say(_opening(task, config.train, group))
             if resume:
                 log.say(f"going on after step {checkpoints.step:,}")
             try:
                 optimise(task, config, log, best, checkpoints, group, states)
-                if group.rank == 0:
-                    report(task, config, log, best)
+                if writes:
+                    report(task, config, log, best, group.device)
             finally:
-                if group.rank == 0:
+                if writes:
                     log.draw(folder / checkpoint.CURVES)
 
 
@@ -109,6 +115,7 @@ def prepare(config: Config, resume: bool, group: Group) -> Task:
     )
     if config.run.tensorboard:
         board_writer()
+    narrowed(recipe.precision, group.device)
     corpus = corpora.read(config.data)
     if resume:
         checkpoint.refuse_other_text(folder, corpus)
@@ -130,9 +137,15 @@ def prepare(config: Config, resume: bool, group: Group) -> Task:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config.model, tokenizer.size)
     _refuse_rules(model, config)
+    group.place(model)
+    if recipe.compile is not None:
+        torch._dynamo.config.allow_rnn = True
+        for block in model.blocks:
+            block.compile(mode=recipe.compile)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
     optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return Task(corpus, tokenizer, ids, source, valid, steps, model, optimizer)
+    scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "float16")
+    return Task(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
 
 
 def optimise(
@@ -155,9 +168,10 @@ def optimise(
         group: the processes of the job.
         states: carried from the last checkpoint.
     """
-    recipe, model, optimizer, source, steps = config.train, task.model, task.optimizer, task.source, task.steps
+    recipe, source, steps = config.train, task.source, task.steps
+    model, optimizer, scaler = task.model, task.optimizer, task.scaler
     rules, carries = sf.Schedule(config.model.feedback), config.data.batches == "stream"
-    narrow = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    narrow = narrowed(recipe.precision, group.device)
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     first = checkpoints.step + 1
     parts = group.columns(recipe.batch, recipe.accumulate)
@@ -166,30 +180,38 @@ def optimise(
         log.lap(None)
         for step, batch in zip(range(first, steps + 1), _batches(source, first), strict=False):
             epoch, columns = (step - 1) // len(source), batch.inputs.shape[1]
-            kept, counted = _draw(recipe, step, columns, group.rank), int((batch.targets != IGNORED).sum())
+            kept = sent(_draw(recipe, step, columns, group.rank), group.device)
+            counted = int((batch.targets != IGNORED).sum())
             share = counted if recipe.loss == "mean" else columns
             rules.apply(model, (step - 1) / steps)
             optimizer.zero_grad()
-            nats: Tensor | float = torch.zeros(())
+            nats = torch.zeros((), device=group.device)
             log.lap("data")
             for i, part in enumerate(group.columns(columns, recipe.accumulate)):
-                if part.start < part.stop:
-                    with narrow:
-                        cost = model.loss(part_of(batch, part), before[i])
-                    log.lap("forward")
-                    (cost.nats / share).backward()  # type: ignore[no-untyped-call]
+                if group.takes(part):
+                    if recipe.compile is not None:
+                        torch.compiler.cudagraph_mark_step_begin()
+                    with group.peers():
+                        with narrow:
+                            cost = model.loss(part_of(batch, part), before[i])
+                        log.lap("forward")
+                        scaler.scale(cost.nats / share).backward()  # type: ignore[no-untyped-call]
                     nats += cost.nats.detach()
                     before[i] = carried(cost.states, kept[part]) if carries else None
                     log.lap("backward")
-            nats, stop, save = group.sum(model, nats, signals.caught is not None, checkpoints.due)
+            nats = group.sum(model, nats)
+            stop, save = (bool(of) for of in group.total(signals.caught is not None, checkpoints.due))
+            scaler.unscale_(optimizer)
             if recipe.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps, epoch)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             log.lap("optimiser")
             log.step(step, epoch + 1, nats / counted, counted)
             if step in scored:
-                _score(task, recipe, log, best, step, epoch + 1)
+                with _uncompiled(recipe):
+                    _score(task, recipe, log, best, group, step, epoch + 1)
             if stop or save or step == steps:
                 _save(task, log, checkpoints, group, step, before)
             if stop and step < steps:
@@ -197,10 +219,11 @@ def optimise(
             log.lap(None)
 
 
-def report(task: Task, config: Config, log: Log, best: checkpoint.Best) -> None:
+def report(task: Task, config: Config, log: Log, best: checkpoint.Best, device: torch.device) -> None:
     """Score the best weights on the test split, where there is one, and show a sample of theirs."""
-    model = task.model.eval()
+    model = LanguageModel(config.model, task.tokenizer.size).eval()  # whole, where the one in training is sharded
     checkpoint.load_weights(model, best.folder)
+    model.to(device)
     if "test" in task.ids:
         source = batches.scoring(task.ids["test"], config.data, config.train)
         test = score(model, source, task.corpus.sizes["test"])
@@ -265,16 +288,22 @@ def _draw(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
     return torch.from_numpy(generator.random((columns, 1)) >= recipe.restart)
 
 
-def _score(task: Task, recipe: Train, log: Log, best: Best, step: int, epoch: int) -> None:
+def _score(task: Task, recipe: Train, log: Log, best: Best, group: Group, step: int, epoch: int) -> None:
     """Score the validation split, keep the weights if they are the best, compare their gradient with the exact one."""
-    valid = score(task.model, task.valid, task.corpus.sizes["valid"])
+    valid = score(task.model, task.valid, task.corpus.sizes["valid"], group)
     log.score(step, epoch, "valid", valid)
     best.offer(task.model, step, epoch, valid)
     if recipe.alignment:
-        fixed = next(task.source.epoch(0))
+        first = next(task.source.epoch(0))
+        fixed = part_of(first, Group().columns(first.inputs.shape[1], recipe.accumulate)[0])
         found = agreement(task.model, lambda model, batch: model.loss(batch).mean, fixed)
         if found is not None:
             log.align(step, epoch, found, int((fixed.targets != IGNORED).sum()))
+
+
+def _uncompiled(recipe: Train) -> AbstractContextManager[object]:
+    """Blocks as they are: scores and exact gradients come with other shapes and rules than training."""
+    return nullcontext() if recipe.compile is None else torch.compiler.set_stance("force_eager")
 
 
 def _save(
@@ -286,13 +315,12 @@ def _save(
         Diverged: when it has.
     """
     memory = log.memory(step)
-    if not all(bool(parameter.isfinite().all()) for parameter in task.model.parameters()):
+    if not finite(task.model, group):
         raise Diverged(f"training diverged (weights after step {step:,}): lower train.lr or change model.feedback")
     held = [state for state in states if state is not None]
-    whole = group.whole(held) if held else None
-    if group.rank == 0:
-        checkpoints.save(step, task.model, task.optimizer, whole, memory)
-    checkpoints.made(step)
+    with group.peers():
+        whole = group.whole(held) if held else None
+        checkpoints.save(step, task.model, task.optimizer, task.scaler, whole, memory)
 
 
 def _refuse_rules(model: LanguageModel, config: Config) -> None:
@@ -309,11 +337,13 @@ def _refuse_rules(model: LanguageModel, config: Config) -> None:
         raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
 
 
-def _opening(task: Task, recipe: Train) -> str:
-    """What is trained on what, in one line."""
+def _opening(task: Task, recipe: Train, group: Group) -> str:
+    """What is trained on what and where, in one line."""
+    processes = f", {group.size} processes ({recipe.parallel})" if group.size > 1 else ""
     amounts = ", ".join(f"{len(found):,} {split}" for split, found in task.ids.items())
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return (
         f"{task.corpus.name}: {amounts} tokens of {task.tokenizer.size:,} types; {parameters:,} parameters; "
-        f"{task.steps:,} steps of {recipe.batch} x {recipe.context} tokens"
+        f"{task.steps:,} steps of {recipe.batch} x {recipe.context} tokens on {described(group.device)['device']}"
+        f"{processes}"
     )
