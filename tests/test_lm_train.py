@@ -157,10 +157,8 @@ def test_learning_rate() -> None:
 
 
 @pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
-@pytest.mark.parametrize(
-    "mode",
-    ["default", pytest.param("reduce-overhead", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_blocks_have_the_same_losses(mode: str, flags: list[str], tmp_path: Path) -> None:
     """Both rules of a schedule are compiled; scores and alignment are not."""
     torch._dynamo.reset()

@@ -87,5 +87,5 @@ def score(model: LanguageModel, source: Source, size: int, group: Group | None =
                 nats, counted, states = model.loss(part_of(batch, part), states)
             total, count = total.to(nats.device) + nats, count + counted
     model.train(training)
-    nats, tokens = group.total(float(total), float(count))
-    return Score(nats / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)
+    loss, tokens = group.total(float(total), float(count))
+    return Score(loss / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)

@@ -116,7 +116,7 @@ class Log:
     def _mark(self) -> Mark:
         if not self._gpu:
             return time.perf_counter()
-        event: Mark = torch.cuda.Event(enable_timing=True)
+        event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

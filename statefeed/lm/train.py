@@ -190,7 +190,7 @@ def optimise(
             for i, part in enumerate(group.columns(columns, recipe.accumulate)):
                 if group.takes(part):
                     if recipe.compile is not None:
-                        torch.compiler.cudagraph_mark_step_begin()
+                        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                     with group.peers():
                         with narrow:
                             cost = model.loss(part_of(batch, part), before[i])
