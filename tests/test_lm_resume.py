@@ -442,6 +442,9 @@ def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for now, due in ((0.0, False), (119.0, False), (120.0, True)):
         clock[0] = now
         assert checkpoints.due == due
-    checkpoints.made(5)
+    (tmp_path / "checkpoints").mkdir()
+    model = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.Adam(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    checkpoints.save(5, model, optimizer, scaler, None, {})  # type: ignore[arg-type]
     assert not checkpoints.due
     assert str(checkpoints) == "the checkpoint of step 5"
