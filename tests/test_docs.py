@@ -217,7 +217,7 @@ def test_benchmarks_become_one_table_a_machine(measured, tmp_path, capsys):
 MACHINE = {"machine": {"cpu": "a CPU", "gpu": None}, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5}
 
 
-def test_training_end_to_end_is_one_table_a_machine(measured, tmp_path):
+def test_training_end_to_end_is_one_table_a_machine_and_recipe(measured, tmp_path):
     record = {"bench": "training", "corpus": "sentences", "dtype": "float32", **MACHINE}
     lines = [
         {"implementation": "torch.nn", "variant": "as shipped", "tokens_per_s": {"median": 1000.0}},
@@ -226,9 +226,12 @@ def test_training_end_to_end_is_one_table_a_machine(measured, tmp_path):
     ratios = [{"torch.nn at its best": {"median": r}, "published float32": {"median": 2 * r}} for r in (1.0, 2.5)]
     lines = [{**record, **line, "times_faster_than": r} for line, r in zip(lines, ratios, strict=True)]
     trial = {**lines[0], "repeats": 1}
-    (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, trial]))
+    other = {**lines[1], "recipe": "another", "corpus": "blocks", "tokens_per_s": {"median": 7.0}}
+    (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, trial, other]))
     text = measured.page(tmp_path)
-    assert "a CPU, 2 threads, torch 2.13; sentences." in text
+    assert "a CPU, 2 threads, torch 2.13; ptb-gru-1x256, sentences." in text
+    assert text.index("torch 2.13; another, blocks.") > text.index("| 2,500 | ")
+    assert "7 tokens" not in measured.summary(tmp_path)
     assert text.count("| float32 | torch.nn, as shipped | 1,000 | 2.00 | 1.00 |") == 1
     assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
 
