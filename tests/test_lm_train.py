@@ -30,6 +30,8 @@ def test_a_run_leaves_its_configuration_record_tokenizer_metrics_weights_and_cur
     record = json.loads((run / "record.json").read_text())
     assert {len(split["sha256"]) for split in record["splits"].values()} == {64}
     assert record["threads"] == torch.get_num_threads()
+    here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert record["commit"] == (here.stdout.strip() or None)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

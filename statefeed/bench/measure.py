@@ -9,16 +9,15 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 import statefeed as sf
+from statefeed.lm import origin
 
 Seconds = tuple[float, ...]
 
@@ -190,10 +189,14 @@ def circumstances(arguments: Sequence[str], device: str) -> dict[str, Any]:
     """
     return {
         "command": f"statefeed bench {shlex.join(arguments)}",
-        **_commit(),
+        **origin.commit(),
         "machine": {
-            "cpu": _cpu("model name") or platform.processor() or platform.machine(),
-            "flags": [flag for flag in _FLAGS if flag in (_cpu("flags") or _cpu("Features") or "").split()],
+            "cpu": origin.processor(),
+            "flags": [
+                flag
+                for flag in _FLAGS
+                if flag in (origin.described("flags") or origin.described("Features") or "").split()
+            ],
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
             "system": platform.system(),
@@ -208,29 +211,3 @@ def circumstances(arguments: Sequence[str], device: str) -> dict[str, Any]:
 def _flushes_denormals() -> bool:
     """Whether this thread flushes them, as the user has left it."""
     return not bool(torch.tensor([1e-30]) * torch.tensor([1e-10]))
-
-
-def _cpu(key: str) -> str | None:
-    """One line of Linux' description of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), None)
-
-
-def _commit() -> dict[str, Any]:
-    """The commit that the package is checked out from and whether it was changed since; None outside a checkout."""
-    package = Path(sf.__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
-            return {"commit": None, "dirty": None}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}

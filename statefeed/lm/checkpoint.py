@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import statefeed as sf
-from statefeed.lm import config, tokens
+from statefeed.lm import config, origin, tokens
 from statefeed.lm.config import Config, UsageError
 from statefeed.lm.corpora import Corpus
 from statefeed.lm.device import described
@@ -110,7 +110,8 @@ def create(
         "statefeed": sf.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": platform.platform(),
+        **origin.commit(),
+        "machine": f"{origin.processor()}, {os.cpu_count()} cores, {platform.system()}",
         "threads": torch.get_num_threads(),
         "processes": group.size,
         **described(group.device),
