@@ -143,7 +143,8 @@ def prepare(config: Config, resume: bool, group: Group) -> Task:
         for block in model.blocks:
             block.compile(mode=recipe.compile)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
-    optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD takes no sharded weights
+    optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "float16")
     return Task(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
 
