@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.recurrence import Calibration, refuse_second_derivative
+from statefeed.recurrence import NO_SECOND_DERIVATIVE, Calibration
 from statefeed.scan import diagonal_scan
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -180,7 +180,8 @@ class _Custom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        if torch.is_grad_enabled():  # which it is here where, and only where, create_graph=True asks for another
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
         x, *saved = ctx.saved_tensors
         states, initial, parameters = saved[: ctx.count], saved[ctx.count : 2 * ctx.count], saved[2 * ctx.count :]
         T, B = x.shape[:2]

@@ -111,10 +111,10 @@ def recurrence(
     """
     if not len(x):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    y, *final = _Recurrence.apply(  # type: ignore[no-untyped-call]
+    y, *rest = _Recurrence.apply(  # type: ignore[no-untyped-call]
         cell, feedback, calibration, batch_sizes, len(state), x, *state, *weights
     )
-    return y, tuple(final)
+    return y, tuple(rest[: len(state)])
 
 
 class _Done(NamedTuple):
@@ -129,19 +129,29 @@ class _Done(NamedTuple):
     needs_x: bool
 
 
-def refuse_second_derivative() -> None:
-    """Autograd keeps gradients on in a backward pass where, and only where, create_graph=True asks for another."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as "
-            'for a gradient penalty): set feedback to "bptt"'
-        )
+class _How(NamedTuple):
+    """Everything besides tensors that a forward pass hands to its backward."""
+
+    cell: Cell
+    feedback: Feedback
+    calibration: Calibration | None
+    states: int
+    fused: bool
+    tapes: int
+    autocast: tuple[torch.dtype, bool]
+
+
+NO_SECOND_DERIVATIVE = (
+    "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
+    'gradient penalty): set feedback to "bptt"'
+)
 
 
 class _Recurrence(torch.autograd.Function):
+    """In torch.func's form: what the backward pass needs of the forward is an output of it, without a gradient."""
+
     @staticmethod
     def forward(
-        ctx: Any,
         cell: Cell,
         feedback: Feedback,
         calibration: Calibration | None,
@@ -150,38 +160,83 @@ class _Recurrence(torch.autograd.Function):
         x: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
-        ctx.fused = why_not_fused(x, *rest) is None
-        tape: tuple[Tensor | None, ...] = ()
-        if ctx.fused:
-            y, final, tape = layer.forward(cell.name, *_wide(x, rest, states), batch_sizes, rounded=ctx.autocast[1])
-        else:
+        if why_not_fused(x, *rest) is not None:
             y, final = _forward(cell, x, rest[:states], list(rest[states:]), batch_sizes)
-        ctx.cell, ctx.feedback, ctx.calibration, ctx.states = cell, feedback, calibration, states
-        ctx.save_for_backward(batch_sizes, x, y, *rest, *tape)
-        if ctx.fused and ctx.autocast[1] and cell is not GRU:
+            return y, *final
+        rounded = torch.is_autocast_enabled(x.device.type)
+        y, final, tape = layer.forward(cell.name, *_wide(x, rest, states), batch_sizes, rounded=rounded)
+        kept = tuple(part for part in tape if part is not None)
+        if rounded and cell is not GRU:
             # What torch's layers return under autocast: its GRU alone stays in float32.
-            return y.bfloat16(), *(s.bfloat16() for s in final)
-        return y, *final
+            return y.bfloat16(), *(s.bfloat16() for s in final), *kept, y
+        return y, *final, *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cell, feedback, calibration, batch_sizes, states, x, *rest = inputs
+        kept = output[1 + states :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        fused = why_not_fused(x, *rest) is None
+        autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
+        narrowed = fused and autocast[1] and cell is not GRU
+        y, tape = (kept[-1], kept[:-1]) if narrowed else (output[0], kept)
+        ctx.how = _How(cell, feedback, calibration, states, fused, len(tape), autocast)
+        ctx.save_for_backward(batch_sizes, x, y, *rest, *tape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, x, y, *rest = ctx.saved_tensors
+        states = ctx.how.states
+        known = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *rest[:states]), strict=False)]
+        needs_x = ctx.needs_input_grad[5]
+        # torch.compile takes no second derivative at all, and traces no function within a backward pass.
+        run = _gradients if torch.compiler.is_compiling() else _Gradients.apply
+        found = run(ctx.how, needs_x, batch_sizes, x, y, *known, *rest)
+        return None, None, None, None, None, *found
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise RuntimeError(
+            "torch.func.vmap cannot run through a recurrent layer, torch.nn's own included: put what it maps over into "
+            "the batch, or loop over it"
+        )
+
+
+class _Gradients(torch.autograd.Function):
+    """``_gradients`` as a function of its own: only what differentiates it again is refused, not torch.func.grad."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        batch_sizes, x, y, *rest = ctx.saved_tensors
-        tape = layer.Tape(rest.pop(-2), rest.pop(-1)) if ctx.fused else None
-        rule = (ctx.cell, ctx.feedback, ctx.calibration)
-        needs_x = ctx.needs_input_grad[5]
-        fits = ctx.calibration is not None and bool(y.numel()) and ctx.calibration.due
-        if tape is not None and not fits:
-            wide_grads = tuple(g.to(y.dtype) for g in grads)
-            done = _Done(*_wide(x, rest, ctx.states), y, wide_grads, batch_sizes, needs_x)
-            found = _fused_backward(*rule, done, tape, rounded=ctx.autocast[1])
-        else:
-            done = _Done(x, tuple(rest[: ctx.states]), rest[ctx.states :], y, grads, batch_sizes, needs_x)
-            with torch.autocast(x.device.type, *ctx.autocast):
-                found = _backward(*rule, done, fits)
-        d_x = None if found.x is None else found.x.to(x.dtype)
-        return None, None, None, None, None, d_x, *found.state, *found.weights
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def _gradients(
+    how: _How, needs_x: bool, batch_sizes: Tensor | None, x: Tensor, y: Tensor, *tensors: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Those of x, the state and the weights; ``tensors`` are those of the outputs, then what entered, then the tape."""
+    grads, rest = tensors[: 1 + how.states], tensors[1 + how.states :]
+    given, kept = rest[: len(rest) - how.tapes], rest[len(rest) - how.tapes :]
+    fits = how.calibration is not None and bool(y.numel()) and how.calibration.due
+    rule = (how.cell, how.feedback, how.calibration)
+    if how.fused and not fits:
+        wide_grads = tuple(g.to(y.dtype) for g in grads)
+        tape = layer.Tape(*kept) if kept else layer.Tape(None, None)
+        done = _Done(*_wide(x, given, how.states), y, wide_grads, batch_sizes, needs_x)
+        found = _fused_backward(*rule, done, tape, rounded=how.autocast[1])
+    else:
+        done = _Done(x, given[: how.states], list(given[how.states :]), y, grads, batch_sizes, needs_x)
+        with torch.autocast(x.device.type, *how.autocast):
+            found = _backward(*rule, done, fits)
+    return None if found.x is None else found.x.to(x.dtype), *found.state, *found.weights
 
 
 def why_not_fused(x: Tensor, *rest: Tensor) -> str | None:

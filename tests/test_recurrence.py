@@ -451,8 +451,10 @@ def test_a_second_derivative_is_refused_and_not_silently_wrong(cell):
     made = layer(cell, "dsf")
     x = problem(cell, 4)[0].requires_grad_()
     y, _ = made(x)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    for wanted in (x, made.weight_hh_l0):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(first.square().sum(), wanted, retain_graph=True)
 
 
 def test_an_initial_state_that_needs_a_gradient_without_corrections_is_warned_of():

@@ -245,6 +245,24 @@ def test_a_compiled_model_follows_a_rule_that_changes(x):
             torch.testing.assert_close(found, expected)
 
 
+# Torch's own, while it traces and where the graph breaks.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute")
+def test_a_fitted_rule_is_compiled_around_its_exact_passes(x):
+    model = Model("fitted", rnn=False, dropout=0.0).double()
+    other = copy.deepcopy(model)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):  # the first is exact
+            found, expected = (
+                torch.autograd.grad(call(x.double()).square().sum(), list(module.parameters()))
+                for call, module in ((compiled, model), (other, other))
+            )
+            torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(list(model.buffers()), list(other.buffers()))
+    assert model.gru.diagonal.any()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
 def test_inductor_compiles_the_same(x):
@@ -312,11 +330,49 @@ def test_a_second_derivative_is_refused_in_a_sentence(layer, power):
     layer.feedback = "dsf"
     y, _ = layer(x)
     with pytest.raises(RuntimeError, match=r"^a feedback rule has no second derivative[^\n]+$"):
-        torch.autograd.grad((y**power).sum(), x, create_graph=True)
+        torch.autograd.grad((y**power).sum(), x, create_graph=True)[0].square().sum().backward()
     layer.feedback = "bptt"
     (first,) = torch.autograd.grad((layer(x)[0] ** power).sum(), x, create_graph=True)
     first.square().sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "gate+1", "jacobian", "fitted"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_torch_func_takes_the_gradient_of_the_rule(cell, rule, dtype):
+    """In bfloat16 through PyTorch, else through the fused kernels where there are any."""
+    torch.manual_seed(0)
+    layer = CELLS[cell](3, 5, 2, bidirectional=True, feedback="dsf" if cell == "rnn" and rule == "gate+1" else rule)
+    layer = layer.to(dtype)
+    x, other = torch.randn(6, 2, 3, dtype=dtype), copy.deepcopy(layer)
+
+    def loss(parameters, x):
+        y, final = torch.func.functional_call(layer, parameters, (x,))
+        return y.square().sum() + (final[-1] if cell == "lstm" else final).sum()
+
+    parameters = dict(layer.named_parameters())
+    found, d_x = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    leaf = x.clone().requires_grad_()
+    y, final = other(leaf)
+    (y.square().sum() + (final[-1] if cell == "lstm" else final).sum()).backward()
+    expected = {name: p.grad for name, p in other.named_parameters()}
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(d_x, leaf.grad)
+    torch.testing.assert_close(list(layer.buffers()), list(other.buffers()))
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_torch_func_is_refused_a_second_derivative_and_a_map_over_samples():
+    layer, x = sf.GRU(3, 5, feedback="dsf"), torch.randn(4, 2, 3)
+
+    def loss(x):
+        return layer(x)[0].square().sum()
+
+    with pytest.raises(RuntimeError, match=r"^a feedback rule has no second derivative[^\n]+$"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
+    with pytest.raises(RuntimeError, match=r"^torch.func.vmap cannot run through a recurrent layer[^\n]+$"):
+        torch.func.vmap(torch.func.grad(loss))(x[None])
 
 
 class Streams(torch.utils.data.Dataset):
