@@ -17,6 +17,10 @@ from statefeed.lm import checkpoint, cli, config
 from statefeed.lm.config import Train
 from statefeed.lm.train import learning_rate
 
+INDUCTOR = pytest.mark.filterwarnings(
+    *(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User"))
+)  # its own
+
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -158,7 +162,7 @@ def test_learning_rate() -> None:
     assert learning_rate(Train(warmup=50, lr=1.0), 20, 20, 0) == 0.4
 
 
-@pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
+@INDUCTOR
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_blocks_have_the_same_losses(mode: str, flags: list[str], tmp_path: Path) -> None:
@@ -176,6 +180,7 @@ def test_compiled_blocks_have_the_same_losses(mode: str, flags: list[str], tmp_p
     assert cli.main(["train", "--resume", str(tmp_path / "compiled")]) == 0
 
 
+@INDUCTOR
 def test_blocks_that_cannot_be_compiled_are_one_sentence(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
