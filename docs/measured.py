@@ -6,6 +6,7 @@ rate and seed alone are compared with one another. Nothing is copied by hand: wi
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -68,10 +69,11 @@ def title(setting, differing):
     corpus = setting["facts.corpus"] or setting["data.corpus"]
     s = {key.partition(".")[2]: value for key, value in setting.items()}
     length = f"{s['steps']} steps" if s.get("steps") else f"{s['epochs']} epochs"
+    threads = f"{s['threads']} thread{'s' if s['threads'] != 1 else ''}"
     more = "".join(f", {key}={setting.get(key)}" for key in differing)
     return (
         f"**{corpus}, {s['tokens']} tokens, {s['cell']} {s['layers']}x{s['width']}**, {length}, {s['batch']} x "
-        f"{s['context']} tokens a step; {s['threads']} threads, {s['machine']}, torch {s['torch']}{more}."
+        f"{s['context']} tokens a step; {threads}, {s['machine']}, torch {s['torch']}{more}."
     )
 
 
@@ -80,25 +82,35 @@ def table(head, body):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def frontier(runs):
-    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step."""
+def frontier(runs, turns):
+    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
+
+    Times are those of ``turns``, which the benchmark took of the rules in one process. Where it has not measured this
+    recipe they are those of the runs, made one after the other.
+    """
     by_rule = defaultdict(list)
     rates = defaultdict(set)
     for rule, rate, _, _ in runs:
         rates[rule].add(rate)
     for rule, rate, perplexity, ms in runs:
-        by_rule[f"`{rule}`" + (f" at {rate:g}" if len(rates[rule]) > 1 else "")].append((perplexity, ms))
+        name = f"`{rule}`" + (f" at {rate:g}" if len(rates[rule]) > 1 else "")
+        by_rule[name].append((perplexity, turns.get(rule) if turns else ms))
     points = {
-        rule: (statistics.mean(p for p, _ in found), statistics.median(ms for _, ms in found))
+        rule: (statistics.mean(p for p, _ in found), statistics.median(ms for _, ms in found) if found[0][1] else None)
         for rule, found in by_rule.items()
     }
+    timed = [point for point in points.values() if point[1] is not None]
     body = []
-    for rule, (perplexity, ms) in sorted(points.items(), key=lambda item: item[1][1]):
-        beaten = any(p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in points.values())
+    for rule, (perplexity, ms) in sorted(points.items(), key=lambda item: (item[1][1] or math.inf, item[1][0])):
         every = [p for p, _ in by_rule[rule]]
         spread = f"{perplexity:.1f}" + (f" ({min(every):.1f} to {max(every):.1f})" if len(every) > 1 else "")
-        body.append([rule, str(len(every)), spread, f"{ms:.1f}", "" if beaten else "yes"])
-    return table(["rule", "seeds", "best validation perplexity", "ms per step", "on the frontier"], body)
+        time, place = "", ""
+        if ms is not None:
+            beaten = any(p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in timed)
+            time, place = f"{ms:.1f}", "" if beaten else "yes"
+        body.append([rule, str(len(every)), spread, time, place])
+    head = "ms per step, in turns" if turns else "ms per step, run after run"
+    return table(["rule", "seeds", "best validation perplexity", head, "on the frontier"], body)
 
 
 def training(results):
@@ -109,10 +121,28 @@ def training(results):
     settings = [json.loads(key) for key in groups]
     keys = sorted({key for found in settings for key in found})
     differing = [key for key in keys if len({json.dumps(found.get(key)) for found in settings}) > 1]
+    times = in_turns(results)
     return "".join(
-        f"{title(found, differing)}\n\n{frontier(runs)}\n"
+        f"{title(found, differing)}\n\n{frontier(runs, times[_timed(found)])}\n"
         for found, runs in zip(settings, groups.values(), strict=True)
     )
+
+
+def in_turns(results):
+    """Milliseconds of a step by rule, by what they depend on: measured by `statefeed bench training`."""
+    found = defaultdict(dict)
+    for records in measurements(results, "training").values():
+        for r in records:
+            if r["implementation"] == "statefeed":
+                key = *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")), r["threads"]
+                found[key][r["variant"]] = r["step_ms"]["median"]
+    return found
+
+
+def _timed(setting):
+    model = [setting[f"model.{key}"] for key in ("cell", "layers", "width")]
+    precision = setting.get("train.precision", "float32")
+    return *model, setting["train.batch"], setting["train.context"], precision, setting["facts.threads"]
 
 
 def measurements(results, bench):

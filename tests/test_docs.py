@@ -181,6 +181,25 @@ def test_the_frontier_is_what_no_rule_beats_in_both(measured, tmp_path):
     assert "| `0.5` | 1 | 120.0 | 100.0 |  |" in lines
 
 
+def test_times_taken_in_turns_stand_above_those_of_the_runs(measured, tmp_path):
+    leave_run(tmp_path / "a", "bptt", 1, 100.0, 10_000)
+    leave_run(tmp_path / "b", "dsf", 1, 90.0, 5_000)
+    leave_run(tmp_path / "c", "gate", 1, 80.0, 5_000)
+    (tmp_path / "a" / "record.json").write_text(json.dumps({"threads": 2}))
+    (tmp_path / "b" / "record.json").write_text(json.dumps({"threads": 2}))
+    (tmp_path / "c" / "record.json").write_text(json.dumps({"threads": 2}))
+    recipe = {"cell": "gru", "layers": 1, "width": 8, "batch": 10, "context": 100, "dtype": "float32", "recipe": "r"}
+    record = {**MACHINE, **recipe, "bench": "training", "implementation": "statefeed", "corpus": "words"}
+    figures = {"tokens_per_s": {"median": 1}, "times_faster_than": {}}
+    times = {"bptt": 70.0, "dsf": 30.0}
+    lines = [{**record, **figures, "variant": rule, "step_ms": {"median": ms}} for rule, ms in times.items()]
+    (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = measured.page(tmp_path).splitlines()
+    assert "| `bptt` | 1 | 100.0 | 70.0 |  |" in lines
+    assert "| `dsf` | 1 | 90.0 | 30.0 | yes |" in lines
+    assert "| `gate` | 1 | 80.0 |  |  |" in lines
+
+
 def test_runs_of_other_settings_are_not_compared(measured, tmp_path):
     leave_run(tmp_path / "a", "bptt", 1, 100.0, 10_000)
     leave_run(tmp_path / "b", "dsf", 1, 90.0, 20_000, width=9)
