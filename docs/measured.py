@@ -6,7 +6,6 @@ rate and seed alone are compared with one another. Nothing is copied by hand: wi
 """
 
 import json
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +22,7 @@ def rows(path):
 
 
 def results_in(folder):
-    """Every training run under a folder as (config, facts, best validation perplexity, ms per step).
+    """Every training run under a folder as (config, facts, best validation perplexity).
 
     They are run folders, and lines of the records that `statefeed compare` writes.
     """
@@ -34,23 +33,16 @@ def results_in(folder):
             config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
             record = path.parent / "record.json"
             facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-            train = [row for row in lines if row["split"] == "train"]
             valid = [row["perplexity"] for row in lines if row["split"] == "valid"]
-            if train and valid:
-                speed = statistics.median(row["tokens_per_s"] for row in train)
-                found[json.dumps([config, facts])] = config, facts, min(valid), step_ms(config, speed)
+            if valid:
+                found[json.dumps([config, facts])] = config, facts, min(valid)
         else:
             for line in lines:
                 if line.get("outcome") == "finished" and line["valid"]:
                     best = min(row["perplexity"] for row in line["valid"])
-                    ms = sum(line["ms"].values()) or step_ms(line["config"], line["tokens_per_s"])
                     config, facts = line["config"], line["facts"]
-                    found[json.dumps([config, facts])] = config, facts, best, ms  # its folder may be there too: once
+                    found[json.dumps([config, facts])] = config, facts, best  # its folder may be there too: once
     return list(found.values())
-
-
-def step_ms(config, tokens_per_s):
-    return 1e3 * config["train"]["batch"] * config["train"]["context"] / tokens_per_s
 
 
 def setting(config, facts):
@@ -82,50 +74,49 @@ def table(head, body):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def frontier(runs, turns):
+def frontier(runs, times):
     """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
 
-    Times are those of ``turns``, which the benchmark took of the rules in one process. Where it has not measured this
-    recipe they are those of the runs, made one after the other.
+    Times are those that the benchmark took of the rules in turns; runs made one after the other tell none.
     """
     by_rule = defaultdict(list)
     rates = defaultdict(set)
-    for rule, rate, _, _ in runs:
+    for rule, rate, _ in runs:
         rates[rule].add(rate)
-    for rule, rate, perplexity, ms in runs:
-        name = f"`{rule}`" + (f" at {rate:g}" if len(rates[rule]) > 1 else "")
-        by_rule[name].append((perplexity, turns.get(rule) if turns else ms))
-    points = {
-        rule: (statistics.mean(p for p, _ in found), statistics.median(ms for _, ms in found) if found[0][1] else None)
-        for rule, found in by_rule.items()
-    }
-    timed = [point for point in points.values() if point[1] is not None]
+    for rule, rate, perplexity in runs:
+        by_rule[rule, f" at {rate:g}" if len(rates[rule]) > 1 else ""].append(perplexity)
+    points = {key: (statistics.mean(found), times.get(key[0])) for key, found in by_rule.items()}
     body = []
-    for rule, (perplexity, ms) in sorted(points.items(), key=lambda item: (item[1][1] or math.inf, item[1][0])):
-        every = [p for p, _ in by_rule[rule]]
+    for (rule, rate), (perplexity, ms) in sorted(points.items(), key=lambda item: item[1][0]):
+        every = by_rule[rule, rate]
         spread = f"{perplexity:.1f}" + (f" ({min(every):.1f} to {max(every):.1f})" if len(every) > 1 else "")
-        time, place = "", ""
-        if ms is not None:
-            beaten = any(p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in timed)
-            time, place = f"{ms:.1f}", "" if beaten else "yes"
-        body.append([rule, str(len(every)), spread, time, place])
-    head = "ms per step, in turns" if turns else "ms per step, run after run"
-    return table(["rule", "seeds", "best validation perplexity", head, "on the frontier"], body)
+        row = [f"`{rule}`{rate}", str(len(every)), spread]
+        if times:
+            beaten = ms is None or any(
+                m is not None and p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in points.values()
+            )
+            row += ["" if ms is None else f"{ms:.0f}", "" if beaten else "yes"]
+        body.append(row)
+    head = ["rule", "seeds", "best validation perplexity"]
+    return table([*head, "ms per step", "on the frontier"] if times else head, body)
 
 
 def training(results):
     groups = defaultdict(list)
-    for config, facts, perplexity, ms in results_in(results):
+    for config, facts, perplexity in results_in(results):
         key = json.dumps(setting(config, facts), sort_keys=True)
-        groups[key].append((str(config["model"]["feedback"]), config["train"]["lr"], perplexity, ms))
-    settings = [json.loads(key) for key in groups]
-    keys = sorted({key for found in settings for key in found})
-    differing = [key for key in keys if len({json.dumps(found.get(key)) for found in settings}) > 1]
-    times = in_turns(results)
-    return "".join(
-        f"{title(found, differing)}\n\n{frontier(runs, times[_timed(found)])}\n"
-        for found, runs in zip(settings, groups.values(), strict=True)
-    )
+        groups[key].append((str(config["model"]["feedback"]), config["train"]["lr"], perplexity))
+    titled = defaultdict(list)
+    for key in groups:
+        titled[title(json.loads(key), [])].append(json.loads(key))
+    times, text = in_turns(results), ""
+    for alike in titled.values():
+        keys = sorted({key for found in alike for key in found})
+        differing = [key for key in keys if len({json.dumps(found.get(key)) for found in alike}) > 1]
+        for found in alike:
+            runs = groups[json.dumps(found, sort_keys=True)]
+            text += f"{title(found, differing)}\n\n{frontier(runs, times[_timed(found)])}\n"
+    return text
 
 
 def in_turns(results):
@@ -227,7 +218,7 @@ def page(results):
     return "\n\n".join(
         [
             "<!-- Written by docs/measured.py from results/; do not edit. -->",
-            "Validation perplexity against time per step, by rule. "
+            "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "A rule is on the frontier where no other is both faster and better.",
             training(results).rstrip("\n") or "No records yet.",
             "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
