@@ -119,7 +119,9 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden
     reason = (
-        '"bptt" means torch\'s own autograd' if rule.diagonal == "bptt" else why_not_fused(data, *layer.parameters())
+        '"bptt" means torch\'s own autograd'
+        if rule.diagonal == "bptt"
+        else why_not_fused(data, *layer.parameters(), exact=rule.exact)
     )
     if rule.exact and reason is not None:
         path = "torch.nn's own path"
@@ -128,7 +130,12 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
     kept = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     waiting = T if rule.exact else 1 + rule.corrections
-    if reason is None:
+    if reason is None and data.is_cuda:
+        forward = "torch's layer without autograd, through cuDNN"
+        back = f"fused kernels ({kernels.described('cuda')}), the gates computed anew"
+        backward += (inputs + hidden) if G > 1 else 0
+        why = f"everything is {data.dtype} on the GPU; where that is float32, {_precision()}"
+    elif reason is None:
         forward = back = f"fused kernels ({kernels.described()})"
         kept += rows * H * _TAPE[layer.mode] * directions * layer.num_layers
         why = f"everything is {data.dtype} on the {data.device.type}" + (
@@ -190,3 +197,10 @@ def _clock(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _precision() -> str:
+    """What torch is set to; nothing here sets it."""
+    rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    chosen = {"cuDNN": rnn, "other products": torch.backends.cuda.matmul.fp32_precision}
+    return ", ".join(f"{'TF32' if set_to == 'tf32' else 'float32'} in {where}" for where, set_to in chosen.items())

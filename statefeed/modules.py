@@ -188,7 +188,7 @@ class _WithFeedback(nn.RNNBase):
 
     def _exact_through_torch(self, input: Tensor | PackedSequence) -> bool:
         rule, x = self._feedback, input.data if isinstance(input, PackedSequence) else input
-        fused = rule.diagonal == "fused-bptt" and why_not_fused(x, *self.parameters()) is None
+        fused = rule.diagonal == "fused-bptt" and why_not_fused(x, *self.parameters(), exact=True) is None
         return rule.exact and not fused
 
     def _forward_pieces(

@@ -136,7 +136,7 @@ class _How(NamedTuple):
     feedback: Feedback
     calibration: Calibration | None
     states: int
-    fused: bool
+    fused: str | None
     tapes: int
     autocast: tuple[torch.dtype, bool]
 
@@ -160,7 +160,7 @@ class _Recurrence(torch.autograd.Function):
         x: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        if why_not_fused(x, *rest) is not None:
+        if fused_on(x, *rest) != "cpu":
             y, final = _forward(cell, x, rest[:states], list(rest[states:]), batch_sizes)
             return y, *final
         rounded = torch.is_autocast_enabled(x.device.type)
@@ -177,9 +177,9 @@ class _Recurrence(torch.autograd.Function):
         kept = output[1 + states :]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        fused = why_not_fused(x, *rest) is None
+        fused = fused_on(x, *rest)
         autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
-        narrowed = fused and autocast[1] and cell is not GRU
+        narrowed = fused == "cpu" and autocast[1] and cell is not GRU
         y, tape = (kept[-1], kept[:-1]) if narrowed else (output[0], kept)
         ctx.how = _How(cell, feedback, calibration, states, fused, len(tape), autocast)
         ctx.save_for_backward(batch_sizes, x, y, *rest, *tape)
@@ -227,31 +227,42 @@ def _gradients(
     given, kept = rest[: len(rest) - how.tapes], rest[len(rest) - how.tapes :]
     fits = how.calibration is not None and bool(y.numel()) and how.calibration.due
     rule = (how.cell, how.feedback, how.calibration)
-    if how.fused and not fits:
+    if how.fused == "cpu" and not fits:
         wide_grads = tuple(g.to(y.dtype) for g in grads)
         tape = layer.Tape(*kept) if kept else layer.Tape(None, None)
         done = _Done(*_wide(x, given, how.states), y, wide_grads, batch_sizes, needs_x)
         found = _fused_backward(*rule, done, tape, rounded=how.autocast[1])
     else:
         done = _Done(x, given[: how.states], list(given[how.states :]), y, grads, batch_sizes, needs_x)
-        with torch.autocast(x.device.type, *how.autocast):
-            found = _backward(*rule, done, fits)
+        through_triton = how.fused == "cuda" and not fits
+        # The GPU kernels compute in the dtype of y, which is what autocast made it.
+        with torch.autocast(x.device.type, how.autocast[0], how.autocast[1] and not through_triton):
+            found = _triton_backward(*rule, done) if through_triton else _backward(*rule, done, fits)
     return None if found.x is None else found.x.to(x.dtype), *found.state, *found.weights
 
 
-def why_not_fused(x: Tensor, *rest: Tensor) -> str | None:
+def fused_on(x: Tensor, *rest: Tensor) -> str | None:
+    """The device whose fused kernels take a layer over this input, these states and weights; None if none do."""
+    return x.device.type if why_not_fused(x, *rest) is None else None
+
+
+def why_not_fused(x: Tensor, *rest: Tensor, exact: bool = False) -> str | None:
     """Why a layer over this input, these states and weights runs through torch; None if the fused kernels take it."""
-    if x.device.type != "cpu":
-        return f"there is no fused kernel for {x.device.type}"
+    device = x.device.type
     dtypes = {t.dtype for t in rest}
-    if torch.is_autocast_enabled("cpu"):
+    if device not in ("cpu", "cuda"):
+        return f"there is no fused kernel for {device}"
+    if device == "cuda":
+        if exact:
+            return "on a GPU exact BPTT is torch's own, through cuDNN"
+    elif torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return f"under autocast the fused kernels take bfloat16, got {torch.get_autocast_dtype('cpu')}"
         if not {x.dtype, *dtypes} <= {torch.float32, torch.bfloat16} or rest[-1].dtype != torch.float32:
             return f"under autocast the fused kernels take float32 weights, got {sorted(map(str, dtypes))}"
     elif x.dtype not in (torch.float32, torch.float64) or dtypes != {x.dtype}:
         return f"the fused kernels take float32 or float64 throughout, got {sorted(map(str, {x.dtype, *dtypes}))}"
-    reason: str | None = kernels.unavailable()
+    reason: str | None = kernels.unavailable(device)
     return reason
 
 
@@ -265,16 +276,36 @@ def _fused_backward(
     cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done, tape: layer.Tape, rounded: bool
 ) -> layer.Gradients:
     x, state, weights, y, grads, batch_sizes, needs_x = done
-    D: Any = feedback.stationary(len(state) * y.shape[-1], y.dtype, y.device)
-    if calibration is not None:
-        D = calibration.diagonal
-        if y.numel():
-            D = calibration.after(lambda: layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes))
-    elif D is None:
-        D = "bptt" if feedback.exact else feedback.diagonal
+
+    def mean_jacobian() -> Tensor:
+        return layer.mean_jacobian(cell.name, tape, y, state, weights[1], batch_sizes)
+
+    D = _fused_diagonal(feedback, calibration, done, mean_jacobian)
     return layer.backward(
         cell.name, tape, x, y, state, weights, grads, D, feedback.corrections, batch_sizes, needs_x, rounded
     )
+
+
+def _triton_backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done) -> layer.Gradients:
+    from statefeed.kernels.triton import layer as triton
+
+    x, state, weights, y, grads, batch_sizes, needs_x = done
+    tape = triton.tape(cell.name, x, y, state, weights, batch_sizes)
+    D = _fused_diagonal(feedback, calibration, done, lambda: triton.mean_jacobian(cell.name, tape, y, weights[1]))
+    return triton.backward(cell.name, tape, x, y, state, weights, grads, D, feedback.corrections, needs_x)
+
+
+def _fused_diagonal(
+    feedback: Feedback, calibration: Calibration | None, done: _Done, mean_jacobian: Callable[[], Tensor]
+) -> Any:
+    """D as the fused kernels take it: (S,), or the name of a rule that makes it row by row."""
+    if calibration is not None:
+        return calibration.after(mean_jacobian) if done.y.numel() else calibration.diagonal
+    if feedback.exact:
+        return "bptt"
+    y = done.y
+    D = feedback.stationary(len(done.state) * y.shape[-1], torch.promote_types(y.dtype, torch.float32), y.device)
+    return feedback.diagonal if D is None else D
 
 
 def _forward(

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import statefeed as sf
 from statefeed import kernels
@@ -33,6 +34,20 @@ def test_the_reason_is_named() -> None:
     assert "torch" in said.why
     assert said.backward_steps == 2 * T
     assert said.kept_bytes is None
+
+
+def test_an_input_on_a_gpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with FakeTensorMode():
+        x = torch.zeros(T, B, I, device="cuda")
+    said = sf.explain(sf.GRU(I, H, feedback="gate+1"), x)
+    assert "cuDNN" in said.forward
+    assert "Triton" in said.backward
+    assert "TF32 in cuDNN, float32 in other products" in said.why
+    unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
+    assert said.backward_flops == 3 * unit_input + 3 * unit_hidden
+    assert said.kept_bytes == 4 * T * B * (I + H)
+    assert "cuDNN" in sf.explain(sf.GRU(I, H, feedback="fused-bptt"), x).why
 
 
 def test_packed_and_batch_first_inputs_count_their_rows() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statefeed import kernels
 from statefeed.scan import fft, prefix, sequential
 
 METHODS = {"sequential": sequential.scan, "prefix": prefix.scan, "fft": fft.scan}
@@ -38,7 +39,8 @@ def diagonal_scan(
               precision. With diagonals up to and including 1 and T up to 65,536, inputs of unit variance in float32,
               its largest error was no larger than that of the prefix sum (``tests/test_scan.py`` holds it to that).
             - ``"auto"``: ``"prefix"`` for every diagonal. An output's error then depends only on the steps it is made
-              of, and it was the fastest of the three at every length measured (``statefeed bench scan``).
+              of, and it was the fastest of the three at every length measured (``statefeed bench scan``). On a CUDA
+              device real inputs go through one Triton kernel: a loop over time within chunks that run side by side.
 
     Returns:
         y, the shape of x, dtype the promotion of all arguments. bfloat16 and float16 are accumulated in float32.
@@ -62,18 +64,14 @@ def diagonal_scan(
         dtype = torch.promote_types(dtype, initial.dtype)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     start = None if initial is None else initial.to(wide)
-    chosen = "prefix" if method == "auto" else method
-    y: Tensor = _Scan.apply(x.to(wide), a.to(wide), start, reverse, chosen)  # type: ignore[no-untyped-call]
+    y: Tensor = _Scan.apply(x.to(wide), a.to(wide), start, reverse, method)  # type: ignore[no-untyped-call]
     return y.to(dtype)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: str) -> Tensor:
-        if reverse:
-            y = METHODS[method](x.flip(0), a if a.dim() == 1 else a.flip(0), initial).flip(0)
-        else:
-            y = METHODS[method](x, a, initial)
+        y = _solve(x, a, initial, reverse, method)
         ctx.save_for_backward(a, initial, y)
         ctx.reverse, ctx.method = reverse, method
         return y
@@ -96,6 +94,18 @@ class _Scan(torch.autograd.Function):
                 torch.zeros_like(initial) if not len(y) else (conj if a.dim() == 1 else conj[first]) * grad_x[first]
             )
         return grad_x, grad_a, grad_initial, None, None
+
+
+def _solve(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: str) -> Tensor:
+    if method == "auto":
+        if x.is_cuda and not x.is_complex() and kernels.available("cuda"):
+            from statefeed.kernels.triton import scan as triton
+
+            return triton.scan(x, a, initial, reverse)
+        method = "prefix"
+    if not reverse:
+        return METHODS[method](x, a, initial)
+    return METHODS[method](x.flip(0), a if a.dim() == 1 else a.flip(0), initial).flip(0)
 
 
 def _shift(y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:

@@ -1,0 +1,367 @@
+"""The GPU kernels against the equations (oracles, float64) and the PyTorch path: in Triton's interpreter on a CPU,
+compiled where there is a GPU. What is launched is the same."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import oracles
+import pytest
+import test_kernels_layer
+import torch
+from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
+from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import statefeed as sf
+from statefeed import cells, recurrence
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from statefeed.kernels.triton import chunks, layer, reverse  # noqa: E402
+from statefeed.kernels.triton.scan import cell_states, scan  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only the interpreter takes another function in place")
+CELL = {"rnn_tanh": cells.RNN_TANH, "rnn_relu": cells.RNN_RELU, "gru": cells.GRU, "lstm": cells.LSTM}
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two steps, however short the sequence."""
+    monkeypatch.setattr(chunks, "steps", lambda *_: 2)
+
+
+@pytest.fixture(params=["whole", "cut"])
+def either(request: pytest.FixtureRequest) -> None:
+    if request.param == "cut":
+        request.getfixturevalue("cut")
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+class Case(test_kernels_layer.Case):
+    """``run`` is torch's forward and the kernels' backward, ``reference`` that of the PyTorch path."""
+
+    def run(
+        self,
+        diagonal: str | Tensor,
+        corrections: int = 0,
+        batch_sizes: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        x, e, *rest = (v.to(DEVICE) for v in (self.x, self.e, *self.state, *self.final_e, *self.weights))
+        state, final_e, w = rest[: self.states], rest[self.states : 2 * self.states], rest[2 * self.states :]
+        y, final = recurrence._forward(CELL[self.cell], x, tuple(state), w, batch_sizes)
+        tape = layer.tape(self.cell, x, y, tuple(state), w, batch_sizes)
+        D = diagonal.to(DEVICE) if isinstance(diagonal, Tensor) else diagonal
+        found = layer.backward(self.cell, tape, x, y, tuple(state), w, (e, *final_e), D, corrections)
+        named = self.named(y, final, found.x, found.state, found.weights)
+        return {name: value.cpu() for name, value in named.items()}
+
+    def reference(self, rule: str, corrections: int) -> dict[str, Tensor]:
+        cell = CELL[self.cell]
+        y, final = recurrence._forward(cell, self.x, self.state, self.weights, None)
+        done = recurrence._Done(self.x, self.state, self.weights, y, (self.e, *self.final_e), None, True)
+        found = recurrence._backward(cell, sf.Feedback(rule, corrections), None, done)
+        return self.named(y, final, found.x, found.state, found.weights)
+
+
+def rules_of(cell: str) -> list[str]:
+    return ["dsf", "gate", "jacobian"] if cell in GATES else ["dsf", "jacobian"]
+
+
+def ramp(case: Case) -> Tensor:
+    return torch.linspace(0, 1, case.states * case.weights[1].shape[1], dtype=torch.float64)
+
+
+# The backward pass ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("corrections", "bias", "either"), [(0, True, "cut"), (1, False, "cut"), (2, True, "whole")], indirect=["either"]
+)
+@pytest.mark.usefixtures("either")
+def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: bool) -> None:
+    for rule in rules_of(cell):
+        compare_with_oracle(Case(cell, 5, 2, 2, 3, torch.float64, bias), rule, corrections)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("cut", "nan_in_new_memory")
+def test_as_many_corrections_as_steps_are_exact(cell: str) -> None:
+    for rule in rules_of(cell):
+        case = Case(cell, 4, 3, 2, 17, torch.float64)
+        D = torch.linspace(-0.1, 0.2, 17 * case.states, dtype=torch.float64) if rule == "dsf" else rule
+        assert_same(case.run(D, 4), case.exact(), SAME_BY_CANCELLATION)
+
+
+@pytest.mark.parametrize(
+    ("cell", "T", "B", "I", "H"),
+    [(cell, *sizes) for cell in CELLS for sizes in [(1, 1, 1, 1), (3, 2, 17, 3), (17, 3, 2, 127), (2, 127, 3, 17)]]
+    + [("gru", 127, 3, 17, 2)],
+)
+def test_float32_is_as_accurate_as_the_pytorch_path(cell: str, T: int, B: int, I: int, H: int) -> None:
+    rules = rules_of(cell)
+    rule, corrections = rules[T % len(rules)], B % 2
+    if rule == "dsf":
+        corrections = 0
+    case = Case(cell, T, B, I, H, torch.float32)
+    found = case.run(ramp(case) if rule == "dsf" else rule, corrections)
+    reference = case.reference(rule, corrections)
+    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, corrections))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("cut")
+def test_half_precision_is_as_accurate_as_the_pytorch_path(cell: str, dtype: torch.dtype) -> None:
+    rule = "gate" if cell in GATES else "jacobian"
+    case = Case(cell, 7, 3, 5, 17, dtype)
+    found, reference = case.run(rule, 1), case.reference(rule, 1)
+    assert {v.dtype for v in found.values()} == {dtype}
+    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, 1))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("either")
+def test_packed_rows_are_their_sequences(cell: str) -> None:
+    lengths = [6, 3, 3, 1]
+    case = Case(cell, 6, 4, 4, 3, torch.float64)
+    x, e, state, final_e = case.x, case.e, case.state, case.final_e
+    rule: str | Tensor = "gate" if cell in GATES else ramp(case)
+    k = 1 if cell in GATES else 0
+    alone = []
+    for b, n in enumerate(lengths):
+        case.x, case.e = x[:n, b : b + 1], e[:n, b : b + 1]
+        case.state, case.final_e = (tuple(s[b : b + 1] for s in part) for part in (state, final_e))
+        alone.append(case.run(rule, k))
+    expected = {name: sum(a[name] for a in alone) for name in NAMES}
+    expected |= {name: pack_sequence([a[name][:, 0] for a in alone]).data for name in ("x", "y")}
+    ends = [f"{which} {i}" for which in ("final", "initial") for i in range(case.states)]
+    expected |= {name: torch.cat([a[name] for a in alone]) for name in ends}
+    packed, case.e = (pack_sequence([v[:n, b] for b, n in enumerate(lengths)]) for v in (x, e))
+    case.x, case.e, case.state, case.final_e = packed.data, case.e.data, state, final_e
+    assert_same(case.run(rule, k, packed.batch_sizes), expected, SAME_BY_CANCELLATION)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_strided_inputs(cell: str) -> None:
+    case = Case(cell, 3, 3, 4, 7, torch.float64)
+    expected = case.run("gate", 1)
+    case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
+    case.e = torch.stack([case.e, case.e], -1)[..., 0]
+    case.state = tuple(s.T.contiguous().T for s in case.state)
+    case.weights = [torch.stack([w, w])[1] if w.dim() == 1 else w.T.contiguous().T for w in case.weights]
+    assert_same(case.run("gate", 1), expected)
+
+
+def test_an_empty_batch() -> None:
+    found = Case("lstm", 4, 0, 2, 3, torch.float32).run("gate", 1)
+    assert found["x"].shape == (4, 0, 2)
+    assert found["initial 1"].shape == (0, 3)
+    assert all(not found[name].any() for name in NAMES)
+
+
+def test_nan_reaches_the_gradients_of_its_sequence_alone() -> None:
+    case = Case("gru", 3, 2, 4, 5, torch.float32)
+    case.e[1, 0, 0] = float("nan")
+    found = case.run("gate")["x"]
+    assert found[:2, 0].isnan().all()
+    assert not found[:, 1].isnan().any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("either", "nan_in_new_memory")
+def test_mean_jacobian(cell: str) -> None:
+    case = Case(cell, 5, 3, 2, 5, torch.float64)
+    w = dict(zip(NAMES, case.weights, strict=False))
+    states = oracles.run(ORACLE[cell], w, case.x, torch.cat(case.state, -1))
+    expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
+    x, *rest = (v.to(DEVICE) for v in (case.x, *case.state, *case.weights))
+    state, weights = tuple(rest[: case.states]), rest[case.states :]
+    y, _ = recurrence._forward(CELL[cell], x, state, weights, None)
+    found = layer.mean_jacobian(cell, layer.tape(cell, x, y, state, weights), y, weights[1])
+    assert_same({"mean": found.cpu()}, {"mean": expected})
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", ["the carries between chunks lost", "a local gradient halved", "a step late"])
+@pytest.mark.usefixtures("cut")
+def test_planted_errors_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong.startswith("the carries"):
+        monkeypatch.setattr(reverse, "summarise", {(1, 3): lambda *arguments, **_: arguments[7].zero_()})
+    elif wrong.startswith("a local"):
+        right = reverse.factors
+        monkeypatch.setattr(reverse, "factors", lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+    else:
+        right = reverse.row_at
+        monkeypatch.setattr(
+            reverse, "row_at", lambda t, b, B, *a: (right(t, b, B, *a)[0] % (4 * B), right(t, b, B, *a)[1])
+        )
+    with pytest.raises(AssertionError, match="is allowed"):
+        compare_with_oracle(Case("gru", 5, 2, 2, 3, torch.float64), "gate", 0)
+
+
+# The scan -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_scan_solves_the_recurrence(reverse: bool, varying: bool) -> None:
+    make = torch.Generator().manual_seed(0)
+    for T in (1, 3, 17, 127):
+        x, a, initial = (torch.randn(T + 1, 2, 3, generator=make, dtype=torch.float64) for _ in range(3))
+        x, a, initial = x[1:].mT.contiguous().mT, a[1:].clamp(-1, 1) if varying else a[0, 0], initial[0]
+        a[..., 0] = 0
+        start = initial if T != 3 else None
+        found = scan(x.to(DEVICE), a.to(DEVICE), None if start is None else start.to(DEVICE), reverse)
+        assert_same({"y": found.cpu()}, {"y": oracles.scan(x, a, reverse, start)})
+
+
+@pytest.mark.usefixtures("cut")
+def test_scan_tells_wrong_recurrences_apart() -> None:
+    x, a = torch.ones(7, 2, 3, device=DEVICE, dtype=torch.float64), torch.full((3,), 0.9, device=DEVICE)
+    found = {"y": scan(x, a.double(), None, False).cpu()}
+    assert_different(found, {"y": oracles.scan(x.cpu(), a.double().cpu(), True)})
+    assert_different(found, {"y": oracles.scan(x.cpu(), -a.double().cpu(), False)})
+
+
+@pytest.mark.usefixtures("either")
+def test_an_lstms_cell_states_are_recovered() -> None:
+    case = Case("lstm", 5, 3, 2, 4, torch.float64)
+    w = dict(zip(NAMES, case.weights, strict=False))
+    states = oracles.run("lstm", w, case.x, torch.cat(case.state, -1))
+    h = states[:-1, :, :4]
+    gates = case.x @ w["weight_ih"].T + w["bias_ih"] + h @ w["weight_hh"].T + w["bias_hh"]
+    found = cell_states(gates.flatten(0, 1).to(DEVICE), case.state[1].to(DEVICE), None)
+    assert_same({"c": found.cpu().view(5, 3, 4)}, {"c": states[:-1, :, 4:]})
+
+
+def test_a_scan_in_float32_is_as_accurate_as_the_prefix_sum() -> None:
+    make = torch.Generator().manual_seed(0)
+    x, a = torch.randn(127, 1, 7, generator=make), torch.linspace(0.5, 1, 7)
+    exact = oracles.scan(x.double(), a.double())
+    found, prefix = scan(x.to(DEVICE), a.to(DEVICE), None, False).cpu(), sf.diagonal_scan(x, a, method="prefix")
+    assert error(found, exact) < 8 * error(prefix, exact)
+
+
+# Chunks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_cut_where_it_leaves_fewer_dependent_steps() -> None:
+    cpu = torch.device("cpu")
+    assert chunks.steps(127, 8, cpu) == 127, "the processor is full"
+    assert chunks.steps(1, 1, cpu) == chunks.steps(1, 0, cpu) == 1
+    for T in (2, 16, 127, 1000, 65_536):
+        length = chunks.steps(T, 1, cpu)
+        count = -(-T // length)
+        assert count == 1 or 2 * length + count < T
+        assert 1 <= count <= 8
+    assert chunks.steps(65_536, 1, cpu) == 65_536 // 8
+
+
+# From the layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize(("rule", "packed"), [("dsf", False), ("calibrated", True), ("jacobian+1", False)])
+def test_layers_through_the_kernels_are_layers_through_pytorch(
+    cell: str, rule: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = getattr(sf, cell)(3, 4, 2, bidirectional=True, dtype=torch.float64, feedback=rule)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for device in (None, "cuda"):
+        monkeypatch.setattr(recurrence, "fused_on", lambda *_, device=device: device)
+        given = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
+        if rule == "calibrated":
+            model.diagonal.zero_(), model.diagonal_updates.zero_()
+        y = model(given)[0]
+        loss = (y.data if packed else y).square().sum()
+        found.append(dict(zip("abcdefghijklmnopq", torch.autograd.grad(loss, [x, *model.parameters()]), strict=False)))
+    assert_same(found[1], found[0], SAME_BY_CANCELLATION)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("rule", ["dsf", "calibrated", "jacobian+1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layers_on_a_gpu_are_layers_on_a_cpu(cell: str, rule: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    truth = getattr(sf, cell)(8, 64, 2, dtype=torch.float64, feedback=rule)
+    model = getattr(sf, cell)(8, 64, 2, dtype=torch.float64, feedback=rule)
+    model.load_state_dict(truth.state_dict())
+    model.to(DEVICE, torch.float64 if dtype == torch.float64 else torch.float32)
+    x = torch.randn(300, 3, 8, dtype=torch.float64)
+    with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        y = model(x.to(DEVICE, next(model.parameters()).dtype))[0]
+    y.double().square().mean().backward()
+    truth(x)[0].square().mean().backward()
+    assert "fused" in sf.explain(model, x.to(DEVICE)).backward
+    # cuDNN may run its products in TF32, ten bits, as torch ships it.
+    within = {torch.float64: SAME_BY_CANCELLATION, torch.float32: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    for a, b in zip(model.parameters(), truth.parameters(), strict=True):
+        assert error(a.grad.cpu(), b.grad) < within
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize("T", [1000, 65_536])
+def test_a_long_scan_on_a_gpu(T: int) -> None:
+    x, a = torch.randn(T, 1, 70), torch.linspace(0, 1, 70)
+    exact = sf.diagonal_scan(x.double(), a.double())
+    prefix = sf.diagonal_scan(x, a, method="prefix")
+    assert error(sf.diagonal_scan(x.to(DEVICE), a.to(DEVICE)).cpu(), exact) < 8 * error(prefix, exact)
+
+
+# Where they cannot be had ---------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys, warnings
+sys.modules["triton"] = None
+from statefeed import kernels
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(kernels.available("cuda"), kernels.available("cuda"), len(caught), *(w.message for w in caught))
+"""
+
+
+def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", text], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_triton_one_warning_says_so() -> None:
+    said = program(WITHOUT).stdout
+    assert said.startswith("False False 1 torch does the work of the kernels: the CUDA kernels cannot be used")
+    assert program(WITHOUT, STATEFEED_KERNELS="off").stdout.split() == ["False", "False", "0"]
+    assert "STATEFEED_KERNELS is on, but the CUDA kernels" in program(WITHOUT, STATEFEED_KERNELS="on").stderr
+
+
+# Ahead of time --------------------------------------------------------------------------------------------------------
+
+
+def test_every_launch_compiles_for_a100_and_h100() -> None:
+    """What the interpreter forgives, the compiler does not; it needs no GPU."""
+    script = Path(__file__).parent / "compile_triton.py"
+    done = program(script.read_text(), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    kernels = set(done.stdout.split())
+    assert {
+        f"{name}:sm_{arch}" for name in ("run", "summarise", "add_jacobians", "_run", "_summarise") for arch in (80, 90)
+    } <= kernels
