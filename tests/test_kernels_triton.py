@@ -72,7 +72,7 @@ class Case(test_kernels_layer.Case):
         cell = CELL[self.cell]
         y, final = recurrence._forward(cell, self.x, self.state, self.weights, None)
         done = recurrence._Done(self.x, self.state, self.weights, y, (self.e, *self.final_e), None, True)
-        found = recurrence._backward(cell, sf.Feedback(rule, corrections), None, done)
+        found = recurrence._backward(cell, sf.Feedback(rule, corrections), None, done, False)
         return self.named(y, final, found.x, found.state, found.weights)
 
 
@@ -134,7 +134,7 @@ def test_half_precision_is_as_accurate_as_the_pytorch_path(cell: str, dtype: tor
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("cut")
 def test_packed_rows_are_their_sequences(cell: str) -> None:
     lengths = [6, 3, 3, 1]
     case = Case(cell, 6, 4, 4, 3, torch.float64)
