@@ -31,8 +31,7 @@ def test_smoke(tmp_path, capsys):
     assert output.with_suffix(".png").stat().st_size > 1000
 
 
-def test_it_is_learnt_where_credit_crosses_the_delay_and_guessed_where_none_does(monkeypatch):
-    monkeypatch.setattr(recall, "_RATE", 1e-2)
+def test_it_is_learnt_where_credit_crosses_the_delay_and_guessed_where_none_does():
     accuracy = {rule: recall.train(rule, 1, 16, 120, "cpu")[-1][1] for rule in ("dsf", "ft-bptt")}
     assert accuracy["dsf"] > 0.9
     assert accuracy["ft-bptt"] < 0.3

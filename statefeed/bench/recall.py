@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-_SYMBOLS, _WIDTH, _BATCH, _RATE = 8, 64, 64, 3e-3
+_SYMBOLS, _WIDTH, _BATCH, _RATE = 8, 64, 64, 1e-2
 _HELD_OUT, _EVALUATIONS, _LEARNT = 512, 40, 0.9
 
 
@@ -34,12 +34,11 @@ class Options(Common):
 
     repeats: int = option(5, "seeds, at least 5: of the initial weights and of the sequences")
     rules: str = option(
-        "bptt,gate+1,gate,jacobian,ft-bptt,0.5,0.9,dsf,ramp(0.9),ramp(0.98),log_spaced(16),log_spaced(64),calibrated,"
-        "fitted",
+        "bptt,gate,ft-bptt,0.5,0.9,dsf,ramp(0.9),log_spaced(16),log_spaced(64),calibrated,fitted",
         "feedback rules, separated by commas",
     )
-    delay: int = option(50, "steps between the symbol and the question for it")
-    steps: int = option(1500, "training steps")
+    delay: int = option(24, "steps between the symbol and the question for it")
+    steps: int = option(250, "training steps")
     output: str = option(
         "recall.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
     )
