@@ -39,15 +39,21 @@ def accuracy(model, data):
 def test_lightning(data, tmp_path):
     lightning = pytest.importorskip("lightning", reason="run `make interop`")
 
+    class Credit(lightning.Callback):
+        """That of the documentation."""
+
+        def __init__(self, monitor, schedule):
+            self.monitor, self.schedule = monitor, schedule
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.schedule.apply(module, trainer.global_step / trainer.estimated_stepping_batches)
+            module.log_dict(self.monitor(module, trainer.global_step))
+
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
             self.model = Counter()
             sf.swap(self.model, feedback="dsf")
-            self.schedule = sf.Schedule("dsf@0.5/gate+1")
-
-        def on_train_batch_start(self, batch, batch_idx):
-            self.schedule.apply(self, self.trainer.global_step / self.trainer.estimated_stepping_batches)
 
         def training_step(self, batch, batch_idx):
             x, y = batch
@@ -56,11 +62,21 @@ def test_lightning(data, tmp_path):
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 0.01)
 
-    module = Module()
+    module, x, y = Module(), *data.dataset.tensors
+    monitor = sf.Monitor(
+        lambda m, b: nn.functional.binary_cross_entropy_with_logits(m.model(b[0]), b[1]), (x[:32], y[:32]), every=40
+    )
     trainer = lightning.Trainer(
-        max_epochs=6, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        max_epochs=6,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        callbacks=[Credit(monitor, sf.Schedule("dsf@0.5/gate+1"))],
     )
     trainer.fit(module, data)
+    assert [step for step, _ in monitor.history] == [0, 40, 80]
+    assert 0 < trainer.callback_metrics["alignment/cosine"] <= 1
     assert str(module.model.recurrent.feedback) == "gate+1"
     assert accuracy(module.model, data) > 0.9
 
