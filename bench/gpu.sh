@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures one GPU in under ten minutes: layers against cuDNN, scans, training; tables here, records in results/gpu-*.jsonl.
+# Measures one GPU: layers against cuDNN, scans, training; prints tables, writes records into results/gpu-*.jsonl. Meant to
+# take less than ten minutes, half of it layers; that is an estimate until somebody has run it.
 #
 #     bench/gpu.sh                        on a GPU, best with nothing else running there
 #     DEVICE=cpu bench/gpu.sh --smoke     the same path on tiny shapes: shows that it runs, not how fast

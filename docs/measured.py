@@ -125,7 +125,7 @@ def in_turns(results):
     for records in measurements(results, "training").values():
         for r in records:
             if r["implementation"] == "statefeed":
-                key = *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")), r["threads"]
+                key = *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")), r["threads"], _place(r)
                 found[key][r["variant"]] = r["step_ms"]["median"]
     return found
 
@@ -133,7 +133,13 @@ def in_turns(results):
 def _timed(setting):
     model = [setting[f"model.{key}"] for key in ("cell", "layers", "width")]
     precision = setting.get("train.precision", "float32")
-    return *model, setting["train.batch"], setting["train.context"], precision, setting["facts.threads"]
+    sizes = setting["train.batch"], setting["train.context"]
+    return *model, *sizes, precision, setting["facts.threads"], setting["facts.device"]
+
+
+def _place(record):
+    """The device in the words of a run's record."""
+    return record["machine"]["gpu"] or "cpu"
 
 
 def measurements(results, bench):

@@ -234,7 +234,8 @@ MACHINE = {"machine": {"cpu": "a CPU", "gpu": None}, "threads": 2, "versions": {
 
 
 def test_training_end_to_end_is_one_table_a_machine_and_recipe(measured, tmp_path):
-    record = {"bench": "training", "corpus": "sentences", "dtype": "float32", **MACHINE}
+    record = {"bench": "training", "corpus": "sentences", "dtype": "float32", "step_ms": {"median": 9.0}, **MACHINE}
+    record |= {"cell": "gru", "layers": 1, "width": 256, "batch": 128, "context": 64}
     lines = [
         {"implementation": "torch.nn", "variant": "as shipped", "tokens_per_s": {"median": 1000.0}},
         {"implementation": "statefeed", "variant": "dsf", "tokens_per_s": {"median": 2500.4}},

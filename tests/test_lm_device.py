@@ -12,8 +12,6 @@ from statefeed.lm import train as training
 from statefeed.lm.config import UsageError
 from statefeed.lm.log import Log
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-
 
 def test_a_wish_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, taken in ((True, "cuda"), (False, "cpu")):
@@ -128,7 +126,6 @@ def test_a_gpu_is_timed_in_its_own_queue(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "transformer", "s4d", "mingru"])
 def test_a_gpu_has_the_losses_of_the_cpu(cell: str, flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, f"--model.cell={cell}", "--model.heads=2"]
@@ -144,7 +141,6 @@ def test_a_gpu_has_the_losses_of_the_cpu(cell: str, flags: list[str], tmp_path: 
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize(
     "how",
     [
