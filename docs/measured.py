@@ -125,7 +125,11 @@ def in_turns(results):
     for records in measurements(results, "training").values():
         for r in records:
             if r["implementation"] == "statefeed":
-                key = *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")), r["threads"], _place(r)
+                key = (
+                    *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")),
+                    r["threads"],
+                    _place(r),
+                )
                 found[key][r["variant"]] = r["step_ms"]["median"]
     return found
 
