@@ -295,6 +295,34 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
     assert_same(found[1], found[0], SAME_BY_CANCELLATION)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "fused_on", lambda *_: "cuda")
+    torch.manual_seed(0)
+    model, x = sf.LSTM(3, 4, dtype=torch.float64, feedback="gate+1"), torch.randn(4, 2, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found, expected = (torch.autograd.grad(m(x)[0].sum(), list(model.parameters())) for m in (compiled, model))
+    torch.testing.assert_close(found, expected)
+
+
+def test_operators_pass_opcheck() -> None:
+    rows, gates, state = (torch.randn(6, width, device=DEVICE) for width in (4, 12, 4))
+    own, final, first, sums = (torch.zeros(n, 4, device=DEVICE) for n in (4, 2, 2, 8))
+    scanned = (rows.view(3, 2, 4), rows[0], None, None, torch.zeros(3, 2, 4, device=DEVICE), 3, 4, False, False)
+    torch.library.opcheck(torch.ops.statefeed.triton_scan.default, scanned)
+    pass_of = (gates, rows, state, None, own)
+    written = (torch.empty(6, 4, device=DEVICE), False, True, torch.empty_like(gates), torch.empty_like(rows))
+    torch.library.opcheck(
+        torch.ops.statefeed.triton_reverse.default,
+        ("gru", "gate", *pass_of, rows, final, *written, sums.view(2, 4, 4), first, 3, 2),
+    )
+    torch.library.opcheck(
+        torch.ops.statefeed.triton_sum_jacobians.default, ("gru", *pass_of, sums[:2].view(2, 1, 4), 3, 2)
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
