@@ -198,6 +198,13 @@ def end_to_end(results):
     return text
 
 
+def learning(records):
+    """What sorts rules from the best: more seeds that learnt it, then sooner, then accuracy."""
+    learnt = [r["learnt"] for r in records if r["learnt"] is not None]
+    sooner = statistics.mean(learnt) if learnt else 0
+    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
+
+
 def recall(results):
     text = ""
     for circumstances, records in measurements(results, "recall").items():
@@ -206,7 +213,7 @@ def recall(results):
             by_task[r["delay"], r["steps"]][r["variant"]].append(r)
         for (delay, steps), by_rule in by_task.items():
             body = []
-            for rule, found in by_rule.items():
+            for rule, found in sorted(by_rule.items(), key=lambda item: learning(item[1])):
                 accuracy = [r["accuracy"] for r in found]
                 learnt = [r["learnt"] for r in found if r["learnt"] is not None]
                 body.append(
@@ -217,7 +224,6 @@ def recall(results):
                         f"{statistics.mean(learnt):,.0f}" if learnt else "-",
                     ]
                 )
-            body.sort(key=lambda row: float(row[1].split()[0]), reverse=True)
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
             text += f"{delay} steps apart, {steps:,} steps of training; {circumstances}.\n\n{table(head, body)}\n"
     return text
