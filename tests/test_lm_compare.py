@@ -175,10 +175,10 @@ def test_interrupted_and_started_again_it_goes_on(
     flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
-    arguments = [*flags, "--train.steps=200", "--train.evaluations=1", "--feedback=ft-bptt", f"--out={folder}"]
+    arguments = [*flags, "--train.steps=200", "--train.evaluations=1", "--feedback=0.5", f"--out={folder}"]
     command = [sys.executable, "-m", "statefeed", "compare", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        metrics = folder / "ft-bptt-seed1" / "metrics.jsonl"
+        metrics = folder / "0.5-seed1" / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count("\n") > 3):
             assert process.poll() is None
             time.sleep(0.02)
@@ -191,7 +191,7 @@ def test_interrupted_and_started_again_it_goes_on(
     assert cli.main(["compare", *arguments]) == 0
     (result,) = (results.from_line(line) for line in (folder / "compare.jsonl").read_text().splitlines())
     assert result.outcome == "finished"
-    train = [row["step"] for row in rows(folder / "ft-bptt-seed1") if row["split"] == "train"]
+    train = [row["step"] for row in rows(folder / "0.5-seed1") if row["split"] == "train"]
     assert train == list(range(1, 201))
     assert "going on after step " in capfd.readouterr().out
 

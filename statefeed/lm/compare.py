@@ -84,7 +84,7 @@ def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     return [
         dataclasses.replace(
             recipe,
-            model=dataclasses.replace(recipe.model, feedback=rule),
+            model=dataclasses.replace(recipe.model, feedback=_as_read(rule)),
             train=dataclasses.replace(
                 recipe.train, seed=recipe.train.seed + k, lr=own.get(rule, recipe.train.lr), alignment=True
             ),
@@ -95,6 +95,14 @@ def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
         for k in range(seeds)
         for rule in rules
     ]
+
+
+def _as_read(rule: str) -> float | str:
+    """A rule as a recipe has it once it was read from YAML, where a number is a number."""
+    try:
+        return float(rule)
+    except ValueError:
+        return rule
 
 
 def _rates(text: str, rules: Sequence[str]) -> dict[str, float]:
