@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+collect_ignore = ["compile_triton.py"]  # a script that a test runs
+
 # Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "house")
 
