@@ -260,7 +260,7 @@ def summary(results):
                 median = r["times_faster_than"]["torch.nn at its best"]["median"]
                 cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]] = f"{median:.1f}"
         columns = list(dict.fromkeys(column for found in cases.values() for column in found))
-        columns.sort(key=lambda column: column[1], reverse=True)  # float32 before bfloat16
+        columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
         head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
         body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
         text += (
