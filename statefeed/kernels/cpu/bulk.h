@@ -12,8 +12,8 @@ namespace statefeed {
 constexpr int bulk_vectors = 2;
 constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
 constexpr int bulk_group = 4;    // tiles of one item, packed together: whole cache lines of every row are used
-template <class T>
-constexpr int bulk_rows_size = bulk_depth * max_rows<T, bulk_vectors> + lanes<T>;
+template <class P>
+constexpr int bulk_rows_size = bulk_depth / P::pack * max_rows<P, bulk_vectors> + lanes<typename P::Out>;
 
 template <class T>
 inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
@@ -32,7 +32,7 @@ inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, b
 template <class P>
 struct Product {
   typedef typename P::Out T;
-  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
+  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
   static constexpr int64_t block = bulk_group * M;  // rows that stay in cache while all panels pass by
   int64_t rows, depth, units, a_stride, out_stride;
   const T* a;
@@ -48,7 +48,7 @@ struct Product {
   void run(int64_t item) const {
     const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block, last = std::min(first + block, rows);
     const Range panels = share(panel_count(units, N * L), item % stripes(), stripes());
-    alignas(64) T sum[tile_size<T, N>];
+    alignas(64) T sum[tile_size<P, N>];
     int64_t stride = a_stride;
     const typename P::In* from = P::rows(a + first * a_stride, last - first, depth, stride);
     for (int64_t p = panels.begin; p < panels.end; ++p)
@@ -93,7 +93,7 @@ template <class P>
 struct RowProducts {
   typedef typename P::Out T;
   typedef typename P::In In;
-  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<T, N>;
+  static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
   int64_t units, a_stride;
   const T* a;
   const RowPacking<P>& b;
@@ -105,8 +105,8 @@ struct RowProducts {
     for (int64_t from = 0; from < b.rows; from += bulk_depth) part(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
   }
   void part(int64_t item, int64_t from, int64_t count) const {
-    alignas(64) T sum[tile_size<T, N>];
-    alignas(64) In rows[bulk_group][bulk_rows_size<T>];
+    alignas(64) T sum[tile_size<P, N>];
+    alignas(64) In rows[bulk_group][bulk_rows_size<P>];
     const int64_t first = item * bulk_group, group = std::min<int64_t>(bulk_group, panel_count(units, M) - first);
     for (int64_t k = 0; k < count; k += P::pack)
       for (int64_t i = 0; i < group; ++i) {

@@ -28,8 +28,8 @@ template <class P, class Cell>
 void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typename P::Out* previous, Range rows,
                   Range panels) {
   using T = typename P::Out;
-  constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<T, N>;
-  alignas(64) T sum[tile_size<T, N>];
+  constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<P, N>;
+  alignas(64) T sum[tile_size<P, N>];
   const int64_t H = s.hidden, depth = packed_depth<P>(H);
   int64_t stride = H;
   const typename P::In* a = P::rows(previous + rows.begin * H, rows.end - rows.begin, H, stride);
@@ -56,7 +56,7 @@ void forward(Member& member, const Forward<typename P::Out>& s) {
   using T = typename P::Out;
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
   const int64_t panels = panel_count(s.hidden, U * lanes<T>);
-  const Parts parts = parts_of_steps(member.ranks(), s.batch, s.sizes != nullptr, max_rows<T, N>, panels,
+  const Parts parts = parts_of_steps(member.ranks(), s.batch, s.sizes != nullptr, max_rows<P, N>, panels,
                                      s.batch * Cell::gates * s.hidden * s.hidden);
   auto each_step = [&](auto step) {
     const T* previous = s.first_h;
@@ -120,9 +120,9 @@ void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Ran
 // carry += d_hidden @ W_hh: what the exact backward does at every step.
 template <class T, class Cell>
 void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
-  constexpr int N = 2, L = lanes<T>, M = max_rows<T, N>;
+  constexpr int N = 2, L = lanes<T>, M = max_rows<Exact<T>, N>;
   const int64_t H = s.hidden, stride = Cell::gates * H, depth = Cell::split * H;
-  alignas(64) T sum[2][tile_size<T, N>];
+  alignas(64) T sum[2][tile_size<Exact<T>, N>];
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t first = rows.begin; first < rows.end; first += M) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
@@ -152,7 +152,7 @@ void reverse_as(Member& member, const Reverse<T>& s) {
   };
   Parts parts{ranks, s.batch >= 2 * ranks && !s.sizes};
   if (s.packed)
-    parts = parts_of_steps(ranks, s.batch, s.sizes != nullptr, max_rows<T, N>, panels, s.batch * Cell::gates * H * H);
+    parts = parts_of_steps(ranks, s.batch, s.sizes != nullptr, max_rows<Exact<T>, N>, panels, s.batch * Cell::gates * H * H);
   if (parts.by_rows || !s.packed)  // what one part does depends on no other
     member.divide(parts.count, [&](int64_t i) {
       each_step([&](int64_t t, int64_t offset) {

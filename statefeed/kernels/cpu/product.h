@@ -12,12 +12,13 @@
 
 namespace statefeed {
 
-// How a product multiplies. In: what is packed, `pack` numbers of the depth in each; rows(): a row-major matrix as In.
+// How a product multiplies. In: what is packed, `pack` numbers of the depth in each; rows(): a row-major matrix as In;
+// sums: vectors of the result that registers hold.
 template <class T>
 struct Exact {
   typedef T Out;
   typedef T In;
-  static constexpr int pack = 1;
+  static constexpr int pack = 1, sums = registers == 32 ? 24 : 12;
   static Vector<T> multiply_add(Vector<T> sum, Vector<T> x, Vector<T> w) { return sum + x * w; }
   static In join(T first, T) { return first; }
   static const In* rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
@@ -29,7 +30,7 @@ struct Exact {
 struct Rounded {
   typedef float Out;
   typedef uint32_t In;
-  static constexpr int pack = 2;
+  static constexpr int pack = 2, sums = 24;
   static Vector<float> multiply_add(Vector<float> sum, Vector<In> x, Vector<In> w) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
@@ -78,10 +79,10 @@ inline int64_t packed_depth(int64_t depth) {
   return (depth + P::pack - 1) / P::pack;
 }
 
-template <class T, int N>
-constexpr int max_rows = (registers == 32 ? 24 : 12) / N;
-template <class T, int N>
-constexpr int tile_size = max_rows<T, N> * N * lanes<T>;
+template <class P, int N>
+constexpr int max_rows = P::sums / N;
+template <class P, int N>
+constexpr int tile_size = max_rows<P, N> * N * lanes<typename P::Out>;
 
 inline int64_t panel_count(int64_t units, int64_t width) { return (units + width - 1) / width; }
 

@@ -60,7 +60,7 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
 template <class P, int N, bool Turned>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
              typename P::Out* out) {
-  smallest_tile<P, N, Turned, max_rows<typename P::Out, N>>(rows, a, stride, panel, depth, out);
+  smallest_tile<P, N, Turned, max_rows<P, N>>(rows, a, stride, panel, depth, out);
 }
 
 #define STATEFEED_TILE(P, N, TURNED) \
