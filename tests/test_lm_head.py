@@ -5,9 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statefeed import kernels
 from statefeed.lm import head
 
 N, H, V = 23, 5, 17
+
+
+@pytest.fixture(autouse=True, params=["fused", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What makes the loss: the fused kernel or torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif not kernels.available():
+        pytest.skip("the kernels cannot be built here")
+    return str(request.param)
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,8 +76,8 @@ def test_under_autocast_products_are_narrow_and_sums_wide(training: bool) -> Non
             assert (grad - exact).norm() < 0.03 * exact.norm()
 
 
-def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that torch makes on the way is no larger than a chunk of logits or an argument."""
+def test_all_logits_never_exist_at_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that torch sees on the way is no larger than a chunk of logits or an argument."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0

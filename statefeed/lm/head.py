@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from statefeed import kernels
+from statefeed.kernels.head import losses, losses_and_gradients
+
 LOGITS = 1 << 22  # at once: 16 MiB in float32, which the allocator keeps, where it maps and unmaps much larger ones
 
 
 def nats(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy of targets under the logits x @ weight.T + bias, summed.
 
-    Products are in the dtype of autocast where that is on, losses and sums in float32 at least.
+    Products are in the dtype of autocast where that is on, losses and sums in float32 at least. In float32 and bfloat16
+    on a CPU a fused kernel does it all.
 
     Args:
         x: (N, H).
@@ -31,62 +35,78 @@ def nats(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """
     kind = x.device.type
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    rows = max(1, LOGITS // len(weight))
+    fused = kind == "cpu" and weight.dtype == torch.float32 and narrow in _FUSED and kernels.available()
     if not torch.is_grad_enabled():
-        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        for start in range(0, len(x), rows):
-            part, wanted = x[start : start + rows], targets[start : start + rows]
-            logits = _product(part.to(narrow), weight.to(narrow), bias.to(narrow))
-            total += F.cross_entropy(logits.to(total.dtype), wanted, reduction="sum")
-        return total
+        return _nats(x, weight, bias, targets, narrow, fused)
     with torch.autocast(kind, enabled=False):
-        loss: Tensor = _Nats.apply(x, weight, bias, targets, narrow, rows)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Nats.apply(x, weight, bias, targets, narrow, fused)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _Nats(torch.autograd.Function):
-    """Gradients are made with the loss, while the logits of a chunk are there.
+_FUSED = (torch.float32, torch.bfloat16)
 
-    The error is the softmax less the target, and the softmax is e / sum(e) with e = exp(logits - maximum): e enters the
-    products as it is, while its divisor and the target are applied to the smaller sides of them.
-    """
+
+def _nats(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: torch.dtype, fused: bool) -> Tensor:
+    """Without gradients."""
+    if fused:
+        return losses(x.float(), weight, bias, targets, narrow == torch.bfloat16).sum()
+    rows = max(1, LOGITS // len(weight))
+    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    for start in range(0, len(x), rows):
+        part, wanted = x[start : start + rows], targets[start : start + rows]
+        logits = F.linear(part.to(narrow), weight.to(narrow), bias.to(narrow))
+        total += F.cross_entropy(logits.to(total.dtype), wanted, reduction="sum")
+    return total
+
+
+class _Nats(torch.autograd.Function):
+    """Gradients are made with the loss, while the logits of a chunk are there."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: torch.dtype, rows: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: torch.dtype, fused: bool
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        w, b = weight.to(narrow), bias.to(narrow)
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), weight.new_zeros(weight.T.shape), torch.zeros_like(bias)
-        total = x.new_zeros((), dtype=wide)
-        for start in range(0, len(x), rows):
-            part, wanted = x[start : start + rows].to(narrow), targets[start : start + rows]
-            logits = _product(part, w, b).to(wide)
-            maximum, right = logits.amax(1, keepdim=True), logits.gather(1, wanted[:, None])
-            e = logits.sub_(maximum).exp_()
-            divisor = e.sum(1, keepdim=True)
-            total += (maximum + divisor.log() - right).sum()
-            share = divisor.reciprocal()
-            grad_bias += (share.T @ e)[0]
-            e = e.to(narrow)
-            grad_x[start : start + rows] = _product(e, w.T) * share - w[wanted]
-            grad_weight += _product((part * share).to(narrow).T, e.T)
-        grad_weight = grad_weight.T.index_add(0, targets, x.to(weight.dtype), alpha=-1)
-        grad_bias.index_add_(0, targets, torch.ones_like(targets, dtype=bias.dtype), alpha=-1)
-        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
-        return total
+        ctx.dtype = x.dtype
+        if not fused:
+            total, grads = _chunks(x, weight, bias, targets, narrow)
+            ctx.save_for_backward(*grads)
+            return total
+        found, fused_grads = losses_and_gradients(x.float(), weight, bias, targets, narrow == torch.bfloat16)
+        ctx.save_for_backward(*fused_grads)
+        return found.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, grad_bias * grad, None, None, None
+        return (grad_x * grad).to(ctx.dtype), grad_weight * grad, grad_bias * grad, None, None, None
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b.T + bias; in float32 on a CPU through oneDNN, to which torch would prefer a slower library on an AMD."""
-    onednn = a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not onednn:
-        return F.linear(a, b, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return product
+def _chunks(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The loss and its gradients through torch.
+
+    The error is the softmax less the target, and the softmax is e / sum(e) with e = exp(logits - maximum): e enters the
+    products as it is, while its divisor and the target are applied to the smaller sides of them.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w, b = weight.to(narrow), bias.to(narrow)
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), weight.new_zeros(weight.T.shape), torch.zeros_like(bias)
+    total = x.new_zeros((), dtype=wide)
+    rows = max(1, LOGITS // len(weight))
+    for start in range(0, len(x), rows):
+        part, wanted = x[start : start + rows].to(narrow), targets[start : start + rows]
+        logits = F.linear(part, w, b).to(wide)
+        maximum, right = logits.amax(1, keepdim=True), logits.gather(1, wanted[:, None])
+        e = logits.sub_(maximum).exp_()
+        divisor = e.sum(1, keepdim=True)
+        total += (maximum + divisor.log() - right).sum()
+        share = divisor.reciprocal()
+        grad_bias += (share.T @ e)[0]
+        e = e.to(narrow)
+        grad_x[start : start + rows] = F.linear(e, w.T) * share - w[wanted]
+        grad_weight += F.linear((part * share).to(narrow).T, e.T)
+    grad_weight = grad_weight.T.index_add(0, targets, x.to(weight.dtype), alpha=-1)
+    grad_bias.index_add_(0, targets, torch.ones_like(targets, dtype=bias.dtype), alpha=-1)
+    return total, (grad_x, grad_weight, grad_bias)

@@ -54,6 +54,8 @@ struct Product {
     for (int64_t p = panels.begin; p < panels.end; ++p)
       for (int64_t row = first; row < last; row += M) {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
+        for (int64_t i = row; i < row + count; ++i)
+          for (int j = 0; j < N; ++j) __builtin_prefetch(out + i * out_stride + unit + j * L, 1);
         tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), sum);
         put_tile(sum, count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
                  out + row * out_stride + unit, out_stride);
@@ -121,6 +123,8 @@ struct RowProducts {
     for (int64_t p = 0; p < b.items(); ++p)
       for (int64_t i = 0; i < group; ++i) {
         const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, units - unit);
+        for (int64_t u = unit; u < unit + inside; ++u)
+          for (int j = 0; j < N; ++j) __builtin_prefetch(out + u * b.units + (p * N + j) * L, 1);
         tile_of<P, N, true>(inside, rows[i], M, b.to + p * b.panel() + from / P::pack * N * L, packed_depth<P>(count), sum);
         put_tile(sum, inside, std::min<int64_t>(N * L, b.units - p * N * L), static_cast<const T*>(nullptr), add || from,
                  out + unit * b.units + p * N * L, b.units);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "head.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -102,6 +103,12 @@ void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, c
   });
 }
 
+void head_loss(bool rounded, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& targets, Tensor losses,
+               Optional d_x, Optional d_w, Optional d_bias) {
+  run_head_loss({x.size(0), x.size(1), w.size(0), rounded, data<float>(x), data<float>(w), data<float>(bias),
+                 data<int64_t>(targets), data<float>(losses), data<float>(d_x), data<float>(d_w), data<float>(d_bias)});
+}
+
 }  // namespace
 }  // namespace statefeed
 
@@ -117,10 +124,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
   m.def(
       "sum_jacobians(int cell, Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor diagonal, "
       "Tensor? sizes, Tensor(a!) sums) -> ()");
+  m.def(
+      "head_loss(bool rounded, Tensor x, Tensor w, Tensor bias, Tensor targets, Tensor(a!) losses, Tensor(b!)? d_x, "
+      "Tensor(c!)? d_w, Tensor(d!)? d_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(statefeed, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&statefeed::forward));
   m.impl("layer_backward", TORCH_BOX(&statefeed::backward));
   m.impl("sum_jacobians", TORCH_BOX(&statefeed::sum_jacobians));
+  m.impl("head_loss", TORCH_BOX(&statefeed::head_loss));
 }

@@ -101,6 +101,13 @@ inline void split_exp(Vector<T> x, Vector<T>& power, Vector<T>& fraction) {
 }
 
 template <class T>
+inline Vector<T> exp(Vector<T> x) {
+  Vector<T> power, fraction;
+  split_exp<T>(x, power, fraction);
+  return power + power * fraction;
+}
+
+template <class T>
 inline Vector<T> sigmoid(Vector<T> x) {
   Vector<T> power, fraction;
   split_exp<T>(-x, power, fraction);

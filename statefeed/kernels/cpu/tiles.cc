@@ -18,7 +18,10 @@ __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, con
     for (int s = 0; s < split; ++s) {
       Vector<typename P::In> w[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) w[j] = load(panel + (s * N + j) * L);
+      for (int j = 0; j < N; ++j) {
+        w[j] = load(panel + (s * N + j) * L);
+        __builtin_prefetch(panel + (s * N + j) * L + 4096 / sizeof(T));
+      }
 #pragma GCC unroll 12
       for (int i = 0; i < M; ++i) {
         const auto x = splat(a[Turned ? s * stride + i : i * stride + s]);

@@ -1,0 +1,139 @@
+// The loss of a softmax head with its gradients, in chunks of rows whose probabilities stay in cache.
+//   loss = -log softmax(x W^T + b)[target],   e = softmax(x W^T + b) - onehot(target),   d_x = e W,   d_W = e^T x,   d_b = sum e
+#include "head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bulk.h"
+
+namespace statefeed {
+
+namespace {
+
+constexpr int L = lanes<float>;
+
+// Rows of logits, and while they are in cache their losses and errors, in place.
+template <class P>
+struct Errors {
+  Product<P> logits;  // out: the errors; rows end in padding that is a vector at least
+  const int64_t* targets;
+  float *losses, *sums;  // sums: += column sums of the errors, one row for each item; null: losses only
+
+  int64_t items() const { return logits.blocks(); }
+  void run(int64_t item) const {
+    for (int64_t i = item * logits.stripes(); i < (item + 1) * logits.stripes(); ++i) logits.run(i);
+    const int64_t first = item * logits.block, last = std::min(first + logits.block, logits.rows);
+    for (int64_t row = first; row < last; ++row) losses[row] = of_row(row, sums ? sums + item * logits.out_stride : nullptr);
+  }
+
+  float of_row(int64_t row, float* sum_of_rows) const {
+    float* e = logits.out + row * logits.out_stride;
+    const int64_t width = panel_count(logits.units, L) * L;
+    std::fill(e + logits.units, e + width, -1e30f);
+    const float right = e[targets[row]];
+    Vector<float> highest = load(e);
+    for (int64_t u = L; u < width; u += L) {
+      const Vector<float> value = load(e + u);
+      highest = value > highest ? value : highest;
+    }
+    float most = highest[0];
+    for (int k = 1; k < L; ++k) most = std::max(most, highest[k]);
+    Vector<float> sum{};
+    for (int64_t u = 0; u < width; u += L) {
+      const Vector<float> value = exp<float>(load(e + u) - most);
+      sum += value;
+      store(e + u, value);
+    }
+    float total = 0;
+    for (int k = 0; k < L; ++k) total += sum[k];
+    if (sum_of_rows) {
+      const float share = 1 / total;
+      for (int64_t u = 0; u < width; u += L) {
+        const Vector<float> value = load(e + u) * share;
+        store(e + u, value);
+        store(sum_of_rows + u, load(sum_of_rows + u) + value);
+      }
+      e[targets[row]] -= 1;
+      sum_of_rows[targets[row]] -= 1;
+    }
+    return most - right + std::log(total);
+  }
+};
+
+// d_x = e W, a strip of classes after the other: the weights of one stay in cache while all rows of an item pass by.
+template <class P>
+struct Strips {
+  static constexpr int64_t strip = 512;
+  const float* w;
+  int64_t inputs, classes;
+  typename P::In* packed;
+
+  int64_t count() const { return panel_count(classes, strip); }
+  Packing<P> packing(int64_t i) const {
+    Packing<P> of{w + i * strip * inputs, 1, inputs, std::min(strip, classes - i * strip), bulk_vectors, true, nullptr};
+    of.to = packed + i * panel_count(inputs, of.width()) * of.width() * packed_depth<P>(strip);
+    return of;
+  }
+  int64_t size() const { return packing(0).size() * count(); }
+  int64_t items() const { return count(); }
+  void run(int64_t item) const {
+    const Packing<P> weights = packing(item);
+    for (int64_t i = 0; i < weights.items(); ++i) weights.run(i);
+  }
+};
+
+template <class P>
+struct StripProducts {
+  const Strips<P>& strips;
+  const Product<P>& logits;
+  float* d_x;
+
+  Product<P> product(int64_t i) const {
+    const Packing<P> weights = strips.packing(i);
+    return {logits.rows, weights.depth, strips.inputs, logits.out_stride, strips.inputs, logits.out + i * Strips<P>::strip,
+            weights.to, nullptr, d_x, i > 0};
+  }
+  int64_t items() const { return product(0).items(); }
+  void run(int64_t item) const {
+    for (int64_t i = 0; i < strips.count(); ++i) product(i).run(item);
+  }
+};
+
+template <class P>
+void head_loss(const HeadLoss& s) {
+  const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, L) * L + L;  // rows a power of two apart share cache sets
+  const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, Product<P>::block);
+  Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
+  weights.to = scratch<typename P::In, Use::input_weights>(weights.size());
+  Strips<P> strips{s.w, H, V, nullptr};
+  if (s.d_w) strips.packed = scratch<typename P::In, Use::hidden_weights>(strips.size());
+  float* errors = scratch<float, Use::d>(most * stride);
+  std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
+  RowPacking<P> x{most, H, nullptr, nullptr};
+  x.to = scratch<typename P::In, Use::inputs>(x.items() * x.panel());
+  with_team(s.rows * V * H, [&](Member& member) {
+    divide(member, weights);
+    if (s.d_w) divide(member, strips);
+    for (int64_t row = 0; row < s.rows; row += bulk_depth) {
+      const int64_t rows = std::min<int64_t>(bulk_depth, s.rows - row);
+      const Product<P> logits{rows, H, V, H, stride, s.x + row * H, weights.to, s.bias, errors, false};
+      const RowPacking<P> inputs{rows, H, s.x + row * H, x.to};
+      divide(member, Errors<P>{logits, s.targets + row, s.losses + row, s.d_w ? sums.data() : nullptr}, inputs);
+      if (!s.d_w) continue;
+      divide(member, StripProducts<P>{strips, logits, s.d_x + row * H}, RowProducts<P>{V, stride, errors, inputs, s.d_w, row > 0});
+    }
+  });
+  if (!s.d_w) return;
+  if (s.rows == 0) std::fill(s.d_w, s.d_w + V * H, 0.0f);
+  std::fill(s.d_bias, s.d_bias + V, 0.0f);
+  for (int64_t i = 0; i < slots; ++i)
+    for (int64_t u = 0; u < V; ++u) s.d_bias[u] += sums[static_cast<size_t>(i * stride + u)];
+}
+
+}  // namespace
+
+void run_head_loss(const HeadLoss& s) { s.rounded ? head_loss<RoundedFor<float>>(s) : head_loss<Exact<float>>(s); }
+
+}  // namespace statefeed
