@@ -1,6 +1,8 @@
-"""The loss of a softmax head through the fused kernel: logits of a few hundred rows at a time, that stay in cache.
+"""The loss of a softmax head through the fused kernel, with its gradients.
 
     p = softmax(x W^T + b),   loss = -log p[target],   e = p - onehot(target),   dx = e W,   dW = e^T x,   db = sum e
+
+Logits are made a few hundred rows at a time, and all that is done with them while they are in cache.
 """
 
 from __future__ import annotations
