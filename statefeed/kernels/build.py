@@ -7,6 +7,8 @@ them; a lock makes processes that start together build once, and a rename makes 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -58,9 +60,15 @@ def _built() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock"):
             if not target.exists():
-                native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-                compile_library(target, Path(torch.__file__).parent, [native])
+                compile_library(target, Path(torch.__file__).parent, _native())
     return target
+
+
+def _native() -> list[str]:
+    """The flags for this very machine; a compiler asks the CPU alone, and Linux may refuse what the CPU has."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["-mcpu=native"]
+    return ["-march=native", *([] if "amx_bf16" in _cpu().split() else ["-U__AMX_BF16__"])]
 
 
 def _key() -> str:
@@ -73,12 +81,20 @@ def _key() -> str:
 
 
 def _cpu() -> str:
-    """The instruction sets of this CPU, as one line."""
+    """The instruction sets of this CPU that this process may use, as one line."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
-                return line.partition(":")[2].strip()
+                flags = line.partition(":")[2].split()
+                tiles = "amx_tile" in flags and _may_use_tiles()
+                return " ".join(flag for flag in flags if tiles or not flag.startswith("amx"))
     return platform.processor()
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for the registers of AMX, which a process has only on request: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
+    return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (158, 0x1023, 18))) == 0)
 
 
 @contextlib.contextmanager

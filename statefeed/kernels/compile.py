@@ -27,6 +27,12 @@ _V3 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # The best first.
 VARIANTS = [
+    Variant(
+        "x86-64-v4-amx",
+        "x86_64",
+        _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    ),
     Variant("x86-64-v4-bf16", "x86_64", _V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
     Variant("x86-64-v4", "x86_64", _V4, ("-march=x86-64-v4",)),
     Variant("x86-64-v3", "x86_64", _V3, ("-march=x86-64-v3",)),

@@ -11,7 +11,8 @@ namespace statefeed {
 
 constexpr int bulk_vectors = 2;
 constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
-constexpr int bulk_group = 4;    // tiles of one item, packed together: whole cache lines of every row are used
+template <class P>  // tiles of one item, packed together: whole cache lines of every row are used
+constexpr int bulk_group = max_rows<P, bulk_vectors> < 16 ? 4 : 2;
 template <class P>
 constexpr int bulk_rows_size = bulk_depth / P::pack * max_rows<P, bulk_vectors> + lanes<typename P::Out>;
 
@@ -33,7 +34,7 @@ template <class P>
 struct Product {
   typedef typename P::Out T;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
-  static constexpr int64_t block = bulk_group * M;  // rows that stay in cache while all panels pass by
+  static constexpr int64_t block = bulk_group<P> * M;  // rows that stay in cache while all panels pass by
   int64_t rows, depth, units, a_stride, out_stride;
   const T* a;
   const typename P::In* packed;
@@ -66,6 +67,7 @@ struct Product {
 // One vector of a row, joined with the same of the next row where the product takes pairs.
 template <class P, class T = typename P::Out>
 inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows, int inside) {
+  if (P::side > 1 && rows <= 0) return Vector<typename P::In>{};
   return P::join_vectors(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
 }
 
@@ -87,6 +89,7 @@ struct RowPacking {
         store(to + item * panel() + (k / P::pack * N + j) * L,
               joined<P>(from + k * units + unit, units, rows - k, static_cast<int>(inside)));
       }
+    std::fill(to + item * panel() + (rows + P::pack - 1) / P::pack * N * L, to + (item + 1) * panel(), typename P::In(0));
   }
 };
 
@@ -102,23 +105,28 @@ struct RowProducts {
   T* out;  // rows of b.units
   bool add;
 
-  int64_t items() const { return panel_count(units, bulk_group * M); }
+  int64_t items() const { return panel_count(units, bulk_group<P> * M); }
   void run(int64_t item) const {
     for (int64_t from = 0; from < b.rows; from += bulk_depth) part(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
   }
   void part(int64_t item, int64_t from, int64_t count) const {
     alignas(64) T sum[tile_size<P, N>];
-    alignas(64) In rows[bulk_group][bulk_rows_size<P>];
-    const int64_t first = item * bulk_group, group = std::min<int64_t>(bulk_group, panel_count(units, M) - first);
-    for (int64_t k = 0; k < count; k += P::pack)
+    alignas(64) In rows[bulk_group<P>][bulk_rows_size<P>];
+    const int64_t first = item * bulk_group<P>, group = std::min<int64_t>(bulk_group<P>, panel_count(units, M) - first);
+    for (int64_t k = 0; k < count; k += P::pack * P::side)
       for (int64_t i = 0; i < group; ++i) {
         const int64_t unit = (first + i) * M;
         const T* row = a + (from + k) * a_stride + unit;
         __builtin_prefetch(row + 12 * a_stride);
         // A whole vector may reach into the next depth's place, which is filled next.
-        for (int64_t m = 0; m < M && unit + m < units; m += L)
-          store(rows[i] + k / P::pack * M + m,
-                joined<P>(row + m, a_stride, count - k, static_cast<int>(std::min<int64_t>(L, units - unit - m))));
+        for (int64_t m = 0; m < M && unit + m < units; m += L) {
+          const int inside = static_cast<int>(std::min<int64_t>(L, units - unit - m));
+          Vector<In> square[P::side];
+          for (int64_t q = 0; q < P::side; ++q)
+            square[q] = joined<P>(row + q * P::pack * a_stride + m, a_stride, count - k - q * P::pack, inside);
+          P::turn(square);
+          for (int64_t q = 0; q < P::side; ++q) store(rows[i] + k / P::pack * M + m * P::side + q * L, square[q]);
+        }
       }
     for (int64_t p = 0; p < b.items(); ++p)
       for (int64_t i = 0; i < group; ++i) {

@@ -79,6 +79,7 @@ void layer_forward(const LayerForward<T>& s) {
   const std::vector<Chunk> all = chunks(s);
   T* gates = s.gates ? nullptr : scratch<T, Use::gates>(most_rows(all) * G);
   with_team(s.rows * G * (s.inputs + H), [&](Member& member) {
+    [[maybe_unused]] typename P::Held held;
     divide(member, input, hidden);
     const T* previous = s.h0;
     for (const Chunk& chunk : all) {
@@ -123,6 +124,7 @@ void layer_backward(const LayerBackward<T>& s) {
   std::vector<T> sums(static_cast<size_t>(thread_count() * width));
 
   with_team(work, [&](Member& member) {
+    [[maybe_unused]] typename P::Held held;
     divide(member, input, every, first, second);
     for (int64_t k = 0; k <= s.corrections; ++k) {
       const bool last = k == s.corrections;

@@ -57,7 +57,7 @@ void forward(Member& member, const Forward<typename P::Out>& s) {
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
   const int64_t panels = panel_count(s.hidden, U * lanes<T>);
   const Parts parts = parts_of_steps(member.ranks(), s.batch, s.sizes != nullptr, max_rows<P, N>, panels,
-                                     s.batch * Cell::gates * s.hidden * s.hidden);
+                                     s.batch * Cell::gates * s.hidden * s.hidden / P::speed);
   auto each_step = [&](auto step) {
     const T* previous = s.first_h;
     for (int64_t t = 0, offset = 0; t < s.steps; previous = s.y + offset * s.hidden, offset += s.size(t++))

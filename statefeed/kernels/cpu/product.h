@@ -12,17 +12,22 @@
 
 namespace statefeed {
 
-// How a product multiplies. In: what is packed, `pack` numbers of the depth in each; rows(): a row-major matrix as In;
-// sums: vectors of the result that registers hold.
+inline int64_t panel_count(int64_t units, int64_t width) { return (units + width - 1) / width; }
+
+// How a product multiplies. In: what is packed, `pack` numbers of the depth in each; side: rows, and Ins of the depth, that
+// one instruction takes; sums: vectors of the result that registers hold; speed: products in the time of an exact one.
+// rows(): a row-major matrix as In; turn(): swaps the sides of a square; Held: what a thread holds while it multiplies.
 template <class T>
 struct Exact {
   typedef T Out;
   typedef T In;
-  static constexpr int pack = 1, sums = registers == 32 ? 24 : 12;
+  static constexpr int pack = 1, side = 1, sums = registers == 32 ? 24 : 12, speed = 1;
+  struct Held {};
   static Vector<T> multiply_add(Vector<T> sum, Vector<T> x, Vector<T> w) { return sum + x * w; }
   static In join(T first, T) { return first; }
   static const In* rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
   static Vector<T> join_vectors(Vector<T> first, Vector<T>) { return first; }
+  static void turn(Vector<In>*) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -30,7 +35,8 @@ struct Exact {
 struct Rounded {
   typedef float Out;
   typedef uint32_t In;
-  static constexpr int pack = 2, sums = 24;
+  static constexpr int pack = 2, side = 1, sums = 24, speed = 1;
+  struct Held {};
   static Vector<float> multiply_add(Vector<float> sum, Vector<In> x, Vector<In> w) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
@@ -44,20 +50,70 @@ struct Rounded {
   static Vector<In> join_vectors(Vector<float> first, Vector<float> second) {
     return (Vector<In>)_mm512_cvtepu16_epi32(halves(first)) | ((Vector<In>)_mm512_cvtepu16_epi32(halves(second)) << 16);
   }
+  static void round_row(const float* row, int64_t depth, In* to) {
+    int64_t k = 0;
+    for (; k + 16 <= depth; k += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k / 2), halves(load(row + k)));
+    for (; k < depth; k += 2) to[k / 2] = join(row[k], k + 1 < depth ? row[k + 1] : 0.0f);
+  }
   static const In* rows(const float* from, int64_t count, int64_t depth, int64_t& stride) {
     const int64_t pairs = (depth + 1) / 2;
     In* to = scratch<In, Use::rounded>(count * pairs);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = from + i * stride;
-      int64_t k = 0;
-      for (; k + 16 <= depth; k += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * pairs + k / 2), halves(load(row + k)));
-      for (; k < depth; k += 2) to[i * pairs + k / 2] = join(row[k], k + 1 < depth ? row[k + 1] : 0.0f);
-    }
+    for (int64_t i = 0; i < count; ++i) round_row(from + i * stride, depth, to + i * pairs);
     stride = pairs;
     return to;
   }
+  static void turn(Vector<In>*) {}
 };
+
+#if defined(__AMX_BF16__)
+// The same in tiles: 16 rows times 16 pairs of the depth times 16 units in one instruction. Few rows take whole tiles too:
+// then it is the weights that are waited for. Never run on a machine that has them, only in a model of the instructions.
+struct Tiled : Rounded {
+  static constexpr int side = 16, sums = 4 * side, speed = 8;
+  class Held {
+    struct alignas(64) Shapes {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    };
+    static constexpr Shapes all_full{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+   public:
+    Held() { _tile_loadconfig(&all_full); }
+    ~Held() { _tile_release(); }
+    Held(const Held&) = delete;
+  };
+  // The depth is filled up with zeros; what lies in the rows that the last tile has too many reaches rows that nobody reads.
+  static const In* rows(const float* from, int64_t count, int64_t depth, int64_t& stride) {
+    const int64_t pairs = (depth + 1) / 2, padded = panel_count(pairs, side) * side;
+    const int64_t to_stride = padded + side;  // rows a power of two apart share cache sets
+    In* to = scratch<In, Use::rounded>((count + side - 1) * to_stride);
+    for (int64_t i = 0; i < count; ++i) {
+      round_row(from + i * stride, depth, to + i * to_stride);
+      std::fill(to + i * to_stride + pairs, to + i * to_stride + padded, In(0));
+    }
+    stride = to_stride;
+    return to;
+  }
+  // Swaps the off-diagonal quarters, then those of each quarter, and so on.
+  static void turn(Vector<In>* square) {
+    Vector<In> lane{};
+    for (int i = 0; i < side; ++i) lane[i] = static_cast<In>(i);
+#pragma GCC unroll 4
+    for (In apart = side / 2; apart; apart /= 2) {
+      const Vector<In> right = (lane & apart) != 0;
+      const Vector<In> upper = lane + (right & (side - apart)), lower = lane + ((~right & apart) | (right & side));
+#pragma GCC unroll 16
+      for (In i = 0; i < side; ++i) {
+        if (i & apart) continue;
+        const __m512i above = (__m512i)square[i], below = (__m512i)square[i + apart];
+        square[i] = (Vector<In>)_mm512_permutex2var_epi32(above, (__m512i)upper, below);
+        square[i + apart] = (Vector<In>)_mm512_permutex2var_epi32(above, (__m512i)lower, below);
+      }
+    }
+  }
+};
+#endif
 #endif
 
 // What bfloat16 products are made of: float32's own where this machine has no such instruction.
@@ -68,7 +124,11 @@ struct RoundedOf {
 #if defined(__AVX512BF16__)
 template <>
 struct RoundedOf<float> {
+#if defined(__AMX_BF16__)
+  typedef Tiled type;
+#else
   typedef Rounded type;
+#endif
 };
 #endif
 template <class T>
@@ -76,17 +136,16 @@ using RoundedFor = typename RoundedOf<T>::type;
 
 template <class P>
 inline int64_t packed_depth(int64_t depth) {
-  return (depth + P::pack - 1) / P::pack;
+  return panel_count(depth, P::pack * P::side) * P::side;
 }
 
 template <class P, int N>
-constexpr int max_rows = P::sums / N;
+constexpr int max_rows = P::sums / (N * P::side) * P::side;
 template <class P, int N>
 constexpr int tile_size = max_rows<P, N> * N * lanes<typename P::Out>;
 
-inline int64_t panel_count(int64_t units, int64_t width) { return (units + width - 1) / width; }
-
-// out (rows of N vectors, at most max_rows of them) = a (rows, depth) @ panel (depth, N vectors); Turned: a is (depth, rows).
+// out (max_rows of N vectors, of which the first `rows` count) = a (rows, depth) @ panel (depth, N vectors)
+// Turned: a is (depth / side, rows, side).
 template <class P, int N, bool Turned = false>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
              typename P::Out* out);
@@ -122,6 +181,7 @@ struct Packing {
         }
         std::fill(at + inside, at + width(), In(0));
       }
+    std::fill(at, to + (item + 1) * panel(), In(0));
   }
 };
 

@@ -50,6 +50,7 @@ __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, con
 }
 
 template <class P, int N, bool Turned, int M>
+  requires(P::side == 1)
 inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
                     typename P::Out* out) {
   if constexpr (M > 1) {
@@ -57,6 +58,53 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
   }
   tile<P, M, N, Turned>(a, stride, panel, depth, out);
 }
+
+#if defined(__AMX_BF16__)
+// The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels.
+template <int M, int N, bool Turned>
+__attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth, float* out) {
+  static_assert(M * N <= 4 && N >= 2);
+  constexpr int side = Tiled::side, line = 64;
+  const int64_t row = line / side * (Turned ? side : stride), below = side * (Turned ? side : stride);
+  const int64_t next = side * (Turned ? stride : 1);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (M * N > 2) _tile_zero(2);
+  if constexpr (M * N > 3) _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += side, a += next, panel += side * N * side) {
+    _tile_loadd(4, a, row);
+    _tile_loadd(6, panel, N * line);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + side, N * line);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M == 2) {
+      _tile_loadd(5, a + below, row);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(6, panel + 2 * side, N * line);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(7, panel + 3 * side, N * line);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  _tile_stored(0, out, N * line);
+  _tile_stored(1, out + side, N * line);
+  float* third = out + (M == 2 ? side * N * side : 2 * side);
+  if constexpr (M * N > 2) _tile_stored(2, third, N * line);
+  if constexpr (M * N > 3) _tile_stored(3, third + side, N * line);
+}
+
+template <class P, int N, bool Turned, int M>
+  requires(P::side > 1)
+inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
+                          typename P::Out* out) {
+  rows > P::side ? tile<M / P::side, N, Turned>(a, stride, panel, depth, out) : tile<1, N, Turned>(a, stride, panel, depth, out);
+}
+#endif
 
 }  // namespace
 
@@ -74,7 +122,7 @@ void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typena
 STATEFEED_TILES(Exact<float>)
 STATEFEED_TILES(Exact<double>)
 #if defined(__AVX512BF16__)
-STATEFEED_TILES(Rounded)
+STATEFEED_TILES(RoundedFor<float>)
 #endif
 
 }  // namespace statefeed

@@ -1,0 +1,147 @@
+// Products of odd sizes through the tiles' model against loops in double over the same rounded numbers.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+
+#include "../statefeed/kernels/cpu/tiles.cc"
+#include "../statefeed/kernels/cpu/bulk.h"
+
+namespace statefeed {
+
+int64_t thread_count() { return 1; }
+void run_parallel(int64_t, void (*)(int64_t, int64_t, void*), void*) {}
+
+namespace {
+
+typedef std::vector<float> Matrix;
+
+std::mt19937 random_bits(0);
+
+Matrix normal(int64_t rows, int64_t columns) {
+  std::normal_distribution<float> draw;
+  Matrix values(static_cast<size_t>(rows * columns));
+  for (float& value : values) value = draw(random_bits);
+  return values;
+}
+
+// To bfloat16, nearest even, by arithmetic.
+double rounded(float value) {
+  int power;
+  const double part = std::frexp(static_cast<double>(value), &power);
+  return std::ldexp(std::nearbyint(std::ldexp(part, 8)), power - 8);
+}
+
+// What lies in memory must not matter: every buffer is full of NaN before it is used.
+Matrix nothing(int64_t count) { return Matrix(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
+template <class In, Use U>
+In* spoilt(int64_t count) {
+  In* memory = scratch<In, U>(count);
+  std::fill(memory, memory + count, static_cast<In>(0x7fc07fc0));
+  return memory;
+}
+
+int failures = 0;
+
+void compare(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found, const std::vector<double>& sums,
+             const std::vector<double>& sizes) {
+  for (size_t i = 0; i < sums.size(); ++i)
+    if (!(std::abs(found[i] - sums[i]) <= 1e-6 * (1 + sizes[i]))) {
+      std::printf("%s of %ld rows, depth %ld, %ld units: [%zu] is %.9g, not %.9g\n", what, static_cast<long>(rows),
+                  static_cast<long>(depth), static_cast<long>(units), i, static_cast<double>(found[i]), sums[i]);
+      ++failures;
+      return;
+    }
+}
+
+// sums[i, j] = sum_k left(i, k) right(k, j), and the sums of the absolute values, by which rounding is judged
+template <class Left, class Right>
+void check(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found, Left left, Right right) {
+  std::vector<double> sums(static_cast<size_t>(rows * units)), sizes(sums.size());
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < units; ++j)
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = rounded(left(i, k)) * rounded(right(k, j));
+        sums[static_cast<size_t>(i * units + j)] += term, sizes[static_cast<size_t>(i * units + j)] += std::abs(term);
+      }
+  compare(what, rows, depth, units, found, sums, sizes);
+}
+
+template <class Task>
+void run(const Task& task) {
+  for (int64_t i = 0; i < task.items(); ++i) task.run(i);
+}
+
+template <class P>
+void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns) {
+  const Matrix a = normal(rows, depth), w = normal(units, depth);
+  Matrix out = nothing(rows * units);
+  Packing<P> weights{w.data(), 1, units, depth, bulk_vectors, columns, nullptr};
+  weights.to = spoilt<typename P::In, Use::input_weights>(weights.size());
+  run(weights);
+  spoilt<typename P::In, Use::rounded>((rows + 32) * (depth + 64));
+  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, nullptr, out.data(), false});
+  check(columns ? "product with columns" : "product", rows, depth, units, out, [&](int64_t i, int64_t k) { return a[i * depth + k]; },
+        [&](int64_t k, int64_t j) { return columns ? w[k * units + j] : w[j * depth + k]; });
+}
+
+template <class P>
+void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
+  const Matrix d = normal(rows, units), x = normal(rows, inputs);
+  Matrix out = nothing(units * inputs);
+  RowPacking<P> packed{rows, inputs, x.data(), nullptr};
+  packed.to = spoilt<typename P::In, Use::inputs>(packed.items() * packed.panel());
+  run(packed);
+  run(RowProducts<P>{units, units, d.data(), packed, out.data(), false});
+  check("product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
+        [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
+}
+
+// One tile as a step takes it: N gates of a vector of units.
+template <class P, int N>
+void step(int64_t rows, int64_t depth) {
+  constexpr int L = lanes<float>;
+  const int64_t units = 2 * L - 3;
+  const Matrix h = normal(rows, depth), w = normal(N * units, depth);
+  Packing<P> weights{w.data(), N, units, depth, 1, false, nullptr};
+  weights.to = spoilt<typename P::In, Use::hidden_weights>(weights.size());
+  run(weights);
+  spoilt<typename P::In, Use::rounded>((rows + 32) * (depth + 64));
+  Matrix out = nothing(rows * N * units);
+  alignas(64) float sum[tile_size<P, N>];
+  int64_t stride = depth;
+  const typename P::In* from = P::rows(h.data(), rows, depth, stride);
+  for (int64_t p = 0; p < 2; ++p)
+    for (int64_t first = 0, count; first < rows; first += count) {
+      count = std::min<int64_t>(max_rows<P, N>, rows - first);
+      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel(), packed_depth<P>(depth), sum);
+      for (int64_t i = 0; i < count; ++i)
+        for (int g = 0; g < N; ++g)
+          for (int64_t u = p * L; u < std::min<int64_t>(units, (p + 1) * L); ++u)
+            out[(first + i) * N * units + g * units + u] = sum[(i * N + g) * L + u - p * L];
+    }
+  check("step", rows, depth, N * units, out, [&](int64_t i, int64_t k) { return h[i * depth + k]; },
+        [&](int64_t k, int64_t j) { return w[j * depth + k]; });
+}
+
+}  // namespace
+}  // namespace statefeed
+
+int main() {
+  using namespace statefeed;
+  using P = RoundedFor<float>;
+  {
+    P::Held held;
+    for (int64_t rows : {1, 15, 16, 17, 33, 70})
+      for (int64_t depth : {1, 2, 31, 32, 33, 95}) {
+        step<P, 2>(rows, depth), step<P, 3>(rows, depth), step<P, 4>(rows, depth);
+        for (int64_t units : {1, 31, 32, 49})
+          for (bool columns : {false, true}) inputs_by_weights<P>(rows, depth, units, columns);
+      }
+    for (int64_t units : {1, 15, 17, 33, 129})
+      for (int64_t rows : {1, 2, 31, 33, 383, 385, 800})
+        for (int64_t inputs : {1, 17, 33}) rows_by_rows<P>(units, rows, inputs);
+  }
+  std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products), static_cast<long>(amx_held));
+  return failures != 0;
+}

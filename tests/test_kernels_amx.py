@@ -1,0 +1,210 @@
+"""The products in Intel's tiles: on no machine yet, but in a model of the instructions that keeps their rules."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels_layer import CELLS, Case
+from tolerances import largest_error
+from torch import Tensor
+
+from statefeed import kernels
+from statefeed.kernels import build, layer
+from statefeed.kernels.compile import VARIANTS, compile_library
+
+HERE = Path(__file__).parent
+MODEL = ["-march=x86-64-v4", "-mavx512bf16", "-D__AMX_BF16__", "-include", str(HERE / "amx_model.h")]
+TORCH = Path(torch.__file__).parent
+
+if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
+    pytest.skip("needs g++ on Linux for x86-64", allow_module_level=True)
+runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu(), reason="the model needs AVX512-BF16")
+
+
+@runs_the_model
+def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> None:
+    program = tmp_path / "products"
+    subprocess.run(["g++", "-std=c++20", "-O1", *MODEL, str(HERE / "amx_products.cc"), "-o", str(program)], check=True)
+    found = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    wrong, products, held = (int(word) for word in found.stdout.split() if word.isdigit())
+    assert wrong == held == 0
+    assert products > 10_000
+
+
+def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
+    """The model's rules are seen to be broken, one after the other."""
+    (tmp_path / "misuse.cc").write_text(
+        """
+        #include <cstdint>
+        int main(int, char** given) {
+          alignas(64) unsigned char shape[64] = {1};
+          alignas(64) static float numbers[256];
+          auto set = [&](int tile, int bytes, int rows) { shape[16 + 2 * tile] = bytes, shape[48 + tile] = rows; };
+          for (int tile = 0; tile < 8; ++tile) set(tile, 64, 16);
+          const char which = *given[1];
+          if (which == 'p') shape[0] = 2;
+          if (which == 'r') set(0, 64, 17);
+          if (which == 'b') set(0, 68, 16);
+          if (which == 'o') set(9, 64, 16);
+          if (which == 'z') set(0, 0, 16);
+          if (which == 'm') set(1, 64, 15);
+          if (which == 'd') set(2, 64, 15);
+          if (which == 'c') set(2, 60, 16);
+          if (which != 'u') _tile_loadconfig(shape);
+          if (which == 'a') _tile_release();
+          _tile_zero(0);
+          _tile_loadd(1, numbers, 64);
+          _tile_loadd(2, numbers, 64);
+          if (which == 's') _tile_dpbf16ps(0, 1, 1);
+          _tile_dpbf16ps(0, 1, 2);
+        }
+        """
+    )
+    program = tmp_path / "misuse"
+    flags = [flag for flag in MODEL if not flag.startswith("-m")]
+    subprocess.run(["g++", "-std=c++20", *flags, str(tmp_path / "misuse.cc"), "-o", str(program)], check=True)
+    expected = {
+        "p": "the palette", "r": "more than 16 rows", "b": "or 64 bytes", "o": "beyond the eighth",
+        "z": "no bytes in a row", "m": "not the rows of the left side", "d": "depth", "c": "columns of the right side",
+        "u": "before the configuration", "a": "after its release", "s": "the same tile", "-": "",
+    }  # fmt: skip
+    for letter, words in expected.items():
+        found = subprocess.run([str(program), letter], capture_output=True, text=True, check=False)
+        assert (found.returncode == 0) == (not words), letter
+        assert words in found.stderr
+
+
+# Which library a machine gets ---------------------------------------------------------------------------------------
+
+
+def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
+    """A CPU that has all instruction sets, under a Linux that gives a process the tiles or refuses them."""
+    flags, read = " ".join(sorted(frozenset().union(*(v.needs for v in VARIANTS)))), Path.read_text
+
+    def read_text(path: Path, *arguments: str) -> str:
+        return f"flags\t\t: {flags}\n" if path == Path("/proc/cpuinfo") else read(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(build, "_may_use_tiles", lambda: permitted)
+
+
+@pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
+def test_tiles_are_used_where_linux_gives_them(
+    permitted: bool, best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in VARIANTS:
+        (tmp_path / f"{variant.name}.so").touch()
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    on_a_machine_with_tiles(monkeypatch, permitted)
+    assert build._instruction_set() == best
+    assert build._prebuilt() == tmp_path / f"{best}.so"
+    assert ("-U__AMX_BF16__" in build._native()) == (not permitted)
+
+
+def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for permitted in (True, False):
+        with monkeypatch.context() as patch:
+            on_a_machine_with_tiles(patch, permitted)
+            keys.add(build._key())
+    assert len(keys) == 2
+
+
+def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
+    if "amx_tile" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has tiles")
+    assert not build._may_use_tiles()
+
+
+# Whole layers ---------------------------------------------------------------------------------------------------------
+
+# Another process, because one can load but one library.
+WITH_LIBRARY = """
+import ctypes, sys, torch
+from pathlib import Path
+from statefeed.kernels import build
+build._prebuilt = lambda: Path(sys.argv[1])
+from test_kernels_amx import answers, kernels
+torch.save(answers(), sys.argv[2])
+assert kernels.described().startswith("the wheel's model")
+loaded = ctypes.CDLL(sys.argv[1])
+print(*(ctypes.c_int64.in_dll(loaded, name).value for name in ("amx_products", "amx_held")))
+"""
+
+
+def answers() -> dict[str, Tensor]:
+    """Outputs and gradients of layers of odd sizes in bfloat16, on one thread and on two."""
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for cell in CELLS:
+            for B, I, H in [
+                (1, 1, 1),
+                (2, 33, 7),
+                (15, 3, 31),
+                (16, 32, 32),
+                (17, 17, 65),
+                (33, 70, 40),
+                (40, 64, 127),
+            ]:
+                case = Case(cell, 5, B, I, H, torch.float32)
+                fixed = torch.linspace(0, 0.9, H * case.states)
+                for rule, corrections in (("bptt", 0), (fixed, 0), ("gate", 1), ("jacobian", 2)):
+                    name = rule if isinstance(rule, str) else "fixed"
+                    for key, value in case.run(rule, corrections, rounded=True).items():
+                        found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
+            found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
+    return found
+
+
+def packed(cell: str) -> dict[str, Tensor]:
+    """Sequences of many lengths, in several chunks."""
+    lengths = torch.tensor([60, 60, *range(45, 5, -1), 1, 1])
+    sizes = (lengths[None] > torch.arange(60)[:, None]).sum(1)
+    case = Case(cell, 60, len(lengths), 5, 35, torch.float32)
+    x, e = (torch.cat([v[t, :n] for t, n in enumerate(sizes)]) for v in (case.x, case.e))
+    y, final, tape = layer.forward(cell, x, case.state, case.weights, sizes, rounded=True)
+    grads = (e, *case.final_e)
+    d = layer.backward(cell, tape, x, y, case.state, case.weights, grads, "gate", 1, sizes, rounded=True)
+    return case.named(y, final, d.x, d.state, d.weights)
+
+
+def objects(library: Path) -> set[str]:
+    """The instructions on tiles that a library holds."""
+    listing = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    return {word for word in ("ldtilecfg", "tdpbf16ps", "tilerelease") if word in listing}
+
+
+@pytest.mark.slow
+@runs_the_model
+@pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+def test_layers_in_tiles_are_those_without(tmp_path: Path) -> None:
+    """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
+    library = tmp_path / "model.so"
+    compile_library(library, TORCH, MODEL)
+    threads = torch.get_num_threads()
+    command = [sys.executable, "-c", WITH_LIBRARY, str(library), str(tmp_path / "answers.pt")]
+    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    products, held = map(int, found.stdout.split())
+    assert products > 100_000
+    assert held == 0
+    expected = answers()
+    torch.set_num_threads(threads)
+    worst, name = largest_error(torch.load(tmp_path / "answers.pt"), expected)
+    assert worst < 5e-3, f"{name}: {worst:.1e}"
+
+
+@pytest.mark.slow
+def test_one_variant_holds_tile_instructions(tmp_path: Path) -> None:
+    for variant in VARIANTS:
+        if variant.machine == "x86_64":
+            library = tmp_path / f"{variant.name}.so"
+            compile_library(library, TORCH, list(variant.flags))
+            expected = {"ldtilecfg", "tdpbf16ps", "tilerelease"} if "amx_bf16" in variant.needs else set()
+            assert objects(library) == expected, variant.name
