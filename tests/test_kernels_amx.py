@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_kernels_head import SHAPES, arguments
 from test_kernels_layer import CELLS, Case
 from tolerances import largest_error
 from torch import Tensor
 
 from statefeed import kernels
-from statefeed.kernels import build, layer
+from statefeed.kernels import build, head, layer
 from statefeed.kernels.compile import VARIANTS, compile_library
 
 HERE = Path(__file__).parent
@@ -138,7 +139,7 @@ print(*(ctypes.c_int64.in_dll(loaded, name).value for name in ("amx_products", "
 
 
 def answers() -> dict[str, Tensor]:
-    """Outputs and gradients of layers of odd sizes in bfloat16, on one thread and on two."""
+    """Outputs and gradients of layers and heads of odd sizes in bfloat16, on one thread and on two."""
     found = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -159,6 +160,10 @@ def answers() -> dict[str, Tensor]:
                     for key, value in case.run(rule, corrections, rounded=True).items():
                         found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
             found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
+        for shape in SHAPES:
+            losses, grads = head.losses_and_gradients(*arguments(*shape), rounded=True)
+            for key, value in {"losses": losses, **grads._asdict()}.items():
+                found[f"head {shape}, {threads} threads: {key}"] = value.clone()
     return found
 
 

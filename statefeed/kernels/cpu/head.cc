@@ -113,7 +113,7 @@ void head_loss(const HeadLoss& s) {
   std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
   RowPacking<P> x{most, H, nullptr, nullptr};
   x.to = scratch<typename P::In, Use::inputs>(x.items() * x.panel());
-  with_team(s.rows * V * H, [&](Member& member) {
+  with_team<P>(s.rows * V * H, [&](Member& member) {
     divide(member, weights);
     if (s.d_w) divide(member, strips);
     for (int64_t row = 0; row < s.rows; row += bulk_depth) {

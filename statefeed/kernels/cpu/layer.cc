@@ -78,8 +78,7 @@ void layer_forward(const LayerForward<T>& s) {
   const auto forward = s.rounded ? cell.forward_rounded : cell.forward;
   const std::vector<Chunk> all = chunks(s);
   T* gates = s.gates ? nullptr : scratch<T, Use::gates>(most_rows(all) * G);
-  with_team(s.rows * G * (s.inputs + H), [&](Member& member) {
-    [[maybe_unused]] typename P::Held held;
+  with_team<P>(s.rows * G * (s.inputs + H), [&](Member& member) {
     divide(member, input, hidden);
     const T* previous = s.h0;
     for (const Chunk& chunk : all) {
@@ -123,8 +122,7 @@ void layer_backward(const LayerBackward<T>& s) {
   const int64_t work = s.rows * G * (s.d_x ? 2 * s.inputs + H : s.inputs + H), width = cell.sums * H;
   std::vector<T> sums(static_cast<size_t>(thread_count() * width));
 
-  with_team(work, [&](Member& member) {
-    [[maybe_unused]] typename P::Held held;
+  with_team<P>(work, [&](Member& member) {
     divide(member, input, every, first, second);
     for (int64_t k = 0; k <= s.corrections; ++k) {
       const bool last = k == s.corrections;

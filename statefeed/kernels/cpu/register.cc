@@ -5,6 +5,7 @@
 
 #include "head.h"
 #include "kernels.h"
+#include "product.h"
 #include "threads.h"
 
 namespace statefeed {
@@ -99,7 +100,7 @@ void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, c
     set_stretch(s, y, h0, sizes);
     s.y = data<T>(y), s.gates = kernels.gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
     s.first_h = data<T>(h0), s.first_c = data<T>(c0), s.diagonal = data<T>(diagonal), s.sums = data<T>(sums);
-    with_team(s.rows * s.hidden * 100, [&](Member& member) { kernels.sum_jacobians(member, s); });
+    with_team<Exact<T>>(s.rows * s.hidden * 100, [&](Member& member) { kernels.sum_jacobians(member, s); });
   });
 }
 

@@ -157,8 +157,8 @@ class Crowding {
 
 inline Crowding crowding;
 
-// Calls body(member) on as many threads as the work, in multiply-adds, is worth.
-template <class Body>
+// Calls body(member) on as many threads as the work, in multiply-adds, is worth; they hold what products of type P need.
+template <class P, class Body>
 void with_team(int64_t work, Body body) {
   constexpr int64_t worth_a_thread = 2000000;  // some 30 microseconds
   const int64_t ranks = std::clamp<int64_t>(work / worth_a_thread, 1, std::max<int64_t>(thread_count(), 1)), start = nanoseconds();
@@ -166,6 +166,7 @@ void with_team(int64_t work, Body body) {
   int64_t idle = 0;  // of the caller
   auto walk = [&](int64_t rank) {
     FlushDenormals flush;
+    [[maybe_unused]] typename P::Held held;
     Member member(team, rank);
     body(member);
     if (rank == 0) idle = member.waited() - nanoseconds();
