@@ -88,11 +88,15 @@ void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns)
 template <class P>
 void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
   const Matrix d = normal(rows, units), x = normal(rows, inputs);
-  Matrix out = nothing(units * inputs);
-  RowPacking<P> packed{rows, inputs, x.data(), nullptr};
-  packed.to = spoilt<typename P::In, Use::inputs>(packed.items() * packed.panel());
-  run(packed);
-  run(RowProducts<P>{units, units, d.data(), packed, out.data(), false});
+  Matrix turned = nothing(inputs * units), out = nothing(units * inputs);
+  RowTiles<P> left{rows, inputs, x.data(), nullptr};
+  RowPanels<P> right{rows, units, units, d.data(), nullptr};
+  left.to = spoilt<typename P::In, Use::inputs>(left.size());
+  right.to = spoilt<typename P::In, Use::panels>(right.size());
+  run(left);
+  run(right);
+  run(RowProducts<P>{left, right, turned.data(), units, false});
+  run(Turning<float>{units, inputs, turned.data(), out.data()});
   check("product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
         [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
 }

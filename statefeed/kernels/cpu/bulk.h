@@ -11,10 +11,14 @@ namespace statefeed {
 
 constexpr int bulk_vectors = 2;
 constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and no power of two: those share cache sets
-template <class P>  // tiles of one item, packed together: whole cache lines of every row are used
+template <class P>  // tiles of one item
 constexpr int bulk_group = max_rows<P, bulk_vectors> < 16 ? 4 : 2;
+
 template <class P>
-constexpr int bulk_rows_size = bulk_depth / P::pack * max_rows<P, bulk_vectors> + lanes<typename P::Out>;
+inline void prefetch_tile(const typename P::Out* out, int64_t rows, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < bulk_vectors; ++j) __builtin_prefetch(out + i * stride + j * lanes<typename P::Out>, 1);
+}
 
 template <class T>
 inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
@@ -55,8 +59,7 @@ struct Product {
     for (int64_t p = panels.begin; p < panels.end; ++p)
       for (int64_t row = first; row < last; row += M) {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
-        for (int64_t i = row; i < row + count; ++i)
-          for (int j = 0; j < N; ++j) __builtin_prefetch(out + i * out_stride + unit + j * L, 1);
+        prefetch_tile<P>(out + row * out_stride + unit, count, out_stride);
         tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), sum);
         put_tile(sum, count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
                  out + row * out_stride + unit, out_stride);
@@ -71,72 +74,118 @@ inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows,
   return P::join_vectors(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
 }
 
-// Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts.
+// Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts. Where the product takes them as they
+// are nothing is packed, and vectors may reach beyond the last unit.
 template <class P>
-struct RowPacking {
+struct RowPanels {
   typedef typename P::Out T;
+  typedef typename P::In In;
   static constexpr int N = bulk_vectors, L = lanes<T>;
+  static constexpr bool packed = P::pack > 1;
+  int64_t rows, units, row_stride;
+  const T* from;
+  In* to;  // null if not packed
+
+  int64_t count() const { return panel_count(units, N * L); }
+  int64_t stride() const { return packed ? N * L : row_stride; }
+  int64_t size() const { return packed ? count() * panel_size() : 0; }
+  const In* panel(int64_t p) const {
+    if constexpr (packed)
+      return to + p * panel_size();
+    else
+      return from + p * N * L;
+  }
+
+  int64_t items() const { return packed ? count() : 0; }
+  void run(int64_t p) const {
+    In* at = to + p * panel_size();
+    for (int64_t k = 0; k < rows; k += P::pack)
+      for (int j = 0; j < N; ++j, at += L) {
+        const int64_t unit = (p * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
+        store(at, joined<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
+      }
+    std::fill(at, to + (p + 1) * panel_size(), In(0));
+  }
+
+ private:
+  int64_t panel_size() const { return packed_depth<P>(rows) * N * L; }
+};
+
+// Rows (rows, units) as tiles whose depth is the rows: the left side of RowProducts.
+template <class P>
+struct RowTiles {
+  typedef typename P::Out T;
+  typedef typename P::In In;
+  static constexpr int M = max_rows<P, bulk_vectors>, L = lanes<T>;
   int64_t rows, units;
   const T* from;
-  typename P::In* to;
+  In* to;
 
-  int64_t items() const { return panel_count(units, N * L); }
-  int64_t panel() const { return packed_depth<P>(rows) * N * L; }
-  void run(int64_t item) const {
-    for (int64_t k = 0; k < rows; k += P::pack)
-      for (int j = 0; j < N; ++j) {
-        const int64_t unit = (item * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
-        store(to + item * panel() + (k / P::pack * N + j) * L,
-              joined<P>(from + k * units + unit, units, rows - k, static_cast<int>(inside)));
+  // A whole vector may reach into the next depth's place, which is filled next.
+  int64_t tile_size() const { return packed_depth<P>(rows) * M + L; }
+  int64_t size() const { return items() * tile_size(); }
+  const In* tile(int64_t i) const { return to + i * tile_size(); }
+
+  int64_t items() const { return panel_count(units, M); }
+  void run(int64_t i) const {
+    const int64_t first = i * M;
+    In* at = to + i * tile_size();
+    for (int64_t k = 0; k < rows; k += P::pack * P::side, at += P::side * M)
+      for (int64_t m = 0; m < M && first + m < units; m += L) {
+        const int inside = static_cast<int>(std::min<int64_t>(L, units - first - m));
+        Vector<In> square[P::side];
+        for (int64_t q = 0; q < P::side; ++q) {
+          const int64_t row = k + q * P::pack;
+          square[q] = joined<P>(from + row * units + first + m, units, rows - row, inside);
+        }
+        P::turn(square);
+        for (int64_t q = 0; q < P::side; ++q) store(at + m * P::side + q * L, square[q]);
       }
-    std::fill(to + item * panel() + (rows + P::pack - 1) / P::pack * N * L, to + (item + 1) * panel(), typename P::In(0));
   }
 };
 
-// out (units, inputs) = a (rows, units)^T @ b (rows, inputs) (+ out)
+// out (inputs, units) = left (rows, inputs)^T @ right (rows, units) (+ out)
 template <class P>
 struct RowProducts {
   typedef typename P::Out T;
-  typedef typename P::In In;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
-  int64_t units, a_stride;
-  const T* a;
-  const RowPacking<P>& b;
-  T* out;  // rows of b.units
+  const RowTiles<P>& left;
+  const RowPanels<P>& right;
+  T* out;
+  int64_t out_stride;
   bool add;
 
-  int64_t items() const { return panel_count(units, bulk_group<P> * M); }
-  void run(int64_t item) const {
-    for (int64_t from = 0; from < b.rows; from += bulk_depth) part(item, from, std::min<int64_t>(bulk_depth, b.rows - from));
-  }
-  void part(int64_t item, int64_t from, int64_t count) const {
+  int64_t items() const { return right.count(); }
+  void run(int64_t p) const {
     alignas(64) T sum[tile_size<P, N>];
-    alignas(64) In rows[bulk_group<P>][bulk_rows_size<P>];
-    const int64_t first = item * bulk_group<P>, group = std::min<int64_t>(bulk_group<P>, panel_count(units, M) - first);
-    for (int64_t k = 0; k < count; k += P::pack * P::side)
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t unit = (first + i) * M;
-        const T* row = a + (from + k) * a_stride + unit;
-        __builtin_prefetch(row + 12 * a_stride);
-        // A whole vector may reach into the next depth's place, which is filled next.
-        for (int64_t m = 0; m < M && unit + m < units; m += L) {
-          const int inside = static_cast<int>(std::min<int64_t>(L, units - unit - m));
-          Vector<In> square[P::side];
-          for (int64_t q = 0; q < P::side; ++q)
-            square[q] = joined<P>(row + q * P::pack * a_stride + m, a_stride, count - k - q * P::pack, inside);
-          P::turn(square);
-          for (int64_t q = 0; q < P::side; ++q) store(rows[i] + k / P::pack * M + m * P::side + q * L, square[q]);
-        }
+    const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, right.units - unit);
+    for (int64_t from = 0; from < right.rows; from += bulk_depth) {
+      const int64_t depth = std::min<int64_t>(bulk_depth, right.rows - from), at = from / P::pack;
+      for (int64_t i = 0; i < left.items(); ++i) {
+        const int64_t first = i * M, inside = std::min<int64_t>(M, left.units - first);
+        T* to = out + first * out_stride + unit;
+        prefetch_tile<P>(to, inside, out_stride);
+        turned_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(), right.stride(),
+                             packed_depth<P>(depth), sum);
+        put_tile(sum, inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride);
       }
-    for (int64_t p = 0; p < b.items(); ++p)
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t unit = (first + i) * M, inside = std::min<int64_t>(M, units - unit);
-        for (int64_t u = unit; u < unit + inside; ++u)
-          for (int j = 0; j < N; ++j) __builtin_prefetch(out + u * b.units + (p * N + j) * L, 1);
-        tile_of<P, N, true>(inside, rows[i], M, b.to + p * b.panel() + from / P::pack * N * L, packed_depth<P>(count), sum);
-        put_tile(sum, inside, std::min<int64_t>(N * L, b.units - p * N * L), static_cast<const T*>(nullptr), add || from,
-                 out + unit * b.units + p * N * L, b.units);
-      }
+    }
+  }
+};
+
+// out (units, inputs) = from (inputs, units)^T
+template <class T>
+struct Turning {
+  static constexpr int L = lanes<T>;
+  int64_t units, inputs;
+  const T* from;
+  T* out;
+
+  int64_t items() const { return panel_count(units, L); }
+  void run(int64_t item) const {
+    const int64_t first = item * L, last = std::min<int64_t>(first + L, units);
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t u = first; u < last; ++u) out[u * inputs + i] = from[i * units + u];
   }
 };
 

@@ -109,21 +109,27 @@ void head_loss(const HeadLoss& s) {
   weights.to = scratch<typename P::In, Use::input_weights>(weights.size());
   Strips<P> strips{s.w, H, V, nullptr};
   if (s.d_w) strips.packed = scratch<typename P::In, Use::hidden_weights>(strips.size());
-  float* errors = scratch<float, Use::d>(most * stride);
+  float* errors = scratch<float, Use::d>(most * stride + Product<P>::N * L);
   std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
-  RowPacking<P> x{most, H, nullptr, nullptr};
-  x.to = scratch<typename P::In, Use::inputs>(x.items() * x.panel());
+  RowTiles<P> x{most, H, nullptr, nullptr};
+  x.to = scratch<typename P::In, Use::inputs>(x.size());
+  RowPanels<P> panels{most, V, stride, nullptr, nullptr};
+  panels.to = scratch<typename P::In, Use::panels>(panels.size());
+  float* turned = scratch<float, Use::weight_gradients>(s.d_w ? H * V : 0);
   with_team<P>(s.rows * V * H, [&](Member& member) {
     divide(member, weights);
     if (s.d_w) divide(member, strips);
     for (int64_t row = 0; row < s.rows; row += bulk_depth) {
       const int64_t rows = std::min<int64_t>(bulk_depth, s.rows - row);
       const Product<P> logits{rows, H, V, H, stride, s.x + row * H, weights.to, s.bias, errors, false};
-      const RowPacking<P> inputs{rows, H, s.x + row * H, x.to};
+      const RowTiles<P> inputs{rows, H, s.x + row * H, x.to};
+      const RowPanels<P> right{rows, V, stride, errors, panels.to};
       divide(member, Errors<P>{logits, s.targets + row, s.losses + row, s.d_w ? sums.data() : nullptr}, inputs);
       if (!s.d_w) continue;
-      divide(member, StripProducts<P>{strips, logits, s.d_x + row * H}, RowProducts<P>{V, stride, errors, inputs, s.d_w, row > 0});
+      divide(member, StripProducts<P>{strips, logits, s.d_x + row * H}, right);
+      divide(member, RowProducts<P>{inputs, right, turned, V, row > 0});
     }
+    if (s.d_w && s.rows) divide(member, Turning<float>{V, H, turned, s.d_w});
   });
   if (!s.d_w) return;
   if (s.rows == 0) std::fill(s.d_w, s.d_w + V * H, 0.0f);

@@ -1,5 +1,5 @@
 // One layer in one direction, in chunks of time: products over all rows of a chunk, then or before its steps.
-//   d_x = d_input W_ih,   d_ih += d_input^T x,   d_hh += d_hidden^T h'   while the chunk's d is in cache
+//   d_x = d_input W_ih,   d_ih^T += x^T d_input,   d_hh^T += h'^T d_hidden   while the chunk's d is in cache
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -105,9 +105,9 @@ void layer_backward(const LayerBackward<T>& s) {
     std::fill(s.d_hh, s.d_hh + G * H, T(0));
   }
   const int64_t most = most_rows(all);
-  const int64_t d_stride = G + 64 / static_cast<int64_t>(sizeof(T));  // rows a power of two apart share cache sets
-  T* d = scratch<T, Use::d>(most * d_stride);
-  T* d_hidden = own ? scratch<T, Use::d_hidden>(most * H) : nullptr;
+  const int64_t d_stride = G + own + lanes<T>;  // rows a power of two apart share cache sets
+  T* d = scratch<T, Use::d>(most * d_stride + bulk_vectors * lanes<T>);
+  T* d_hidden = own ? d + G : nullptr;
   T* before_rows = scratch<T, Use::states_before>(most * H);
   const auto input = packing<P, Use::input_weights>({s.w_ih, 1, s.inputs, G, bulk_vectors, true, nullptr}, s.d_x);
   // Shared and own gates of d_hidden lie in two buffers, and so their weights in two packs; the exact backward's steps
@@ -116,9 +116,14 @@ void layer_backward(const LayerBackward<T>& s) {
   const auto first = packing<P, Use::shared_weights>({s.w_hh, 1, H, shared, bulk_vectors, true, nullptr}, s.corrections);
   const auto second =
       packing<P, Use::own_weights>({s.w_hh + shared * H, 1, H, own, bulk_vectors, true, nullptr}, s.corrections && own);
-  RowPacking<P> x{most, s.inputs, nullptr, nullptr}, h{most, H, nullptr, nullptr};
-  x.to = scratch<typename P::In, Use::inputs>(x.items() * x.panel());
-  h.to = scratch<typename P::In, Use::states>(h.items() * h.panel());
+  RowTiles<P> x{most, s.inputs, nullptr, nullptr}, h{most, H, nullptr, nullptr};
+  x.to = scratch<typename P::In, Use::inputs>(x.size());
+  h.to = scratch<typename P::In, Use::states>(h.size());
+  RowPanels<P> panels{most, G, d_stride, d, nullptr}, hidden_panels{most, own, d_stride, d_hidden, nullptr};
+  panels.to = scratch<typename P::In, Use::panels>(panels.size());
+  hidden_panels.to = scratch<typename P::In, Use::hidden_panels>(hidden_panels.size());
+  T* d_ih = scratch<T, Use::weight_gradients>(s.inputs * G);
+  T* d_hh = scratch<T, Use::state_weight_gradients>(H * G);
   const int64_t work = s.rows * G * (s.d_x ? 2 * s.inputs + H : s.inputs + H), width = cell.sums * H;
   std::vector<T> sums(static_cast<size_t>(thread_count() * width));
 
@@ -144,20 +149,23 @@ void layer_backward(const LayerBackward<T>& s) {
         cell.reverse(member, part, s.mode);
         if (!last) {
           divide(member, Product<P>{rows, shared, H, d_stride, S, d, first.to, nullptr, residual, true});
-          if (own) divide(member, Product<P>{rows, own, H, H, S, d_hidden, second.to, nullptr, residual, true});
+          if (own) divide(member, Product<P>{rows, own, H, d_stride, S, d_hidden, second.to, nullptr, residual, true});
           continue;
         }
         const StatesBefore<T> states{s, chunk, first_h, before_rows};
-        const RowPacking<P> x_rows{rows, s.inputs, s.x + row * s.inputs, x.to}, h_rows{rows, H, states.found(), h.to};
+        const RowTiles<P> inputs{rows, s.inputs, s.x + row * s.inputs, x.to}, before_d{rows, H, states.found(), h.to};
+        const RowPanels<P> every_d{rows, G, d_stride, d, panels.to}, shared_d{rows, shared, d_stride, d, panels.to},
+            own_d{rows, own, d_stride, d_hidden, hidden_panels.to};
         T* d_x = s.d_x ? s.d_x + row * s.inputs : nullptr;
         divide(member, states);
-        divide(member, x_rows, h_rows, Product<P>{rows, G, s.inputs, d_stride, s.inputs, d, input.to, nullptr, d_x, false});
+        divide(member, inputs, before_d, every_d, own_d,
+               Product<P>{rows, G, s.inputs, d_stride, s.inputs, d, input.to, nullptr, d_x, false});
         const bool add = at != all.rbegin();
-        divide(member, RowProducts<P>{G, d_stride, d, x_rows, s.d_ih, add},
-               RowProducts<P>{shared, d_stride, d, h_rows, s.d_hh, add},
-               RowProducts<P>{own, H, d_hidden, h_rows, s.d_hh + shared * H, add});
+        divide(member, RowProducts<P>{inputs, every_d, d_ih, G, add}, RowProducts<P>{before_d, shared_d, d_hh, G, add},
+               RowProducts<P>{before_d, own_d, d_hh + shared, G, add});
       }
     }
+    if (!all.empty()) divide(member, Turning<T>{G, s.inputs, d_ih, s.d_ih}, Turning<T>{G, H, d_hh, s.d_hh});
   });
   for (int64_t k = 0; k < width; ++k) {
     s.sums[k] = 0;

@@ -98,7 +98,7 @@ void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Ran
                      s.next_residual ? s.next_residual + row * S * H : nullptr,
                      s.carry + b * S * H,
                      s.d + row * s.d_stride,
-                     s.d_hidden + row * H,
+                     s.d_hidden + row * s.d_stride,
                      sums,
                      H,
                      0,
@@ -129,7 +129,7 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
       const T* panel = s.packed + p * stride * N * L;
       const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
       tile_of<Exact<T>, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, sum[0]);
-      if (depth < stride) tile_of<Exact<T>, N>(count, s.d_hidden + row * H, H, panel + depth * N * L, stride - depth, sum[1]);
+      if (depth < stride) tile_of<Exact<T>, N>(count, s.d_hidden + row * s.d_stride, s.d_stride, panel + depth * N * L, stride - depth, sum[1]);
       for (int64_t b = 0; b < count; ++b) {
         T* carry = s.carry + (first + b) * Cell::states * H + unit;
         for (int64_t u = 0; u < width; ++u)

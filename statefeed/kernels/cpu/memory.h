@@ -13,7 +13,8 @@
 namespace statefeed {
 
 enum class Use {
-  input_weights, hidden_weights, shared_weights, own_weights, d, d_hidden, states_before, inputs, states, gates, rounded
+  input_weights, hidden_weights, shared_weights, own_weights, d, panels, hidden_panels, states_before, inputs, states,
+  weight_gradients, state_weight_gradients, gates, rounded
 };
 
 // Rows far apart lie in pages of their own, and there are more of those than the processor knows addresses of.

@@ -145,10 +145,13 @@ template <class P, int N>
 constexpr int tile_size = max_rows<P, N> * N * lanes<typename P::Out>;
 
 // out (max_rows of N vectors, of which the first `rows` count) = a (rows, depth) @ panel (depth, N vectors)
-// Turned: a is (depth / side, rows, side).
-template <class P, int N, bool Turned = false>
+template <class P, int N>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
              typename P::Out* out);
+// The same where the depth runs over rows: a is (depth / side, max_rows, side), `stride` lies between the panel's rows.
+template <class P, int N>
+void turned_tile_of(int64_t rows, const typename P::In* a, const typename P::In* panel, int64_t stride, int64_t depth,
+                    typename P::Out* out);
 
 // Weights as panels of `vectors` vectors for each of `gates` row blocks: what `tile_of` reads, in order. A task: a panel
 // is an item.

@@ -34,7 +34,7 @@ struct Reverse : Stretch<T> {
   T* next_residual;       // the element-wise part of the same for the next pass, or null; may be `residual`
   const T* packed;        // W_hh in panels for the exact backward, or null
   T* carry;               // (batch, states * hidden): in: gradient of the final state; out: of the initial one
-  int64_t d_stride;       // between rows of d
+  int64_t d_stride;       // between rows of d and of d_hidden
   T *d, *d_hidden;        // gradients at the pre-activations; d_hidden: GRU's dn * r
   T* sums;                // += column sums of d and d_hidden, one row for each member of the team
 };

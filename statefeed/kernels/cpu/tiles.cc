@@ -5,12 +5,23 @@ namespace statefeed {
 
 namespace {
 
+// How far apart the numbers of a row, a row of a and a row of the panel lie.
+template <class P, int N, bool Turned>
+struct Steps {
+  static constexpr int M = max_rows<P, N>, width = N * lanes<typename P::Out>;
+  int64_t stride;  // turned: of the panel, else of a
+  int64_t row() const { return Turned ? 1 : stride; }
+  int64_t depth() const { return Turned ? M : 1; }
+  int64_t panel() const { return Turned ? stride : width; }
+};
+
 // Few rows have too few sums to hide the latency of a multiply-add, so the depth is then split over several.
 template <class P, int M, int N, bool Turned>
 __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
                                     typename P::Out* out) {
   using T = typename P::Out;
-  constexpr int L = lanes<T>, split = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
+  constexpr int L = lanes<T>, split = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4), ahead = 4096 / (N * vector_bytes);
+  const Steps<P, N, Turned> steps{stride};
   Vector<T> sum[split][M][N] = {};
   int64_t k = 0;
   for (; k + split <= depth; k += split) {
@@ -19,25 +30,25 @@ __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, con
       Vector<typename P::In> w[N];
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        w[j] = load(panel + (s * N + j) * L);
-        __builtin_prefetch(panel + (s * N + j) * L + 4096 / sizeof(T));
+        w[j] = load(panel + s * steps.panel() + j * L);
+        __builtin_prefetch(panel + (s + ahead) * steps.panel() + j * L);
       }
 #pragma GCC unroll 12
       for (int i = 0; i < M; ++i) {
-        const auto x = splat(a[Turned ? s * stride + i : i * stride + s]);
+        const auto x = splat(a[i * steps.row() + s * steps.depth()]);
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) sum[s][i][j] = P::multiply_add(sum[s][i][j], x, w[j]);
       }
     }
-    panel += split * N * L;
-    a += Turned ? split * stride : split;
+    panel += split * steps.panel();
+    a += split * steps.depth();
   }
-  for (; k < depth; ++k, a += Turned ? stride : 1, panel += N * L)
+  for (; k < depth; ++k, a += steps.depth(), panel += steps.panel())
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j)
-        sum[0][i][j] = P::multiply_add(sum[0][i][j], splat(a[Turned ? i : i * stride]), load(panel + j * L));
+        sum[0][i][j] = P::multiply_add(sum[0][i][j], splat(a[i * steps.row()]), load(panel + j * L));
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -64,38 +75,38 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
 template <int M, int N, bool Turned>
 __attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth, float* out) {
   static_assert(M * N <= 4 && N >= 2);
-  constexpr int side = Tiled::side, line = 64;
-  const int64_t row = line / side * (Turned ? side : stride), below = side * (Turned ? side : stride);
-  const int64_t next = side * (Turned ? stride : 1);
+  constexpr int side = Tiled::side, number = 4;
+  const Steps<Tiled, N, Turned> steps{stride};
+  const int64_t row = Turned ? side : stride, below = side * row, next = side * steps.depth(), line = number * steps.panel();
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (M * N > 2) _tile_zero(2);
   if constexpr (M * N > 3) _tile_zero(3);
-  for (int64_t k = 0; k < depth; k += side, a += next, panel += side * N * side) {
-    _tile_loadd(4, a, row);
-    _tile_loadd(6, panel, N * line);
+  for (int64_t k = 0; k < depth; k += side, a += next, panel += side * steps.panel()) {
+    _tile_loadd(4, a, number * row);
+    _tile_loadd(6, panel, line);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + side, N * line);
+    _tile_loadd(7, panel + side, line);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (M == 2) {
-      _tile_loadd(5, a + below, row);
+      _tile_loadd(5, a + below, number * row);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
     if constexpr (N > 2) {
-      _tile_loadd(6, panel + 2 * side, N * line);
+      _tile_loadd(6, panel + 2 * side, line);
       _tile_dpbf16ps(2, 4, 6);
     }
     if constexpr (N > 3) {
-      _tile_loadd(7, panel + 3 * side, N * line);
+      _tile_loadd(7, panel + 3 * side, line);
       _tile_dpbf16ps(3, 4, 7);
     }
   }
-  _tile_stored(0, out, N * line);
-  _tile_stored(1, out + side, N * line);
+  _tile_stored(0, out, N * side * number);
+  _tile_stored(1, out + side, N * side * number);
   float* third = out + (M == 2 ? side * N * side : 2 * side);
-  if constexpr (M * N > 2) _tile_stored(2, third, N * line);
-  if constexpr (M * N > 3) _tile_stored(3, third + side, N * line);
+  if constexpr (M * N > 2) _tile_stored(2, third, N * side * number);
+  if constexpr (M * N > 3) _tile_stored(3, third + side, N * side * number);
 }
 
 template <class P, int N, bool Turned, int M>
@@ -108,16 +119,21 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
 
 }  // namespace
 
-template <class P, int N, bool Turned>
+template <class P, int N>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
              typename P::Out* out) {
-  smallest_tile<P, N, Turned, max_rows<P, N>>(rows, a, stride, panel, depth, out);
+  smallest_tile<P, N, false, max_rows<P, N>>(rows, a, stride, panel, depth, out);
+}
+template <class P, int N>
+void turned_tile_of(int64_t rows, const typename P::In* a, const typename P::In* panel, int64_t stride, int64_t depth,
+                    typename P::Out* out) {
+  smallest_tile<P, N, true, max_rows<P, N>>(rows, a, stride, panel, depth, out);
 }
 
-#define STATEFEED_TILE(P, N, TURNED) \
-  template void tile_of<P, N, TURNED>(int64_t, const P::In*, int64_t, const P::In*, int64_t, P::Out*);
-#define STATEFEED_TILES(P) \
-  STATEFEED_TILE(P, 2, false) STATEFEED_TILE(P, 2, true) STATEFEED_TILE(P, 3, false) STATEFEED_TILE(P, 4, false)
+#define STATEFEED_TILE(P, N) template void tile_of<P, N>(int64_t, const P::In*, int64_t, const P::In*, int64_t, P::Out*);
+#define STATEFEED_TILES(P)                               \
+  STATEFEED_TILE(P, 2) STATEFEED_TILE(P, 3) STATEFEED_TILE(P, 4) \
+  template void turned_tile_of<P, 2>(int64_t, const P::In*, const P::In*, int64_t, int64_t, P::Out*);
 
 STATEFEED_TILES(Exact<float>)
 STATEFEED_TILES(Exact<double>)
