@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "memory.h"
 #include "product.h"
@@ -34,13 +35,14 @@ inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, b
 }
 
 // out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out)
-template <class P>
+// A: what a holds, plain numbers or what the product takes.
+template <class P, class A = typename P::Out>
 struct Product {
   typedef typename P::Out T;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
   static constexpr int64_t block = bulk_group<P> * M;  // rows that stay in cache while all panels pass by
   int64_t rows, depth, units, a_stride, out_stride;
-  const T* a;
+  const A* a;
   const typename P::In* packed;
   const T* bias;
   T* out;
@@ -55,7 +57,11 @@ struct Product {
     const Range panels = share(panel_count(units, N * L), item % stripes(), stripes());
     alignas(64) T sum[tile_size<P, N>];
     int64_t stride = a_stride;
-    const typename P::In* from = P::rows(a + first * a_stride, last - first, depth, stride);
+    const typename P::In* from;
+    if constexpr (std::is_same_v<A, typename P::In>)
+      from = a + first * a_stride;
+    else
+      from = P::rows(a + first * a_stride, last - first, depth, stride);
     for (int64_t p = panels.begin; p < panels.end; ++p)
       for (int64_t row = first; row < last; row += M) {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
@@ -98,14 +104,17 @@ struct RowPanels {
 
   int64_t items() const { return packed ? count() : 0; }
   void run(int64_t p) const {
-    In* at = to + p * panel_size();
-    for (int64_t k = 0; k < rows; k += P::pack)
-      for (int j = 0; j < N; ++j, at += L) {
-        const int64_t unit = (p * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
-        store(at, joined<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
-      }
-    std::fill(at, to + (p + 1) * panel_size(), In(0));
+    for (int64_t k = 0; k < packed_rows(); k += P::pack) put(p, k);
   }
+  // The rows that are joined at k; there may be none.
+  void put(int64_t p, int64_t k) const {
+    for (int j = 0; j < N; ++j) {
+      const int64_t unit = (p * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
+      store(to + p * panel_size() + (k / P::pack * N + j) * L,
+            joined<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
+    }
+  }
+  int64_t packed_rows() const { return packed_depth<P>(rows) * P::pack; }
 
  private:
   int64_t panel_size() const { return packed_depth<P>(rows) * N * L; }
@@ -184,8 +193,10 @@ struct Turning {
   int64_t items() const { return panel_count(units, L); }
   void run(int64_t item) const {
     const int64_t first = item * L, last = std::min<int64_t>(first + L, units);
-    for (int64_t i = 0; i < inputs; ++i)
+    for (int64_t i = 0; i < inputs; ++i) {
+      __builtin_prefetch(from + (i + 16) * units + first);
       for (int64_t u = first; u < last; ++u) out[u * inputs + i] = from[i * units + u];
+    }
   }
 };
 

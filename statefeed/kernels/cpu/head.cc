@@ -14,25 +14,43 @@ namespace {
 
 constexpr int L = lanes<float>;
 
-// Rows of logits, and while they are in cache their losses and errors, in place.
+// Rows of logits, and while they are in cache their losses and errors: as rows and as panels.
 template <class P>
 struct Errors {
-  Product<P> logits;  // out: the errors; rows end in padding that is a vector at least
+  typedef typename P::In In;
+  Product<P> logits;  // out: of the errors where nothing is rounded, else of one item's; rows end in padding of a vector at least
   const int64_t* targets;
   float *losses, *sums;  // sums: += column sums of the errors, one row for each item; null: losses only
+  In* rows;              // the errors, where they are rounded
+  int64_t rows_stride;
+  RowPanels<P> panels;
 
   int64_t items() const { return logits.blocks(); }
   void run(int64_t item) const {
-    for (int64_t i = item * logits.stripes(); i < (item + 1) * logits.stripes(); ++i) logits.run(i);
-    const int64_t first = item * logits.block, last = std::min(first + logits.block, logits.rows);
-    for (int64_t row = first; row < last; ++row) losses[row] = of_row(row, sums ? sums + item * logits.out_stride : nullptr);
+    const int64_t first = item * logits.block, last = std::min(first + logits.block, logits.rows), stride = logits.out_stride;
+    Product<P> part = logits;
+    if (panels.packed) part.out = scratch<float, Use::gates>(logits.block * stride) - first * stride;
+    for (int64_t i = item * part.stripes(); i < (item + 1) * part.stripes(); ++i) part.run(i);
+    for (int64_t row = first; row < last; ++row)
+      losses[row] = of_row(part.out + row * stride, targets[row], sums ? sums + item * stride : nullptr);
+    if constexpr (RowPanels<P>::packed) {
+      if (!sums) return;
+      for (int64_t row = first; row < last; ++row) {
+        P::round_row(part.out + row * stride, logits.units, rows + row * rows_stride);
+        std::fill(rows + row * rows_stride + (logits.units + 1) / 2, rows + (row + 1) * rows_stride, In(0));
+      }
+      RowPanels<P> own = panels;
+      own.from = part.out;
+      const int64_t end = last == logits.rows ? own.packed_rows() : last;
+      for (int64_t row = first; row < end; row += P::pack)
+        for (int64_t p = 0; p < own.count(); ++p) own.put(p, row);
+    }
   }
 
-  float of_row(int64_t row, float* sum_of_rows) const {
-    float* e = logits.out + row * logits.out_stride;
+  float of_row(float* e, int64_t target, float* sum_of_rows) const {
     const int64_t width = panel_count(logits.units, L) * L;
     std::fill(e + logits.units, e + width, -1e30f);
-    const float right = e[targets[row]];
+    const float right = e[target];
     Vector<float> highest = load(e);
     for (int64_t u = L; u < width; u += L) {
       const Vector<float> value = load(e + u);
@@ -49,14 +67,13 @@ struct Errors {
     float total = 0;
     for (int k = 0; k < L; ++k) total += sum[k];
     if (sum_of_rows) {
+      e[target] -= total;
       const float share = 1 / total;
       for (int64_t u = 0; u < width; u += L) {
         const Vector<float> value = load(e + u) * share;
         store(e + u, value);
         store(sum_of_rows + u, load(sum_of_rows + u) + value);
       }
-      e[targets[row]] -= 1;
-      sum_of_rows[targets[row]] -= 1;
     }
     return most - right + std::log(total);
   }
@@ -87,13 +104,13 @@ struct Strips {
 template <class P>
 struct StripProducts {
   const Strips<P>& strips;
-  const Product<P>& logits;
+  const Errors<P>& errors;
   float* d_x;
 
-  Product<P> product(int64_t i) const {
+  Product<P, typename P::In> product(int64_t i) const {
     const Packing<P> weights = strips.packing(i);
-    return {logits.rows, weights.depth, strips.inputs, logits.out_stride, strips.inputs, logits.out + i * Strips<P>::strip,
-            weights.to, nullptr, d_x, i > 0};
+    return {errors.logits.rows, weights.depth, strips.inputs, errors.rows_stride, strips.inputs,
+            errors.rows + i * Strips<P>::strip / P::pack, weights.to, nullptr, d_x, i > 0};
   }
   int64_t items() const { return product(0).items(); }
   void run(int64_t item) const {
@@ -103,31 +120,36 @@ struct StripProducts {
 
 template <class P>
 void head_loss(const HeadLoss& s) {
-  const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, L) * L + L;  // rows a power of two apart share cache sets
-  const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, Product<P>::block);
+  typedef typename P::In In;
+  constexpr int64_t block = Product<P>::block;
+  const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, 2 * L) * 2 * L + L;  // rows a power of two apart share cache sets
+  const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, block);
   Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
-  weights.to = scratch<typename P::In, Use::input_weights>(weights.size());
+  weights.to = scratch<In, Use::input_weights>(weights.size());
   Strips<P> strips{s.w, H, V, nullptr};
-  if (s.d_w) strips.packed = scratch<typename P::In, Use::hidden_weights>(strips.size());
-  float* errors = scratch<float, Use::d>(most * stride + Product<P>::N * L);
+  if (s.d_w) strips.packed = scratch<In, Use::hidden_weights>(strips.size());
+  const int64_t rows_stride = stride / P::pack;
+  In* rows = scratch<In, Use::d>((panel_count(most, P::side) * P::side) * rows_stride + bulk_vectors * L);
+  float* logits = nullptr;
+  if constexpr (!RowPanels<P>::packed) logits = rows;
   std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
   RowTiles<P> x{most, H, nullptr, nullptr};
-  x.to = scratch<typename P::In, Use::inputs>(x.size());
+  x.to = scratch<In, Use::inputs>(x.size());
   RowPanels<P> panels{most, V, stride, nullptr, nullptr};
-  panels.to = scratch<typename P::In, Use::panels>(panels.size());
+  panels.to = scratch<In, Use::panels>(s.d_w ? panels.size() : 0);
   float* turned = scratch<float, Use::weight_gradients>(s.d_w ? H * V : 0);
   with_team<P>(s.rows * V * H, [&](Member& member) {
     divide(member, weights);
     if (s.d_w) divide(member, strips);
     for (int64_t row = 0; row < s.rows; row += bulk_depth) {
-      const int64_t rows = std::min<int64_t>(bulk_depth, s.rows - row);
-      const Product<P> logits{rows, H, V, H, stride, s.x + row * H, weights.to, s.bias, errors, false};
-      const RowTiles<P> inputs{rows, H, s.x + row * H, x.to};
-      const RowPanels<P> right{rows, V, stride, errors, panels.to};
-      divide(member, Errors<P>{logits, s.targets + row, s.losses + row, s.d_w ? sums.data() : nullptr}, inputs);
+      const int64_t count = std::min<int64_t>(bulk_depth, s.rows - row);
+      const RowTiles<P> inputs{count, H, s.x + row * H, x.to};
+      const Errors<P> errors{{count, H, V, H, stride, s.x + row * H, weights.to, s.bias, logits, false},
+                             s.targets + row, s.losses + row, s.d_w ? sums.data() : nullptr, rows, rows_stride,
+                             {count, V, stride, logits, panels.to}};
+      divide(member, errors, inputs);
       if (!s.d_w) continue;
-      divide(member, StripProducts<P>{strips, logits, s.d_x + row * H}, right);
-      divide(member, RowProducts<P>{inputs, right, turned, V, row > 0});
+      divide(member, StripProducts<P>{strips, errors, s.d_x + row * H}, RowProducts<P>{inputs, errors.panels, turned, V, row > 0});
     }
     if (s.d_w && s.rows) divide(member, Turning<float>{V, H, turned, s.d_w});
   });
