@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.recurrence import NO_SECOND_DERIVATIVE, Calibration
+from statefeed.recurrence import NO_SECOND_DERIVATIVE, Calibration, autocast_now
 from statefeed.scan import diagonal_scan
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -37,7 +37,9 @@ class Recurrent(nn.Module):
     Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
 
     Raises:
-        ValueError: a rule that is none, ``"gate"``, or a cell whose state width is not to be found.
+        ValueError: a rule that is none, ``"gate"``, or a cell whose state width is not to be found; in a call, a cell
+            that returns no state of that width.
+        TypeError: a cell that is not a module.
 
     Cost: forward T calls of the cell, without autograd; backward one call over T*B rows, one VJP, and one more per
         correction and for an estimate of diag(J).
@@ -60,6 +62,8 @@ class Recurrent(nn.Module):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(cell, nn.Module):
+            raise TypeError(f"cell must be a torch.nn.Module, whose parameters are trained, got {type(cell).__name__}")
         self.cell = cell
         self.batch_first = batch_first
         if state_size is None:
@@ -70,7 +74,8 @@ class Recurrent(nn.Module):
                 )
             state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
         self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
-        self.feedback = feedback
+        # Made a rule here: nn.Module would register a Parameter under this name, past the property.
+        self.feedback = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
 
     @property
     def feedback(self) -> Feedback:
@@ -157,7 +162,15 @@ def _loop(cell: nn.Module, x: Tensor, initial: tuple[Tensor, ...]) -> tuple[Tens
 
 def _call(cell: nn.Module, parameters: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     after = functional_call(cell, parameters, (x, state if len(state) > 1 else state[0]))
-    return (after,) if isinstance(after, Tensor) else tuple(after)
+    states = (after,) if isinstance(after, Tensor) else after
+    expected = [tuple(s.shape) for s in state]
+    got = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in states or ()]
+    if got != expected:
+        raise ValueError(
+            f"{type(cell).__name__} must return its next state and nothing else, of the shapes {expected} here, got "
+            f"{got or type(after).__name__}"
+        )
+    return tuple(states)
 
 
 class _Custom(torch.autograd.Function):
@@ -174,7 +187,7 @@ class _Custom(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states = _loop(cell, x, rest[:count])
         ctx.cell, ctx.feedback, ctx.calibration, ctx.names, ctx.count = cell, feedback, calibration, names, count
-        ctx.autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
+        ctx.autocast = autocast_now(x.device.type)
         ctx.save_for_backward(x, *states, *rest)
         return states[0], *(s[-1].clone() for s in states)
 
@@ -192,7 +205,7 @@ class _Custom(torch.autograd.Function):
             torch.cat([s0[None], s[:-1]]).flatten(0, 1).requires_grad_() for s, s0 in zip(states, initial, strict=True)
         ]
         leaves = [t.detach().requires_grad_(n) for t, n in zip((x.flatten(0, 1), *parameters), needs, strict=True)]
-        with torch.enable_grad(), torch.autocast(x.device.type, *ctx.autocast):
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             after = torch.cat(
                 _call(ctx.cell, dict(zip(ctx.names, leaves[1:], strict=True)), leaves[0], tuple(before)), -1
             )
@@ -203,12 +216,12 @@ class _Custom(torch.autograd.Function):
 
         def transported(delta: Tensor) -> Tensor:
             """J^T delta, (T, B, S)."""
-            return torch.cat(vjp(delta, before), -1).reshape(T, B, -1)
+            return torch.cat(vjp(delta, before), -1).reshape(T, B, sum(widths))
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
         if ctx.calibration is not None and e.numel() and ctx.calibration.due:
-            with torch.autocast(x.device.type, *ctx.autocast):
+            with torch.autocast(*ctx.autocast):
                 delta, back = _exact(ctx.cell, x, before, e)
             ctx.calibration.fit([delta], [back])
         else:
@@ -225,7 +238,7 @@ class _Custom(torch.autograd.Function):
         wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
         found = iter(vjp(delta, wanted) if wanted else ())
         d_x, *d_parameters = [next(found) if n else None for n in needs]
-        d_x = None if d_x is None else d_x.reshape(T, B, -1)
+        d_x = None if d_x is None else d_x.reshape(x.shape)
         return None, None, None, None, None, d_x, *d_initial, *d_parameters
 
 

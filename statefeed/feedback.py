@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import re
 import warnings
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ def _normalise(diagonal: object) -> str | float | Tensor | Spaced:
         if not bool(torch.isfinite(diagonal).all()):
             raise ValueError("a feedback diagonal must be finite, got a tensor with NaN or infinity")
         return diagonal.detach().clone()
-    if isinstance(diagonal, (int, float)) and not isinstance(diagonal, bool):
+    if isinstance(diagonal, numbers.Real) and not isinstance(diagonal, bool):
         if not math.isfinite(diagonal):
             raise ValueError(f"a feedback diagonal must be finite, got {diagonal}")
         return float(diagonal)

@@ -49,7 +49,8 @@ class _WithFeedback(nn.RNNBase):
 
     def __init__(self, *args: Any, feedback: FeedbackLike, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.feedback = feedback
+        # Made a rule here: nn.Module would register a Parameter under this name, past the property.
+        self.feedback = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
 
     @property
     def feedback(self) -> Feedback:
@@ -70,6 +71,13 @@ class _WithFeedback(nn.RNNBase):
             self.register_buffer("diagonal_updates", updates, persistent=False)
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(_rows(self)))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as torch's layers do, and forget the diagonal that was learnt under them."""
+        super().reset_parameters()
+        for name in ("diagonal", "diagonal_updates"):
+            if name in self._buffers:
+                self._buffers[name].zero_()  # type: ignore[union-attr]
 
     @property
     def _states(self) -> int:
@@ -216,6 +224,11 @@ class _WithFeedback(nn.RNNBase):
         if x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
         unbatched = x.dim() == 2
+        if self._states == 2 and hx is not None and not unbatched:
+            if isinstance(hx, Tensor):
+                raise TypeError(f"hx of an LSTM must be a pair (h, c), got one tensor of shape {tuple(hx.shape)}")
+            if len(hx) != 2:
+                raise RuntimeError(f"hx of an LSTM must be a pair (h, c), got {len(hx)} of them")
         for s in () if hx is None else (hx if self._states == 2 else (hx,)):
             if s.dim() != x.dim():
                 form = "unbatched 2-D" if unbatched else "batched 3-D"

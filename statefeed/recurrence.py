@@ -56,11 +56,15 @@ class Calibration(NamedTuple):
             self.updates.add_(1)
             if not self.fits:
                 weight = self.updates.to(self.diagonal.dtype).reciprocal().clamp(min=0.01)
-                self.diagonal.lerp_(jacobian().to(self.diagonal.dtype), weight)
+                mean = jacobian().to(self.diagonal.dtype)
+                # One batch that overflows must not spoil every gradient after it.
+                self.diagonal.lerp_(torch.where(mean.isfinite(), mean, self.diagonal), weight)
         return self.diagonal
 
     def fit(self, delta: Sequence[Tensor], back: Sequence[Tensor]) -> None:
         """Set the diagonal to the a that minimises sum (back - a * delta)^2; zero for a unit without gradient.
+
+        A pass whose gradients overflow fits nothing and is not counted.
 
         Args:
             delta: exact gradient of every state, (..., S) in parts along S.
@@ -72,6 +76,8 @@ class Calibration(NamedTuple):
             )
             for side in (back, delta)
         )
+        if not bool((products + squares).isfinite().all()):
+            return  # a loss scaled too high, as a GradScaler's first ones: the next pass is exact instead
         self.updates.add_(1)
         self.diagonal.copy_(torch.where(squares > 0, products / squares, 0.0))
 
@@ -138,12 +144,17 @@ class _How(NamedTuple):
     states: int
     fused: str | None
     tapes: int
-    autocast: tuple[torch.dtype, bool]
+    autocast: tuple[str, torch.dtype, bool]
 
 
 NO_SECOND_DERIVATIVE = (
     "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
     'gradient penalty): set feedback to "bptt"'
+)
+
+_NO_VMAP = (
+    "torch.func.vmap cannot run through a recurrent layer, torch.nn's own included: put what it maps over into the "
+    "batch, or loop over it"
 )
 
 
@@ -178,8 +189,8 @@ class _Recurrence(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         fused = fused_on(x, *rest)
-        autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
-        narrowed = fused == "cpu" and autocast[1] and cell is not GRU
+        autocast = autocast_now(x.device.type)
+        narrowed = fused == "cpu" and autocast[2] and cell is not GRU
         y, tape = (kept[-1], kept[:-1]) if narrowed else (output[0], kept)
         ctx.how = _How(cell, feedback, calibration, states, fused, len(tape), autocast)
         ctx.save_for_backward(batch_sizes, x, y, *rest, *tape)
@@ -197,10 +208,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        raise RuntimeError(
-            "torch.func.vmap cannot run through a recurrent layer, torch.nn's own included: put what it maps over into "
-            "the batch, or loop over it"
-        )
+        raise RuntimeError(_NO_VMAP)
 
 
 class _Gradients(torch.autograd.Function):
@@ -218,6 +226,10 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
+    @staticmethod
+    def vmap(*_: Any) -> None:  # as torch.func.jacrev asks for
+        raise RuntimeError(_NO_VMAP)
+
 
 def _gradients(
     how: _How, needs_x: bool, batch_sizes: Tensor | None, x: Tensor, y: Tensor, *tensors: Tensor
@@ -231,14 +243,22 @@ def _gradients(
         wide_grads = tuple(g.to(y.dtype) for g in grads)
         tape = layer.Tape(*kept) if kept else layer.Tape(None, None)
         done = _Done(*_wide(x, given, how.states), y, wide_grads, batch_sizes, needs_x)
-        found = _fused_backward(*rule, done, tape, rounded=how.autocast[1])
+        found = _fused_backward(*rule, done, tape, rounded=how.autocast[2])
     else:
         done = _Done(x, given[: how.states], list(given[how.states :]), y, grads, batch_sizes, needs_x)
         through_triton = how.fused == "cuda" and not fits
         # The GPU kernels compute in the dtype of y, which is what autocast made it.
-        with torch.autocast(x.device.type, how.autocast[0], how.autocast[1] and not through_triton):
+        device, dtype, enabled = how.autocast
+        with torch.autocast(device, dtype, enabled and not through_triton):
             found = _triton_backward(*rule, done) if through_triton else _backward(*rule, done, fits)
     return None if found.x is None else found.x.to(x.dtype), *found.state, *found.weights
+
+
+def autocast_now(device: str) -> tuple[str, torch.dtype, bool]:
+    """The arguments of torch.autocast that say what is in force; a device without autocast, as meta, has none."""
+    if not torch.amp.is_autocast_available(device):
+        return "cpu", torch.bfloat16, False
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
 def fused_on(x: Tensor, *rest: Tensor) -> str | None:

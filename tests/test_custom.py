@@ -193,6 +193,55 @@ def test_state_sizes_shapes_and_refusals() -> None:
         layer.feedback = torch.rand(3)
 
 
+class Returns(nn.Module):
+    """A cell that returns whatever it is told to."""
+
+    hidden_size = H
+
+    def __init__(self, after: object) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> object:
+        return self.after
+
+
+@pytest.mark.parametrize(
+    ("after", "got"),
+    [
+        (torch.zeros(B, H + 1), r"\[\(3, 6\)\]"),
+        (torch.zeros(1, H), r"\[\(1, 5\)\]"),
+        ((torch.zeros(B, H), torch.zeros(B, H)), r"\[\(3, 5\), \(3, 5\)\]"),
+        ((torch.zeros(B, H), None), r"\[\(3, 5\), 'NoneType'\]"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_cell_that_returns_no_next_state_is_refused_in_a_sentence(after: object, got: str) -> None:
+    sentence = rf"^Returns must return its next state and nothing else, of the shapes \[\(3, 5\)\] here, got {got}$"
+    for rule in ("dsf", "bptt"):
+        with pytest.raises(ValueError, match=sentence):
+            sf.Recurrent(Returns(after), feedback=rule)(torch.zeros(T, B, I))
+
+
+def test_a_function_is_no_cell_and_a_parameter_is_a_fixed_diagonal() -> None:
+    with pytest.raises(
+        TypeError, match=r"^cell must be a torch.nn.Module, whose parameters are trained, got function$"
+    ):
+        sf.Recurrent(lambda x, h: h, state_size=H)  # type: ignore[arg-type]
+    layer = sf.Recurrent(MinimalCell(I, H), feedback=nn.Parameter(torch.full((H,), 0.5)))
+    assert str(layer.feedback) == f"tensor({H})"
+    assert list(layer.state_dict()) == ["cell.mix.weight", "cell.mix.bias"]
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated", "jacobian+1"])
+@pytest.mark.parametrize("name", CELLS)
+def test_an_empty_batch_has_gradients_of_zero(name: str, rule: str) -> None:
+    layer, x, states = make(name, rule)
+    found = gradients(layer, x[:, :0], [s[:0] for s in states])
+    assert found[0].shape == (T, 0, I)
+    assert not any(g.any() for g in found)
+
+
 def test_deepcopy_state_dict_and_no_grad() -> None:
     layer = sf.Recurrent(MinimalCell(I, H), feedback="calibrated")
     assert list(layer.state_dict()) == ["cell.mix.weight", "cell.mix.bias"]

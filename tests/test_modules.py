@@ -289,6 +289,18 @@ def test_what_torch_refuses_is_refused_alike(cell, wrong):
             layer(cell, feedback=rule)(*call)
 
 
+def test_the_state_of_an_lstm_is_a_pair():
+    """Iterating over one tensor of two layers would give two, and a third state would be left out in silence."""
+    ours, theirs = layer("lstm", num_layers=2), layer("lstm", torchs=True, num_layers=2)
+    x, h = torch.zeros(5, 2, 3), torch.zeros(2, 2, 4)
+    for call in (lambda made: made(x, (h, h, h)), lambda made: made(x, torch.stack([h, h]))):
+        with pytest.raises((RuntimeError, TypeError), match=r".+") as refused:
+            call(theirs)
+        with pytest.raises(refused.type, match=r"^hx of an LSTM must be a pair \(h, c\), got [^\n]+$"):
+            call(ours)
+    assert torch.equal(ours(x, [h, h])[0], ours(x, (h, h))[0])
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_projection_is_refused_in_one_sentence(size):
     with pytest.raises(ValueError, match=r"^proj_size[^\n]+$"):
@@ -317,6 +329,61 @@ def test_positional_arguments_are_those_of_torch():
         assert [(n, p.shape) for n, p in ours.named_parameters()] == [
             (n, p.shape) for n, p in theirs.named_parameters()
         ]
+
+
+def test_a_parameter_given_as_the_rule_is_a_fixed_diagonal():
+    made = sf.GRU(3, 4, feedback=nn.Parameter(torch.full((4,), 0.5)))
+    assert str(made.feedback) == "tensor(4)"
+    assert made.state_dict().keys() == nn.GRU(3, 4).state_dict().keys()
+
+
+@pytest.mark.parametrize("rule", ["dsf", "calibrated", "jacobian+1", "bptt"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_layer_on_meta_gives_shapes_as_torchs_does(cell, rule):
+    ours = layer(cell, feedback=rule, num_layers=2, device="meta")
+    theirs = layer(cell, torchs=True, num_layers=2, device="meta")
+    for made in (ours, theirs):
+        made(torch.zeros(5, 2, 3, device="meta"))[0].sum().backward()
+    shapes = [[(p.grad.device.type, p.grad.shape) for p in made.parameters()] for made in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "fitted"])
+def test_weights_drawn_anew_begin_without_a_learnt_diagonal(rule):
+    made = layer("gru", feedback=rule, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        made.diagonal.fill_(float("nan"))  # as memory that nobody has written may hold
+        made.diagonal_updates.fill_(7)
+    made.reset_parameters()
+    assert not made.diagonal.any()
+    assert not made.diagonal_updates.any()
+    torch.manual_seed(0)
+    made.reset_parameters()
+    torch.manual_seed(0)
+    assert made.state_dict().keys() == (plain := nn.GRU(3, 4).state_dict()).keys()
+    assert all(torch.equal(w, plain[name]) for name, w in made.state_dict().items())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_batch_that_overflows_does_not_spoil_a_calibrated_diagonal(cell):
+    made, x = layer(cell, feedback="calibrated"), torch.randn(5, 2, 3)
+    run(made, x)
+    run(made, torch.full_like(x, float("nan")))
+    run(made, x)
+    assert made.diagonal.any()
+    assert made.diagonal.isfinite().all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_loss_that_overflows_is_fitted_by_the_next_pass(cell):
+    """As of a GradScaler, whose first scales are too high."""
+    made, exact = layer(cell, feedback="fitted").double(), layer(cell, feedback="bptt").double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    (made(x)[0].sum() * float("inf")).backward()
+    assert not made.diagonal.any()
+    assert_same(run(made, x)[2], run(exact, x)[2])
+    assert made.diagonal.any()
+    assert made.diagonal.isfinite().all()
 
 
 @pytest.mark.parametrize("cell", CELLS)

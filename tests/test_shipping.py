@@ -373,6 +373,8 @@ def test_torch_func_is_refused_a_second_derivative_and_a_map_over_samples():
         torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
     with pytest.raises(RuntimeError, match=r"^torch.func.vmap cannot run through a recurrent layer[^\n]+$"):
         torch.func.vmap(torch.func.grad(loss))(x[None])
+    with pytest.raises(RuntimeError, match=r"^torch.func.vmap cannot run through a recurrent layer[^\n]+$"):
+        torch.func.jacrev(loss)(x)
 
 
 class Streams(torch.utils.data.Dataset):
