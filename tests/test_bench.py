@@ -295,6 +295,27 @@ def test_a_second_run_replaces_the_records(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("stop", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "statefeed bench: interrupted: the records that were told of are kept\n"),
+        (OSError(28, "No space left on device", "bench.jsonl"), 2, "bench: bench.jsonl: No space left on device\n"),
+    ],
+)
+def test_what_stops_a_benchmark_is_one_sentence_and_its_records_stay(
+    stop, code, sentence, tmp_path, capsys, monkeypatch
+):
+    def cut(options):
+        yield {"bench": "scan"}
+        raise stop
+
+    monkeypatch.setattr(scan, "run", cut)
+    output = tmp_path / "bench.jsonl"
+    assert main(["scan", "--smoke", f"--output={output}"]) == code
+    assert capsys.readouterr().err.endswith(sentence)
+    assert len(output.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ([], "one of {layers,scan,memory,training,recall}"),

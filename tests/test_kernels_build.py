@@ -86,6 +86,15 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, quick_compiler: str) ->
     assert not list((tmp_path / "statefeed").glob("*.so"))
 
 
+def test_a_program_that_is_no_compiler_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "c++"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    answer = said(PROGRAM, CXX=str(program), XDG_CACHE_HOME=str(tmp_path))
+    assert answer.startswith("False 1 ")
+    assert f"{program} --version failed with exit code 3: is CXX a compiler?" in answer
+
+
 def test_two_processes_build_once(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     compiler = tmp_path / "counting"

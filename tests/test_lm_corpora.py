@@ -34,6 +34,34 @@ def test_shares_are_configured_and_no_test_share_is_no_test_split(tmp_path: Path
     assert {split: len(part) for split, part in splits.items()} == {"train": 800, "valid": 200}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 200 + "\n",  # one line, as of a text without line ends that an editor has closed by one
+        "line\n" * 20 + "x" * 900 + "\nend\n",  # a line longer than the shares of valid and test
+        "x" * 930 + "\n" + "y" * 69,  # a last line that begins in front of the cut of the test share
+    ],
+)
+def test_long_lines_leave_no_split_empty(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    splits = read(tmp_path / "a.txt").splits
+    assert list(splits) == ["train", "valid", "test"]
+    assert "".join(splits.values()) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shares", "sentence"),
+    [
+        ("abc", {}, "data.valid=0.05 and data.test=0.05 leave nothing of 3 characters to validate on"),
+        ("abc", {"valid": 0.9, "test": 0.05}, "leave nothing of 3 characters to train on"),
+    ],
+)
+def test_a_text_too_short_for_its_shares(tmp_path: Path, text: str, shares: dict[str, float], sentence: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UsageError, match=sentence):
+        read(tmp_path / "a.txt", **shares)
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
 def test_given_splits_plain_and_packed(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
     for name, text in (("ptb.train.txt", "ä train\n"), ("ptb.valid.txt", "ä valid\n"), ("README.md", "not a split\n")):

@@ -106,6 +106,7 @@ def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
         ({"notes.txt": "x"}, "holds no run, no compare.jsonl and no records of a benchmark"),
         ({"a.jsonl": "{}\n"}, "line 1 of"),
         ({"a.jsonl": "no json\n"}, "is no record"),
+        ({"a.jsonl": "caf\udce9\n"}, "a.jsonl is not UTF-8 text"),
         ({"metrics.jsonl": ""}, "is not a run folder"),
     ],
 )
@@ -116,7 +117,7 @@ def test_a_mistake_is_one_sentence(
     if made is not None:
         folder.mkdir()
         for name, text in made.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, errors="surrogateescape")
     assert cli.main(["report", str(folder), "-o", str(tmp_path / "report.html")]) == 2
     err = capsys.readouterr().err
     assert sentence in err

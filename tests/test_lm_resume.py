@@ -183,6 +183,21 @@ def test_the_last_checkpoints_are_kept(flags: list[str], tmp_path: Path) -> None
     assert names == [f"step-{step:09}.safetensors" for step in (10, 11, 12)]
 
 
+def test_what_a_user_puts_beside_the_checkpoints_stays(stopped: Callable[..., Path]) -> None:
+    folder = stopped()
+    last = max((folder / "checkpoints").iterdir())
+    kept = folder / "checkpoints" / "kept"
+    kept.mkdir()
+    for copy in (kept / last.name, last.with_name("step-before-the-fall.safetensors"), last.with_suffix(".bak")):
+        shutil.copy(last, copy)
+    (folder / "checkpoints" / f"{last.name}.unfinished").touch()
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"kept", "step-before-the-fall.safetensors", f"{last.stem}.bak"} < names
+    assert f"{last.name}.unfinished" not in names
+    assert (kept / last.name).is_file()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_step(
     number: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

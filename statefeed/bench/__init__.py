@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         argv: what follows ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
 
     Returns:
-        0; 1 where parity fails and nothing was timed; 2 for a mistake in the flags, or a missing dependency.
+        0; 1 where parity fails and nothing was timed; 2 for a mistake in the flags, a missing dependency or a full
+        disk; 130 when interrupted by Ctrl-C.
     """
     try:
         _require_application()
@@ -44,6 +45,12 @@ def main(argv: Sequence[str]) -> int:
     except ParityError as error:
         print(f"statefeed bench: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"statefeed bench: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("statefeed bench: interrupted: the records that were told of are kept", file=sys.stderr)
+        return 130
     return 0
 
 

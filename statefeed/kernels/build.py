@@ -72,7 +72,10 @@ def _native() -> list[str]:
 
 
 def _key() -> str:
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    asked = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise RuntimeError(f"{compiler()} --version failed with exit code {asked.returncode}: is CXX a compiler?")
+    version = asked.stdout
     parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):

@@ -260,7 +260,8 @@ class Checkpoints:
             facts = {"step": step, "log": log, "scaler": scaler.state_dict()}
             write(self._path(step), self._folder, tensors, facts)
             kept = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
-            for path in self._folder.iterdir():
+            # What a user has put beside them stays; what was unfinished when a process was killed goes.
+            for path in [*self._paths(), *self._folder.glob("*.unfinished")]:
                 if path not in kept:
                     path.unlink()
         self.step, self._last = step, time.monotonic()
@@ -303,7 +304,7 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         """The newest first."""
-        return sorted(self._folder.glob("step-*.safetensors"), reverse=True)
+        return sorted(self._folder.glob(f"step-{'[0-9]' * 9}.safetensors"), reverse=True)
 
 
 @torch.no_grad()

@@ -111,6 +111,8 @@ def _train(arguments: Sequence[str]) -> None:
         here = [f"--run.dir={folder}"]  # the folder may have been moved
         values = config.parse(flags, [*config.recipe_flags(folder / checkpoint.CONFIG), *arguments, *here])
     elif path is not None:
+        if values.resume and not path.exists():
+            raise UsageError(f"there is no run folder or recipe {path} to go on with")
         values = config.parse(flags, [*config.recipe_flags(path), *arguments])
     recipe = config.build(values)
     if values.print_config:

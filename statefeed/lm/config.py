@@ -312,12 +312,16 @@ def recipe_flags(path: str | Path) -> list[str]:
         path: a YAML file of sections, each a mapping of keys to values.
 
     Raises:
-        UsageError: when the file is missing, is not YAML, or is not made of sections.
+        UsageError: when the file is missing or a folder, is not YAML, or is not made of sections.
     """
     try:
         sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"the recipe {path} does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(
+            f"the recipe {path} must be a YAML file, got a folder; `statefeed train {path} --resume` goes on with a run"
+        ) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
     except yaml.YAMLError as error:

@@ -238,10 +238,18 @@ def _decode(path: Path) -> str:
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:
-    """Train, valid and test one after the other; a cut moves on to the next line start where there is one."""
-    cuts = []
-    for share in (1 - data.valid - data.test, 1 - data.test):
-        place = round(share * len(text))
-        cuts.append(text.find("\n", place) + 1 or place)
-    splits = dict(zip(SPLITS, (text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]), strict=True))
+    """Train, valid and test one after the other; cuts move on to the next line start where that leaves no split empty.
+
+    Raises:
+        UsageError: when there is too little text for the shares.
+    """
+    places = [round(share * len(text)) for share in (1 - data.valid - data.test, 1 - data.test)]
+    lines = [text.find("\n", place) + 1 or place for place in places]
+    first, second = lines if lines[0] < lines[1] and (lines[1] < len(text) or not data.test) else places
+    splits = dict(zip(SPLITS, (text[:first], text[first:second], text[second:]), strict=True))
+    if not (splits["train"] and splits["valid"]):
+        raise UsageError(
+            f"data.valid={data.valid} and data.test={data.test} leave nothing of {len(text):,} characters to "
+            f"{'validate' if splits['train'] else 'train'} on"
+        )
     return {split: part for split, part in splits.items() if part}

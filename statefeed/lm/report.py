@@ -81,7 +81,11 @@ def _folder(folder: Path, found: Found) -> None:
 
 
 def _file(path: Path, found: Found) -> None:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text: expected JSON objects, one a line") from None
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             if "bench" in (record := json.loads(line)):
                 found.benchmarks.append(record)
