@@ -94,6 +94,7 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
 
     Raises:
         TypeError: another kind of layer.
+        ValueError: x without a step or a row, or of another width than the layer's input.
 
     Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
 
@@ -104,8 +105,14 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
         1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
     if not isinstance(layer, (RNN, GRU, LSTM)):
-        raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {type(layer).__name__}")
+        kind = type(layer)
+        raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {kind.__module__}.{kind.__qualname__}")
     data = x.data if isinstance(x, PackedSequence) else x
+    if not data.numel() or data.shape[-1] != layer.input_size:
+        raise ValueError(
+            f"x must have steps and rows of {layer.input_size} features, as the layer takes them, got "
+            f"{tuple(data.shape)}"
+        )
     rows = data.numel() // data.shape[-1]
     if isinstance(x, PackedSequence):
         T = len(x.batch_sizes)

@@ -206,6 +206,9 @@ class _WithFeedback(nn.RNNBase):
         if isinstance(x, PackedSequence) or x.dim() != 3:
             got = "a PackedSequence" if isinstance(x, PackedSequence) else f"{x.dim()}D"
             raise ValueError(f"lengths and resets need a padded batch as input, a 3D tensor, got {got}")
+        for name, given in (("lengths", lengths), ("resets", resets)):
+            if not (given is None or isinstance(given, Tensor)):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
         x, hx, _ = self._batched(x, hx)
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.T

@@ -36,8 +36,8 @@ class SwapReport:
 def swap(
     model: nn.Module,
     feedback: FeedbackLike = "dsf",
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
     dry_run: bool = False,
 ) -> SwapReport:
     """Every torch.nn.RNN, GRU and LSTM of a model becomes statefeed's, in place.
@@ -49,8 +49,8 @@ def swap(
     Args:
         model: any module, also a recurrent layer itself.
         feedback: the rule, in every spelling of ``Feedback``.
-        include: shell patterns of module names (``"encoder.*"``); the model itself is ``""``.
-        exclude: patterns of names to leave alone.
+        include: a shell pattern of module names (``"encoder.*"``), or several; the model itself is ``""``.
+        exclude: a pattern of names to leave alone, or several.
         dry_run: report only, change nothing.
 
     Returns:
@@ -71,7 +71,7 @@ def swap(
         GRU(2, 3)
     """
     rule = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     swapped: dict[str, str] = {}
     kept: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -122,6 +122,13 @@ def test_refusals(keywords: dict, message: str) -> None:
         sf.GRU(I, H)(torch.zeros(T, B, I), **keywords)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", ["lengths", "resets"])
+def test_a_list_is_refused_in_a_sentence(name: str, batch_first: bool) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor, got list$"):
+        sf.GRU(I, H, batch_first=batch_first)(torch.zeros(T, T, I), **{name: [T] * T})
+
+
 def test_packed_input_is_refused() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, I)])
     with pytest.raises(ValueError, match="PackedSequence"):

@@ -266,3 +266,10 @@ def test_wrong_arguments_are_refused_in_one_sentence(options):
     given = {"x": torch.zeros(5, 2, 3), "a": torch.zeros(3)} | options
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         sf.diagonal_scan(**given)
+
+
+@pytest.mark.parametrize("name", ["x", "a", "initial"])
+def test_a_number_is_no_tensor(name):
+    given = {"x": torch.zeros(5, 2, 3), "a": torch.zeros(3)} | {name: 0.5}
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor, got float$"):
+        sf.diagonal_scan(**given)

@@ -107,6 +107,12 @@ def test_include_exclude_and_dry_run(model: Tagger) -> None:
     assert str(report).splitlines()[0].startswith("swapped  encoder: GRU(6, 6, num_layers=2")
 
 
+def test_one_pattern_alone_is_a_pattern_and_not_its_letters(model: Tagger) -> None:
+    assert list(sf.swap(model, include="enc*", dry_run=True).swapped) == ["encoder"]
+    assert sf.swap(model, exclude="decoder").kept == {"decoder": "excluded"}
+    assert type(model.decoder) is nn.LSTM
+
+
 def test_what_cannot_run_under_the_rule_is_kept_and_says_why() -> None:
     class Mine(nn.GRU):
         pass

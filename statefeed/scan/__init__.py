@@ -118,6 +118,8 @@ def _shift(y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
 
 def _check(x: Tensor, a: Tensor, initial: Tensor | None, method: str) -> None:
     for name, value in (("x", x), ("a", a), ("initial", initial)):
+        if not (value is None or isinstance(value, Tensor)):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value is not None and not (value.is_floating_point() or value.is_complex()):
             raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
     if x.dim() < 2:
