@@ -13,6 +13,8 @@ namespace statefeed {
 namespace {
 
 constexpr int L = lanes<float>;
+template <class P>  // rows of one item: a tile of them pays for the weights that pass by, and there are items for many threads
+constexpr int64_t few = max_rows<P, bulk_vectors>;
 
 // Rows of logits, and while they are in cache their losses and errors: as rows and as panels.
 template <class P>
@@ -25,22 +27,23 @@ struct Errors {
   int64_t rows_stride;
   RowPanels<P> panels;
 
-  int64_t items() const { return logits.blocks(); }
+  int64_t items() const { return panel_count(logits.rows, few<P>); }
   void run(int64_t item) const {
-    const int64_t first = item * logits.block, last = std::min(first + logits.block, logits.rows), stride = logits.out_stride;
+    const int64_t first = item * few<P>, last = std::min(first + few<P>, logits.rows), stride = logits.out_stride;
     Product<P> part = logits;
-    if (panels.packed) part.out = scratch<float, Use::gates>(logits.block * stride) - first * stride;
-    for (int64_t i = item * part.stripes(); i < (item + 1) * part.stripes(); ++i) part.run(i);
+    part.rows = last - first, part.a += first * part.a_stride, part.out += first * stride;
+    if constexpr (RowPanels<P>::packed) part.out = scratch<float, Use::gates>(few<P> * stride);
+    for (int64_t i = 0; i < part.items(); ++i) part.run(i);
     for (int64_t row = first; row < last; ++row)
-      losses[row] = of_row(part.out + row * stride, targets[row], sums ? sums + item * stride : nullptr);
+      losses[row] = of_row(part.out + (row - first) * stride, targets[row], sums ? sums + item * stride : nullptr);
     if constexpr (RowPanels<P>::packed) {
       if (!sums) return;
       for (int64_t row = first; row < last; ++row) {
-        P::round_row(part.out + row * stride, logits.units, rows + row * rows_stride);
+        P::round_row(part.out + (row - first) * stride, logits.units, rows + row * rows_stride);
         std::fill(rows + row * rows_stride + (logits.units + 1) / 2, rows + (row + 1) * rows_stride, In(0));
       }
       RowPanels<P> own = panels;
-      own.from = part.out;
+      own.from = part.out - first * stride;
       const int64_t end = last == logits.rows ? own.packed_rows() : last;
       for (int64_t row = first; row < end; row += P::pack)
         for (int64_t p = 0; p < own.count(); ++p) own.put(p, row);
@@ -107,23 +110,24 @@ struct StripProducts {
   const Errors<P>& errors;
   float* d_x;
 
-  Product<P, typename P::In> product(int64_t i) const {
-    const Packing<P> weights = strips.packing(i);
-    return {errors.logits.rows, weights.depth, strips.inputs, errors.rows_stride, strips.inputs,
-            errors.rows + i * Strips<P>::strip / P::pack, weights.to, nullptr, d_x, i > 0};
-  }
-  int64_t items() const { return product(0).items(); }
+  int64_t items() const { return errors.items(); }
   void run(int64_t item) const {
-    for (int64_t i = 0; i < strips.count(); ++i) product(i).run(item);
+    const int64_t first = item * few<P>, count = std::min(few<P>, errors.logits.rows - first), inputs = strips.inputs;
+    for (int64_t i = 0; i < strips.count(); ++i) {
+      const Packing<P> weights = strips.packing(i);
+      const Product<P, typename P::In> part{
+          count, weights.depth, inputs, errors.rows_stride, inputs,
+          errors.rows + first * errors.rows_stride + i * Strips<P>::strip / P::pack, weights.to, nullptr, d_x + first * inputs, i > 0};
+      for (int64_t k = 0; k < part.items(); ++k) part.run(k);
+    }
   }
 };
 
 template <class P>
 void head_loss(const HeadLoss& s) {
   typedef typename P::In In;
-  constexpr int64_t block = Product<P>::block;
   const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, 2 * L) * 2 * L + L;  // rows a power of two apart share cache sets
-  const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, block);
+  const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, few<P>);
   Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
   weights.to = scratch<In, Use::input_weights>(weights.size());
   Strips<P> strips{s.w, H, V, nullptr};
