@@ -53,10 +53,8 @@ MISTAKES = {
     "wrong type": (["train", "--train.steps=many"], "train.steps must be a whole number or null, got many"),
     "out of range": (["train", "--train.lr=-1"], "train.lr must be a positive number, got -1.0"),
     "missing recipe": (["train", "nowhere.yaml"], "the recipe nowhere.yaml does not exist"),
-    "recipe is a folder": (
-        ["train", "."],
-        "the recipe . must be a YAML file, got a folder; `statefeed train . --resume` goes on with a run",
-    ),
+    "recipe is a folder": (["train", "."], "the recipe . must be a YAML file, got a folder"),
+    "recipe is a run": (["train", "{run}"], "char is the folder of a run: go on with it by --resume"),
     "no run to resume": (["train", "nowhere", "--resume"], "there is no run folder or recipe nowhere to go on with"),
     "two recipes": (["train", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
     "missing text": (["train", "--data.corpus=text", "--data.path=nowhere.txt"], "no file or folder nowhere.txt"),

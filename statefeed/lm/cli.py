@@ -113,6 +113,8 @@ def _train(arguments: Sequence[str]) -> None:
     elif path is not None:
         if values.resume and not path.exists():
             raise UsageError(f"there is no run folder or recipe {path} to go on with")
+        if (path / checkpoint.CONFIG).is_file():
+            raise UsageError(f"{path} is the folder of a run: go on with it by --resume")
         values = config.parse(flags, [*config.recipe_flags(path), *arguments])
     recipe = config.build(values)
     if values.print_config:

@@ -319,9 +319,7 @@ def recipe_flags(path: str | Path) -> list[str]:
     except FileNotFoundError:
         raise UsageError(f"the recipe {path} does not exist") from None
     except IsADirectoryError:
-        raise UsageError(
-            f"the recipe {path} must be a YAML file, got a folder; `statefeed train {path} --resume` goes on with a run"
-        ) from None
+        raise UsageError(f"the recipe {path} must be a YAML file, got a folder") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
     except yaml.YAMLError as error:
