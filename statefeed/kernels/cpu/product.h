@@ -46,13 +46,21 @@ struct Rounded {
     return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
   static In join(float first, float second) { return (round(first) >> 16) | (round(second) & 0xffff0000u); }
-  static __m256i halves(Vector<float> value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
+  static Vector<In> lane() {
+    Vector<In> number{};
+    for (int i = 0; i < 16; ++i) number[i] = static_cast<In>(i);
+    return number;
+  }
+  static Vector<In> round_vectors(Vector<float> first, Vector<float> second) {  // one after the other
+    return (Vector<In>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
   static Vector<In> join_vectors(Vector<float> first, Vector<float> second) {
-    return (Vector<In>)_mm512_cvtepu16_epi32(halves(first)) | ((Vector<In>)_mm512_cvtepu16_epi32(halves(second)) << 16);
+    const Vector<In> alternate = lane() + ((lane() + 16) << 16);
+    return (Vector<In>)_mm512_permutexvar_epi16((__m512i)alternate, (__m512i)round_vectors(first, second));
   }
   static void round_row(const float* row, int64_t depth, In* to) {
     int64_t k = 0;
-    for (; k + 16 <= depth; k += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k / 2), halves(load(row + k)));
+    for (; k + 32 <= depth; k += 32) store(to + k / 2, round_vectors(load(row + k), load(row + k + 16)));
     for (; k < depth; k += 2) to[k / 2] = join(row[k], k + 1 < depth ? row[k + 1] : 0.0f);
   }
   static const In* rows(const float* from, int64_t count, int64_t depth, int64_t& stride) {
@@ -97,12 +105,10 @@ struct Tiled : Rounded {
   }
   // Swaps the off-diagonal quarters, then those of each quarter, and so on.
   static void turn(Vector<In>* square) {
-    Vector<In> lane{};
-    for (int i = 0; i < side; ++i) lane[i] = static_cast<In>(i);
 #pragma GCC unroll 4
     for (In apart = side / 2; apart; apart /= 2) {
-      const Vector<In> right = (lane & apart) != 0;
-      const Vector<In> upper = lane + (right & (side - apart)), lower = lane + ((~right & apart) | (right & side));
+      const Vector<In> right = (Vector<In>)((lane() & apart) != 0);
+      const Vector<In> upper = lane() + (right & (side - apart)), lower = lane() + ((~right & apart) | (right & side));
 #pragma GCC unroll 16
       for (In i = 0; i < side; ++i) {
         if (i & apart) continue;

@@ -71,7 +71,8 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
 }
 
 #if defined(__AMX_BF16__)
-// The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels.
+// The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels. In a file of their own,
+// because GCC is not told what a tile's load reads, and would move the stores of a caller past it.
 template <int M, int N, bool Turned>
 __attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth, float* out) {
   static_assert(M * N <= 4 && N >= 2);
