@@ -126,7 +126,7 @@ struct StripProducts {
 template <class P>
 void head_loss(const HeadLoss& s) {
   typedef typename P::In In;
-  const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, 2 * L) * 2 * L + L;  // rows a power of two apart share cache sets
+  const int64_t V = s.classes, H = s.inputs, stride = (panel_count(V, 2 * L) + 1) * 2 * L;  // rows a power of two apart share cache sets
   const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, few<P>);
   Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
   weights.to = scratch<In, Use::input_weights>(weights.size());
