@@ -10,6 +10,7 @@ out as in torch's PackedSequence and become a (T, B, H) grid only for the scan, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -229,6 +230,11 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def vmap(*_: Any) -> None:  # as torch.func.jacrev asks for
         raise RuntimeError(_NO_VMAP)
+
+
+for _function in (_Recurrence, _Gradients):
+    # torch asks for the signature at every call, and takes as long to find it as a small layer's forward pass.
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _gradients(

@@ -73,13 +73,6 @@ struct Product {
   }
 };
 
-// One vector of a row, joined with the same of the next row where the product takes pairs.
-template <class P, class T = typename P::Out>
-inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows, int inside) {
-  if (P::side > 1 && rows <= 0) return Vector<typename P::In>{};
-  return P::join_vectors(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
-}
-
 // Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts. Where the product takes them as they
 // are nothing is packed, and vectors may reach beyond the last unit.
 template <class P>

@@ -22,6 +22,7 @@ template <class T>
 struct ReverseRow {
   const T *gates, *extra, *y, *previous, *previous_c, *e, *diagonal, *residual;
   T *next_residual, *carry, *d, *d_hidden, *sums;
+  Diagonal rule;
   int64_t hidden, unit;
   int count;
 
@@ -71,7 +72,6 @@ struct Gru {
     const T one = 1;
     return l.z + l.dz * row.at(w, 1) + l.dn * l.r * (row.at(w, 2) + l.q * (one - l.r) * row.at(w, 0));
   }
-  template <Diagonal D>
   static void reverse(const ReverseRow<T>& row) {
     const T one = 1;
     const Local l = local(row);
@@ -82,8 +82,8 @@ struct Gru {
     row.put(row.d_hidden, 0, q);
     row.put(row.sums, 3, row.at(row.sums, 3) + q);
     Vector<T> factor = l.z;
-    if constexpr (D == Diagonal::stationary) factor = row.at(row.diagonal);
-    if constexpr (D == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
+    if (row.rule == Diagonal::stationary) factor = row.at(row.diagonal);
+    if (row.rule == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
     row.pass_on(0, factor, l.z, delta);
   }
 };
@@ -123,7 +123,6 @@ struct Lstm {
     if (part == 1) return l.f;
     return l.dc * (l.di * row.at(w, 0) + l.df * row.at(w, 1) + l.dg * row.at(w, 2)) + l.dout * row.at(w, 3);
   }
-  template <Diagonal D>
   static void reverse(const ReverseRow<T>& row) {
     const Local l = local(row);
     const Vector<T> delta = row.at(row.e) + row.at(row.carry, 0), gamma = row.at(row.carry, 1) + l.dc * delta;
@@ -132,8 +131,8 @@ struct Lstm {
     row.local(2, gamma * l.dg);
     row.local(3, delta * l.dout);
     Vector<T> factor{}, cell_factor = l.f;
-    if constexpr (D == Diagonal::stationary) factor = row.at(row.diagonal, 0), cell_factor = row.at(row.diagonal, 1);
-    if constexpr (D == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
+    if (row.rule == Diagonal::stationary) factor = row.at(row.diagonal, 0), cell_factor = row.at(row.diagonal, 1);
+    if (row.rule == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
     row.pass_on(0, factor, Vector<T>{}, delta);
     row.pass_on(1, cell_factor, l.f, gamma);
   }
@@ -156,14 +155,13 @@ struct Rnn {
     return {Relu ? (y > Vector<T>{} ? splat(T(1)) : Vector<T>{}) : T(1) - y * y};
   }
   static Vector<T> jacobian(const ReverseRow<T>& row, const Local& l, const T* w, int) { return l.slope * row.at(w); }
-  template <Diagonal D>
   static void reverse(const ReverseRow<T>& row) {
     const Local l = local(row);
     const Vector<T> delta = row.at(row.e) + row.at(row.carry);
     row.local(0, delta * l.slope);
     Vector<T> factor{};
-    if constexpr (D == Diagonal::stationary) factor = row.at(row.diagonal);
-    if constexpr (D == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
+    if (row.rule == Diagonal::stationary) factor = row.at(row.diagonal);
+    if (row.rule == Diagonal::jacobian) factor = jacobian(row, l, row.diagonal, 0);
     row.pass_on(0, factor, Vector<T>{}, delta);
   }
 };

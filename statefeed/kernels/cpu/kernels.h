@@ -11,7 +11,7 @@ struct CellKernels {
   int gates, states, unit_vectors, split, sums;  // split: gates whose d is the same at input and hidden side
   void (*forward)(Member&, const Forward<T>&);
   void (*forward_rounded)(Member&, const Forward<T>&);
-  void (*reverse)(Member&, const Reverse<T>&, Diagonal);
+  void (*reverse)(Member&, const Reverse<T>&);
   void (*sum_jacobians)(Member&, const Reverse<T>&);
 };
 

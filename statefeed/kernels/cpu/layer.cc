@@ -141,12 +141,13 @@ void layer_backward(const LayerBackward<T>& s) {
         const T* first_h = row ? s.y + before * H : s.h0;
         T* residual = s.residual ? s.residual + row * S : nullptr;
         auto part = stretch_of<T, Reverse<T>>(s, chunk);
+        part.rule = s.rule;
         part.gates = s.gates + row * G, part.extra = s.extra ? s.extra + row * H : nullptr, part.y = s.y + row * H;
         part.first_h = first_h, part.first_c = row && s.extra ? s.extra + before * H : s.c0;
         part.e = s.e + row * H, part.diagonal = s.diagonal, part.packed = every.to;
         part.residual = k ? residual : nullptr, part.next_residual = last ? nullptr : residual;
         part.carry = s.carry, part.d = d, part.d_hidden = d_hidden, part.d_stride = d_stride, part.sums = sums.data();
-        cell.reverse(member, part, s.mode);
+        cell.reverse(member, part);
         if (!last) {
           divide(member, Product<P>{rows, shared, H, d_stride, S, d, first.to, nullptr, residual, true});
           if (own) divide(member, Product<P>{rows, own, H, d_stride, S, d_hidden, second.to, nullptr, residual, true});

@@ -24,7 +24,7 @@ struct LayerForward : Layer<T> {
 
 template <class T>
 struct LayerBackward : Layer<T> {
-  Diagonal mode;
+  Diagonal rule;
   bool exact;
   int64_t corrections;
   const T *gates, *extra, *y, *h0, *c0, *e, *final_e, *diagonal;

@@ -24,9 +24,10 @@ inline Parts parts_of_steps(int64_t ranks, int64_t batch, bool ragged, int64_t t
   return {count, count == 1};
 }
 
+// Flat, like each_vector: what a cell computes stays in registers.
 template <class P, class Cell>
-void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typename P::Out* previous, Range rows,
-                  Range panels) {
+[[gnu::flatten]] void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typename P::Out* previous,
+                                   Range rows, Range panels) {
   using T = typename P::Out;
   constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<P, N>;
   alignas(64) T sum[tile_size<P, N>];
@@ -78,7 +79,8 @@ void forward(Member& member, const Forward<typename P::Out>& s) {
 }
 
 template <class T, class Cell, class Visit>
-void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Range vectors, T* sums, Visit visit) {
+[[gnu::flatten]] void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Range vectors, T* sums,
+                                  Visit visit) {
   constexpr int L = lanes<T>;
   constexpr int64_t S = Cell::states;
   const int64_t H = s.hidden;
@@ -100,6 +102,7 @@ void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Ran
                      s.d + row * s.d_stride,
                      s.d_hidden + row * s.d_stride,
                      sums,
+                     s.rule,
                      H,
                      0,
                      L};
@@ -138,8 +141,8 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
     }
 }
 
-template <class T, class Cell, Diagonal D>
-void reverse_as(Member& member, const Reverse<T>& s) {
+template <class T, class Cell>
+void reverse(Member& member, const Reverse<T>& s) {
   constexpr int N = 2, L = lanes<T>;
   const int64_t H = s.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), ranks = member.ranks();
   auto each_step = [&](auto step) {
@@ -148,7 +151,7 @@ void reverse_as(Member& member, const Reverse<T>& s) {
   };
   auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
     each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * Cell::sums * H,
-                         [](const ReverseRow<T>& row) { Cell::template reverse<D>(row); });
+                         [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
   Parts parts{ranks, s.batch >= 2 * ranks && !s.sizes};
   if (s.packed)
@@ -171,13 +174,6 @@ void reverse_as(Member& member, const Reverse<T>& s) {
       member.divide(parts.count,
                     [&](int64_t i) { add_dense<T, Cell>(s, offset, all, share(panels, i, parts.count)); });
     });
-}
-
-template <class T, class Cell>
-void reverse(Member& member, const Reverse<T>& s, Diagonal diagonal) {
-  if (diagonal == Diagonal::stationary) return reverse_as<T, Cell, Diagonal::stationary>(member, s);
-  if (diagonal == Diagonal::jacobian) return reverse_as<T, Cell, Diagonal::jacobian>(member, s);
-  reverse_as<T, Cell, Diagonal::direct>(member, s);
 }
 
 // sums (states, hidden) += diag(J[t]) over all rows; `diagonal` holds the diagonals of W_hh.

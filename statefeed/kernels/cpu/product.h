@@ -159,6 +159,13 @@ template <class P, int N>
 void turned_tile_of(int64_t rows, const typename P::In* a, const typename P::In* panel, int64_t stride, int64_t depth,
                     typename P::Out* out);
 
+// One vector of a row, joined with the same of the next row where the product takes pairs.
+template <class P, class T = typename P::Out>
+inline Vector<typename P::In> joined(const T* row, int64_t stride, int64_t rows, int inside) {
+  if (P::side > 1 && rows <= 0) return Vector<typename P::In>{};
+  return P::join_vectors(load(row, inside), P::pack > 1 && rows > 1 ? load(row + stride, inside) : Vector<T>{});
+}
+
 // Weights as panels of `vectors` vectors for each of `gates` row blocks: what `tile_of` reads, in order. A task: a panel
 // is an item.
 template <class P>
@@ -182,13 +189,14 @@ struct Packing {
     for (int64_t k = 0; k < depth; k += P::pack)
       for (int64_t g = 0; g < gates; ++g, at += width()) {
         if (columns) {
-          const T *row = w + k * units + first, *next = k + 1 < depth ? row + units : nullptr;
-          for (int64_t u = 0; u < inside; ++u) at[u] = P::join(row[u], next ? next[u] : T(0));
+          for (int64_t u = 0; u < width(); u += lanes<T>)
+            store(at + u, joined<P>(w + k * units + first + u, units, depth - k,
+                                    static_cast<int>(std::clamp<int64_t>(inside - u, 0, lanes<T>))));
         } else {
           const T* row = w + (g * units + first) * depth + k;
           for (int64_t u = 0; u < inside; ++u) at[u] = P::join(row[u * depth], k + 1 < depth ? row[u * depth + 1] : T(0));
+          std::fill(at + inside, at + width(), In(0));
         }
-        std::fill(at + inside, at + width(), In(0));
       }
     std::fill(at, to + (item + 1) * panel(), In(0));
   }

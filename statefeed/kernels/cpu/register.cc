@@ -82,7 +82,7 @@ void backward(int64_t cell, bool rounded, int64_t rule, bool exact, int64_t corr
     LayerBackward<T> s{};
     set_stretch(s, y, h0, sizes);
     set_layer(s, cell, rounded, x, w_ih, w_hh);
-    s.mode = static_cast<Diagonal>(rule), s.exact = exact, s.corrections = corrections;
+    s.rule = static_cast<Diagonal>(rule), s.exact = exact, s.corrections = corrections;
     s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
     s.h0 = data<T>(h0), s.c0 = data<T>(c0), s.e = data<T>(e), s.final_e = data<T>(final_e);
     s.diagonal = data<T>(diagonal), s.carry = data<T>(carry), s.d_x = data<T>(d_x), s.d_ih = data<T>(d_ih);

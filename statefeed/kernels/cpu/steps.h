@@ -28,6 +28,7 @@ struct Forward : Stretch<T> {
 
 template <class T>
 struct Reverse : Stretch<T> {
+  Diagonal rule;
   const T *gates, *extra, *y, *first_h, *first_c, *e;
   const T* diagonal;      // (states, hidden) stationary, (gates, hidden) the diagonals of W_hh for the Jacobian
   const T* residual;      // (rows, states * hidden) what the pass before adds below each step, or null

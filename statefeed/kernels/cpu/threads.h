@@ -109,10 +109,6 @@ class Member {
   // Calls body(i) once for every i below `parts`, each on one member, its own share first; returns when all are done.
   template <class Body>
   void divide(int64_t parts, Body body) noexcept {
-    if (ranks() == 1) {
-      for (int64_t i = 0; i < parts; ++i) body(i);
-      return;
-    }
     if (parts == 0) return;
     ++phase;
     target += static_cast<uint32_t>(parts);
@@ -171,9 +167,11 @@ void with_team(int64_t work, Body body) {
     body(member);
     if (rank == 0) idle = member.waited() - nanoseconds();
   };
-  if (ranks == 1 || crowding.now(start)) return walk(0);
-  run_parallel(
-      ranks, [](int64_t begin, int64_t, void* context) { (*static_cast<decltype(walk)*>(context))(begin); }, &walk);
+  void (*walk_of)(int64_t, int64_t, void*) = [](int64_t begin, int64_t, void* context) {
+    (*static_cast<decltype(walk)*>(context))(begin);
+  };
+  if (ranks == 1 || crowding.now(start)) return walk_of(0, 1, &walk);
+  run_parallel(ranks, walk_of, &walk);
   const int64_t end = nanoseconds();
   crowding.learn(end, end - start, end + idle);
 }
