@@ -232,9 +232,9 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(_NO_VMAP)
 
 
-for _function in (_Recurrence, _Gradients):
-    # torch asks for the signature at every call, and takes as long to find it as a small layer's forward pass.
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+# torch asks for a signature at every call, and takes as long to find it as a small layer's forward pass.
+for _forward_of in (_Recurrence.forward, _Gradients.forward):
+    setattr(_forward_of, "__signature__", inspect.signature(_forward_of))  # noqa: B010
 
 
 def _gradients(
