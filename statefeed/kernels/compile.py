@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "cpu"
 # Torch 2.10, the first stable ABI that carries what is used here.
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 class Variant(NamedTuple):
