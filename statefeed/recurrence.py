@@ -232,7 +232,7 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(_NO_VMAP)
 
 
-# torch asks for a signature at every call, and takes as long to find it as a small layer's forward pass.
+# torch asks for a signature at every call, and finding it costs more than a small layer's kernel.
 for _forward_of in (_Recurrence.forward, _Gradients.forward):
     setattr(_forward_of, "__signature__", inspect.signature(_forward_of))  # noqa: B010
 
