@@ -138,12 +138,14 @@ def _timed(setting):
     model = [setting[f"model.{key}"] for key in ("cell", "layers", "width")]
     precision = setting.get("train.precision", "float32")
     sizes = setting["train.batch"], setting["train.context"]
-    return *model, *sizes, precision, setting["facts.threads"], setting["facts.device"]
+    device = setting["facts.device"]
+    if device == "cpu":
+        device, _, _ = setting["facts.machine"].rsplit(", ", 2)  # without cores and system
+    return *model, *sizes, precision, setting["facts.threads"], device
 
 
 def _place(record):
-    """The device in the words of a run's record."""
-    return record["machine"]["gpu"] or "cpu"
+    return record["machine"]["gpu"] or record["machine"]["cpu"]
 
 
 def measurements(results, bench):
@@ -152,9 +154,8 @@ def measurements(results, bench):
     for file in sorted(results.rglob("*.jsonl")):
         for r in rows(file):
             if r.get("bench") == bench and r["repeats"] >= FEWEST_REPEATS:
-                machine = r["machine"]["gpu"] or r["machine"]["cpu"]
                 threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-                found[f"{machine}, {threads}, torch {r['versions']['torch']}"].append(r)
+                found[f"{_place(r)}, {threads}, torch {r['versions']['torch']}"].append(r)
     return found
 
 
@@ -249,11 +250,18 @@ def page(results):
     )
 
 
+def newest(item):
+    return max(r["date"] for r in item[1])
+
+
 def summary(results):
-    """The figures of the README: single layers under "dsf" on the most threads measured, and training end to end."""
+    """The figures of the README: single layers under "dsf" on the most threads measured, and training end to end.
+
+    They are of the machine that was measured last; measured.md has all.
+    """
     text = ""
     found = measurements(results, "layers")
-    for circumstances, records in sorted(found.items(), key=lambda item: -item[1][0]["threads"])[:1]:
+    for circumstances, records in sorted(found.items(), key=lambda item: (item[1][0]["threads"], newest(item)))[-1:]:
         cases = defaultdict(dict)
         for r in records:
             if r["implementation"] == "statefeed" and r["variant"] == "dsf":
@@ -267,7 +275,7 @@ def summary(results):
             'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best setting for that '
             f"shape.\n{circumstances}.\n\n{table(head, body)}\n"
         )
-    for circumstances, records in measurements(results, "training").items():
+    for circumstances, records in sorted(measurements(results, "training").items(), key=newest)[-1:]:
         ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
         best = [r for r in ours if r["variant"] == "dsf"]
         if not best:

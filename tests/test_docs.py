@@ -155,6 +155,9 @@ def test_without_records_there_is_no_number(measured, tmp_path):
     assert not re.search(r"\d", text)
 
 
+FACTS = {"threads": 2, "machine": "a CPU, family 1, 8 cores, Linux"}
+
+
 def leave_run(folder, rule, seed, perplexity, decay=0.0):
     folder.mkdir()
     train = {"batch": 10, "context": 100, "lr": 1e-3, "epochs": 2, "steps": None, "seed": seed}
@@ -165,7 +168,7 @@ def leave_run(folder, rule, seed, perplexity, decay=0.0):
         "run": {"dir": str(folder)},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
-    (folder / "record.json").write_text(json.dumps({"threads": 2}))
+    (folder / "record.json").write_text(json.dumps(FACTS))
     rows = [{"split": "train", "perplexity": 99}]
     rows += [{"split": "valid", "perplexity": p} for p in (perplexity, perplexity + 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -193,6 +196,14 @@ def test_the_frontier_is_what_no_rule_beats_in_both(measured, tmp_path):
     assert "| `0.5` | 1 | 90.0 |  |  |" in lines  # whose time nobody took
 
 
+def test_times_of_another_machine_are_not_told(measured, tmp_path):
+    leave_run(tmp_path / "a", "bptt", 1, 100.0)
+    leave_times(tmp_path / "training.jsonl", bptt=100.0)
+    found = tmp_path / "training.jsonl"
+    found.write_text(found.read_text().replace("family 1", "family 2"))
+    assert "| `bptt` | 1 | 100.0 |" in measured.page(tmp_path).splitlines()
+
+
 def test_runs_alone_tell_no_time(measured, tmp_path):
     leave_run(tmp_path / "a", "bptt", 1, 100.0)
     assert "| `bptt` | 1 | 100.0 |" in measured.page(tmp_path).splitlines()
@@ -209,7 +220,7 @@ def test_records_of_a_comparison_are_read_like_runs(measured, tmp_path):
     leave_run(tmp_path / "a", "bptt", 1, 100.0)
     config = json.loads((tmp_path / "a" / "config.yaml").read_text())
     config["model"]["feedback"] = "dsf"
-    line = {"config": config, "facts": {"threads": 2}, "outcome": "finished", "valid": [{"perplexity": 105.0}]}
+    line = {"config": config, "facts": FACTS, "outcome": "finished", "valid": [{"perplexity": 105.0}]}
     lines = [line, line, {**line, "outcome": "diverged"}]
     (tmp_path / "comparison.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| `dsf` | 1 | 105.0 |" in measured.page(tmp_path).splitlines()
@@ -230,7 +241,8 @@ def test_benchmarks_become_one_table_a_machine(measured, tmp_path, capsys):
     assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
 
 
-MACHINE = {"machine": {"cpu": "a CPU", "gpu": None}, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5}
+CPU = {"cpu": "a CPU, family 1", "gpu": None}
+MACHINE = {"machine": CPU, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5, "date": "2026-11-24"}
 
 
 def test_training_end_to_end_is_one_table_a_machine_and_recipe(measured, tmp_path):
@@ -246,7 +258,7 @@ def test_training_end_to_end_is_one_table_a_machine_and_recipe(measured, tmp_pat
     other = {**lines[1], "recipe": "another", "corpus": "blocks", "tokens_per_s": {"median": 7.0}}
     (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, trial, other]))
     text = measured.page(tmp_path)
-    assert "a CPU, 2 threads, torch 2.13; ptb-gru-1x256, sentences." in text
+    assert "a CPU, family 1, 2 threads, torch 2.13; ptb-gru-1x256, sentences." in text
     assert text.index("torch 2.13; another, blocks.") > text.index("| 2,500 | ")
     assert "7 tokens" not in measured.summary(tmp_path)
     assert text.count("| float32 | torch.nn, as shipped | 1,000 | 2.00 | 1.00 |") == 1

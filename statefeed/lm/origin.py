@@ -26,8 +26,10 @@ def commit() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name."""
-    return described("model name") or platform.processor() or platform.machine()
+    """Its name, and its family where the name alone, as a cloud machine gives it, does not tell the generation."""
+    name = described("model name") or platform.processor() or platform.machine()
+    family = described("cpu family")
+    return f"{name}, family {family}" if family else name
 
 
 def described(key: str) -> str | None:
