@@ -77,7 +77,7 @@ def _key() -> str:
     if asked.returncode:
         raise RuntimeError(f"{compiler()} --version failed with exit code {asked.returncode}: is CXX a compiler?")
     version = asked.stdout
-    parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS]
+    parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS, *_native()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
