@@ -62,6 +62,8 @@ def title(setting, differing):
     s = {key.partition(".")[2]: value for key, value in setting.items()}
     length = f"{s['steps']} steps" if s.get("steps") else f"{s['epochs']} epochs"
     threads = f"{s['threads']} thread{'s' if s['threads'] != 1 else ''}"
+    if s.get("precision", "float32") != "float32":
+        length += f" in {s['precision']}"
     more = "".join(f", {key}={setting.get(key)}" for key in differing)
     return (
         f"**{corpus}, {s['tokens']} tokens, {s['cell']} {s['layers']}x{s['width']}**, {length}, {s['batch']} x "
