@@ -392,6 +392,7 @@ class Streams(torch.utils.data.Dataset):
         return y.detach()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
 def test_a_forked_worker_that_runs_a_layer_comes_back():
     """Also after the parent has started its threads."""
