@@ -14,6 +14,7 @@ import yaml
 
 DOCS = Path(__file__).resolve().parent
 FEWEST_REPEATS = 5  # fewer are a trial
+RULED = ("rnn", "gru", "lstm")  # other cells have no feedback rule
 PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
 
 
@@ -107,7 +108,9 @@ def training(results):
     groups = defaultdict(list)
     for config, facts, perplexity in results_in(results):
         key = json.dumps(setting(config, facts), sort_keys=True)
-        groups[key].append((str(config["model"]["feedback"]), config["train"]["lr"], perplexity))
+        cell = config["model"]["cell"]
+        rule = str(config["model"]["feedback"]) if cell in RULED else cell
+        groups[key].append((rule, config["train"]["lr"], perplexity))
     titled = defaultdict(list)
     for key in groups:
         titled[title(json.loads(key), [])].append(json.loads(key))
