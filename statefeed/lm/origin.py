@@ -26,7 +26,7 @@ def commit() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, and its family where the name alone, as a cloud machine gives it, does not tell the generation."""
+    """Its name and, on x86, its family: the name that a cloud machine gives does not tell the generation."""
     name = described("model name") or platform.processor() or platform.machine()
     family = described("cpu family")
     return f"{name}, family {family}" if family else name
