@@ -1,13 +1,17 @@
 """The command line: what works, and every mistake as one sentence, exit code 2, nothing written."""
 
+import hashlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
-from statefeed.lm import cli
+from statefeed.lm import cli, config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -35,7 +39,7 @@ def test_print_config_is_a_recipe(capsys: pytest.CaptureFixture[str], here: Path
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"], ["corpora"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if command:
         with pytest.raises(SystemExit) as left:
@@ -80,6 +84,14 @@ MISTAKES = {
     "top-k": (["generate", "{run}", "--top-k=0"], "--top-k must be at least 1, got 0"),
     "top-p": (["generate", "{run}", "--top-p=1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
     "seed": (["generate", "{run}", "--seed=-1"], "--seed must be at least 0 and below 2^63, got -1"),
+    "corpus without a path": (
+        ["corpora", "--data.corpus=ptb"],
+        "data.path must name a file or folder when data.corpus",
+    ),
+    "unknown corpus": (
+        ["corpora", "--data.corpus=c4"],
+        "data.corpus must be 'pydoc', 'ptb', 'wikitext', 'text', got c4",
+    ),
     "generate key": (["generate", "{run}", "--topk=3"], "unknown key topk: did you mean top_k?"),
 }
 
@@ -116,6 +128,35 @@ def test_a_word_outside_the_vocabulary_of_a_run(
     assert cli.main(["generate", str(folder), "--prompt=zebra"]) == 2
     assert capsys.readouterr().err == (f"statefeed: --prompt: 'zebra' is not among the 8 word tokens of {folder}\n")
     assert cli.main(["generate", str(folder), "--tokens=5"]) == 0
+
+
+def test_corpora_are_listed(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert cli.main(["corpora"]) == 0
+    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")}
+    assert named == {*get_args(get_type_hints(config.Data)["corpus"]), "Files"}
+    assert list(here.iterdir()) == []
+
+
+def test_a_corpus_is_counted(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    for split, text in {"train": "to be\nor not\n", "valid": "to café\n"}.items():
+        (here / f"ptb.{split}.txt").write_text(text, encoding="utf-8")
+    assert cli.main(["corpora", str(RECIPES / "ptb-gru-1x256.yaml"), f"--data.path={here}"]) == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == "here: 7 types of word tokens"  # to be or not, <bos>, <eos> and <unk>
+    digests = [hashlib.sha256((here / f"ptb.{split}.txt").read_bytes()).hexdigest() for split in ("train", "valid")]
+    assert [row.split() for row in rows] == [["train", "13", "9", digests[0]], ["valid", "9", "5", digests[1]]]
+
+
+@pytest.mark.parametrize("command", [["corpora"], ["generate", "{run}", "--tokens=20"]])
+def test_a_reader_that_went_away_is_no_mistake(command: list[str], run: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    words = [word.format(run=run) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "statefeed", *words], stdout=theirs, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_in_a_process_of_its_own(here: Path) -> None:

@@ -71,8 +71,8 @@ class S4D(nn.Module):
     ``y[t] = gelu(2 Re(C s[t]) + D u[t])``, where A starts at -1/2 + i pi n and dt between 0.001 and 0.1
     (Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, 2022).
 
-    All outputs of a text are the convolution with one kernel, which is the response of `sf.diagonal_scan` to an
-    impulse, by its FFT; so the states of all steps, N times the size of the input, never exist at once.
+    All outputs of a text are the convolution, by FFT, with one kernel, the response of `sf.diagonal_scan` to an
+    impulse; so the states of all steps, N times the size of the input, never exist at once.
 
     Args:
         width: H.
@@ -98,7 +98,7 @@ class S4D(nn.Module):
             A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
             a = (A * self.log_dt.double().exp()).exp()  # (H, N)
             impulse = F.pad(torch.ones_like(a).view(1, -1), (0, 0, 0, T - 1))
-            powers = sf.diagonal_scan(impulse, a.flatten(), method="fft").view(T, H, -1)
+            powers = sf.diagonal_scan(impulse, a.flatten()).view(T, H, -1)
             responses = powers * ((a - 1) / A)  # of the states to an impulse
             readout = 2 * torch.view_as_complex(self.readout.double())
             kernel = (responses * readout).sum(-1).real.to(u.dtype)  # (T, H)

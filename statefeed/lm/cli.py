@@ -1,9 +1,11 @@
-"""Owns the command line: train, evaluate, generate, compare, report; every mistake is one sentence and exit code 2."""
+"""Owns the command line: its commands by name; every mistake is one sentence and exit code 2."""
 
 import ctypes
 import os
 import platform
+import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,7 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
   statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
   statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
+  statefeed corpora [RECIPE.yaml] [--data.key=value ...]      list the corpora, or what is in the one named
   statefeed bench layers|scan|memory|training|recall [--smoke]  time layers and training here, or test long memory
 
 statefeed COMMAND --help lists every flag of a command.
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0; 1 when training diverged or another process of the job ended; 2 for a mistake of the user's,
-        a full disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C.
+        a full disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C, or when nobody reads
+        what it prints.
     """
     commands = {
         "train": _train,
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         "generate": _generate,
         "compare": compare.command,
         "report": report.command,
+        "corpora": _corpora,
     }
     try:
         if arguments and arguments[0] in ("-h", "--help"):
@@ -59,8 +64,12 @@ def main(arguments: Sequence[str]) -> int:
             )
         else:
             commands[arguments[0]](arguments[1:])
+        sys.stdout.flush()
     except UsageError as error:
         return _tell(str(error), 2)
+    except BrokenPipeError:  # as in `statefeed corpora | head`: nobody reads on, which is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _tell(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
     except Diverged as error:
@@ -185,3 +194,24 @@ def _generate(arguments: Sequence[str]) -> None:
     )
     ids += [next(following) for _ in range(values.tokens)]
     print(run.tokenizer.decode(ids))
+
+
+def _corpora(arguments: Sequence[str]) -> None:
+    if not arguments:
+        for name, what in corpora.KINDS.items():
+            print(textwrap.fill(what, 100, initial_indent=f"{name:10}", subsequent_indent=10 * " "))
+        print("\nFiles may be plain, .gz or .xz. `statefeed corpora --data.corpus=ptb --data.path=FOLDER` reads one.")
+        return
+    flags = config.parser("statefeed corpora")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys, of which data counts; flags override it")
+    values = config.parse(flags, arguments)
+    if values.recipe is not None:
+        values = config.parse(flags, [*config.recipe_flags(values.recipe), *arguments])
+    data = config.build(values).data
+    corpus = corpora.read(data)
+    tokenizer = cache.tokenizer(data, corpus.splits)
+    print(f"{corpus.name}: {tokenizer.size:,} types of {data.tokens} tokens")
+    print(f"{'split':5}  {'bytes':>13}  {'tokens':>13}  sha256")
+    for split, text in corpus.splits.items():
+        amounts = f"{corpus.sizes[split]:13,}  {len(cache.encode(tokenizer, text)):13,}"
+        print(f"{split:5}  {amounts}  {corpus.digests[split]}")

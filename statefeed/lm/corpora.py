@@ -16,6 +16,16 @@ from pathlib import Path
 from statefeed.lm.config import Data, UsageError
 
 SPLITS = ("train", "valid", "test")
+KINDS = {  # what data.corpus takes
+    "pydoc": "help topics and docstrings of the Python that runs this, about 2 MB of English; no file to fetch",
+    "ptb": "Penn Treebank as Mikolov prepared it, licensed by the LDC: ptb.train.txt, ptb.valid.txt and, if you have "
+    "it, ptb.test.txt in the folder data.path",
+    "wikitext": "WikiText-2 or WikiText-103, CC BY-SA: wiki.train.tokens, wiki.valid.tokens and, if you have it, "
+    "wiki.test.tokens, or the .raw ones, in the folder data.path; data.path=hub:wikitext-2-v1 fetches them with the "
+    "extra statefeed[datasets]",
+    "text": "your own UTF-8 text in data.path: a file, a folder of files, or a folder whose files name their splits "
+    "(train, valid, test)",
+}
 _SPLIT_NAMES = {
     "train": "train",
     "valid": "valid",
