@@ -329,6 +329,14 @@ def test_a_rule_at_two_rates_is_two_rows() -> None:
     assert [row[:2] for row in results.table([one, other])[1]] == [["dsf at 0.003", "0.003"], ["dsf at 0.5", "0.5"]]
 
 
+@pytest.mark.parametrize("exact", ["bptt", "fused-bptt"])
+def test_a_rival_at_two_rates_sets_its_target_at_the_better_one(exact: str) -> None:
+    better, worse = result(exact, 1, [60, 40]), result(exact, 1, [90, 70])
+    worse.config["train"]["lr"] = 0.5
+    headings, table = results.table([better, worse, result("dsf", 1, [70, 50, 40])])
+    assert [dict(zip(headings, row, strict=True))[f"epochs to {exact}"] for row in table] == ["1.0", "never", "1.5"]
+
+
 def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

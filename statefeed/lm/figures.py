@@ -20,7 +20,8 @@ REACH = 2.0
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
 
-_COLOURS = {"bptt": "black", "ft-bptt": "0.6", "dsf": "C0", "gate": "C1", "gate+1": "C2", "gate+2": "C3"}
+_COLOURS = {"bptt": "black", "fused-bptt": "0.3", "ft-bptt": "0.6"}
+_COLOURS |= {"dsf": "C0", "gate": "C1", "gate+1": "C2", "gate+2": "C3"}
 
 
 def draw(results: Sequence[Result]) -> dict[str, Figure]:
