@@ -96,15 +96,18 @@ def frontier(results: Sequence[Result]) -> Figure | None:
     """
     points: dict[str, tuple[float, float]] = {}
     for label, group in by_rule(results).items():
-        times = [result.step_ms for result in group if result.step_ms is not None]
-        if bests(group) and times:
-            points[label] = (statistics.mean(times), statistics.mean(bests(group)))
+        steps = [result.step_ms for result in group if result.step_ms is not None]
+        if bests(group) and steps:
+            points[label] = (statistics.mean(steps), statistics.mean(bests(group)))
     if len(points) < 2:
         return None
     figure, axes = _panel("milliseconds of a training step", "best validation perplexity")
+    times = [x for x, _ in points.values()]
+    middle = (min(times) + max(times)) / 2
     for label, colour in colours(points).items():
         axes.plot(*points[label], "o", color=colour)
-        axes.annotate(label, points[label], xytext=(5, 4), textcoords="offset points")
+        side, away = ("left", 5) if points[label][0] <= middle else ("right", -5)  # within the panel
+        axes.annotate(label, points[label], xytext=(away, 4), textcoords="offset points", ha=side)
     line = undominated(list(points.values()))
     axes.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0, drawstyle="steps-post")
     axes.margins(0.18)
