@@ -1,9 +1,11 @@
 """statefeed compare: the same training under every rule, run folders as of `statefeed train`, numbers that hold."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from statefeed.lm import cli, compare, config, results
+from statefeed.lm import checkpoint, cli, compare, config, figures, report, results
 from statefeed.lm.config import Config, UsageError
 from statefeed.lm.distributed import Group
 from statefeed.lm.results import Result
@@ -130,6 +132,49 @@ def test_a_folder_of_another_recipe_is_refused(
     err = capsys.readouterr().err
     assert "with train.lr 0.002 and not 0.003: choose another folder with --out" in err
     assert err.count("\n") == 1
+
+
+def test_a_comparison_that_was_moved_has_its_runs(
+    compared: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "_train", lambda recipe: pytest.fail(f"trained {recipe.run.dir}"))
+    folder = tmp_path / "moved"
+    shutil.copytree(compared, folder)
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
+    assert (folder / "compare.jsonl").read_text() == (compared / "compare.jsonl").read_text()
+    assert len(report.read([compared, folder, compared / "dsf-seed1", folder / "dsf-seed1"]).results) == 2
+
+
+def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = tmp_path / "compare.jsonl"
+    compare._add("first\n", records)
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            compare._add("second\n", records)
+        assert records.read_text() == "first\n"
+    compare._add("second\n", records)
+    assert records.read_text() == "first\nsecond\n"
+    assert list(tmp_path.iterdir()) == [records]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_a_run_has_begun_is_an_interruption(
+    number: int, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "statefeed.py"
+    fake.write_text(f"import os, signal, time\nos.kill(os.getppid(), {int(number)})\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out"
+    assert cli.main(["compare", *flags, "--feedback=dsf", f"--out={folder}"]) == 128 + number
+    assert capfd.readouterr().err == (
+        f"statefeed: the comparison was interrupted in {folder / 'dsf-seed1'}: the same command goes on from here\n"
+    )
 
 
 @pytest.mark.parametrize("code", ["sys.exit(2)", "raise ValueError", "os.kill(os.getpid(), 9)"])
@@ -292,6 +337,36 @@ def test_the_table_counts_seed_by_seed() -> None:
     assert cells["bptt"]["epochs to bptt"] == "1.5"
 
 
+def test_a_seed_that_diverged_or_is_under_way_spoils_nothing() -> None:
+    whole = [result("dsf", seed, [80, 60, 50]) for seed in (1, 2)]
+    odd = [result("dsf", 3, [1e6], outcome="diverged"), result("dsf", 4, [70], outcome="unfinished")]
+    headings, ((*row,),) = results.table([*whole, *odd])
+    cells = dict(zip(headings, row, strict=True))
+    assert (cells["seeds"], cells["valid perplexity"]) == ("4, 1 diverged, 1 unfinished", "50.00 ± 0.00")
+    drawn = figures.against([*whole, *odd], "epochs")
+    assert drawn is not None
+    assert [len(line.get_xdata()) for line in drawn.axes[0].lines] == [3]
+    headings, ((*row,),) = results.table(odd)  # nothing else is there yet
+    assert dict(zip(headings, row, strict=True))["valid perplexity"] == "70.00"
+
+
+def test_what_was_exact_counts_neither_for_nor_against_a_schedule() -> None:
+    headings, ((*row,),) = results.table([result("dsf@0.3/bptt", 1, [90, 60, 50])])
+    assert dict(zip(headings, row, strict=True))["cosine with BPTT"] == "0.500 (1 of 3)"
+
+
+def test_a_rule_is_one_however_it_is_spelled(flags: list[str], tmp_path: Path) -> None:
+    assert [result(rule, 1, [50]).rule for rule in ("0.0", "ramp(1)", "dsf+0", "bptt")] == [
+        "ft-bptt",
+        "dsf",
+        "dsf",
+        "bptt",
+    ]
+    recipe = config.build(config.parse(config.parser("test"), flags))
+    with pytest.raises(UsageError, match=r"--feedback must name a rule once, got 0\.5 and 0\.50, which are the same"):
+        compare.plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
+
+
 def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:
     compared = [result("bptt", 1, [50, 1e9], outcome="diverged"), result("dsf", 1, [60])]
     headings, table = results.table(compared)
@@ -312,7 +387,7 @@ def test_records_older_than_a_key_are_those_of_its_default() -> None:
 def test_runs_of_different_devices_are_not_mixed() -> None:
     one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
     other.facts["device"] = "a GPU"
-    assert [title.partition("facts.device=")[2] for title in results.tasks([one, other])] == ["cpu", "a GPU"]
+    assert [title.partition("device=")[2] for title in results.tasks([one, other])] == ["cpu", "a GPU"]
 
 
 def test_runs_of_different_recipes_are_not_mixed() -> None:
@@ -321,6 +396,38 @@ def test_runs_of_different_recipes_are_not_mixed() -> None:
     tasks = results.tasks([one, other, result("bptt", 2, [41])])
     assert [[r.rule for r in same] for same in tasks.values()] == [["dsf", "bptt"], ["bptt"]]
     assert [title.partition("train.batch=")[2] for title in tasks] == ["32", "7"]
+
+
+def test_a_text_is_told_by_what_was_read() -> None:
+    def of(text: str, path: str, seed: int) -> Result:
+        found = result("dsf", seed, [50])
+        found.config["data"]["path"] = path
+        return dataclasses.replace(found, facts={**found.facts, "splits": {"train": {"sha256": text}}})
+
+    compared = [of("a" * 64, "data/ptb", 1), of("a" * 64, "/mnt/ptb", 2), of("b" * 64, "data/ptb", 3)]
+    tasks = results.tasks(compared)
+    assert [[run.get("train.seed") for run in same] for same in tasks.values()] == [[1, 2], [3]]
+    assert [title.partition("text=")[2] for title in tasks] == ["a" * 8, "b" * 8]
+
+
+def test_a_key_that_only_some_records_have_loses_none() -> None:
+    one, other = result("dsf", 1, [50]), result("dsf", 2, [40])
+    other.config["train"]["forgotten"] = 7
+    for compared in ([one, other], [other, one]):
+        assert sorted(len(same) for same in results.tasks(compared).values()) == [1, 1]
+
+
+def test_cells_are_compared_with_their_equals() -> None:
+    def of(cell: str, block: str, rate: float, perplexity: float) -> Result:
+        found = result("dsf", 1, [perplexity])
+        found.config["model"] |= {"cell": cell, "block": block}
+        found.config["train"]["lr"] = rate
+        return found
+
+    gru = [of("gru", "plain", 1e-3, 60), of("gru", "plain", 2e-3, 50), of("gru", "prenorm", 1e-3, 30)]
+    (drawn,) = figures.by_cell([*gru, of("lstm", "plain", 1e-3, 40)]).values()
+    assert [patch.get_height() for patch in drawn.axes[0].patches] == [50, 40]  # the better rate, one block
+    assert figures.by_cell([*gru, of("lstm", "stacked", 1e-3, 40)]) == {}
 
 
 def test_a_rule_at_two_rates_is_two_rows() -> None:
@@ -335,6 +442,36 @@ def test_a_rival_at_two_rates_sets_its_target_at_the_better_one(exact: str) -> N
     worse.config["train"]["lr"] = 0.5
     headings, table = results.table([better, worse, result("dsf", 1, [70, 50, 40])])
     assert [dict(zip(headings, row, strict=True))[f"epochs to {exact}"] for row in table] == ["1.0", "never", "1.5"]
+
+
+def test_the_step_of_a_schedule_is_that_of_its_rules(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = (folder / "config.yaml").read_text()
+    before = config.load(folder / "config.yaml").model.feedback
+    (folder / "config.yaml").write_text(recipe.replace(f"feedback: {before}", "feedback: dsf@0.6/bptt"))
+    lines = [
+        {"step": step, "epoch": 1, "split": "train", "tokens_per_s": 1.0, "seconds": 1.0}
+        | {f"{phase}_ms": 1.0 if step <= 7 else 10.0 for phase in ("data", "forward", "backward", "optimiser")}
+        for step in range(1, 13)  # 60% of 12 steps are 7.2: the eighth is the first of the second rule but one
+    ]
+    for row in lines:
+        if row["step"] == 8:
+            row["forward_ms"] = 1.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = results.of_run(folder)
+    assert found.ms["forward"] == pytest.approx((8 * 1.0 + 4 * 10.0) / 12)
+
+
+def test_how_a_run_ended_is_read_from_its_folder(run: Path, tmp_path: Path) -> None:
+    assert results.of_run(run).outcome == "finished"
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(recipe.replace("evaluations: ", "evaluations: 9"))  # more than steps
+    assert results.of_run(folder).outcome == "finished"
+    checkpoint.amend(folder, diverged="training diverged")
+    assert (results.of_run(folder).outcome, results.of_run(folder).best) == ("diverged", None)
 
 
 def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path: Path) -> None:

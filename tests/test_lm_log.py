@@ -58,6 +58,18 @@ def test_rows_are_on_disk_at_once_and_few(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 5.5), (20, 15.5)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts from where it is told")
+def test_the_peak_of_memory_is_that_since_the_log_was_entered(tmp_path: Path) -> None:
+    much = 1 << 28
+    torch.zeros(much, dtype=torch.uint8).fill_(1)
+    with Log(tmp_path / "m.jsonl", steps=2) as log:
+        for step in (1, 2):
+            torch.zeros(much * (step - 1), dtype=torch.uint8).fill_(1)
+            log.step(step, 1, loss=1.0, tokens=1)
+    peaks = [json.loads(line)["peak_bytes"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert peaks[1] - peaks[0] == pytest.approx(much, rel=0.1)
+
+
 def test_metrics_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("precious")
     with pytest.raises(FileExistsError):

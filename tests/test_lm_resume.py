@@ -223,6 +223,91 @@ def test_a_second_interruption_ends_it_at_once(
     assert cli.main(["train", *flags, f"--run.dir={tmp_path / 'run'}", "--resume"]) == 0
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", ["prepare", "report"])
+def test_a_signal_before_or_behind_the_steps_is_told(
+    phase: str,
+    number: int,
+    code: int,
+    flags: list[str],
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    before = getattr(training, phase)
+
+    def interrupted(*arguments: object) -> object:
+        os.kill(os.getpid(), number)
+        return before(*arguments)
+
+    monkeypatch.setattr(training, phase, interrupted)
+    assert cli.main(["train", *flags, f"--run.dir={folder}"]) == code
+    kept = f"{folder} keeps the checkpoint of step 12" if phase == "report" else "training had not begun"
+    assert capsys.readouterr().err.startswith(f"statefeed: interrupted: {kept}")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    again = ["--resume"] if phase == "report" else []
+    assert cli.main(["train", *flags, f"--run.dir={folder}", *again]) == 0
+    assert metrics(folder) == metrics(run)
+
+
+def test_no_two_processes_go_on_with_one_run(
+    stopped: Callable[..., Path], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped()
+    before = (folder / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    code = (
+        "import sys; from pathlib import Path; from statefeed.lm.log import Log\n"
+        "path = Path(sys.argv[1])\n"
+        "with Log(path, 12, {'bytes': path.stat().st_size, 'seconds': 0, 'losses': [], 'tokens': 0, 'laps': {}}):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(folder / "metrics.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert cli.main(["train", "--resume", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err == f"statefeed: {folder} is being trained by another process: wait for its end, or end it\n"
+        assert (folder / "metrics.jsonl").read_text() == before
+        other.kill()
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(run)
+
+
+@pytest.mark.parametrize("damage", ["\0", "{}", '{"split": "train"}'])
+def test_metrics_that_were_damaged_are_told(
+    damage: str, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stopped() / "metrics.jsonl"
+    capsys.readouterr()
+    first, _, rest = path.read_text().partition("\n")
+    path.write_text(damage.ljust(len(first)) + "\n" + rest)
+    damaged = path.read_bytes()
+    assert cli.main(["train", "--resume", str(path.parent)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"statefeed: {path} is broken: a row before the checkpoint is not what was written (")
+    assert err.count("\n") == 1
+    assert path.read_bytes() == damaged
+
+
+def test_where_a_run_went_on_is_recorded(stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stopped()
+    record = json.loads((folder / "record.json").read_text())
+    for machine in (None, "another", "another"):
+        if machine is not None:
+            monkeypatch.setattr(checkpoint.origin, "processor", lambda: "another")
+            monkeypatch.setattr("os.cpu_count", lambda: 7)
+        assert cli.main(["train", "--resume", str(folder)]) == 0
+    system = record["machine"].split(", ")[-1]
+    found = json.loads((folder / "record.json").read_text())
+    assert found.pop("continued") == [{"step": 12, "machine": f"another, 7 cores, {system}"}]
+    assert found == record
+
+
 def test_every_way_to_resume(flags: list[str], run: Path, stopped: Callable[..., Path], tmp_path: Path) -> None:
     first = stopped()
     recipe = tmp_path / "recipe.yaml"

@@ -107,6 +107,19 @@ def create(
         "vocabulary": tokenizer.size,
         "steps_per_epoch": steps_per_epoch,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **_circumstances(group),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    unfinished = folder / CHECKPOINTS / CONFIG
+    unfinished.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
+
+
+def _circumstances(group: Group) -> dict[str, Any]:
+    """By what a run is computed, and where."""
+    return {
         "statefeed": sf.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -116,12 +129,28 @@ def create(
         "processes": group.size,
         **described(group.device),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    unfinished = folder / CHECKPOINTS / CONFIG
-    unfinished.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
+
+
+def go_on(folder: Path, step: int, group: Group) -> None:
+    """Add to the run's record, under "continued", what is not as it was when the run began or last went on.
+
+    Args:
+        folder: the run folder.
+        step: after which it goes on.
+        group: the processes of the job.
+    """
+    record = _record(folder)
+    continued = record.get("continued", [])
+    before = {**record, **{key: value for part in continued for key, value in part.items()}}
+    if changed := {key: value for key, value in _circumstances(group).items() if before.get(key) != value}:
+        amend(folder, continued=[*continued, {"step": step, **changed}])
+
+
+def amend(folder: Path, **facts: Any) -> None:
+    """Put facts into the record of a run; the old or the new record is there, whole."""
+    unfinished = folder / CHECKPOINTS / f"{RECORD}.unfinished"
+    unfinished.write_text(json.dumps({**_record(folder), **facts}, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / RECORD)
 
 
 def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Owns `statefeed compare`: the same training under several feedback rules, one run folder each, and their table."""
 
 import dataclasses
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 import statefeed as sf
@@ -18,8 +20,7 @@ from statefeed.lm.config import RECURRENT, Config, UsageError, require
 from statefeed.lm.endings import Interrupted
 from statefeed.lm.results import Result
 
-# Characters of the widest table, where no terminal says how many there are.
-_WIDTH = 200
+_WIDTH = 1000  # characters that no table has
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -74,12 +75,16 @@ def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
         recipe.model.cell,
     )
     rules = list(dict.fromkeys(rule.strip() for rule in feedback.split(",")))
+    spelled: dict[str, str] = {}
     for rule in rules:
         try:
-            for _, stage in sf.Schedule(rule).stages:
+            schedule = sf.Schedule(rule)
+            for _, stage in schedule.stages:
                 getattr(sf, recipe.model.cell.upper())(1, 1, feedback=stage)
         except ValueError as error:
             raise UsageError(f"--feedback {rule}: {error}") from error
+        other = spelled.setdefault(str(schedule), rule)
+        require(other == rule, "--feedback must name a rule once", f"{other} and {rule}, which are the same")
     own = _rates(rates, rules)
     return [
         dataclasses.replace(
@@ -125,20 +130,21 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         folder: of the comparison.
 
     Raises:
-        UsageError: when the folder holds runs of other recipes, or a run cannot be carried out.
+        UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
         Interrupted: when a run was interrupted.
     """
     records = folder / report.COMPARISON
-    done = {result.get("run.dir"): result for result in report.read([records]).results} if records.exists() else {}
+    found = report.read([records]).results if records.exists() else []
+    done = {Path(result.get("run.dir")).name: result for result in found}  # the folder may have been moved
     for recipe in planned:
-        if (result := done.get(recipe.run.dir)) is not None:
+        if (result := done.get(Path(recipe.run.dir).name)) is not None:
             _refuse_other(recipe, result.config, records)
         elif (Path(recipe.run.dir) / checkpoint.CONFIG).exists():
             there = config.load(Path(recipe.run.dir) / checkpoint.CONFIG)
             _refuse_other(recipe, dataclasses.asdict(there), Path(recipe.run.dir))
     console = Console(highlight=False, soft_wrap=True)
     for number, recipe in enumerate(planned, 1):
-        if recipe.run.dir in done:
+        if Path(recipe.run.dir).name in done:
             continue
         console.print(
             f"run {number} of {len(planned)}: {recipe.model.feedback}, seed {recipe.train.seed}, "
@@ -147,10 +153,20 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         )
         outcome = _train(recipe)
         result = results.of_run(Path(recipe.run.dir), outcome)
-        with records.open("a", encoding="utf-8") as lines:
-            lines.write(results.to_line(result))
-        done[recipe.run.dir] = result
+        _add(results.to_line(result), records)
+        done[Path(recipe.run.dir).name] = result
     show(list(done.values()), folder)
+
+
+def _add(line: str, records: Path) -> None:
+    """Add a line to the records; whenever this is interrupted, it is there whole or not at all."""
+    unfinished = records.with_suffix(".unfinished")
+    lines = records.read_text(encoding="utf-8") if records.exists() else ""
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(lines + line)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, records)
 
 
 def _refuse_other(recipe: Config, there: dict[str, dict[str, object]], place: Path) -> None:
@@ -176,18 +192,20 @@ def _train(recipe: Config) -> str:
         for key, value in results.flat(dataclasses.asdict(recipe)).items()
     ]
     command = [sys.executable, "-m", "statefeed", "train", *flags]
-    told = ""
+    told, passed = "", list[int]()
     # In a session of its own it hears of an interruption once, through us, however it was sent.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
 
         def pass_on(number: int, _: FrameType | None) -> None:
+            passed.append(number)
             process.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for told in process.stderr:
-                sys.stderr.write(told)
+                if not passed or told.startswith("statefeed: "):  # not where its imports were interrupted
+                    sys.stderr.write(told)
             code = process.wait()
         finally:
             for number, handler in before.items():
@@ -197,16 +215,15 @@ def _train(recipe: Config) -> str:
     if code == 1 and "training diverged" in told:
         return "diverged"
     again = "the same command goes on from here"
-    if code > 128:
-        raise Interrupted(f"the comparison was interrupted in {recipe.run.dir}: {again}", code - 128)
+    if passed or code > 128:
+        by = passed[-1] if passed else code - 128
+        raise Interrupted(f"the comparison was interrupted in {recipe.run.dir}: {again}", by)
     raise UsageError(f"the comparison stopped in {recipe.run.dir}, whose training ended with exit code {code}: {again}")
 
 
 def show(compared: Sequence[Result], folder: Path) -> None:
     """Print a table for every task and leave the figures in the folder."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
     for title, same in results.tasks(compared).items():
         headings, rows = results.table(same)
         table = Table(title=title)
@@ -214,7 +231,9 @@ def show(compared: Sequence[Result], folder: Path) -> None:
             table.add_column(heading, justify="right" if place else "left")
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        # A row that a narrow terminal breaks can be read, one that is cut cannot.
+        wide = Measurement.get(console, console.options.update(max_width=_WIDTH), table).maximum
+        console.print(table, width=max(console.width, wide), crop=False)
     names = figures.save(figures.draw(compared), folder)
     console.print(
         f"{folder} keeps the runs, {report.COMPARISON}{''.join(f', {name}' for name in names)}; "

@@ -192,8 +192,8 @@ class Train:
     warmup: float = option(50.0, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
     schedule: Literal["constant", "linear", "cosine", "steps"] = option(
         "cosine",
-        "the learning rate after warmup: stays, falls to train.floor at the last step, or is multiplied by train.decay "
-        "after train.decay_after epochs and every train.decay_every from there",
+        "the learning rate after warmup: stays, falls to train.floor right behind the last step, or is multiplied by "
+        "train.decay after train.decay_after epochs and every train.decay_every from there",
     )
     floor: float = option(0.0, "linear and cosine: share of train.lr that is left at the end")
     decay: float = option(0.1, "steps: what the learning rate is multiplied by")

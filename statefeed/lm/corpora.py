@@ -11,6 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from statefeed.lm.config import Data, UsageError
@@ -49,12 +50,12 @@ class Corpus:
     name: str
     splits: dict[str, str]
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The bytes of every split as UTF-8."""
         return {split: len(text.encode()) for split, text in self.splits.items()}
 
-    @property
+    @cached_property
     def digests(self) -> dict[str, str]:
         """The sha256 of every split as UTF-8."""
         return {split: hashlib.sha256(text.encode()).hexdigest() for split, text in self.splits.items()}

@@ -92,12 +92,13 @@ class Group:
         """Whether this process runs the model on a part: on an empty one only to hold its weights out to the others."""
         return part.start < part.stop or self.sharded
 
-    def sum(self, model: nn.Module, nats: Tensor) -> Tensor:
+    def sum(self, model: nn.Module, nats: Tensor, share: float) -> Tensor:
         """Sum gradients and nats over all processes, in one message; averages the buffers of calibrated rules.
 
         Args:
             model: its gradients become those of all processes together; sharded ones are already.
             nats: of this process.
+            share: of the sequences of the step that this process has read.
 
         Raises:
             Lost: when another process is gone.
@@ -107,7 +108,7 @@ class Group:
         parameters = [] if self.sharded else list(model.parameters())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         means = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        flat = torch.cat([part.flatten() for part in (*parts, *(mean / self.size for mean in means), nats.view(1))])
+        flat = torch.cat([part.flatten() for part in (*parts, *(mean * share for mean in means), nats.view(1))])
         with self.peers():
             distributed.all_reduce(flat)
             for buffer in model.buffers():

@@ -32,13 +32,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """SIGINT and SIGTERM, noted while this context is entered, so that the step in hand can be finished and saved.
+    """SIGINT and SIGTERM while this context is entered: they end what is going on, a step only when it is finished.
 
-    A second SIGINT ends the process at once, as without this.
+    What is raised is KeyboardInterrupt, or Interrupted for SIGTERM. Inside `held` they are noted, so that the step in
+    hand can be finished and saved; a second SIGINT ends it at once.
     """
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._held = False
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
@@ -55,8 +57,23 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note signals instead of raising; until the end of the process where another one of the job is lost."""
+        self._held = True
+        lost = False
+        try:
+            yield
+        except Lost:
+            lost = True
+            raise
+        finally:
+            self._held = lost
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught == number == signal.SIGINT:
+        if not self._held and number == signal.SIGTERM:
+            raise Interrupted("interrupted", number)
+        if not self._held or self.caught == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = number
 

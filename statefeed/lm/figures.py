@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from statefeed.lm.config import RECURRENT
-from statefeed.lm.results import VARIED, Result, bests, by_rule, size, split, tasks, without
+from statefeed.lm.results import Result, at_best_rate, bests, by_rule, setting, size, split, standing, tasks
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
 # The curves are shown up to this many times the lowest perplexity: what lies above tells the rules not apart.
@@ -74,14 +74,14 @@ def against(results: Sequence[Result], what: str) -> Figure | None:
     figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity")
     groups = by_rule(results)
     for label, colour in colours(groups).items():
-        evaluations = list(zip(*(result.valid for result in groups[label]), strict=False))
+        evaluations = list(zip(*(result.valid for result in standing(groups[label])), strict=False))
         if not evaluations:
             continue
         x = [statistics.mean(row[what] for row in rows) for rows in evaluations]
         y = [[row["perplexity"] for row in rows] for rows in evaluations]
         marker = "." if len(x) <= 60 else None
         axes.plot(x, [statistics.mean(values) for values in y], color=colour, marker=marker, linewidth=1.2, label=label)
-        if len(groups[label]) > 1:
+        if len(y[0]) > 1:
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(0.97 * min(best), REACH * min(best))
     axes.legend()
@@ -133,7 +133,8 @@ def alignment(results: Sequence[Result]) -> Figure | None:
     Args:
         results: of one task.
     """
-    groups = {label: group for label, group in by_rule(results).items() if any(r.alignment for r in group)}
+    groups = {label: [r for r in standing(group) if r.alignment] for label, group in by_rule(results).items()}
+    groups = {label: group for label, group in groups.items() if group}
     if not groups:
         return None
     figure, axes = _panel("epochs", "cosine with the BPTT gradient")
@@ -156,18 +157,15 @@ def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
         form: what the figure is called.
     """
     figures: dict[str, Figure] = {}
-
-    def rest(result: Result) -> str:
-        return f"{result.facts.get('corpus')} {sorted(without(result, *VARIED, key).items())}"
-
-    for same in split(results, rest).values():
+    for same in split(results, lambda result: str(setting(result, key))).values():
         values = sorted({result.get(key) for result in same if result.best is not None})
         if len(values) < 2:
             continue
         figure, axes = _panel(key.replace("model.", ""), "best validation perplexity")
-        groups = by_rule(same)
+        groups = split(same, lambda result: result.rule)
         for label, colour in colours(groups).items():
-            at = {value: bests([r for r in groups[label] if r.get(key) == value]) for value in values}
+            sized = {value: [result for result in groups[label] if result.get(key) == value] for value in values}
+            at = {value: bests(at_best_rate(found)) for value, found in sized.items() if found}
             _points(axes, {value: found for value, found in at.items() if found}, color=colour, marker="o", label=label)
         axes.set_xticks(values, [str(value) for value in values])
         axes.legend()
@@ -181,16 +179,12 @@ def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
 def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
     """Bars of the best validation perplexity by cell, for every size of a corpus at which several cells were trained.
 
-    Models without recurrent cells stand beside those that have about as many parameters.
+    Models without recurrent cells stand beside those that have about as many parameters. Every rule has the rate that
+    was best for it, and a cell may have its own limit of the gradient's norm.
     """
     figures: dict[str, Figure] = {}
-    length = ("train.epochs", "train.steps", "train.batch", "train.context")
-
-    def family(result: Result) -> str:
-        data = sorted((key, value) for key, value in without(result).items() if key.startswith("data."))
-        return f"{result.facts.get('corpus')} {data} {[result.get(key) for key in length]}"
-
-    for same in split(results, family).values():
+    own = ("model.cell", "model.layers", "model.width", "model.heads", "model.window", "model.modes", "train.clip")
+    for same in split(results, lambda result: str(setting(result, *own))).values():
         recurrent = [result for result in same if result.get("model.cell") in RECURRENT and result.best is not None]
         others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
@@ -209,12 +203,13 @@ def _bars(cells: dict[str, list[Result]]) -> Figure:
     width = 0.8 / max(1, len(rules))
     for place, (cell, group) in enumerate(cells.items()):
         if cell not in RECURRENT:
-            _bar(axes, place, 0.4, bests(group), color="C9")
+            _bar(axes, place, 0.4, bests(at_best_rate(group)), color="C9")
     for k, (rule, colour) in enumerate(colours(rules).items()):
         first = True
         for place, (cell, group) in enumerate(cells.items()):
-            found = bests([result for result in group if result.rule == rule and cell in RECURRENT])
-            if found:
+            mine = [result for result in group if result.rule == rule and cell in RECURRENT]
+            if mine:
+                found = bests(at_best_rate(mine))
                 _bar(axes, place + (k + 0.5) * width - 0.4, width, found, color=colour, label=rule if first else None)
                 first = False
     axes.set_xticks(range(len(cells)), list(cells))

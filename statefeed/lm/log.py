@@ -1,14 +1,16 @@
 """Owns what a run tells: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere, and curves.png."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -63,12 +65,12 @@ class Log:
         self._marks: list[tuple[str, Mark, Mark]] = []  # of laps that are not added up yet
         self._before: float = memory["seconds"]
         if path:
-            self._file.truncate(memory["bytes"])
-            self._file.seek(0)
-            for row in map(json.loads, self._file):
-                self._curves[row["split"]].append((row["step"], row["loss"]))
-                if row["split"] == "train":
-                    self._loss, self._speed = row["loss"], row["tokens_per_s"]
+            try:
+                _claim(self._file, path.parent)
+                self._read_back(path, memory["bytes"])
+            except BaseException:
+                self._file.close()
+                raise
         done = max((step for curve in self._curves.values() for step, _ in curve), default=0)
         self._board = (
             None if path is None or tensorboard is None else board_writer()(str(tensorboard), purge_step=done + 1)
@@ -85,8 +87,29 @@ class Log:
         )
         self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
 
+    def _read_back(self, path: Path, until: int) -> None:
+        """Read the rows before the checkpoint and drop those behind it.
+
+        Raises:
+            UsageError: when the rows are not what was written.
+        """
+        try:
+            for row in map(json.loads, path.read_bytes()[:until].splitlines()):
+                self._curves[row["split"]].append((row["step"], row["loss"]))
+                if row["split"] == "train":
+                    self._loss, self._speed = row["loss"], row["tokens_per_s"]
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"{path} is broken: a row before the checkpoint is not what was written ({error!r}), and the run "
+                "cannot go on without it"
+            ) from error
+        self._file.truncate(until)
+        self._file.seek(0, os.SEEK_END)
+
     def __enter__(self) -> "Log":
         self._bar.start()
+        if not self._gpu:
+            _forget_peak()
         self._lap = self._mark()
         self._started = time.perf_counter() - self._before
         return self
@@ -209,14 +232,8 @@ class Log:
                 self._board.add_scalar(f"{split}/{key}", row[key], step)
 
     def _peak_bytes(self) -> int | None:
-        """The most memory that this process has held, where the system tells: that of the GPU where one is used."""
-        if self._gpu:
-            return torch.cuda.max_memory_allocated()
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        """The most memory that this process has held since the log was entered; that of the GPU where one is used."""
+        return torch.cuda.max_memory_allocated() if self._gpu else _peak_bytes()
 
     def draw(self, path: Path) -> None:
         """Draw the losses over the steps."""
@@ -228,6 +245,42 @@ class Log:
                 axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
+
+
+def _claim(file: IO[str], folder: Path) -> None:
+    """Keep every other process from going on with the run for as long as the file is open.
+
+    Raises:
+        UsageError: when another one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder} is being trained by another process: wait for its end, or end it") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _forget_peak() -> None:
+    """Let the system count the most memory from here on, where it can: reading and cutting the text may take more."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process has held, None where the system does not tell."""
+    with contextlib.suppress(OSError):  # where the system is Linux: what a parent held at a fork does not count there
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _check(loss: float, step: int) -> None:

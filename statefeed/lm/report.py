@@ -66,6 +66,9 @@ def read(paths: Iterable[Path]) -> Found:
             raise UsageError(f"there is no file or folder {path}: expected runs, comparisons or JSONL records")
         if len(found.results) + len(found.benchmarks) == before:
             raise UsageError(f"{path} holds no run, no {COMPARISON} and no records of a benchmark")
+    # A run may be found in its folder, in a comparison's records and in a copy of these.
+    same = results.split(found.results, lambda result: f"{results.recipe(result)} {result.valid}")
+    found.results = [group[0] for group in same.values()]
     return found
 
 

@@ -8,11 +8,14 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import statefeed as sf
 from statefeed.lm import checkpoint, config
 from statefeed.lm.config import RECURRENT, UsageError
 from statefeed.lm.log import PHASES
+
+Item = TypeVar("Item")
 
 # What may differ between the runs of one task, which are compared with each other, besides where and how they are kept.
 VARIED = ("train.seed", "train.lr", "train.alignment", "model.feedback")
@@ -30,7 +33,8 @@ class Result:
             seconds are those of training, evaluations left out, where the run has timed its steps.
         alignment: one row an evaluation at which the rule was not exact: step, epochs, cosine and norm_ratio of the
             gradient of one fixed training batch against exact BPTT.
-        ms: milliseconds of one step by phase, medians over the run; empty where the run has not timed them.
+        ms: milliseconds of one step by phase, medians over the run, of a schedule the mean over its steps of the
+            medians of its rules; empty where the run has not timed them.
         tokens_per_s: of training, the median over the run.
         peak_bytes: the most memory that the run's process held under its own rule, None where it is not known.
         test: perplexity of the best weights on the test split, None where there is none.
@@ -53,9 +57,9 @@ class Result:
 
     @property
     def rule(self) -> str:
-        """The feedback rule; the cell, where it has none."""
+        """The feedback rule in its usual spelling; the cell, where it has none."""
         cell = self.get("model.cell")
-        return str(self.get("model.feedback")) if cell in RECURRENT else str(cell)
+        return str(sf.Schedule(self.get("model.feedback"))) if cell in RECURRENT else str(cell)
 
     @property
     def best(self) -> float | None:
@@ -79,7 +83,7 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
 
     Args:
         folder: that `statefeed train` left.
-        outcome: how it ended; None decides between finished and unfinished by the evaluations that are there.
+        outcome: how it ended; None takes what the folder tells.
 
     Raises:
         UsageError: when it is no run folder or a file in it cannot be read.
@@ -97,8 +101,12 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
     for row in rows:
         by_split[row["split"]].append(row)
     train, valid = by_split["train"], by_split["valid"]
+    last = max((row["step"] for row in rows), default=0)
+    length = facts.get("steps_per_epoch")
+    steps = recipe["train"]["steps"] or (length and length * recipe["train"]["epochs"]) or last
     if outcome is None:
-        outcome = "finished" if len(valid) >= recipe["train"]["evaluations"] else "unfinished"
+        ended = bool(valid) and valid[-1]["step"] >= steps
+        outcome = "diverged" if "diverged" in facts else "finished" if ended else "unfinished"
     speeds = [row["tokens_per_s"] for row in train]
     # The first alignment runs exact BPTT: from there on the peak is no longer that of the rule.
     own = itertools.takewhile(lambda row: row["split"] != "alignment", rows)
@@ -111,15 +119,23 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
         alignment=[
             {**place(row), "cosine": row["cosine"], "norm_ratio": row["norm_ratio"]} for row in by_split["alignment"]
         ],
-        ms={
-            phase: statistics.median(row[f"{phase}_ms"] for row in train)
-            for phase in PHASES
-            if train and all(f"{phase}_ms" in row for row in train)
-        },
+        ms=_step_ms(train, recipe["model"]["feedback"], steps),
         tokens_per_s=statistics.median(speeds) if speeds else None,
         peak_bytes=max(peaks, default=None),
         test=next((row["perplexity"] for row in by_split["test"]), None),
     )
+
+
+def _step_ms(train: Sequence[dict[str, Any]], feedback: float | str, steps: int) -> dict[str, float]:
+    """Milliseconds of a step by phase: the median under each rule of a schedule, for as many steps as it holds."""
+    if not train or not all(f"{phase}_ms" in row for row in train for phase in PHASES):
+        return {}
+    rules = sf.Schedule(feedback)
+    stages = split(train, lambda row: str(rules.at((row["step"] - 1) / steps))).values()
+    return {
+        phase: sum(len(stage) * statistics.median(row[f"{phase}_ms"] for row in stage) for stage in stages) / len(train)
+        for phase in PHASES
+    }
 
 
 def _places(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
@@ -179,36 +195,50 @@ def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
-def split(results: Iterable[Result], key: Callable[[Result], str]) -> dict[str, list[Result]]:
-    """The results by a key, in the order of their first appearance."""
-    parts: dict[str, list[Result]] = {}
-    for result in results:
-        parts.setdefault(key(result), []).append(result)
+def split(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """The items by a key, in the order of their first appearance."""
+    parts: dict[str, list[Item]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
     return parts
 
 
 def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results by what they have in common but for rule, rate and seed, each task under a title that tells it."""
-
-    def rest(result: Result) -> dict[str, Any]:
-        facts = {"facts.corpus": result.facts.get("corpus"), "facts.device": result.facts.get("device", "cpu")}
-        return {**facts, **without(result, *VARIED)}
-
     titled: dict[str, list[Result]] = {}
     for same in split(results, _title).values():
-        parts = list(split(same, lambda result: json.dumps(rest(result), sort_keys=True)).values())
+        parts = list(split(same, lambda result: json.dumps(setting(result), sort_keys=True)).values())
+        settings = [setting(part[0]) for part in parts]
         differing = [
-            key for key in rest(parts[0][0]) if len({json.dumps(rest(part[0]).get(key)) for part in parts}) > 1
+            key
+            for key in dict.fromkeys(key for one in settings for key in one)
+            if len({json.dumps(one.get(key)) for one in settings}) > 1
         ]
-        for part in parts:
-            settings = "".join(f", {key}={rest(part[0]).get(key)}" for key in differing)
-            titled[_title(part[0]) + settings] = part
+        for part, one in zip(parts, settings, strict=True):
+            titled[_title(part[0]) + "".join(f", {key}={one.get(key)}" for key in differing)] = part
     return titled
 
 
-def without(result: Result, *keys: str) -> dict[str, Any]:
-    """The recipe of a result by section.key, some left out and where and how the run is kept."""
-    return {k: value for k, value in flat(result.config).items() if k not in keys and not k.startswith("run.")}
+def setting(result: Result, *varied: str) -> dict[str, Any]:
+    """What a result must have in common with others to be compared with them.
+
+    It is the recipe by section.key but for rule, rate, seed and where and how the run is kept, and the device. Of
+    the text it is what was read, wherever it lay; of records that do not tell, its name and place.
+
+    Args:
+        result: of any task.
+        varied: keys of the recipe that may differ, too.
+    """
+    splits = result.facts.get("splits")
+    text = "/".join(found["sha256"][:8] for found in splits.values()) if splits else result.facts.get("corpus")
+    left_out = (*VARIED, *varied, *(["data.path"] if splits else []))
+    kept = {key: value for key, value in recipe(result).items() if key not in left_out}
+    return {"text": text, "device": result.facts.get("device", "cpu"), **kept}
+
+
+def recipe(result: Result) -> dict[str, Any]:
+    """The recipe of a result by section.key, but for where and how the run is kept."""
+    return {key: value for key, value in flat(result.config).items() if not key.startswith("run.")}
 
 
 def size(result: Result) -> str:
@@ -235,15 +265,28 @@ def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
     return split(results, label)
 
 
+def standing(results: Sequence[Result]) -> list[Result]:
+    """The runs that count: those that are finished, while there are none those under way; none that diverged."""
+    finished = [result for result in results if result.outcome == "finished"]
+    return finished or [result for result in results if result.outcome == "unfinished"]
+
+
 def bests(results: Sequence[Result]) -> list[float]:
-    """The best validation perplexities of those runs that have one."""
-    return [result.best for result in results if result.best is not None]
+    """The best validation perplexities of the runs that count."""
+    return [result.best for result in standing(results) if result.best is not None]
+
+
+def at_best_rate(results: Sequence[Result]) -> list[Result]:
+    """The runs of one rule at that learning rate whose mean is best."""
+    rates = split(results, lambda result: str(result.get("train.lr"))).values()
+    return min(rates, key=lambda group: statistics.mean(bests(group) or [math.inf]))
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """The comparison of the rules of one task: headings, and one row a rule.
 
-    Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation.
+    Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
+    and norm ratio are means over the evaluations at which the rule was not exact.
     Targets are met seed by seed: the perplexity at the last evaluation of ft-bptt, and of exact bptt, with the same
     seed, each at its best rate.
 
@@ -251,11 +294,11 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         results: of one task.
     """
     groups = by_rule(results)
-    rivals: dict[str, Sequence[Result]] = {}
-    for rule in ("ft-bptt", "bptt", "fused-bptt"):
-        if rates := [group for group in groups.values() if group[0].rule == rule]:
-            rivals[rule] = min(rates, key=lambda group: statistics.mean(bests(group) or [math.inf]))
-    headings = ["rule", "rate", "seeds", "valid perplexity", "forward ms", "backward ms", "step ms", "peak MiB"]
+    rules = split(results, lambda result: result.rule)
+    rivals = {rule: at_best_rate(rules[rule]) for rule in ("ft-bptt", "bptt", "fused-bptt") if rule in rules}
+    tested = any(result.test is not None for result in results)
+    headings = ["rule", "rate", "seeds", "valid perplexity", *(["test perplexity"] if tested else [])]
+    headings += ["forward ms", "backward ms", "step ms", "peak MiB"]
     headings += [f"{what} to {rule}" for rule in rivals for what in ("epochs", "seconds")]
     headings += ["cosine with BPTT", "norm ratio"]
     rows = []
@@ -265,6 +308,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             f"{group[0].get('train.lr'):g}",
             _seeds(group),
             _spread(bests(group)),
+            *([_spread([run.test for run in standing(group) if run.test is not None])] if tested else []),
             _mean([result.ms.get("forward") for result in group], ".1f"),
             _mean([result.ms.get("backward") for result in group], ".1f"),
             _mean([result.step_ms for result in group], ".1f"),
@@ -273,14 +317,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         for rival in rivals.values():
             reached = _reached(group, rival)
             row += [_times(reached, "epochs"), _times(reached, "seconds")]
-        row += [
-            _mean(
-                [statistics.mean(r[what] for r in result.alignment) if result.alignment else None for result in group],
-                ".3f",
-            )
-            for what in ("cosine", "norm_ratio")
-        ]
-        rows.append(row)
+        rows.append([*row, _aligned(group, "cosine"), _aligned(group, "norm_ratio")])
     return headings, rows
 
 
@@ -297,6 +334,16 @@ def _times(reached: Sequence[dict[str, float] | None], what: str) -> str:
         return "never" if reached else "-"
     some = f" ({len(found)} of {len(reached)})" if len(found) < len(reached) else ""
     return f"{statistics.mean(found):,.{0 if what == 'seconds' and max(found) >= 100 else 1}f}{some}"
+
+
+def _aligned(group: Sequence[Result], what: str) -> str:
+    """The mean over the evaluations at which the rule was not exact, with their number where that is not all."""
+    runs = [result for result in group if result.alignment]
+    if not runs:
+        return "-"
+    mean = statistics.mean(statistics.mean(row[what] for row in run.alignment) for run in runs)
+    inexact, scored = sum(len(run.alignment) for run in runs), sum(len(run.valid) for run in runs)
+    return f"{mean:.3f}" + (f" ({inexact} of {scored})" if inexact < scored else "")
 
 
 def _seeds(group: Sequence[Result]) -> str:

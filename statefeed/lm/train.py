@@ -4,7 +4,7 @@ import math
 import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def train(config: Config, resume: bool = False) -> None:
         KeyboardInterrupt: when a signal ends it.
     """
     folder = Path(config.run.dir)
-    with Group.join(config.train) as group:
+    with Signals() as signals, Group.join(config.train) as group:
         with told(lambda: "training had not begun"):
             resume = resume and (folder / checkpoint.CONFIG).exists()
             (checkpoint.refuse_other if resume else checkpoint.refuse_taken)(config)
@@ -75,6 +75,8 @@ def train(config: Config, resume: bool = False) -> None:
             states, memory, broken = None, None, list[checkpoint.Broken]()
             if resume:
                 states, memory, broken = checkpoints.load(task.model, task.optimizer, task.scaler)
+                if writes:
+                    checkpoint.go_on(folder, checkpoints.step, group)
         path, board = folder / checkpoint.METRICS, folder / checkpoint.BOARD if config.run.tensorboard else None
         again = f"; go on with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
         with (
@@ -87,12 +89,18 @@ def train(config: Config, resume: bool = False) -> None:
             if resume:
                 log.say(f"going on after step {checkpoints.step:,}")
             try:
-                optimise(task, config, log, best, checkpoints, group, states)
+                optimise(task, config, log, best, checkpoints, group, states, signals)
                 if writes:
                     report(task, config, log, best, group.device)
-            finally:
+            except BaseException as error:
                 if writes:
-                    log.draw(folder / checkpoint.CURVES)
+                    with suppress(OSError):  # what ended the run is told, not that a full disk takes no picture of it
+                        log.draw(folder / checkpoint.CURVES)
+                        if isinstance(error, Diverged):
+                            checkpoint.amend(folder, diverged=str(error))
+                raise
+            if writes:
+                log.draw(folder / checkpoint.CURVES)
 
 
 def prepare(config: Config, resume: bool, group: Group) -> Task:
@@ -121,7 +129,7 @@ def prepare(config: Config, resume: bool, group: Group) -> Task:
         checkpoint.refuse_other_text(folder, corpus)
         tokenizer = tokens.load(config.data, folder / checkpoint.TOKENIZER)
     else:
-        tokenizer = tokens.train(config.data, corpus.splits)
+        tokenizer = cache.tokenizer(config.data, corpus.splits)
     ids = {split: cache.encode(tokenizer, text) for split, text in corpus.splits.items()}
     columns, context = recipe.batch, recipe.context
     for split, found in ids.items():
@@ -157,6 +165,7 @@ def optimise(
     checkpoints: Checkpoints,
     group: Group,
     states: list[State] | None,
+    signals: Signals,
 ) -> None:
     """Take all the steps after the last checkpoint: this is the training loop.
 
@@ -168,6 +177,7 @@ def optimise(
         checkpoints: of the run; the last one has been loaded.
         group: the processes of the job.
         states: carried from the last checkpoint.
+        signals: which end this when a step is finished and saved.
     """
     recipe, source, steps = config.train, task.source, task.steps
     model, optimizer, scaler = task.model, task.optimizer, task.scaler
@@ -177,7 +187,7 @@ def optimise(
     first = checkpoints.step + 1
     parts = group.columns(recipe.batch, recipe.accumulate)
     before = [None if states is None else group.part(states, part) for part in parts]
-    with Signals() as signals:
+    with signals.held():
         log.lap(None)
         for step, batch in zip(range(first, steps + 1), _batches(source, first), strict=False):
             epoch, columns = (step - 1) // len(source), batch.inputs.shape[1]
@@ -188,7 +198,8 @@ def optimise(
             optimizer.zero_grad()
             nats = torch.zeros((), device=group.device)
             log.lap("data")
-            for i, part in enumerate(group.columns(columns, recipe.accumulate)):
+            own = group.columns(columns, recipe.accumulate)
+            for i, part in enumerate(own):
                 if group.takes(part):
                     if recipe.compile is not None:
                         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -200,7 +211,7 @@ def optimise(
                     nats += cost.nats.detach()
                     before[i] = carried(cost.states, kept[part]) if carries else None
                     log.lap("backward")
-            nats = group.sum(model, nats)
+            nats = group.sum(model, nats, (own[-1].stop - own[0].start) / columns)
             stop, save = (bool(of) for of in group.total(signals.caught is not None, checkpoints.due))
             scaler.unscale_(optimizer)
             if recipe.clip is not None:
