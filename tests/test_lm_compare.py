@@ -330,7 +330,7 @@ def test_the_table_counts_seed_by_seed() -> None:
     assert (dsf["epochs to ft-bptt"], dsf["seconds to ft-bptt"]) == ("1.2", "12.5")
     # bptt ends with 40 and 39: never with the first seed, at the third evaluation with the second.
     assert (dsf["epochs to bptt"], dsf["seconds to bptt"]) == ("1.5 (1 of 2)", "15.0 (1 of 2)")
-    assert (dsf["cosine with BPTT"], dsf["norm ratio"]) == ("0.500", "2.000")
+    assert (dsf["cosine with BPTT"], dsf["norm ratio"]) == ("0.500 (2 of 8)", "2.000 (2 of 8)")
     assert (cells["bptt"]["cosine with BPTT"], cells["bptt"]["forward ms"]) == ("-", "-")
     assert cells["ft-bptt"]["epochs to bptt"] == "never"
     assert cells["ft-bptt"]["valid perplexity"] == "55.50 ± 7.78"

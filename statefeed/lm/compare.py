@@ -233,7 +233,8 @@ def show(compared: Sequence[Result], folder: Path) -> None:
             table.add_row(*row)
         # A row that a narrow terminal breaks can be read, one that is cut cannot.
         wide = Measurement.get(console, console.options.update(max_width=_WIDTH), table).maximum
-        console.print(table, width=max(console.width, wide), crop=False)
+        console.width = max(console.width, wide)  # rich prints nothing wider than its console
+        console.print(table)
     names = figures.save(figures.draw(compared), folder)
     console.print(
         f"{folder} keeps the runs, {report.COMPARISON}{''.join(f', {name}' for name in names)}; "
