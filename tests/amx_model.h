@@ -3,6 +3,8 @@
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: LDTILECFG, TILELOADD, TDPBF16PS, ...
 #pragma once
 
+#define STATEFEED_AMX_MODEL
+
 #include <immintrin.h>
 
 #include <atomic>

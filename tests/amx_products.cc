@@ -1,4 +1,4 @@
-// Products of odd sizes through the tiles' model against loops in double over the same rounded numbers.
+// Products of odd sizes, through the tiles of this CPU or their model, against loops in double over the same rounded numbers.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -6,6 +6,11 @@
 
 #include "../statefeed/kernels/cpu/tiles.cc"
 #include "../statefeed/kernels/cpu/bulk.h"
+
+#if !defined(STATEFEED_AMX_MODEL)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace statefeed {
 
@@ -74,15 +79,23 @@ void run(const Task& task) {
 
 template <class P>
 void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns) {
-  const Matrix a = normal(rows, depth), w = normal(units, depth);
-  Matrix out = nothing(rows * units);
+  const Matrix a = normal(rows, depth), w = normal(units, depth), bias = normal(1, units), start = normal(rows, units);
   Packing<P> weights{w.data(), 1, units, depth, bulk_vectors, columns, nullptr};
   weights.to = spoilt<typename P::In, Use::input_weights>(weights.size());
   run(weights);
   spoilt<typename P::In, Use::rounded>((rows + 32) * (depth + 64));
+  auto left = [&](int64_t i, int64_t k) { return a[i * depth + k]; };
+  auto right = [&](int64_t k, int64_t j) { return columns ? w[k * units + j] : w[j * depth + k]; };
+  Matrix out = nothing(rows * units);
   run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, nullptr, out.data(), false});
-  check(columns ? "product with columns" : "product", rows, depth, units, out, [&](int64_t i, int64_t k) { return a[i * depth + k]; },
-        [&](int64_t k, int64_t j) { return columns ? w[k * units + j] : w[j * depth + k]; });
+  check(columns ? "product with columns" : "product", rows, depth, units, out, left, right);
+  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, bias.data(), out.data(), false});
+  for (int64_t i = 0; i < rows * units; ++i) out[i] -= bias[i % units];
+  check("product and a bias", rows, depth, units, out, left, right);
+  out = start;
+  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, nullptr, out.data(), true});
+  for (int64_t i = 0; i < rows * units; ++i) out[i] -= start[i];
+  check("product added", rows, depth, units, out, left, right);
 }
 
 template <class P>
@@ -96,7 +109,7 @@ void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
   run(left);
   run(right);
   run(RowProducts<P>{left, right, turned.data(), units, false});
-  run(Turning<float>{units, inputs, turned.data(), out.data()});
+  run(Turning<float>{units, inputs, units, turned.data(), out.data()});
   check("product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
         [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
 }
@@ -118,7 +131,7 @@ void step(int64_t rows, int64_t depth) {
   for (int64_t p = 0; p < 2; ++p)
     for (int64_t first = 0, count; first < rows; first += count) {
       count = std::min<int64_t>(max_rows<P, N>, rows - first);
-      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel(), packed_depth<P>(depth), sum);
+      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel(), packed_depth<P>(depth), {sum, N * L});
       for (int64_t i = 0; i < count; ++i)
         for (int g = 0; g < N; ++g)
           for (int64_t u = p * L; u < std::min<int64_t>(units, (p + 1) * L); ++u)
@@ -134,6 +147,10 @@ void step(int64_t rows, int64_t depth) {
 int main() {
   using namespace statefeed;
   using P = RoundedFor<float>;
+#if !defined(STATEFEED_AMX_MODEL)
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return std::printf("Linux refuses the tiles\n");
+  [[maybe_unused]] constexpr long amx_products = 0, amx_held = 0;
+#endif
   {
     P::Held held;
     for (int64_t rows : {1, 15, 16, 17, 33, 70})

@@ -1,4 +1,4 @@
-"""The products in Intel's tiles: on no machine yet, but in a model of the instructions that keeps their rules."""
+"""The products in Intel's tiles: in a model of the instructions that keeps their rules, and on a CPU that has them."""
 
 import platform
 import shutil
@@ -35,6 +35,16 @@ def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> No
     wrong, products, held = (int(word) for word in found.stdout.split() if word.isdigit())
     assert wrong == held == 0
     assert products > 10_000
+
+
+@pytest.mark.skipif("amx_bf16" not in build._cpu(), reason="this CPU has no tiles")
+def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
+    program = tmp_path / "products"
+    source = str(HERE / "amx_products.cc")
+    subprocess.run(["g++", "-std=c++20", "-O3", "-march=native", source, "-o", str(program)], check=True)
+    found = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.startswith("0 wrong")
 
 
 def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     p = softmax(x W^T + b),   loss = -log p[target],   e = p - onehot(target),   dx = e W,   dW = e^T x,   db = sum e
 
-Logits are made a few hundred rows at a time, and all that is done with them while they are in cache.
+Logits are made for some two hundred rows and a strip of classes at a time, and become exponentials while they are in cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rounded: bo
 
     Gradient: none; ``losses_and_gradients`` makes it.
 
-    Cost: one product over all rows; 384 V numbers of scratch and the weights once more.
+    Cost: one product over all rows; some 100,000 numbers of scratch and the weights once more.
     """
     return _run(x, weight, bias, targets, rounded, None)
 

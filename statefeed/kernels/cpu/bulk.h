@@ -15,23 +15,29 @@ constexpr int bulk_depth = 384;  // rows whose packed panels stay in cache, and 
 template <class P>  // tiles of one item
 constexpr int bulk_group = max_rows<P, bulk_vectors> < 16 ? 4 : 2;
 
+// The place of the tile that comes next: a place is read when its tile begins.
 template <class P>
 inline void prefetch_tile(const typename P::Out* out, int64_t rows, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < bulk_vectors; ++j) __builtin_prefetch(out + i * stride + j * lanes<typename P::Out>, 1);
 }
 
-template <class T>
-inline void put_tile(const T* sum, int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride) {
-  constexpr int L = lanes<T>;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t u = 0; u < width; u += L) {
-      const int count = static_cast<int>(std::min<int64_t>(L, width - u));
-      Vector<T> value = load(sum + i * bulk_vectors * L + u);
-      if (bias) value += load(bias + u, count);
-      if (add) value += load(out + i * stride + u, count);
-      store(out + i * stride + u, value, count);
-    }
+// A tile by way of a copy, where whole vectors or tiles reach beyond its place.
+template <class P, class T, class Tile>
+__attribute__((noinline)) void copy_tile(int64_t rows, int64_t width, const Place<T>& to, Tile tile) {
+  constexpr int64_t full = bulk_vectors * lanes<T>;
+  alignas(64) T copy[tile_size<P, bulk_vectors>] = {};
+  for (int64_t i = 0; to.start && i < rows; ++i) std::copy_n(to.start + i * to.start_stride, width, copy + i * full);
+  tile(Place<T>{copy, full, to.start ? copy : nullptr, full});
+  for (int64_t i = 0; i < rows; ++i) std::copy_n(copy + i * full, width, to.out + i * to.stride);
+}
+
+// out (rows, width) = (bias or out) + a tile of `rows`
+template <class P, class T, class Tile>
+inline void put_tile(int64_t rows, int64_t width, const T* bias, bool add, T* out, int64_t stride, Tile tile) {
+  const Place<T> to{out, stride, add ? out : bias, add ? stride : 0};
+  if (width == bulk_vectors * lanes<T> && rows % P::side == 0) return tile(to);
+  copy_tile<P>(rows, width, to, tile);
 }
 
 // out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out)
@@ -55,7 +61,6 @@ struct Product {
   void run(int64_t item) const {
     const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block, last = std::min(first + block, rows);
     const Range panels = share(panel_count(units, N * L), item % stripes(), stripes());
-    alignas(64) T sum[tile_size<P, N>];
     int64_t stride = a_stride;
     const typename P::In* from;
     if constexpr (std::is_same_v<A, typename P::In>)
@@ -65,10 +70,11 @@ struct Product {
     for (int64_t p = panels.begin; p < panels.end; ++p)
       for (int64_t row = first; row < last; row += M) {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
-        prefetch_tile<P>(out + row * out_stride + unit, count, out_stride);
-        tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), sum);
-        put_tile(sum, count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
-                 out + row * out_stride + unit, out_stride);
+        prefetch_tile<P>(out + (row + M) * out_stride + unit, std::min<int64_t>(M, last - row - M), out_stride);
+        put_tile<P>(count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
+                    out + row * out_stride + unit, out_stride, [&](const Place<T>& to) {
+                      tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), to);
+                    });
       }
   }
 };
@@ -106,6 +112,14 @@ struct RowPanels {
       store(to + p * panel_size() + (k / P::pack * N + j) * L,
             joined<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
     }
+  }
+  // The same of two rows that are rounded already; of none, zeros.
+  void put(int64_t p, int64_t k, const In* above, const In* below) const {
+    static_assert(N == 2 && P::pack == 2);
+    Vector<In> first, second;
+    P::interleave(above ? load(above) : Vector<In>{}, below ? load(below) : Vector<In>{}, first, second);
+    In* at = to + p * panel_size() + k / P::pack * N * L;
+    store(at, first), store(at + L, second);
   }
   int64_t packed_rows() const { return packed_depth<P>(rows) * P::pack; }
 
@@ -159,27 +173,27 @@ struct RowProducts {
 
   int64_t items() const { return right.count(); }
   void run(int64_t p) const {
-    alignas(64) T sum[tile_size<P, N>];
     const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, right.units - unit);
     for (int64_t from = 0; from < right.rows; from += bulk_depth) {
       const int64_t depth = std::min<int64_t>(bulk_depth, right.rows - from), at = from / P::pack;
       for (int64_t i = 0; i < left.items(); ++i) {
         const int64_t first = i * M, inside = std::min<int64_t>(M, left.units - first);
         T* to = out + first * out_stride + unit;
-        prefetch_tile<P>(to, inside, out_stride);
-        turned_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(), right.stride(),
-                             packed_depth<P>(depth), sum);
-        put_tile(sum, inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride);
+        prefetch_tile<P>(to + M * out_stride, std::min<int64_t>(M, left.units - first - M), out_stride);
+        put_tile<P>(inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride, [&](const Place<T>& place) {
+          turned_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(), right.stride(),
+                               packed_depth<P>(depth), place);
+        });
       }
     }
   }
 };
 
-// out (units, inputs) = from (inputs, units)^T
+// out (units, inputs) = from (inputs, units)^T, rows of `stride`
 template <class T>
 struct Turning {
   static constexpr int L = lanes<T>;
-  int64_t units, inputs;
+  int64_t units, inputs, stride;
   const T* from;
   T* out;
 
@@ -187,8 +201,8 @@ struct Turning {
   void run(int64_t item) const {
     const int64_t first = item * L, last = std::min<int64_t>(first + L, units);
     for (int64_t i = 0; i < inputs; ++i) {
-      __builtin_prefetch(from + (i + 16) * units + first);
-      for (int64_t u = first; u < last; ++u) out[u * inputs + i] = from[i * units + u];
+      __builtin_prefetch(from + (i + 16) * stride + first);
+      for (int64_t u = first; u < last; ++u) out[u * inputs + i] = from[i * stride + u];
     }
   }
 };

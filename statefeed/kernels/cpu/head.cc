@@ -44,19 +44,28 @@ struct Largest {
   float logit, sum;  // of a strip; of exp(logit - the largest)
 };
 
-// Rows of the loss with all gradients but that of the weights: it takes the errors, as panels, from what this leaves.
+inline float horizontal(Vector<float> v, auto of_two) {
+  alignas(vector_bytes) float all[L];
+  store(all, v);
+  for (int half = L / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) all[k] = of_two(all[k], all[k + half]);
+  return all[0];
+}
+
+// Rows of the loss with all gradients but that of the weights, which is left to be made of the errors.
 template <class P>
 struct Rows {
   typedef typename P::In In;
-  static constexpr int64_t tile = max_rows<P, bulk_vectors>;
+  static constexpr int64_t tile = max_rows<P, bulk_vectors>, pair = 2 * L;
+  static constexpr bool rounded = P::pack > 1;
   const HeadLoss& s;
   int64_t first_row, rows, members;
   const In* weights;
   const Strips<P>& strips;
-  int64_t stride;
-  float* errors;  // rows of `stride`, the padding a vector at least; where they are rounded, or not wanted: of one item
-  float* sums;    // += column sums of the errors, one row for each tile of rows; null: losses only
-  RowPanels<P> panels;
+  int64_t stride;           // of what is kept between the passes, with a pair of vectors of padding
+  In* kept;                 // exponentials, then errors, if these are not rounded; else an item has its own
+  float* sums;              // += column sums of the errors, one row for each tile of rows; null: losses only
+  RowPanels<P> panels;      // of the errors, if these are rounded
 
   // Whole tiles, and an item for every member.
   int64_t item_rows() const { return std::min(block, panel_count(panel_count(rows, tile), members) * tile); }
@@ -64,134 +73,146 @@ struct Rows {
 
   void run(int64_t item) const {
     const int64_t first = item * item_rows(), count = std::min(item_rows(), rows - first);
-    float* e = errors ? errors + first * stride : scratch<float, Use::gates>(count * stride);
+    In* e = !sums ? nullptr : rounded ? scratch<In, Use::gates>(strips.items() * count * strips.width() / P::pack) : kept + first * stride;
     Largest* largest = scratch<Largest, Use::states>(count * strips.items());
     float* right = scratch<float, Use::states_before>(count);
     exponentials(first, count, e, largest, right);
     for (int64_t r = 0; r < count; ++r) s.losses[first_row + first + r] = finish(largest + r * strips.items(), right[r]);
-    if (sums) gradients(first, count, e, largest);
+    if (sums) gradients(first, count, e, largest, right);
   }
 
  private:
+  // Where an item keeps a row of a strip: what is its own alone, one strip after the other, as they are read.
+  int64_t place(int64_t strip, int64_t row, int64_t count) const {
+    return rounded ? (strip * count + row) * strips.width() / P::pack : row * stride + strip * strips.width();
+  }
+  // A row's target, counted from the first class of a strip; outside of it, it is none of its classes.
+  int64_t target(int64_t row, int64_t unit) const { return s.targets[first_row + row] - unit; }
+
   // e = exp(x W^T + b - m), m the largest of a row's strip; right: the logits of the targets.
-  void exponentials(int64_t first, int64_t count, float* e, Largest* largest, float* right) const {
+  void exponentials(int64_t first, int64_t count, In* e, Largest* largest, float* right) const {
     int64_t x_stride = s.inputs;
     const In* x = P::rows(s.x + (first_row + first) * s.inputs, count, s.inputs, x_stride);
-    const int64_t panel = packed_depth<P>(s.inputs) * bulk_vectors * L;
+    const int64_t panel = packed_depth<P>(s.inputs) * pair, logit_stride = strips.width() + L;
+    float* logits = scratch<float, Use::d>(count * logit_stride);
     for (int64_t i = 0; i < strips.items(); ++i) {
       const int64_t unit = i * strips.width(), inside = strips.inside(i);
-      const Product<P, In> logits{count, s.inputs, inside, x_stride, stride, x, weights + unit / (bulk_vectors * L) * panel,
-                                  s.bias + unit, e + unit, false};
-      for (int64_t k = 0; k < logits.items(); ++k) logits.run(k);
+      const Product<P, In> product{count, s.inputs, inside, x_stride, logit_stride, x, weights + unit / pair * panel,
+                                   s.bias + unit, logits, false};
+      for (int64_t k = 0; k < product.items(); ++k) product.run(k);
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t target = s.targets[first_row + first + r] - unit;
-        if (target >= 0 && target < inside) right[r] = e[r * stride + unit + target];
-        largest[r * strips.items() + i] = exponentials_of(e + r * stride + unit, inside);
+        float* row = logits + r * logit_stride;
+        if (const int64_t t = target(first + r, unit); t >= 0 && t < inside) right[r] = row[t];
+        largest[r * strips.items() + i] = exponentials_of(row, inside, e ? e + place(i, r, count) : nullptr);
       }
     }
   }
 
-  static Largest exponentials_of(float* e, int64_t inside) {
-    const int64_t width = panel_count(inside, L) * L;
-    std::fill(e + inside, e + width, -std::numeric_limits<float>::max());
-    Vector<float> highest = load(e);
-    for (int64_t u = L; u < width; u += L) {
-      const Vector<float> value = load(e + u);
-      highest = value > highest ? value : highest;
+  static Largest exponentials_of(float* logits, int64_t inside, In* to) {
+    const int64_t width = panel_count(inside, pair) * pair;
+    std::fill(logits + inside, logits + width, -std::numeric_limits<float>::max());
+    auto larger = [](auto a, auto b) { return a > b ? a : b; };
+    Vector<float> first = load(logits), second = load(logits + L);
+    for (int64_t u = pair; u < width; u += pair)
+      first = larger(load(logits + u), first), second = larger(load(logits + u + L), second);
+    const float most = horizontal(larger(second, first), larger);
+    Vector<float> sum{}, other_sum{};
+    for (int64_t u = 0; u < width; u += pair) {
+      first = exp<float>(load(logits + u) - most), second = exp<float>(load(logits + u + L) - most);
+      sum += first, other_sum += second;
+      if (to) P::put_pair(to + u / P::pack, first, second);
     }
-    Largest of{highest[0], 0};
-    for (int k = 1; k < L; ++k) of.logit = std::max(of.logit, highest[k]);
-    Vector<float> sum{};
-    for (int64_t u = 0; u < width; u += L) {
-      const Vector<float> value = exp<float>(load(e + u) - of.logit);
-      sum += value;
-      store(e + u, value);
-    }
-    std::fill(e + inside, e + width, 0.0f);
-    for (int k = 0; k < L; ++k) of.sum += sum[k];
-    return of;
+    for (int64_t u = inside; to && u < width; ++u) P::put(to, u, 0);
+    return {most, horizontal(sum + other_sum, [](float a, float b) { return a + b; })};
   }
 
-  // The loss of a row; `sum` becomes the factor that makes probabilities of a strip's exponentials.
-  float finish(Largest* of, float right) const {
+  // The loss of a row; `right` becomes the target's error, `sum` the factor that makes probabilities of exponentials.
+  float finish(Largest* of, float& right) const {
     const int64_t count = strips.items();
     float most = of[0].logit, total = 0;
     for (int64_t i = 1; i < count; ++i) most = std::max(most, of[i].logit);
     for (int64_t i = 0; i < count; ++i) total += of[i].sum * std::exp(of[i].logit - most);
     for (int64_t i = 0; i < count; ++i) of[i].sum = std::exp(of[i].logit - most) / total;
-    return most - right + std::log(total);
+    const float loss = most - right + std::log(total);
+    right = std::expm1(-loss);
+    return loss;
   }
 
-  void gradients(int64_t first, int64_t count, const float* e, const Largest* largest) const {
-    constexpr bool packed = RowPanels<P>::packed;
+  void gradients(int64_t first, int64_t count, In* e, const Largest* largest, const float* right) const {
     for (int64_t i = 0; i < strips.items(); ++i) {
-      const int64_t unit = i * strips.width(), inside = strips.inside(i);
-      const int64_t to_stride = packed ? strips.width() + L : stride;  // rows a power of two apart share cache sets
-      float* to = packed ? scratch<float, Use::d>(count * to_stride) : errors + first * stride + unit;
+      const int64_t unit = i * strips.width(), inside = strips.inside(i), width = panel_count(inside, pair) * pair;
+      const int64_t a_stride = rounded ? strips.width() / P::pack + L : stride;  // rows a power of two apart share cache sets
+      In* a = rounded ? scratch<In, Use::rounded>((count + P::side) * a_stride) : e + unit;
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t target = s.targets[first_row + first + r] - unit;
-        errors_of(e + r * stride + unit, largest[r * strips.items() + i].sum, target, inside, to + r * to_stride,
-                  sums + (first + r) / tile * stride + unit);
+        float* sum = sums + (first + r) / tile * stride * P::pack + unit;
+        errors_of(e + place(i, r, count), largest[r * strips.items() + i].sum, width, a + r * a_stride, sum);
+        if (const int64_t t = target(first + r, unit); t >= 0 && t < inside) P::put(a + r * a_stride, t, right[r]), sum[t] -= 1;
       }
-      int64_t a_stride = to_stride;
-      const In* a = P::rows(to, count, inside, a_stride);
-      const Packing<P> right = strips.packing(i);
-      const Product<P, In> d_x{count, inside, s.inputs, a_stride, s.inputs, a, right.to, nullptr,
+      const Packing<P> packed = strips.packing(i);
+      const Product<P, In> d_x{count, inside, s.inputs, a_stride, s.inputs, a, packed.to, nullptr,
                                s.d_x + (first_row + first) * s.inputs, i > 0};
       for (int64_t k = 0; k < d_x.items(); ++k) d_x.run(k);
-      if constexpr (packed) {
-        RowPanels<P> own = panels;
-        own.from = to - first * to_stride - unit, own.row_stride = to_stride;
-        const int64_t end = first + count == rows ? own.packed_rows() : first + count;
-        for (int64_t row = first; row < end; row += P::pack)
-          for (int64_t p = unit / (bulk_vectors * L); p * bulk_vectors * L < unit + inside; ++p) own.put(p, row);
+      if constexpr (rounded) {
+        const int64_t end = first + count == rows ? panels.packed_rows() - first : count;
+        for (int64_t r = 0; r < end; r += P::pack)
+          for (int64_t u = 0; u < width; u += pair) {
+            const In* above = a + r * a_stride + u / P::pack;
+            panels.put((unit + u) / pair, first + r, r < count ? above : nullptr, r + 1 < count ? above + a_stride : nullptr);
+          }
       }
     }
   }
 
-  static void errors_of(const float* e, float factor, int64_t target, int64_t inside, float* to, float* sum_of_rows) {
-    const int64_t width = panel_count(inside, L) * L;
-    for (int64_t u = 0; u < width; u += L) store(to + u, load(e + u) * factor);
-    if (target >= 0 && target < inside) to[target] -= 1;
-    for (int64_t u = 0; u < width; u += L) store(sum_of_rows + u, load(sum_of_rows + u) + load(to + u));
+  static void errors_of(const In* e, float factor, int64_t width, In* to, float* sum) {
+    for (int64_t u = 0; u < width; u += pair) {
+      Vector<float> first, second;
+      P::pair(e + u / P::pack, first, second);
+      first *= factor, second *= factor;
+      P::put_pair(to + u / P::pack, first, second);
+      store(sum + u, load(sum + u) + first);
+      store(sum + u + L, load(sum + u + L) + second);
+    }
   }
 };
 
 template <class P>
 void head_loss(const HeadLoss& s) {
   typedef typename P::In In;
-  const int64_t V = s.classes, H = s.inputs, stride = (panel_count(V, 2 * L) + 1) * 2 * L;  // rows a power of two apart share cache sets
+  constexpr bool rounded = Rows<P>::rounded;
+  const int64_t V = s.classes, H = s.inputs, width = (panel_count(V, 2 * L) + 1) * 2 * L, stride = width / P::pack;
   const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, Rows<P>::tile);
   Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
   weights.to = scratch<In, Use::input_weights>(weights.size());
   Strips<P> strips{s.w, H, V, nullptr};
   if (s.d_w) strips.packed = scratch<In, Use::hidden_weights>(strips.size());
-  float* errors = nullptr;
-  if (s.d_w && !RowPanels<P>::packed) errors = scratch<float, Use::panels>(most * stride + bulk_vectors * L);
-  std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
+  // Rounded errors are kept as panels, others as the rows that RowProducts takes as they are.
+  In* kept = nullptr;
+  RowPanels<P> errors{most, V, stride, nullptr, nullptr};
+  if constexpr (rounded) errors.to = scratch<In, Use::panels>(s.d_w ? errors.size() : 0);
+  else errors.from = kept = scratch<In, Use::panels>(s.d_w ? most * stride + bulk_vectors * L : 0);
+  std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * width : 0));
   RowTiles<P> x{most, H, nullptr, nullptr};
   x.to = scratch<In, Use::inputs>(x.size());
-  RowPanels<P> panels{most, V, stride, nullptr, nullptr};
-  if (s.d_w && RowPanels<P>::packed) panels.to = scratch<In, Use::hidden_panels>(panels.size());
-  float* turned = scratch<float, Use::weight_gradients>(s.d_w ? H * V : 0);
+  const int64_t turned_stride = panel_count(V, L) * L;  // whole cache lines
+  float* turned = scratch<float, Use::weight_gradients>(s.d_w ? H * turned_stride : 0);
   with_team<P>(s.rows * V * H, [&](Member& member) {
     divide(member, weights);
     if (s.d_w) divide(member, strips);
     for (int64_t row = 0; row < s.rows; row += bulk_depth) {
       const int64_t count = std::min<int64_t>(bulk_depth, s.rows - row);
       const RowTiles<P> inputs{count, H, s.x + row * H, x.to};
-      const Rows<P> rows{s, row, count, member.ranks(), weights.to, strips, stride, errors, s.d_w ? sums.data() : nullptr,
-                         {count, V, stride, errors, panels.to}};
+      const Rows<P> rows{s, row, count, member.ranks(), weights.to, strips, stride, kept, s.d_w ? sums.data() : nullptr,
+                         {count, V, stride, errors.from, errors.to}};
       divide(member, rows, inputs);
-      if (s.d_w) divide(member, RowProducts<P>{inputs, rows.panels, turned, V, row > 0});
+      if (s.d_w) divide(member, RowProducts<P>{inputs, rows.panels, turned, turned_stride, row > 0});
     }
-    if (s.d_w && s.rows) divide(member, Turning<float>{V, H, turned, s.d_w});
+    if (s.d_w && s.rows) divide(member, Turning<float>{V, H, turned_stride, turned, s.d_w});
   });
   if (!s.d_w) return;
   if (s.rows == 0) std::fill(s.d_w, s.d_w + V * H, 0.0f);
   std::fill(s.d_bias, s.d_bias + V, 0.0f);
   for (int64_t i = 0; i < slots; ++i)
-    for (int64_t u = 0; u < V; ++u) s.d_bias[u] += sums[static_cast<size_t>(i * stride + u)];
+    for (int64_t u = 0; u < V; ++u) s.d_bias[u] += sums[static_cast<size_t>(i * width + u)];
 }
 
 }  // namespace

@@ -166,7 +166,7 @@ void layer_backward(const LayerBackward<T>& s) {
                RowProducts<P>{before_d, own_d, d_hh + shared, G, add});
       }
     }
-    if (!all.empty()) divide(member, Turning<T>{G, s.inputs, d_ih, s.d_ih}, Turning<T>{G, H, d_hh, s.d_hh});
+    if (!all.empty()) divide(member, Turning<T>{G, s.inputs, G, d_ih, s.d_ih}, Turning<T>{G, H, G, d_hh, s.d_hh});
   });
   for (int64_t k = 0; k < width; ++k) {
     s.sums[k] = 0;

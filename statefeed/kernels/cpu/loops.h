@@ -40,7 +40,7 @@ template <class P, class Cell>
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range part = share(rows.end - rows.begin, tile, tiles);  // even tiles: one of few rows wastes arithmetic
       const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth, sum);
+      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth, {sum, N * L});
       for (int64_t b = first; b < first + count; ++b)
         for (int u = 0; u < U; ++u) {
           const int64_t unit = (p * U + u) * L, row = offset + b;
@@ -131,8 +131,10 @@ void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
       const T* panel = s.packed + p * stride * N * L;
       const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
-      tile_of<Exact<T>, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, sum[0]);
-      if (depth < stride) tile_of<Exact<T>, N>(count, s.d_hidden + row * s.d_stride, s.d_stride, panel + depth * N * L, stride - depth, sum[1]);
+      tile_of<Exact<T>, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, {sum[0], N * L});
+      if (depth < stride)
+        tile_of<Exact<T>, N>(count, s.d_hidden + row * s.d_stride, s.d_stride, panel + depth * N * L, stride - depth,
+                             {sum[1], N * L});
       for (int64_t b = 0; b < count; ++b) {
         T* carry = s.carry + (first + b) * Cell::states * H + unit;
         for (int64_t u = 0; u < width; ++u)

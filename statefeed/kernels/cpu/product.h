@@ -16,7 +16,8 @@ inline int64_t panel_count(int64_t units, int64_t width) { return (units + width
 
 // How a product multiplies. In: what is packed, `pack` numbers of the depth in each; side: rows, and Ins of the depth, that
 // one instruction takes; sums: vectors of the result that registers hold; speed: products in the time of an exact one.
-// rows(): a row-major matrix as In; turn(): swaps the sides of a square; Held: what a thread holds while it multiplies.
+// rows(): a row-major matrix as In; put_pair(), pair(), put(): two vectors, or one number, of such a row; turn(): swaps the
+// sides of a square; Held: what a thread holds while it multiplies.
 template <class T>
 struct Exact {
   typedef T Out;
@@ -27,6 +28,9 @@ struct Exact {
   static In join(T first, T) { return first; }
   static const In* rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
   static Vector<T> join_vectors(Vector<T> first, Vector<T>) { return first; }
+  static void put_pair(In* to, Vector<T> first, Vector<T> second) { store(to, first), store(to + lanes<T>, second); }
+  static void pair(const In* from, Vector<T>& first, Vector<T>& second) { first = load(from), second = load(from + lanes<T>); }
+  static void put(In* row, int64_t k, T value) { row[k] = value; }
   static void turn(Vector<In>*) {}
 };
 
@@ -58,6 +62,22 @@ struct Rounded {
     const Vector<In> alternate = lane() + ((lane() + 16) << 16);
     return (Vector<In>)_mm512_permutexvar_epi16((__m512i)alternate, (__m512i)round_vectors(first, second));
   }
+  static void put_pair(In* to, Vector<float> first, Vector<float> second) { store(to, round_vectors(first, second)); }
+  static void pair(const In* from, Vector<float>& first, Vector<float>& second) {
+    const __m512i both = (__m512i)load(from);
+    first = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16);
+    second = (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16);
+  }
+  static void put(In* row, int64_t k, float value) {
+    const uint16_t bits = static_cast<uint16_t>(round(value) >> 16);
+    std::memcpy(reinterpret_cast<char*>(row) + 2 * k, &bits, sizeof bits);
+  }
+  // Two rows' pairs as neighbours of the depth: what join_vectors makes of each half.
+  static void interleave(Vector<In> above, Vector<In> below, Vector<In>& first, Vector<In>& second) {
+    const Vector<In> alternate = lane() + ((lane() + 32) << 16);
+    first = (Vector<In>)_mm512_permutex2var_epi16((__m512i)above, (__m512i)alternate, (__m512i)below);
+    second = (Vector<In>)_mm512_permutex2var_epi16((__m512i)above, (__m512i)(alternate + 0x00100010u), (__m512i)below);
+  }
   static void round_row(const float* row, int64_t depth, In* to) {
     int64_t k = 0;
     for (; k + 32 <= depth; k += 32) store(to + k / 2, round_vectors(load(row + k), load(row + k + 16)));
@@ -75,7 +95,7 @@ struct Rounded {
 
 #if defined(__AMX_BF16__)
 // The same in tiles: 16 rows times 16 pairs of the depth times 16 units in one instruction. Few rows take whole tiles too:
-// then it is the weights that are waited for. Never run on a machine that has them, only in a model of the instructions.
+// then it is the weights that are waited for.
 struct Tiled : Rounded {
   static constexpr int side = 16, sums = 4 * side, speed = 8;
   class Held {
@@ -150,14 +170,24 @@ constexpr int max_rows = P::sums / (N * P::side) * P::side;
 template <class P, int N>
 constexpr int tile_size = max_rows<P, N> * N * lanes<typename P::Out>;
 
-// out (max_rows of N vectors, of which the first `rows` count) = a (rows, depth) @ panel (depth, N vectors)
+// Where a tile goes: out = start + product, rows of `stride`; start null is zeros, a start of stride 0 one row for all.
+template <class T>
+struct Place {
+  T* out;
+  int64_t stride;
+  const T* start = nullptr;
+  int64_t start_stride = 0;
+};
+
+// out (rows of N vectors) = start + a (rows, depth) @ panel (depth, N vectors); rows up to the next multiple of P::side are
+// read and written, too
 template <class P, int N>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
-             typename P::Out* out);
+             const Place<typename P::Out>& to);
 // The same where the depth runs over rows: a is (depth / side, max_rows, side), `stride` lies between the panel's rows.
 template <class P, int N>
 void turned_tile_of(int64_t rows, const typename P::In* a, const typename P::In* panel, int64_t stride, int64_t depth,
-                    typename P::Out* out);
+                    const Place<typename P::Out>& to);
 
 // One vector of a row, joined with the same of the next row where the product takes pairs.
 template <class P, class T = typename P::Out>

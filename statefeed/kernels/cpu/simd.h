@@ -90,8 +90,8 @@ inline void split_exp(Vector<T> x, Vector<T>& power, Vector<T>& fraction) {
   using F = Format<T>;
   typedef typename F::Bits Bits __attribute__((vector_size(vector_bytes)));
   const Vector<T> high = splat(F::exp_limit), low = splat(-F::exp_limit);
-  x = x > high ? high : x;
-  x = x < low ? low : x;
+  x = high < x ? high : x;  // in these words they are one instruction each, and NaN stays NaN
+  x = low > x ? low : x;
   const Vector<T> shifted = x * static_cast<T>(1.4426950408889634074) + F::round;
   const Vector<T> n = shifted - F::round;
   const Vector<T> r = (x - n * F::ln2_high) - n * F::ln2_low;
@@ -119,8 +119,8 @@ template <class T>
 inline Vector<T> tanh(Vector<T> x) {
   Vector<T> power, fraction;
   const Vector<T> high = splat(static_cast<T>(20)), low = splat(static_cast<T>(-20));
-  x = x > high ? high : x;
-  x = x < low ? low : x;
+  x = high < x ? high : x;
+  x = low > x ? low : x;
   split_exp<T>(x + x, power, fraction);
   const Vector<T> minus_one = power * fraction + (power - static_cast<T>(1));
   return minus_one / (minus_one + static_cast<T>(2));

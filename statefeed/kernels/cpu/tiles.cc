@@ -18,7 +18,7 @@ struct Steps {
 // Few rows have too few sums to hide the latency of a multiply-add, so the depth is then split over several.
 template <class P, int M, int N, bool Turned>
 __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
-                                    typename P::Out* out) {
+                                    const Place<typename P::Out>& to) {
   using T = typename P::Out;
   constexpr int L = lanes<T>, split = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4), ahead = 4096 / (N * vector_bytes);
   const Steps<P, N, Turned> steps{stride};
@@ -56,33 +56,46 @@ __attribute__((noinline)) void tile(const typename P::In* a, int64_t stride, con
       Vector<T> total = sum[0][i][j];
 #pragma GCC unroll 4
       for (int s = 1; s < split; ++s) total += sum[s][i][j];
-      store(out + (i * N + j) * L, total);
+      if (to.start) total += load(to.start + i * to.start_stride + j * L);
+      store(to.out + i * to.stride + j * L, total);
     }
 }
 
 template <class P, int N, bool Turned, int M>
   requires(P::side == 1)
 inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
-                    typename P::Out* out) {
+                    const Place<typename P::Out>& to) {
   if constexpr (M > 1) {
-    if (rows < M) return smallest_tile<P, N, Turned, M - 1>(rows, a, stride, panel, depth, out);
+    if (rows < M) return smallest_tile<P, N, Turned, M - 1>(rows, a, stride, panel, depth, to);
   }
-  tile<P, M, N, Turned>(a, stride, panel, depth, out);
+  tile<P, M, N, Turned>(a, stride, panel, depth, to);
 }
 
 #if defined(__AMX_BF16__)
 // The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels. In a file of their own,
 // because GCC is not told what a tile's load reads, and would move the stores of a caller past it.
 template <int M, int N, bool Turned>
-__attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth, float* out) {
+__attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth,
+                                    const Place<float>& to) {
   static_assert(M * N <= 4 && N >= 2);
   constexpr int side = Tiled::side, number = 4;
   const Steps<Tiled, N, Turned> steps{stride};
   const int64_t row = Turned ? side : stride, below = side * row, next = side * steps.depth(), line = number * steps.panel();
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (M * N > 2) _tile_zero(2);
-  if constexpr (M * N > 3) _tile_zero(3);
+  const int64_t out_line = number * to.stride, start_line = number * to.start_stride;
+  constexpr bool below_first = M == 2;  // where sums 2 and 3 lie: below 0 and 1, or after them
+  float* out_third = to.out + (below_first ? side * to.stride : 2 * side);
+  if (to.start) {
+    const float* start_third = to.start + (below_first ? side * to.start_stride : 2 * side);
+    _tile_loadd(0, to.start, start_line);
+    _tile_loadd(1, to.start + side, start_line);
+    if constexpr (M * N > 2) _tile_loadd(2, start_third, start_line);
+    if constexpr (M * N > 3) _tile_loadd(3, start_third + side, start_line);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (M * N > 2) _tile_zero(2);
+    if constexpr (M * N > 3) _tile_zero(3);
+  }
   for (int64_t k = 0; k < depth; k += side, a += next, panel += side * steps.panel()) {
     _tile_loadd(4, a, number * row);
     _tile_loadd(6, panel, line);
@@ -103,18 +116,17 @@ __attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uin
       _tile_dpbf16ps(3, 4, 7);
     }
   }
-  _tile_stored(0, out, N * side * number);
-  _tile_stored(1, out + side, N * side * number);
-  float* third = out + (M == 2 ? side * N * side : 2 * side);
-  if constexpr (M * N > 2) _tile_stored(2, third, N * side * number);
-  if constexpr (M * N > 3) _tile_stored(3, third + side, N * side * number);
+  _tile_stored(0, to.out, out_line);
+  _tile_stored(1, to.out + side, out_line);
+  if constexpr (M * N > 2) _tile_stored(2, out_third, out_line);
+  if constexpr (M * N > 3) _tile_stored(3, out_third + side, out_line);
 }
 
 template <class P, int N, bool Turned, int M>
   requires(P::side > 1)
 inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
-                          typename P::Out* out) {
-  rows > P::side ? tile<M / P::side, N, Turned>(a, stride, panel, depth, out) : tile<1, N, Turned>(a, stride, panel, depth, out);
+                          const Place<typename P::Out>& to) {
+  rows > P::side ? tile<M / P::side, N, Turned>(a, stride, panel, depth, to) : tile<1, N, Turned>(a, stride, panel, depth, to);
 }
 #endif
 
@@ -122,19 +134,19 @@ inline void smallest_tile(int64_t rows, const typename P::In* a, int64_t stride,
 
 template <class P, int N>
 void tile_of(int64_t rows, const typename P::In* a, int64_t stride, const typename P::In* panel, int64_t depth,
-             typename P::Out* out) {
-  smallest_tile<P, N, false, max_rows<P, N>>(rows, a, stride, panel, depth, out);
+             const Place<typename P::Out>& to) {
+  smallest_tile<P, N, false, max_rows<P, N>>(rows, a, stride, panel, depth, to);
 }
 template <class P, int N>
 void turned_tile_of(int64_t rows, const typename P::In* a, const typename P::In* panel, int64_t stride, int64_t depth,
-                    typename P::Out* out) {
-  smallest_tile<P, N, true, max_rows<P, N>>(rows, a, stride, panel, depth, out);
+                    const Place<typename P::Out>& to) {
+  smallest_tile<P, N, true, max_rows<P, N>>(rows, a, stride, panel, depth, to);
 }
 
-#define STATEFEED_TILE(P, N) template void tile_of<P, N>(int64_t, const P::In*, int64_t, const P::In*, int64_t, P::Out*);
+#define STATEFEED_TILE(P, N) template void tile_of<P, N>(int64_t, const P::In*, int64_t, const P::In*, int64_t, const Place<P::Out>&);
 #define STATEFEED_TILES(P)                               \
   STATEFEED_TILE(P, 2) STATEFEED_TILE(P, 3) STATEFEED_TILE(P, 4) \
-  template void turned_tile_of<P, 2>(int64_t, const P::In*, const P::In*, int64_t, int64_t, P::Out*);
+  template void turned_tile_of<P, 2>(int64_t, const P::In*, const P::In*, int64_t, int64_t, const Place<P::Out>&);
 
 STATEFEED_TILES(Exact<float>)
 STATEFEED_TILES(Exact<double>)
