@@ -2,7 +2,8 @@
 
     p = softmax(x W^T + b),   loss = -log p[target],   e = p - onehot(target),   dx = e W,   dW = e^T x,   db = sum e
 
-Logits are made for some two hundred rows and a strip of classes at a time, and become exponentials while they are in cache.
+Logits are made for some two hundred rows and a strip of classes at a time, and become exponentials while they are in
+cache.
 """
 
 from __future__ import annotations
