@@ -124,7 +124,7 @@ class Plain(nn.Module):
         self.gru, self.recurrence = nn.GRU(layer.input_size, layer.hidden_size), recurrence
         self.gru.load_state_dict(layer.state_dict())
 
-    def forward(self, x: Tensor, state: None, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, state: None) -> tuple[Tensor, Any]:
         """Outputs at all positions and the final state; every sequence begins anew."""
         return self.recurrence(self.gru, x)
 

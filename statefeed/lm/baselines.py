@@ -2,7 +2,7 @@
 
 Each is called like a recurrent layer: (x (T, B, H), state) to (y (T, B, H), state), the state None at the beginning of
 a text. Where columns are filled up behind their ends, no output before an end depends on what is behind it, and the
-state after it is not to be used: hence `lengths` asks for nothing.
+state after it is not to be used.
 """
 
 import math
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, x: Tensor, state: Cache | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Cache]:
+    def forward(self, x: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
         """Outputs (T, B, H) and the keys and values that the next piece of text sees."""
         q, k, v = self.project(x).chunk(3, -1)
         if state is not None:
@@ -87,9 +87,7 @@ class S4D(nn.Module):
         self.readout = nn.Parameter(torch.randn(width, modes, 2) / math.sqrt(2))
         self.direct = nn.Parameter(torch.randn(width))
 
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -128,9 +126,7 @@ class MinGRU(nn.Module):
         super().__init__()
         self.gate_and_candidate = nn.Linear(width, 2 * width)
 
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""
         both = self.gate_and_candidate(x)
         gate, candidate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, -1)

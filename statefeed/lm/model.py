@@ -1,4 +1,8 @@
-"""Owns the language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H)."""
+"""Owns the language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H).
+
+Where columns end at different steps, recurrent layers and all that lies between them see packed rows (N, H), and nobody
+computes with padding.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import statefeed as sf
 from statefeed.lm import baselines, config, head
@@ -17,7 +22,7 @@ State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B,
 
 
 def _layer(recipe: config.Model) -> nn.Module:
-    """The sequence layer of one block: (x (T, B, H), state, lengths=(B,)) to (y (T, B, H), state)."""
+    """The sequence layer of one block: (x (T, B, H), state) to (y (T, B, H), state); x may be packed for a recurrent one."""
     width = recipe.width
     rule = sf.Schedule(recipe.feedback).at(0.0)
     kinds: dict[str, Callable[[], nn.Module]] = {
@@ -31,6 +36,15 @@ def _layer(recipe: config.Model) -> nn.Module:
     return kinds[recipe.cell]()
 
 
+def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+    """Outputs shaped like x, (T, B, H) or rows of a packing, and the state after the last step of every column."""
+    if packing is None:
+        y, state = layer(x, state)
+        return y, state
+    packed, state = layer(packing._replace(data=x), state)
+    return packed.data, state
+
+
 class StackedBlock(nn.Module):
     """rnn(x), without a path around it."""
 
@@ -39,16 +53,16 @@ class StackedBlock(nn.Module):
         self.rnn = _layer(recipe)
         self.dropout = nn.Dropout(recipe.dropout)
 
-    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.rnn(x, state, lengths=lengths)
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = _through(self.rnn, x, state, packing)
         return self.dropout(y), state
 
 
 class PlainBlock(StackedBlock):
     """x + rnn(x)."""
 
-    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
-        y, state = super().forward(x, state, lengths)
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = super().forward(x, state, packing)
         return x + y, state
 
 
@@ -66,8 +80,8 @@ class PreNormBlock(nn.Module):
         self.narrow = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(recipe.dropout)
 
-    def forward(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.rnn(self.rnn_norm(x), state, lengths=lengths)
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = _through(self.rnn, self.rnn_norm(x), state, packing)
         x = x + self.dropout(self.linear(y))
         return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x))))), state
 
@@ -110,6 +124,7 @@ class LanguageModel(nn.Module):
     def __init__(self, recipe: config.Model, vocabulary: int) -> None:
         super().__init__()
         block = {"plain": PlainBlock, "prenorm": PreNormBlock, "stacked": StackedBlock}[recipe.block]
+        self._packs = recipe.cell in config.RECURRENT
         self.embedding = nn.Embedding(vocabulary, recipe.width)
         self.dropout = nn.Dropout(recipe.dropout)
         try:
@@ -149,22 +164,29 @@ class LanguageModel(nn.Module):
             batch: of any source, on the CPU: what counts is found there, so that nobody waits for a GPU.
             states: as for `forward`; a fresh batch begins without them.
         """
-        targets = batch.targets.flatten()
-        counted = (targets != IGNORED).nonzero().squeeze(1)
+        inputs, targets, packing = batch.inputs, batch.targets, None
         device = self.head.weight.device
-        x, states = self._read(sent(batch.inputs, device), None if batch.fresh else states, batch.lengths)
-        rows = x.flatten(0, 1)
+        if batch.lengths is not None and self._packs:
+            packing = pack_padded_sequence(inputs, batch.lengths, enforce_sorted=False)
+            inputs, targets = packing.data, pack_padded_sequence(targets, batch.lengths, enforce_sorted=False).data
+            packing = packing.to(device)  # type: ignore[arg-type]  # its signature knows of dtypes alone
+        targets = targets.flatten()
+        counted = (targets != IGNORED).nonzero().squeeze(1)
+        x, states = self._read(sent(inputs, device), None if batch.fresh else states, packing)
+        rows = x.flatten(0, -2)
         if len(counted) < len(targets):
             rows, targets = rows.index_select(0, sent(counted, device)), targets.index_select(0, counted)
         nats = head.nats(rows, self.head.weight, self.head.bias, sent(targets, device))
         return Loss(nats, len(counted), states)
 
-    def _read(self, tokens: Tensor, states: list[State] | None, lengths: Tensor | None) -> tuple[Tensor, list[State]]:
-        """What the head sees, (T, B, H), and the states after the last token."""
+    def _read(
+        self, tokens: Tensor, states: list[State] | None, packing: PackedSequence | None
+    ) -> tuple[Tensor, list[State]]:
+        """What the head sees, (T, B, H) or the rows of a packing, and the states after the last token."""
         x = self.dropout(self.embedding(tokens))
         after = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if states is None else states[i], lengths)
+            x, state = block(x, None if states is None else states[i], packing)
             after.append(state)
         return self.norm(x), after
 
