@@ -100,10 +100,11 @@ class S4D(nn.Module):
             responses = powers * ((a - 1) / A)  # of the states to an impulse
             readout = 2 * torch.view_as_complex(self.readout.double())
             kernel = (responses * readout).sum(-1).real.to(u.dtype)  # (T, H)
-            spectrum = torch.fft.rfft(u, 2 * T, dim=0) * torch.fft.rfft(kernel, 2 * T, dim=0)[:, None]
-            y = torch.fft.irfft(spectrum, 2 * T, dim=0)[:T]
+            rows = u.permute(2, 1, 0).contiguous()  # (H, B, T): transforms and products run along the memory
+            spectrum = torch.fft.rfft(rows, 2 * T) * torch.fft.rfft(kernel.T.contiguous(), 2 * T)[:, None]
+            y = torch.fft.irfft(spectrum, 2 * T)[..., :T].permute(2, 1, 0)
             parts = torch.view_as_real(responses.flip(0)).to(u.dtype)
-            after = torch.view_as_complex(torch.einsum("tbh,thnc->bhnc", u, parts).contiguous())
+            after = torch.view_as_complex(torch.einsum("hbt,thnc->bhnc", rows, parts).contiguous())
             if state is not None:
                 fading = a * powers
                 before = state.view(B, H, -1)

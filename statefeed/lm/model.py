@@ -22,7 +22,7 @@ State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B,
 
 
 def _layer(recipe: config.Model) -> nn.Module:
-    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent ones take packed x, too."""
+    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent ones take packed x too."""
     width = recipe.width
     rule = sf.Schedule(recipe.feedback).at(0.0)
     kinds: dict[str, Callable[[], nn.Module]] = {
