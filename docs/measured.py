@@ -2,7 +2,8 @@
 
 Training runs are folders that `statefeed train` leaves (metrics.jsonl, config.yaml, record.json) or the records of
 `statefeed compare`; benchmarks are those of `statefeed bench` layers, training and recall. Runs that differ in rule,
-rate and seed alone are compared with one another. Nothing is copied by hand: with no record there is no number.
+rate and seed alone are compared with one another, whichever machine made them: it changes a perplexity by no more than
+rounding does. Times are those of one machine each. Nothing is copied by hand: with no record there is no number.
 """
 
 import json
@@ -52,23 +53,22 @@ def setting(config, facts):
     varied = ("model.feedback", "train.lr", "train.seed", "train.alignment", "run.dir", "data.path")
     for key in (*varied, "train.device", "train.parallel", "train.compile"):
         flat.pop(key, None)
-    flat |= {f"facts.{key}": facts.get(key) for key in ("corpus", "machine", "threads", "torch")}
+    flat |= {f"facts.{key}": facts.get(key) for key in ("corpus", "torch")}
     flat["facts.device"] = facts.get("device", "cpu")  # as in records older than the key
     return flat
 
 
-def title(setting, differing):
-    """One setting in words, with every key in which it differs from others."""
+def title(setting, places, differing):
+    """One setting in words, with every key in which it differs from others, and where its runs were made."""
     corpus = setting["facts.corpus"] or setting["data.corpus"]
     s = {key.partition(".")[2]: value for key, value in setting.items()}
     length = f"{s['steps']} steps" if s.get("steps") else f"{s['epochs']} epochs"
-    threads = f"{s['threads']} thread{'s' if s['threads'] != 1 else ''}"
     if s.get("precision", "float32") != "float32":
         length += f" in {s['precision']}"
     more = "".join(f", {key}={setting.get(key)}" for key in differing)
     return (
         f"**{corpus}, {s['tokens']} tokens, {s['cell']} {s['layers']}x{s['width']}**, {length}, {s['batch']} x "
-        f"{s['context']} tokens a step; {threads}, {s['machine']}, torch {s['torch']}{more}."
+        f"{s['context']} tokens a step; {'; '.join(places)}; torch {s['torch']}{more}."
     )
 
 
@@ -77,10 +77,21 @@ def table(head, body):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def where(facts):
+    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
+    place = facts.get("device", "cpu")
+    if place == "cpu":
+        place, _, _ = facts["machine"].rsplit(", ", 2)  # without cores and system
+    return f"{place}, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+
+
 def frontier(runs, times):
     """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
 
-    Times are those that the benchmark took of the rules in turns; runs made one after the other tell none.
+    Args:
+        runs: rule, rate and perplexity of each.
+        times: milliseconds by rule, by place: those that the benchmark took of the rules in turns; runs made one after
+            the other tell none.
     """
     by_rule = defaultdict(list)
     rates = defaultdict(set)
@@ -88,75 +99,70 @@ def frontier(runs, times):
         rates[rule].add(rate)
     for rule, rate, perplexity in runs:
         by_rule[rule, f" at {rate:g}" if len(rates[rule]) > 1 else ""].append(perplexity)
-    points = {key: (statistics.mean(found), times.get(key[0])) for key, found in by_rule.items()}
+    means = {key: statistics.mean(found) for key, found in by_rule.items()}
     body = []
-    for (rule, rate), (perplexity, ms) in sorted(points.items(), key=lambda item: item[1][0]):
+    for (rule, rate), perplexity in sorted(means.items(), key=lambda item: item[1]):
         every = by_rule[rule, rate]
         spread = f"{perplexity:.1f}" + (f" ({min(every):.1f} to {max(every):.1f})" if len(every) > 1 else "")
         row = [f"`{rule}`{rate}", str(len(every)), spread]
-        if times:
+        for took in times.values():
+            ms = took.get(rule)
             beaten = ms is None or any(
-                m is not None and p <= perplexity and m <= ms and (p, m) != (perplexity, ms) for p, m in points.values()
+                other in took and p <= perplexity and took[other] <= ms and (p, took[other]) != (perplexity, ms)
+                for (other, _), p in means.items()
             )
-            row += ["" if ms is None else f"{ms:.0f}", "" if beaten else "yes"]
+            row.append("" if ms is None else f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
         body.append(row)
-    head = ["rule", "seeds", "best validation perplexity"]
-    return table([*head, "ms per step", "on the frontier"] if times else head, body)
+    return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
 
 def training(results):
-    groups = defaultdict(list)
+    groups, places = defaultdict(list), defaultdict(dict)
     for config, facts, perplexity in results_in(results):
         key = json.dumps(setting(config, facts), sort_keys=True)
         cell = config["model"]["cell"]
         rule = str(config["model"]["feedback"]) if cell in RULED else cell
         groups[key].append((rule, config["train"]["lr"], perplexity))
+        places[key][where(facts)] = None
     titled = defaultdict(list)
     for key in groups:
-        titled[title(json.loads(key), [])].append(json.loads(key))
+        titled[title(json.loads(key), [], [])].append(key)
     times, text = in_turns(results), ""
     for alike in titled.values():
-        keys = sorted({key for found in alike for key in found})
-        differing = [key for key in keys if len({json.dumps(found.get(key)) for found in alike}) > 1]
-        for found in alike:
-            runs = groups[json.dumps(found, sort_keys=True)]
-            text += f"{title(found, differing)}\n\n{frontier(runs, times[_timed(found)])}\n"
+        found = {key: json.loads(key) for key in alike}
+        parts = sorted({part for one in found.values() for part in one})
+        differing = [part for part in parts if len({json.dumps(one.get(part)) for one in found.values()}) > 1]
+        for key, one in found.items():
+            taken = {place: times[_timed(one), place] for place in sorted(places[key]) if (_timed(one), place) in times}
+            text += f"{title(one, sorted(places[key]), differing)}\n\n{frontier(groups[key], taken)}\n"
     return text
 
 
 def in_turns(results):
-    """Milliseconds of a step by rule, by what they depend on: measured by `statefeed bench training`."""
+    """Milliseconds of a step by rule, by what they depend on and place: measured by `statefeed bench training`."""
     found = defaultdict(dict)
-    for records in measurements(results, "training").values():
+    for circumstances, records in measurements(results, "training").items():
+        place, _, _ = circumstances.rpartition(", torch ")
         for r in records:
             if r["implementation"] == "statefeed":
-                key = (
-                    *(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype")),
-                    r["threads"],
-                    _place(r),
-                )
-                found[key][r["variant"]] = r["step_ms"]["median"]
+                key = tuple(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype"))
+                found[key, place][r["variant"]] = r["step_ms"]["median"]
     return found
 
 
 def _timed(setting):
     model = [setting[f"model.{key}"] for key in ("cell", "layers", "width")]
-    precision = setting.get("train.precision", "float32")
-    sizes = setting["train.batch"], setting["train.context"]
-    device = setting["facts.device"]
-    if device == "cpu":
-        device, _, _ = setting["facts.machine"].rsplit(", ", 2)  # without cores and system
-    return *model, *sizes, precision, setting["facts.threads"], device
+    return *model, setting["train.batch"], setting["train.context"], setting.get("train.precision", "float32")
 
 
 def _place(record):
     return record["machine"]["gpu"] or record["machine"]["cpu"]
 
 
-def measurements(results, bench):
+def measurements(results, bench, files="**/*.jsonl"):
     """The records of one benchmark by the circumstances that their table is headed with; trials are left out."""
     found = defaultdict(list)
-    for file in sorted(results.rglob("*.jsonl")):
+    for file in sorted(results.glob(files)):
         for r in rows(file):
             if r.get("bench") == bench and r["repeats"] >= FEWEST_REPEATS:
                 threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
@@ -241,7 +247,7 @@ def page(results):
         [
             "<!-- Written by docs/measured.py from results/; do not edit. -->",
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
-            "A rule is on the frontier where no other is both faster and better.",
+            "Bold: on the frontier, where no other rule is both faster and better.",
             training(results).rstrip("\n") or "No records yet.",
             "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
             benchmarks(results).rstrip("\n") or "No records yet.",
@@ -260,13 +266,18 @@ def newest(item):
 
 
 def summary(results):
-    """The figures of the README: single layers under "dsf" on the most threads measured, and training end to end.
+    """The figures of the README: of every machine single layers under "dsf", on the most threads, and training.
 
-    They are of the machine that was measured last; measured.md has all.
+    They are those of records that lie in the folder itself; measured.md has all.
     """
-    text = ""
-    found = measurements(results, "layers")
-    for circumstances, records in sorted(found.items(), key=lambda item: (item[1][0]["threads"], newest(item)))[-1:]:
+    layers, told, text = {}, [], ""
+    for circumstances, records in sorted(measurements(results, "layers", "*.jsonl").items(), key=newest):
+        most = layers.get(_place(records[0]))
+        if most is None or most[1][0]["threads"] <= records[0]["threads"]:
+            layers[_place(records[0])] = circumstances, records
+    if layers:
+        text = 'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best for that shape.\n\n'
+    for circumstances, records in layers.values():
         cases = defaultdict(dict)
         for r in records:
             if r["implementation"] == "statefeed" and r["variant"] == "dsf":
@@ -276,23 +287,20 @@ def summary(results):
         columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
         head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
         body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
-        text += (
-            'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best setting for that '
-            f"shape.\n{circumstances}.\n\n{table(head, body)}\n"
-        )
-    for circumstances, records in sorted(measurements(results, "training").items(), key=newest)[-1:]:
+        text += f"{circumstances}:\n\n{table(head, body)}\n"
+    for circumstances, records in sorted(measurements(results, "training", "*.jsonl").items(), key=newest):
         ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
-        best = [r for r in ours if r["variant"] == "dsf"]
-        if not best:
-            continue
-        told = ", ".join(
+        best = ", ".join(
             f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
             f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
-            for r in best
+            for r in ours
+            if r["variant"] == "dsf"
         )
+        told += [f"- {circumstances}: {best}\n"] if best else []
+    if told:
         text += (
             "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
-            f"in float32: {told}.\n{circumstances}.\n\n"
+            f"in float32:\n\n{''.join(told)}\n"
         )
     return text
 

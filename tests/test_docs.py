@@ -190,10 +190,22 @@ def test_the_frontier_is_what_no_rule_beats_in_both(measured, tmp_path):
     leave_run(tmp_path / "e", 0.5, 1, 90.0)
     leave_times(tmp_path / "training.jsonl", bptt=100.0, dsf=50.0, gate=100.0)
     lines = measured.page(tmp_path).splitlines()
-    assert "| `bptt` | 1 | 100.0 | 100 | yes |" in lines
-    assert "| `dsf` | 2 | 111.0 (110.0 to 112.0) | 50 | yes |" in lines
-    assert "| `gate` | 1 | 120.0 | 100 |  |" in lines
-    assert "| `0.5` | 1 | 90.0 |  |  |" in lines  # whose time nobody took
+    assert "| rule | seeds | best validation perplexity | ms per step, a CPU, family 1, 2 threads |" in lines
+    assert "| `bptt` | 1 | 100.0 | **100** |" in lines
+    assert "| `dsf` | 2 | 111.0 (110.0 to 112.0) | **50** |" in lines
+    assert "| `gate` | 1 | 120.0 | 100 |" in lines
+    assert "| `0.5` | 1 | 90.0 |  |" in lines  # whose time nobody took
+
+
+def test_seeds_of_two_machines_are_one_rule_and_times_have_a_column_each(measured, tmp_path):
+    for seed, family in ((1, 1), (2, 2)):
+        leave_run(tmp_path / str(seed), "dsf", seed, 110.0 + seed)
+        record = tmp_path / str(seed) / "record.json"
+        record.write_text(record.read_text().replace("family 1", f"family {family}"))
+        leave_times(tmp_path / f"training{seed}.jsonl", dsf=50.0 * seed)
+        times = tmp_path / f"training{seed}.jsonl"
+        times.write_text(times.read_text().replace("family 1", f"family {family}"))
+    assert "| `dsf` | 2 | 111.5 (111.0 to 112.0) | **50** | **100** |" in measured.page(tmp_path).splitlines()
 
 
 def test_times_of_another_machine_are_not_told(measured, tmp_path):
