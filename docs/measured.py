@@ -276,7 +276,10 @@ def summary(results):
         if most is None or most[1][0]["threads"] <= records[0]["threads"]:
             layers[_place(records[0])] = circumstances, records
     if layers:
-        text = 'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best for that shape.\n\n'
+        text += (
+            'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best for that shape.'
+        )
+        text += "\n\n"
     for circumstances, records in layers.values():
         cases = defaultdict(dict)
         for r in records:
