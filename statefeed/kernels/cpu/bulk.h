@@ -113,15 +113,34 @@ struct RowPanels {
             joined<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
     }
   }
-  // The same of two rows that are rounded already; of none, zeros.
+  int64_t packed_rows() const { return packed_depth<P>(rows) * P::pack; }
+
+ private:
+  int64_t panel_size() const { return packed_depth<P>(rows) * N * L; }
+};
+
+// The same of rows that hold what the product takes, put there by somebody who has them in cache.
+template <class P>
+struct OwnPanels {
+  typedef typename P::Out T;
+  typedef typename P::In In;
+  static constexpr int N = bulk_vectors, L = lanes<T>;
+  static_assert(N == 2 && P::pack <= 2);
+  int64_t rows, units;
+  In* to;
+
+  int64_t count() const { return panel_count(units, N * L); }
+  int64_t stride() const { return N * L; }
+  int64_t size() const { return count() * panel_size(); }
+  const In* panel(int64_t p) const { return to + p * panel_size(); }
+  // The rows to put, in pairs where the product takes pairs; those that are not there are zeros.
+  int64_t packed_rows() const { return packed_depth<P>(rows) * P::pack; }
   void put(int64_t p, int64_t k, const In* above, const In* below) const {
-    static_assert(N == 2 && P::pack == 2);
-    Vector<In> first, second;
-    P::interleave(above ? load(above) : Vector<In>{}, below ? load(below) : Vector<In>{}, first, second);
     In* at = to + p * panel_size() + k / P::pack * N * L;
+    Vector<In> first, second;
+    P::interleave(above, below, first, second);
     store(at, first), store(at + L, second);
   }
-  int64_t packed_rows() const { return packed_depth<P>(rows) * P::pack; }
 
  private:
   int64_t panel_size() const { return packed_depth<P>(rows) * N * L; }
@@ -161,12 +180,12 @@ struct RowTiles {
 };
 
 // out (inputs, units) = left (rows, inputs)^T @ right (rows, units) (+ out)
-template <class P>
+template <class P, class Right = RowPanels<P>>
 struct RowProducts {
   typedef typename P::Out T;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
   const RowTiles<P>& left;
-  const RowPanels<P>& right;
+  const Right& right;
   T* out;
   int64_t out_stride;
   bool add;

@@ -52,20 +52,18 @@ inline float horizontal(Vector<float> v, auto of_two) {
   return all[0];
 }
 
-// Rows of the loss with all gradients but that of the weights, which is left to be made of the errors.
+// Rows of the loss with all gradients but that of the weights, for which the errors are left as panels.
 template <class P>
 struct Rows {
   typedef typename P::In In;
   static constexpr int64_t tile = max_rows<P, bulk_vectors>, pair = 2 * L;
-  static constexpr bool rounded = P::pack > 1;
   const HeadLoss& s;
   int64_t first_row, rows, members;
   const In* weights;
   const Strips<P>& strips;
-  int64_t stride;           // of what is kept between the passes, with a pair of vectors of padding
-  In* kept;                 // exponentials, then errors, if these are not rounded; else an item has its own
-  float* sums;              // += column sums of the errors, one row for each tile of rows; null: losses only
-  RowPanels<P> panels;      // of the errors, if these are rounded
+  int64_t stride;  // of sums
+  float* sums;     // += column sums of the errors, one row for each tile of rows; null: losses only
+  OwnPanels<P> errors;
 
   // Whole tiles, and an item for every member.
   int64_t item_rows() const { return std::min(block, panel_count(panel_count(rows, tile), members) * tile); }
@@ -73,7 +71,7 @@ struct Rows {
 
   void run(int64_t item) const {
     const int64_t first = item * item_rows(), count = std::min(item_rows(), rows - first);
-    In* e = !sums ? nullptr : rounded ? scratch<In, Use::gates>(strips.items() * count * strips.width() / P::pack) : kept + first * stride;
+    In* e = sums ? scratch<In, Use::gates>(place(strips.items(), 0, count)) : nullptr;
     Largest* largest = scratch<Largest, Use::states>(count * strips.items());
     float* right = scratch<float, Use::states_before>(count);
     exponentials(first, count, e, largest, right);
@@ -82,10 +80,8 @@ struct Rows {
   }
 
  private:
-  // Where an item keeps a row of a strip: what is its own alone, one strip after the other, as they are read.
-  int64_t place(int64_t strip, int64_t row, int64_t count) const {
-    return rounded ? (strip * count + row) * strips.width() / P::pack : row * stride + strip * strips.width();
-  }
+  // Where an item keeps a row's exponentials of a strip: in the order in which they are read.
+  int64_t place(int64_t strip, int64_t row, int64_t count) const { return (strip * count + row) * strips.width() / P::pack; }
   // A row's target, counted from the first class of a strip; outside of it, it is none of its classes.
   int64_t target(int64_t row, int64_t unit) const { return s.targets[first_row + row] - unit; }
 
@@ -141,10 +137,10 @@ struct Rows {
   void gradients(int64_t first, int64_t count, In* e, const Largest* largest, const float* right) const {
     for (int64_t i = 0; i < strips.items(); ++i) {
       const int64_t unit = i * strips.width(), inside = strips.inside(i), width = panel_count(inside, pair) * pair;
-      const int64_t a_stride = rounded ? strips.width() / P::pack + L : stride;  // rows a power of two apart share cache sets
-      In* a = rounded ? scratch<In, Use::rounded>((count + P::side) * a_stride) : e + unit;
+      const int64_t a_stride = strips.width() / P::pack + L;  // rows a power of two apart share cache sets
+      In* a = scratch<In, Use::rounded>((count + P::side) * a_stride);
       for (int64_t r = 0; r < count; ++r) {
-        float* sum = sums + (first + r) / tile * stride * P::pack + unit;
+        float* sum = sums + (first + r) / tile * stride + unit;
         errors_of(e + place(i, r, count), largest[r * strips.items() + i].sum, width, a + r * a_stride, sum);
         if (const int64_t t = target(first + r, unit); t >= 0 && t < inside) P::put(a + r * a_stride, t, right[r]), sum[t] -= 1;
       }
@@ -152,14 +148,12 @@ struct Rows {
       const Product<P, In> d_x{count, inside, s.inputs, a_stride, s.inputs, a, packed.to, nullptr,
                                s.d_x + (first_row + first) * s.inputs, i > 0};
       for (int64_t k = 0; k < d_x.items(); ++k) d_x.run(k);
-      if constexpr (rounded) {
-        const int64_t end = first + count == rows ? panels.packed_rows() - first : count;
-        for (int64_t r = 0; r < end; r += P::pack)
-          for (int64_t u = 0; u < width; u += pair) {
-            const In* above = a + r * a_stride + u / P::pack;
-            panels.put((unit + u) / pair, first + r, r < count ? above : nullptr, r + 1 < count ? above + a_stride : nullptr);
-          }
-      }
+      const int64_t end = first + count == rows ? errors.packed_rows() - first : count;
+      for (int64_t r = 0; r < end; r += P::pack)
+        for (int64_t u = 0; u < width; u += pair) {
+          const In* above = a + r * a_stride + u / P::pack;
+          errors.put((unit + u) / pair, first + r, r < count ? above : nullptr, r + 1 < count ? above + a_stride : nullptr);
+        }
     }
   }
 
@@ -178,19 +172,15 @@ struct Rows {
 template <class P>
 void head_loss(const HeadLoss& s) {
   typedef typename P::In In;
-  constexpr bool rounded = Rows<P>::rounded;
-  const int64_t V = s.classes, H = s.inputs, width = (panel_count(V, 2 * L) + 1) * 2 * L, stride = width / P::pack;
+  const int64_t V = s.classes, H = s.inputs, stride = panel_count(V, 2 * L) * 2 * L;
   const int64_t most = std::min<int64_t>(bulk_depth, s.rows), slots = panel_count(most, Rows<P>::tile);
   Packing<P> weights{s.w, 1, V, H, bulk_vectors, false, nullptr};
   weights.to = scratch<In, Use::input_weights>(weights.size());
   Strips<P> strips{s.w, H, V, nullptr};
   if (s.d_w) strips.packed = scratch<In, Use::hidden_weights>(strips.size());
-  // Rounded errors are kept as panels, others as the rows that RowProducts takes as they are.
-  In* kept = nullptr;
-  RowPanels<P> errors{most, V, stride, nullptr, nullptr};
-  if constexpr (rounded) errors.to = scratch<In, Use::panels>(s.d_w ? errors.size() : 0);
-  else errors.from = kept = scratch<In, Use::panels>(s.d_w ? most * stride + bulk_vectors * L : 0);
-  std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * width : 0));
+  OwnPanels<P> panels{most, V, nullptr};
+  if (s.d_w) panels.to = scratch<In, Use::panels>(panels.size());
+  std::vector<float> sums(static_cast<size_t>(s.d_w ? slots * stride : 0));
   RowTiles<P> x{most, H, nullptr, nullptr};
   x.to = scratch<In, Use::inputs>(x.size());
   const int64_t turned_stride = panel_count(V, L) * L;  // whole cache lines
@@ -201,10 +191,10 @@ void head_loss(const HeadLoss& s) {
     for (int64_t row = 0; row < s.rows; row += bulk_depth) {
       const int64_t count = std::min<int64_t>(bulk_depth, s.rows - row);
       const RowTiles<P> inputs{count, H, s.x + row * H, x.to};
-      const Rows<P> rows{s, row, count, member.ranks(), weights.to, strips, stride, kept, s.d_w ? sums.data() : nullptr,
-                         {count, V, stride, errors.from, errors.to}};
+      const Rows<P> rows{s, row, count, member.ranks(), weights.to, strips, stride, s.d_w ? sums.data() : nullptr,
+                         {count, V, panels.to}};
       divide(member, rows, inputs);
-      if (s.d_w) divide(member, RowProducts<P>{inputs, rows.panels, turned, turned_stride, row > 0});
+      if (s.d_w) divide(member, RowProducts<P, OwnPanels<P>>{inputs, rows.errors, turned, turned_stride, row > 0});
     }
     if (s.d_w && s.rows) divide(member, Turning<float>{V, H, turned_stride, turned, s.d_w});
   });
@@ -212,7 +202,7 @@ void head_loss(const HeadLoss& s) {
   if (s.rows == 0) std::fill(s.d_w, s.d_w + V * H, 0.0f);
   std::fill(s.d_bias, s.d_bias + V, 0.0f);
   for (int64_t i = 0; i < slots; ++i)
-    for (int64_t u = 0; u < V; ++u) s.d_bias[u] += sums[static_cast<size_t>(i * width + u)];
+    for (int64_t u = 0; u < V; ++u) s.d_bias[u] += sums[static_cast<size_t>(i * stride + u)];
 }
 
 }  // namespace

@@ -16,8 +16,9 @@ inline int64_t panel_count(int64_t units, int64_t width) { return (units + width
 
 // How a product multiplies. In: what is packed, `pack` numbers of the depth in each; side: rows, and Ins of the depth, that
 // one instruction takes; sums: vectors of the result that registers hold; speed: products in the time of an exact one.
-// rows(): a row-major matrix as In; put_pair(), pair(), put(): two vectors, or one number, of such a row; turn(): swaps the
-// sides of a square; Held: what a thread holds while it multiplies.
+// rows(): a row-major matrix as In; put_pair(), pair(), put(): two vectors, or one number, of such a row; interleave(): two
+// such rows, null: zeros, as two vectors of a panel; turn(): swaps the sides of a square; Held: what a thread holds while it
+// multiplies.
 template <class T>
 struct Exact {
   typedef T Out;
@@ -31,6 +32,7 @@ struct Exact {
   static void put_pair(In* to, Vector<T> first, Vector<T> second) { store(to, first), store(to + lanes<T>, second); }
   static void pair(const In* from, Vector<T>& first, Vector<T>& second) { first = load(from), second = load(from + lanes<T>); }
   static void put(In* row, int64_t k, T value) { row[k] = value; }
+  static void interleave(const In* row, const In*, Vector<In>& first, Vector<In>& second) { pair(row, first, second); }
   static void turn(Vector<In>*) {}
 };
 
@@ -72,11 +74,11 @@ struct Rounded {
     const uint16_t bits = static_cast<uint16_t>(round(value) >> 16);
     std::memcpy(reinterpret_cast<char*>(row) + 2 * k, &bits, sizeof bits);
   }
-  // Two rows' pairs as neighbours of the depth: what join_vectors makes of each half.
-  static void interleave(Vector<In> above, Vector<In> below, Vector<In>& first, Vector<In>& second) {
+  static void interleave(const In* above, const In* below, Vector<In>& first, Vector<In>& second) {
+    const __m512i a = above ? (__m512i)load(above) : __m512i{}, b = below ? (__m512i)load(below) : __m512i{};
     const Vector<In> alternate = lane() + ((lane() + 32) << 16);
-    first = (Vector<In>)_mm512_permutex2var_epi16((__m512i)above, (__m512i)alternate, (__m512i)below);
-    second = (Vector<In>)_mm512_permutex2var_epi16((__m512i)above, (__m512i)(alternate + 0x00100010u), (__m512i)below);
+    first = (Vector<In>)_mm512_permutex2var_epi16(a, (__m512i)alternate, b);
+    second = (Vector<In>)_mm512_permutex2var_epi16(a, (__m512i)(alternate + 0x00100010u), b);
   }
   static void round_row(const float* row, int64_t depth, In* to) {
     int64_t k = 0;
