@@ -119,6 +119,7 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
         ("config.yaml", b"model: {widht: 3}\n", "unknown key model.widht: did you mean model.width?"),
         ("record.json", None, "record.json cannot be read"),
         ("record.json", b"{", "record.json cannot be read"),
+        *[("record.json", content, "cannot be read: ") for content in (b"{}", b"[]", b"null")],
         ("tokenizer.json", None, "tokenizer.json cannot be read"),
         ("weights.safetensors", None, "holds no weights yet"),
         ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),

@@ -107,7 +107,10 @@ def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
     [
         (None, "there is no file or folder"),
         ({"notes.txt": "x"}, "holds no run, no compare.jsonl and no records of a benchmark"),
-        ({"a.jsonl": "{}\n"}, "line 1 of"),
+        (
+            {"a.jsonl": "{}\n"},
+            "a.jsonl is no record of a comparison or a benchmark, one JSON object a line: config must",
+        ),
         ({"a.jsonl": "no json\n"}, "is no record"),
         ({"a.jsonl": "caf\udce9\n"}, "a.jsonl is not UTF-8 text"),
         ({"metrics.jsonl": ""}, "is not a run folder"),
@@ -126,6 +129,86 @@ def test_a_mistake_is_one_sentence(
     assert sentence in err
     assert err.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min": 1, "max": 3}}
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ("bench", "it must be an object, got 'bench'"),
+        (["bench"], "it must be an object, got ['bench']"),
+        ({"bench": [1]}, "bench must be text, got [1]"),
+        ({**GOOD, "ms": 3}, "ms must be an object, got 3"),
+        ({**GOOD, "ms": {"median": 1}}, "ms.min must be a number, got None"),
+        ({**GOOD, "ms": {"median": 4, "min": 1, "max": 3}}, "ms must have its median between min and max, got {"),
+        ({**GOOD, "machine": "m"}, "machine must be an object, got 'm'"),
+        ({**GOOD, "command": ["x"]}, "command must be text, got ['x']"),
+        ({"config": 3}, "config must be an object, got 3"),
+        ({"facts": 3}, "facts must be an object, got 3"),
+        ({"facts": {}}, "facts.parameters must be a whole number, got None"),
+        ({"valid": [{}]}, "valid[0].step must be a whole number, got None"),
+        ({"config": {"train": {"lr": "fast"}}}, "train.lr must be a number, got 'fast'"),
+        ({"config": {"model": {"feedback": "nothing"}}}, "feedback must be"),
+    ],
+)
+def test_a_record_that_is_none_is_told_with_its_file_and_line(
+    record: object, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    good = json.loads(results.to_line(result("dsf")))
+    if isinstance(record, dict) and "bench" not in record:
+        record = {**good, **record}
+    path.write_text("".join(json.dumps(one) + "\n" for one in (good, GOOD, record)))
+    assert cli.main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"statefeed: line 3 of {path} is no record of a comparison or a benchmark, one JSON object a "
+    )
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+    path.write_text("".join(json.dumps(one) + "\n" for one in (good, GOOD)))
+    assert cli.main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("metrics.jsonl", '{"a": 1}\n', "line 1 of {path} is no row of a run's metrics: split must be text, got None"),
+        ("metrics.jsonl", "[]\n", "line 1 of {path} is no row of a run's metrics: it must be an object, got []"),
+        ("metrics.jsonl", '{"split": "foo", "step": 1}\n', "split must be train, valid, test, alignment, got 'foo'"),
+        ("metrics.jsonl", '{"split": "valid", "step": "x"}\n', "step must be a whole number, got 'x'"),
+        ("metrics.jsonl", "{\n", "line 1 of {path} is no row of a run's metrics: Expecting"),
+        ("record.json", "[]", "{path} cannot be read: it must be an object, got []"),
+        ("record.json", "{}", "{path} cannot be read: splits must be an object, got None"),
+        (
+            "record.json",
+            '{"splits": {"train": {"sha256": ""}}, "parameters": 1, "steps_per_epoch": "x"}',
+            "steps_per_epoch must be a whole number, got 'x'",
+        ),
+    ],
+)
+def test_a_damaged_run_is_told_with_its_file(
+    name: str, content: str, sentence: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / name).write_text(content)
+    assert cli.main(["report", str(folder), "-o", str(tmp_path / "report.html")]) == 2
+    err = capsys.readouterr().err
+    assert sentence.format(path=folder / name) in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_that_was_killed_within_a_row_is_reported_without_it(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"st')
+    assert results.of_run(folder) == results.of_run(run)
 
 
 # The page ------------------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_no_two_processes_go_on_with_one_run(
     assert metrics(folder) == metrics(run)
 
 
-@pytest.mark.parametrize("damage", ["\0", "{}", '{"split": "train"}'])
+@pytest.mark.parametrize("damage", ["\0", "{}", "[]", '{"split": "train"}'])
 def test_metrics_that_were_damaged_are_told(
     damage: str, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +292,21 @@ def test_metrics_that_were_damaged_are_told(
     assert err.startswith(f"statefeed: {path} is broken: a row before the checkpoint is not what was written (")
     assert err.count("\n") == 1
     assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"splits": 3}'])
+def test_a_record_that_was_damaged_is_told(
+    content: str, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped()
+    capsys.readouterr()
+    (folder / "record.json").write_text(content)
+    for command in (["train", "--resume"], ["evaluate"]):
+        assert cli.main([*command, str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"statefeed: {folder / 'record.json'} cannot be read: ")
+        assert err.count("\n") == 1
+    assert (folder / "record.json").read_text() == content
 
 
 def test_where_a_run_went_on_is_recorded(stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,14 @@ from statefeed.lm.device import described
 from statefeed.lm.distributed import Group, full, like
 from statefeed.lm.evaluate import Score
 from statefeed.lm.model import LanguageModel, State
+from statefeed.lm.shape import checked
 from statefeed.lm.tokens import Tokenizer
 
 CONFIG, RECORD, TOKENIZER, WEIGHTS = "config.yaml", "record.json", "tokenizer.json", "weights.safetensors"
 METRICS, CURVES, CHECKPOINTS, BOARD = "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"
+
+# What every record holds, besides other facts.
+_FACTS = {"splits": {...: {"sha256": str}}, "steps_per_epoch": int, "parameters": int, "continued": ([{}], None)}
 
 # Keys of the recipe that say how a run is computed, not what: it may go on elsewhere.
 ELSEWHERE = {"device", "parallel", "compile"}
@@ -89,7 +93,7 @@ def refuse_other_text(folder: Path, corpus: Corpus) -> None:
     Raises:
         UsageError: naming the split that differs.
     """
-    recorded = _record(folder)["splits"]
+    recorded = record(folder)["splits"]
     for split, digest in corpus.digests.items():
         if recorded.get(split, {}).get("sha256") != digest:
             raise UsageError(f"{folder} cannot go on: the {split} split of {corpus.name} is not the text that it had")
@@ -101,7 +105,7 @@ def create(
     """Make the run folder with everything that is known before the first step."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {
+    facts = {
         "corpus": corpus.name,
         "splits": {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits},
         "vocabulary": tokenizer.size,
@@ -109,7 +113,7 @@ def create(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **_circumstances(group),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     unfinished = folder / CHECKPOINTS / CONFIG
@@ -139,9 +143,9 @@ def go_on(folder: Path, step: int, group: Group) -> None:
         step: after which it goes on.
         group: the processes of the job.
     """
-    record = _record(folder)
-    continued = record.get("continued", [])
-    before = {**record, **{key: value for part in continued for key, value in part.items()}}
+    facts = record(folder)
+    continued = facts.get("continued") or []
+    before = {**facts, **{key: value for part in continued for key, value in part.items()}}
     if changed := {key: value for key, value in _circumstances(group).items() if before.get(key) != value}:
         amend(folder, continued=[*continued, {"step": step, **changed}])
 
@@ -149,7 +153,7 @@ def go_on(folder: Path, step: int, group: Group) -> None:
 def amend(folder: Path, **facts: Any) -> None:
     """Put facts into the record of a run; the old or the new record is there, whole."""
     unfinished = folder / CHECKPOINTS / f"{RECORD}.unfinished"
-    unfinished.write_text(json.dumps({**_record(folder), **facts}, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps({**record(folder), **facts}, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / RECORD)
 
 
@@ -415,16 +419,21 @@ def load(folder: Path) -> Run:
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is not a run folder: it holds no {CONFIG}")
     recipe = config.load(folder / CONFIG)
-    record = _record(folder)
+    facts = record(folder)
     tokenizer = tokens.load(recipe.data, folder / TOKENIZER)
     model = LanguageModel(recipe.model, tokenizer.size).eval()
     load_weights(model, folder)
-    return Run(recipe, record, tokenizer, model)
+    return Run(recipe, facts, tokenizer, model)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record(folder: Path) -> dict[str, Any]:
+    """The facts of a run that were known before its first step, with what was added since.
+
+    Raises:
+        UsageError: when they cannot be read.
+    """
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = checked(json.loads((folder / RECORD).read_text(encoding="utf-8")), _FACTS)
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from error
-    return record
+    return facts

@@ -188,8 +188,8 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
         recurrent = [result for result in same if result.get("model.cell") in RECURRENT and result.best is not None]
         others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
-            budgets = [result.facts.get("parameters", 0) for result in sized]
-            rivals = [r for r in others if min(abs(b / r.facts.get("parameters", 1) - 1) for b in budgets) <= BUDGET]
+            budgets = [result.facts["parameters"] for result in sized]
+            rivals = [r for r in others if any(abs(b / r.facts["parameters"] - 1) <= BUDGET for b in budgets)]
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].facts.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"

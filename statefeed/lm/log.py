@@ -98,7 +98,7 @@ class Log:
                 self._curves[row["split"]].append((row["step"], row["loss"]))
                 if row["split"] == "train":
                     self._loss, self._speed = row["loss"], row["tokens_per_s"]
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{path} is broken: a row before the checkpoint is not what was written ({error!r}), and the run "
                 "cannot go on without it"

@@ -14,8 +14,20 @@ from matplotlib.figure import Figure
 from statefeed.lm import checkpoint, config, figures, results
 from statefeed.lm.config import UsageError, require
 from statefeed.lm.results import Result
+from statefeed.lm.shape import checked
 
 COMPARISON = "compare.jsonl"
+
+# The main number of a benchmark is the first of these that it has.
+_MAIN = ("tokens_per_s", "ms", "peak_bytes")
+_SPREAD = {"median": float, "min": float, "max": float}
+_BENCHMARK = {
+    "bench": str,
+    "command": (str, None),
+    "machine": ({}, None),
+    "versions": ({}, None),
+    **dict.fromkeys(_MAIN, (_SPREAD, None)),
+}
 
 # What stands in every record of a benchmark about its circumstances; told once in a line above the table.
 _CIRCUMSTANCES = ("command", "commit", "dirty", "machine", "threads", "denormals", "versions", "date")
@@ -90,15 +102,24 @@ def _file(path: Path, found: Found) -> None:
         raise UsageError(f"{path} is not UTF-8 text: expected JSON objects, one a line") from None
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            if "bench" in (record := json.loads(line)):
-                found.benchmarks.append(record)
+            record = checked(json.loads(line), {})
+            if "bench" in record:
+                found.benchmarks.append(_benchmark_record(record))
             else:
                 found.results.append(results.from_line(line))
-        except (TypeError, ValueError):
+        except ValueError as error:
             raise UsageError(
-                f"line {number} of {path} is no record: expected one of a comparison or a benchmark, one JSON object "
-                f"a line, got {line[:40]!r}"
+                f"line {number} of {path} is no record of a comparison or a benchmark, one JSON object a line: {error}"
             ) from None
+
+
+def _benchmark_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a benchmark as its table and bars need it; ValueError where it is none."""
+    checked(record, _BENCHMARK)
+    for name in _MAIN:
+        if (spread := record.get(name)) and not spread["min"] <= spread["median"] <= spread["max"]:
+            raise ValueError(f"{name} must have its median between min and max, got {spread}")
+    return record
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -234,12 +255,12 @@ def _number(value: Any) -> str:
 
 def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Bars of the main number of a benchmark, medians with their least and largest, one figure a case."""
-    main = next((key for key in ("tokens_per_s", "ms", "peak_bytes") if any(key in record for record in records)), None)
+    main = next((key for key in _MAIN if any(record.get(key) for record in records)), None)
     if main is None:
         return {}
     cases: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        if main in record:
+        if record.get(main):
             place = [str(record[key]) for key in ("cell", "T", "B", "H", "S", "diagonal", "dtype") if key in record]
             cases.setdefault(" ".join(place), []).append(record)
     drawn = {}

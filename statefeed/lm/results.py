@@ -14,11 +14,37 @@ import statefeed as sf
 from statefeed.lm import checkpoint, config
 from statefeed.lm.config import RECURRENT, UsageError
 from statefeed.lm.log import PHASES
+from statefeed.lm.shape import checked
 
 Item = TypeVar("Item")
 
 # What may differ between the runs of one task, which are compared with each other, besides where and how they are kept.
 VARIED = ("train.seed", "train.lr", "train.alignment", "model.feedback")
+
+# What a run's rows and a comparison's records hold, as far as it is read here.
+_ROW = {"split": str, "step": int, "epoch": int, "seconds": float, "peak_bytes": (float, None)}
+_ROWS = {
+    "train": {**_ROW, "tokens_per_s": float, **{f"{phase}_ms": (float, None) for phase in PHASES}},
+    "valid": {**_ROW, "perplexity": float},
+    "test": {**_ROW, "perplexity": float},
+    "alignment": {**_ROW, "cosine": float, "norm_ratio": float},
+}
+_RESULT = {
+    "config": {...: {}},
+    "facts": {"parameters": int, "splits": ({...: {"sha256": str}}, None)},
+    "outcome": str,
+    "valid": [{"step": int, "epochs": float, "seconds": float, "perplexity": float}],
+    "alignment": [{"step": int, "epochs": float, "cosine": float, "norm_ratio": float}],
+    "ms": {...: float},
+    "tokens_per_s": (float, None),
+    "peak_bytes": (float, None),
+    "test": (float, None),
+}
+_RECIPE = {
+    "model": {"cell": str, "layers": int, "width": int, "feedback": (str, float)},
+    "train": {"lr": float, "seed": int},
+    "run": {"dir": str},
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +117,7 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
     if not (folder / checkpoint.CONFIG).is_file():
         raise UsageError(f"{folder} is not a run folder: it holds no {checkpoint.CONFIG}")
     recipe = dataclasses.asdict(config.load(folder / checkpoint.CONFIG))
-    try:
-        facts = json.loads((folder / checkpoint.RECORD).read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / checkpoint.METRICS).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the records of the run {folder} cannot be read: {error}") from error
+    facts, rows = checkpoint.record(folder), _rows(folder / checkpoint.METRICS)
     place = _places(rows, facts)
     by_split: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": [], "alignment": []}
     for row in rows:
@@ -126,9 +148,27 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
     )
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, but for a last one that a killed run left without its end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    rows = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            row = checked(json.loads(line), {"split": str})
+            if row["split"] not in _ROWS:
+                raise ValueError(f"split must be {', '.join(_ROWS)}, got {row['split']!r:.40}")
+            rows.append(checked(row, _ROWS[row["split"]]))
+        except ValueError as error:
+            raise UsageError(f"line {number} of {path} is no row of a run's metrics: {error}") from error
+    return rows
+
+
 def _step_ms(train: Sequence[dict[str, Any]], feedback: float | str, steps: int) -> dict[str, float]:
     """Milliseconds of a step by phase: the median under each rule of a schedule, for as many steps as it holds."""
-    if not train or not all(f"{phase}_ms" in row for row in train for phase in PHASES):
+    if not _timed(train):
         return {}
     rules = sf.Schedule(feedback)
     stages = split(train, lambda row: str(rules.at((row["step"] - 1) / steps))).values()
@@ -138,6 +178,11 @@ def _step_ms(train: Sequence[dict[str, Any]], feedback: float | str, steps: int)
     }
 
 
+def _timed(train: Sequence[dict[str, Any]]) -> bool:
+    """Whether the rows of the training split tell the time of every phase."""
+    return bool(train) and all(row.get(f"{phase}_ms") is not None for row in train for phase in PHASES)
+
+
 def _places(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
     """Where a row lies: step, epochs and seconds of training.
 
@@ -145,7 +190,7 @@ def _places(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Callable[[
     before; without phases it is the time since the beginning of the run, evaluations included.
     """
     train = [row for row in rows if row["split"] == "train"]
-    timed = bool(train) and all(f"{phase}_ms" in row for row in train for phase in PHASES)
+    timed = _timed(train)
     trained: list[tuple[int, float, float]] = []  # last step, seconds until then, seconds of one step
     before, total = 0, 0.0
     for row in train if timed else []:
@@ -174,12 +219,15 @@ def from_line(line: str) -> Result:
     """The result that one line of a comparison's records holds; keys younger than the line have their defaults.
 
     Raises:
-        TypeError, ValueError: when it is none.
+        ValueError: when it is none, saying why.
     """
-    result = Result(**json.loads(line))
+    read = checked(json.loads(line), _RESULT)
+    result = Result(**{item.name: read.get(item.name) for item in dataclasses.fields(Result)})
     defaults = dataclasses.asdict(config.Config())
     recipe = {section: {**keys, **result.config.get(section, {})} for section, keys in defaults.items()}
-    return dataclasses.replace(result, config=recipe)
+    result = dataclasses.replace(result, config=checked(recipe, _RECIPE))
+    sf.Schedule(result.get("model.feedback"))  # which refuses a rule that does not exist
+    return result
 
 
 def to_line(result: Result) -> str:
@@ -323,7 +371,9 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 def _reached(group: Sequence[Result], rival: Sequence[Result]) -> list[dict[str, float] | None]:
     """Where every run reached what the rival with its seed ended with."""
-    ends = {run.get("train.seed"): run.valid[-1]["perplexity"] for run in rival if run.outcome == "finished"}
+    ends = {
+        run.get("train.seed"): run.valid[-1]["perplexity"] for run in rival if run.outcome == "finished" and run.valid
+    }
     seeds = [(result, result.get("train.seed")) for result in group]
     return [result.reach(ends[seed]) for result, seed in seeds if seed in ends]
 
