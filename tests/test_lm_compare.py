@@ -493,7 +493,26 @@ def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path
     assert [row["epochs"] for row in found.valid] == [4 / facts["steps_per_epoch"], 9 / facts["steps_per_epoch"]]
     assert found.ms == {"data": 200.0, "forward": 400.0, "backward": 600.0, "optimiser": 800.0}
     assert found.step_ms == 2000.0
-    assert (found.peak_bytes, found.outcome) == (300, "unfinished")
+    assert found.outcome == "unfinished"
+
+
+def test_the_peak_is_that_of_the_steps_before_the_first_evaluation(run: Path, tmp_path: Path) -> None:
+    """Under every rule, whether or not its evaluations run exact BPTT besides."""
+    shutil.copytree(run, tmp_path / "run")
+    lines = [
+        {"step": step, "epoch": 1, "split": split, "seconds": 1.0, "peak_bytes": peak, **more}
+        for step, split, peak, more in (
+            (1, "train", 100, {"tokens_per_s": 1.0}),
+            (2, "train", 200, {"tokens_per_s": 1.0}),
+            (2, "valid", 300, {"perplexity": 9.0}),
+            (2, "alignment", 500, {"cosine": 0.5, "norm_ratio": 1.0}),
+            (3, "train", 500, {"tokens_per_s": 1.0}),
+        )
+    ]
+    for split in ("alignment", None):  # with and without
+        kept = [line for line in lines if line["split"] != split]
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        assert results.of_run(tmp_path / "run").peak_bytes == 200
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class Result:
         ms: milliseconds of one step by phase, medians over the run, of a schedule the mean over its steps of the
             medians of its rules; empty where the run has not timed them.
         tokens_per_s: of training, the median over the run.
-        peak_bytes: the most memory that the run's process held under its own rule, None where it is not known.
+        peak_bytes: the most memory that the run's process held in the steps before its first evaluation, so that every
+            rule is measured over the same ones; a schedule tells of its first stage. None where it is not known.
         test: perplexity of the best weights on the test split, None where there is none.
     """
 
@@ -130,8 +131,8 @@ def of_run(folder: Path, outcome: str | None = None) -> Result:
         ended = bool(valid) and valid[-1]["step"] >= steps
         outcome = "diverged" if "diverged" in facts else "finished" if ended else "unfinished"
     speeds = [row["tokens_per_s"] for row in train]
-    # The first alignment runs exact BPTT: from there on the peak is no longer that of the rule.
-    own = itertools.takewhile(lambda row: row["split"] != "alignment", rows)
+    # The peak only rises, and an evaluation may take more than a step: under some rules it runs exact BPTT as well.
+    own = itertools.takewhile(lambda row: row["split"] == "train", rows)
     peaks = [row["peak_bytes"] for row in own if row.get("peak_bytes") is not None]
     return Result(
         config=recipe,
