@@ -113,7 +113,7 @@ def test_records_and_figures(compared: Path) -> None:
 def test_a_second_time_nothing_is_trained(
     compared: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(recipe: Config) -> str:
+    def trained(recipe: Config) -> tuple[str, None]:
         raise AssertionError(f"trained {recipe.run.dir}")
 
     monkeypatch.setattr(compare, "_train", trained)
@@ -143,6 +143,14 @@ def test_a_comparison_that_was_moved_has_its_runs(
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
     assert (folder / "compare.jsonl").read_text() == (compared / "compare.jsonl").read_text()
     assert len(report.read([compared, folder, compared / "dsf-seed1", folder / "dsf-seed1"]).results) == 2
+
+
+def test_records_that_are_empty_are_none(compared: Path, flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(compared, folder)
+    (folder / "compare.jsonl").write_text("")
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
+    assert len((folder / "compare.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +185,50 @@ def test_a_signal_before_a_run_has_begun_is_an_interruption(
     )
 
 
+def test_a_signal_that_a_run_did_not_heed_stops_the_comparison_behind_it(
+    run: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends as if nothing had been, as where the signal comes behind its last step."""
+    fake = tmp_path / "statefeed.py"
+    fake.write_text(
+        "import os, shutil, signal, sys, time\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: heard.append(1))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "while not heard: time.sleep(0.01)\n"
+        "(folder,) = (word.split('=', 1)[1] for word in sys.argv if word.startswith('--run.dir='))\n"
+        f"shutil.copytree({str(run)!r}, folder)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out"
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", f"--out={folder}"]) == 130
+    behind = folder / "dsf-seed1"
+    sentence = f"the comparison was interrupted behind {behind}: the same command goes on from here"
+    assert capfd.readouterr().err == f"statefeed: {sentence}\n"
+    assert [path.name for path in sorted(folder.iterdir())] == ["compare.jsonl", "dsf-seed1"]
+    assert [found.outcome for found in report.read([folder]).results] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--train.batch=99999", "--out={folder}"], "tokens, fewer than the "),
+        (["--out={text}"], "story.txt/dsf-seed1"),
+        (["--out=/proc/none"], "/proc/none"),
+    ],
+)
+def test_a_mistake_that_only_the_run_sees_is_one_sentence(
+    more: list[str], sentence: str, flags: list[str], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [word.format(folder=tmp_path / "out", text=text) for word in more]
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", *arguments]) == 2
+    err = capfd.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("code", ["sys.exit(2)", "raise ValueError", "os.kill(os.getpid(), 9)"])
 def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
     code: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,10 +245,10 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
 def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(recipe: Config) -> str:
+    def in_this_process(recipe: Config) -> tuple[str, None]:
         given = results.flat(dataclasses.asdict(recipe))
         arguments = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
-        return "diverged" if cli.main(["train", *arguments]) else "finished"
+        return "diverged" if cli.main(["train", *arguments]) else "finished", None
 
     monkeypatch.setattr(compare, "_train", in_this_process)
     wild = [
@@ -245,11 +297,13 @@ def test_interrupted_and_started_again_it_goes_on(
     ("arguments", "sentence"),
     [
         (["--feedback=dsf,fast"], "--feedback fast: feedback must be"),
+        (["--feedback=dsf,,bptt"], "--feedback must have a rule between its commas, got 'dsf,,bptt'"),
         (["--feedback=gate", "--model.cell=rnn"], "--feedback gate: "),
         (["--feedback=dsf@2/bptt"], "--feedback dsf@2/bptt: "),
         (["--feedback=dsf", "--seeds=0"], "--seeds must be at least 1, got 0"),
         (["--feedback=dsf", "--lr=bptt=1e-3"], "--lr must name rules of --feedback (dsf), got bptt=1e-3"),
         (["--feedback=dsf", "--lr=dsf=fast"], "--lr must be rule=rate"),
+        (["--feedback=dsf", "--lr=dsf=1,dsf=2"], "--lr must name a rule once, got dsf=1,dsf=2"),
         (["--feedback=dsf", "--lr=dsf=-1"], "train.lr must be a positive number"),
         (
             ["--feedback=dsf", "--model.feedback=dsf"],

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
 from statefeed.lm.config import UsageError, require
 from statefeed.lm.device import chosen
-from statefeed.lm.endings import Diverged, Interrupted, Lost
+from statefeed.lm.endings import Diverged, Interrupted, Lost, Refused
 from statefeed.lm.evaluate import score
 from statefeed.lm.generate import generate
 from statefeed.lm.train import train
@@ -67,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except UsageError as error:
         return _tell(str(error), 2)
+    except Refused:
+        return 2
     except BrokenPipeError:  # as in `statefeed corpora | head`: nobody reads on, which is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         return 128 + signal.SIGPIPE

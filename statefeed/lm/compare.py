@@ -17,10 +17,11 @@ from rich.table import Table
 import statefeed as sf
 from statefeed.lm import checkpoint, config, figures, report, results
 from statefeed.lm.config import RECURRENT, Config, UsageError, require
-from statefeed.lm.endings import Interrupted
+from statefeed.lm.endings import Interrupted, Refused
 from statefeed.lm.results import Result
 
 _WIDTH = 1000  # characters that no table has
+_AGAIN = "the same command goes on from here"
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -31,6 +32,7 @@ def command(arguments: Sequence[str]) -> None:
 
     Raises:
         UsageError: for a mistake in them, before anything is written, and for a run that cannot be carried out.
+        Refused: for a run that has told itself why it cannot be carried out.
         Interrupted: when a run was interrupted; the same command goes on with it.
     """
     flags = config.parser("statefeed compare")
@@ -75,6 +77,7 @@ def plan(recipe: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
         recipe.model.cell,
     )
     rules = list(dict.fromkeys(rule.strip() for rule in feedback.split(",")))
+    require(all(rules), "--feedback must have a rule between its commas", repr(feedback))
     spelled: dict[str, str] = {}
     for rule in rules:
         try:
@@ -115,6 +118,7 @@ def _rates(text: str, rules: Sequence[str]) -> dict[str, float]:
     for word in filter(None, text.split(",")):
         rule, _, rate = word.strip().rpartition("=")
         require(rule in rules, f"--lr must name rules of --feedback ({', '.join(rules)})", word)
+        require(rule not in rates, "--lr must name a rule once", text)
         try:
             rates[rule] = float(rate)
         except ValueError:
@@ -131,10 +135,11 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
 
     Raises:
         UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
-        Interrupted: when a run was interrupted.
+        Refused: when a run has told itself why it cannot be carried out.
+        Interrupted: when a signal came during a run, which is recorded if it was carried out all the same.
     """
     records = folder / report.COMPARISON
-    found = report.read([records]).results if records.exists() else []
+    found = report.read([records]).results if records.exists() and records.stat().st_size else []
     done = {Path(result.get("run.dir")).name: result for result in found}  # the folder may have been moved
     for recipe in planned:
         if (result := done.get(Path(recipe.run.dir).name)) is not None:
@@ -151,10 +156,12 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
             f"rate {recipe.train.lr:g}, in {recipe.run.dir}",
             markup=False,
         )
-        outcome = _train(recipe)
+        outcome, caught = _train(recipe)
         result = results.of_run(Path(recipe.run.dir), outcome)
         _add(results.to_line(result), records)
         done[Path(recipe.run.dir).name] = result
+        if caught is not None:
+            raise Interrupted(f"the comparison was interrupted behind {recipe.run.dir}: {_AGAIN}", caught)
     show(list(done.values()), folder)
 
 
@@ -180,11 +187,14 @@ def _refuse_other(recipe: Config, there: dict[str, dict[str, object]], place: Pa
             )
 
 
-def _train(recipe: Config) -> str:
+def _train(recipe: Config) -> tuple[str, int | None]:
     """Train, or go on, in a process of its own: its memory is its own and its end is not the comparison's.
 
     Returns:
-        finished or diverged.
+        finished or diverged, and the last signal that came meanwhile.
+
+    Raises:
+        UsageError, Refused, Interrupted: when it is neither.
     """
     flags = ["--resume"] if (Path(recipe.run.dir) / checkpoint.CONFIG).exists() else []
     flags += [
@@ -210,15 +220,17 @@ def _train(recipe: Config) -> str:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    caught = passed[-1] if passed else None
     if code == 0:
-        return "finished"
+        return "finished", caught
     if code == 1 and "training diverged" in told:
-        return "diverged"
-    again = "the same command goes on from here"
+        return "diverged", caught
     if passed or code > 128:
-        by = passed[-1] if passed else code - 128
-        raise Interrupted(f"the comparison was interrupted in {recipe.run.dir}: {again}", by)
-    raise UsageError(f"the comparison stopped in {recipe.run.dir}, whose training ended with exit code {code}: {again}")
+        raise Interrupted(f"the comparison was interrupted in {recipe.run.dir}: {_AGAIN}", caught or code - 128)
+    if code == 2 and told.startswith("statefeed: "):
+        raise Refused(told)
+    ended = f"whose training ended with exit code {code}"
+    raise UsageError(f"the comparison stopped in {recipe.run.dir}, {ended}: {_AGAIN}")
 
 
 def show(compared: Sequence[Result], folder: Path) -> None:

@@ -18,6 +18,10 @@ class Lost(RuntimeError):
     """Another process of the job is gone."""
 
 
+class Refused(RuntimeError):
+    """A process that trains for this one has told a mistake of the user's in its own words, after which none follow."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the training after a checkpoint.
 
