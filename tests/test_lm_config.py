@@ -116,6 +116,8 @@ def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
         (b"optim: {lr: 1}\n", "unknown section 'optim'"),
         (b"train: 3\n", "section 'train' of"),
         (b"train: {lr: 1\n", "is not valid YAML"),
+        (b"train:\n  lr: 1\n  steps: 3\n  lr: 2\n", "is not valid YAML: the key lr stands twice in one mapping"),
+        (b"train: {lr: 1}\nmodel: {width: 8}\ntrain: {steps: 3}\n", "the key train stands twice in one mapping"),
         (b"train: \xff\n", "is not UTF-8 text: byte 7 cannot be decoded"),
     ],
 )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -305,6 +305,16 @@ def parse(flags: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise UsageError(_sentence(str(error), list(flags.get_defaults().keys()))) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error, as its standard has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise yaml.YAMLError(f"the key {twice[0]} stands twice in one mapping")
+        return super().construct_mapping(node, deep)
+
+
 def recipe_flags(path: str | Path) -> list[str]:
     """A recipe as the flags that say the same, so that flags after them override it.
 
@@ -312,10 +322,10 @@ def recipe_flags(path: str | Path) -> list[str]:
         path: a YAML file of sections, each a mapping of keys to values.
 
     Raises:
-        UsageError: when the file is missing or a folder, is not YAML, or is not made of sections.
+        UsageError: when the file is missing or a folder, is not YAML, has a key twice, or is not made of sections.
     """
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UsageError(f"the recipe {path} does not exist") from None
     except IsADirectoryError:
