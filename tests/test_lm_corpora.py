@@ -85,9 +85,16 @@ def test_a_folder_without_splits_is_one_text_in_the_order_of_its_names(tmp_path:
     assert "".join(read(tmp_path).splits.values()) == "a" * 50 + "b" * 50
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "\ufeffa\n" * 40), ("b.txt", "\ufeffb\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert "".join(read(tmp_path).splits.values()) == "a\n" + "\ufeffa\n" * 39 + "b\n"
+
+
 def test_files_that_are_refused(tmp_path: Path) -> None:
     files = {
         "empty.txt": (b"  \n", "empty.txt is empty"),
+        "mark.txt": (b"\xef\xbb\xbf\n", "mark.txt is empty"),
         "latin.txt": (b"caf\xe9 au lait", r"latin.txt is not UTF-8 text: byte 0xe9 at offset 3 cannot be decoded"),
         "broken.xz": (b"not xz at all", "broken.xz cannot be unpacked as .xz"),
         "broken.gz": (b"not gz at all", "broken.gz cannot be unpacked as .gz"),

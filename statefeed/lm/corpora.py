@@ -238,14 +238,15 @@ def _decode(path: Path) -> str:
             raw = lzma.decompress(raw)
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise UsageError(f"{path} cannot be unpacked as {path.suffix}: {error}") from error
-    if not raw.strip():
-        raise UsageError(f"{path} is empty: expected UTF-8 text")
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")  # the mark that Windows editors begin a file with
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start} cannot be decoded"
         ) from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty: expected UTF-8 text")
+    return text
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:
