@@ -131,6 +131,16 @@ def test_a_mistake_is_one_sentence(
     assert not (tmp_path / "report.html").exists()
 
 
+def test_figures_that_cannot_be_kept_leave_no_page(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, taken = tmp_path / "report.html", tmp_path / "taken"
+    taken.write_text("mine")
+    assert cli.main(["report", str(run), "-o", str(page), f"--figures={taken}"]) == 2
+    assert capsys.readouterr().err == f"statefeed: --figures must name a folder, got {taken}\n"
+    assert not page.exists()
+
+
 GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min": 1, "max": 3}}
 
 

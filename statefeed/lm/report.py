@@ -140,13 +140,14 @@ def command(arguments: Sequence[str]) -> None:
     flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
     flags.add_argument("--figures", type=str, default=None, help="a folder for the figures as SVG files besides")
     values = config.parse(flags, arguments)
-    output = Path(values.output)
+    output, folder = Path(values.output), None if values.figures is None else Path(values.figures)
     require(output.parent.is_dir(), "--output must lie in a folder that exists", output)
+    require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
     found = read([Path(path) for path in values.paths])
     write(found, output)
     told = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
-    if values.figures is not None:
-        told += figures.save(figures.draw(found.results), Path(values.figures))
+    if folder is not None:
+        told += figures.save(figures.draw(found.results), folder)
     print("\n".join(told))
 
 
