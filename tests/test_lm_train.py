@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from conftest import metrics
 
+from statefeed import kernels
 from statefeed.lm import checkpoint, cli, config
+from statefeed.lm import train as training
 from statefeed.lm.config import Train
 from statefeed.lm.train import learning_rate
 
@@ -148,6 +151,26 @@ def test_ctrl_c_in_a_real_process(flags: list[str], tmp_path: Path) -> None:
     assert f"{folder} keeps the checkpoint of step " in err
     assert err.count("\n") == 1
     checkpoint.load(folder)
+
+
+def test_no_step_is_charged_with_the_kernels_that_the_first_run_compiles(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def slow(device: str = "cpu") -> bool:
+        if not asked:
+            time.sleep(2.0)
+        asked.append(device)
+        return kernels.unavailable(device) is None
+
+    monkeypatch.setattr(kernels, "available", slow)
+    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    for folder, times in ((tmp_path / "first", 1), (tmp_path / "second", 0)):
+        assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("compiling the kernels for this machine, which is done once\n") == times
+        assert max(row["forward_ms"] for row in rows(folder) if row["split"] == "train") < 2000
 
 
 def test_learning_rate() -> None:

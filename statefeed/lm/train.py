@@ -3,6 +3,7 @@
 import math
 import shlex
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import statefeed as sf
+from statefeed import kernels
 from statefeed.lm import batches, cache, checkpoint, corpora, tokens
 from statefeed.lm.agreement import agreement
 from statefeed.lm.batches import IGNORED, Batch, Source
@@ -30,6 +32,7 @@ from statefeed.lm.model import LanguageModel, State, carried
 from statefeed.lm.tokens import Tokenizer
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
+PATIENCE = 3.0  # seconds, in which kernels are loaded but not compiled
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def train(config: Config, resume: bool = False) -> None:
             log.say(_opening(task, config.train, group))
             if resume:
                 log.say(f"going on after step {checkpoints.step:,}")
+            _load_kernels(group.device, log)
             try:
                 optimise(task, config, log, best, checkpoints, group, states, signals)
                 if writes:
@@ -311,6 +315,22 @@ def _score(task: Task, recipe: Train, log: Log, best: Best, group: Group, step: 
         found = agreement(task.model, lambda model, batch: model.loss(batch).mean, fixed)
         if found is not None:
             log.align(step, epoch, found, int((fixed.targets != IGNORED).sum()))
+
+
+def _load_kernels(device: torch.device, log: Log) -> None:
+    """Load the CPU's kernels, which its first run has to compile, so that no step is charged with it; say if it takes.
+
+    Those of a GPU are compiled one by one when they are launched.
+    """
+    if device.type != "cpu":
+        return
+    waiting = threading.Timer(PATIENCE, log.say, ["compiling the kernels for this machine, which is done once"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        kernels.available()
+    finally:
+        waiting.cancel()
 
 
 def _uncompiled(recipe: Train) -> AbstractContextManager[object]:
