@@ -18,6 +18,7 @@ from statefeed import kernels
 from statefeed.lm import checkpoint, cli, config
 from statefeed.lm import train as training
 from statefeed.lm.config import Train
+from statefeed.lm.distributed import Group
 from statefeed.lm.train import learning_rate
 
 INDUCTOR = pytest.mark.filterwarnings(
@@ -151,6 +152,60 @@ def test_ctrl_c_in_a_real_process(flags: list[str], tmp_path: Path) -> None:
     assert f"{folder} keeps the checkpoint of step " in err
     assert err.count("\n") == 1
     checkpoint.load(folder)
+
+
+def losses(arguments: list[str], folder: Path) -> torch.Tensor:
+    """Those of every step of a run."""
+    assert cli.main(["train", *arguments, f"--run.dir={folder}"]) == 0
+    return torch.tensor([row["loss"] for row in rows(folder) if row["split"] == "train"])
+
+
+@pytest.mark.parametrize("loss", ["mean", "window"])
+@pytest.mark.parametrize("batches", ["stream", "sentences"])
+def test_a_batch_in_parts_is_the_same_batch(batches: str, loss: str, flags: list[str], tmp_path: Path) -> None:
+    """Parts hold unlike numbers of words, and the last batch of an epoch has no four sentences; the rate is high enough
+    for a part that counts too much to be seen."""
+    tokens = ["--data.tokens=word", "--train.steps=110"] if batches == "sentences" else []
+    rate = 0.5 if loss == "mean" else 0.05
+    flags = [*flags, *tokens, f"--data.batches={batches}", f"--train.loss={loss}", "--train.optimizer=sgd"]
+    flags += [f"--train.lr={rate}", "--train.clip=null", "--train.schedule=constant"]
+    whole = losses(flags, tmp_path / "whole")
+    assert whole[-1] < whole[0] - 0.02
+    for parts in (2, 4):
+        found = losses([*flags, f"--train.accumulate={parts}"], tmp_path / f"{parts}")
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e3])
+def test_the_gradient_is_clipped_as_torch_does(clip: float, flags: list[str], tmp_path: Path) -> None:
+    """Plain gradient descent at rate 1: the change of the weights is the gradient."""
+    flags = [*flags, "--train.steps=1", "--train.optimizer=sgd", "--train.lr=1", "--train.warmup=0"]
+    recipe = config.build(config.parse(config.parser("test"), flags))
+    before = training.prepare(recipe, False, Group()).model.state_dict()
+    changes = {}
+    for name in ("null", str(clip)):
+        folder = tmp_path / name
+        assert cli.main(["train", *flags, f"--train.clip={name}", f"--run.dir={folder}"]) == 0
+        (path,) = (folder / "checkpoints").iterdir()
+        after = checkpoint.read(path)[0]
+        changes[name] = {key: after[f"model.{key}"] - value for key, value in before.items()}
+    expected = [torch.nn.Parameter(value) for value in before.values()]
+    for parameter, change in zip(expected, changes["null"].values(), strict=True):
+        parameter.grad = -change
+    norm = float(torch.nn.utils.clip_grad_norm_(expected, clip))
+    assert 0.05 < norm < 1e3
+    for parameter, change in zip(expected, changes[str(clip)].values(), strict=True):
+        torch.testing.assert_close(change, -parameter.grad, rtol=0, atol=1e-7)
+    found = float(torch.cat([change.flatten() for change in changes[str(clip)].values()]).norm())
+    assert found == pytest.approx(min(norm, clip), rel=1e-3)
+
+
+def test_losses_in_bfloat16_are_near_those_in_float32(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--model.block=prenorm", "--train.steps=60"]
+    wide, narrow = (losses([*flags, f"--train.precision={kind}"], tmp_path / kind) for kind in ("float32", "bfloat16"))
+    assert wide[-1] < wide[0] - 0.3
+    assert not torch.equal(narrow, wide)
+    torch.testing.assert_close(narrow, wide, rtol=0.01, atol=0)
 
 
 def test_no_step_is_charged_with_the_kernels_that_the_first_run_compiles(
