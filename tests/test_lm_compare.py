@@ -487,7 +487,9 @@ def test_cells_are_compared_with_their_equals() -> None:
 def test_a_rule_at_two_rates_is_two_rows() -> None:
     one, other = result("dsf", 1, [50]), result("dsf", 1, [40])
     other.config["train"]["lr"] = 0.5
-    assert [row[:2] for row in results.table([one, other])[1]] == [["dsf at 0.003", "0.003"], ["dsf at 0.5", "0.5"]]
+    headings, table = results.table([one, other])
+    assert headings[:3] == ["rule", "valid perplexity", "rate"]
+    assert [row[:3] for row in table] == [["dsf at 0.003", "50.00", "0.003"], ["dsf at 0.5", "40.00", "0.5"]]
 
 
 @pytest.mark.parametrize("exact", ["bptt", "fused-bptt"])

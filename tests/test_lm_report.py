@@ -314,6 +314,34 @@ def test_what_is_drawn_is_what_was_measured(compared: list[Result]) -> None:
     )
 
 
+def test_every_rule_is_told_apart_and_looks_the_same_in_every_figure() -> None:
+    """Of twenty rules one has no time of a step and some are exact, so that the figures do not show the same ones."""
+    made = [result("dsf", width=width) for width in (256, 512) for _ in range(20)]
+    compared = []
+    for k, one in enumerate(made):
+        config = {**one.config, "model": {**one.config["model"], "feedback": 0.05 * (k % 20) or "bptt"}}
+        more = {"ms": {}} if k % 20 == 1 else {"alignment": []} if k % 20 % 3 == 0 else {}
+        compared.append(dataclasses.replace(one, config=config, **more))
+    first = next(iter(results.tasks(compared).values()))
+    drawn = [figures.against(first, "epochs"), figures.frontier(first), figures.alignment(first)]
+    shown: list[dict[str, tuple[object, ...]]] = []
+    for figure in drawn:
+        assert figure is not None
+        lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
+        shown.append({str(line.get_label()): (line.get_color(), line.get_marker()) for line in lines})
+        assert len(set(shown[-1].values())) == len(lines)
+        assert figure.legends  # below the panel
+        assert figure.axes[0].get_legend() is None
+    styles = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}  # type: ignore[union-attr]
+    assert len(styles) == 20
+    assert [len(looks) for looks in shown] == [20, 19, 13]
+    assert all(looks[rule] == shown[0][rule] for looks in shown[1:] for rule in looks)
+    assert not drawn[1].axes[0].texts  # type: ignore[union-attr]
+    (wide,) = figures.over(compared, "model.width", "perplexity against width").values()
+    bars = {str(c.get_label()): c.lines[0] for c in wide.axes[0].containers}
+    assert len({(line.get_color(), line.get_linestyle()) for line in bars.values()}) == 20
+
+
 # A browser -----------------------------------------------------------------------------------------------------------
 
 
@@ -321,30 +349,49 @@ def test_what_is_drawn_is_what_was_measured(compared: list[Result]) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int, tmp_path: Path) -> None:
     """In a frame as wide as a phone's screen or a desk's, since no window of Chromium is narrower than 500."""
-    measure = (
-        "<script>onload = () => { const boxes = [...document.querySelectorAll('figure svg, .table, p, h1, h2')]"
-        ".map(part => part.getBoundingClientRect());"
-        "parent.postMessage([innerWidth, document.documentElement.scrollWidth, Math.max(...boxes.map(b => b.right)),"
-        "Math.min(...boxes.map(b => b.width)), boxes.length].join(' '), '*') }</script></body>"
-    )
-    (tmp_path / "page.html").write_text(page.read_text(encoding="utf-8").replace("</body>", measure), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        "<!doctype html><script>onmessage = event => { document.title = event.data }</script><body style='margin:0'>"
-        f"<iframe src='page.html' style='border:0;width:{width}px;height:1500px'></iframe></body>"
-    )
     window = f"--window-size={max(width, 500)},1500"
-    told = browse(frame, tmp_path, window, "--virtual-time-budget=5000", "--dump-dom")
-    inner, wide, right, narrowest, boxes = map(float, re.findall(r"<title>(.*?)</title>", told)[0].split())
+    told = measured(
+        page.read_text(encoding="utf-8"),
+        "(boxes => [innerWidth, document.documentElement.scrollWidth, Math.max(...boxes.map(b => b.right)),"
+        "Math.min(...boxes.map(b => b.width)), boxes.length])"
+        "([...document.querySelectorAll('figure svg, .table, p, h1, h2')].map(part => part.getBoundingClientRect()))",
+        width,
+        tmp_path,
+    )
+    inner, wide, right, narrowest, boxes = told
     assert inner == width
     assert wide <= width
     assert right <= width
     assert narrowest > 300
     assert boxes > 40
     picture = tmp_path / "page.png"
-    browse(frame, tmp_path, window, f"--screenshot={picture}")
+    browse(tmp_path / "frame.html", tmp_path, window, f"--screenshot={picture}")
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (max(width, 500), 1500)
     assert picture.stat().st_size > 20_000  # and not an empty sheet
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here to look at the page with")
+def test_a_phone_shows_the_perplexity_of_a_rule_with_a_long_name(tmp_path: Path) -> None:
+    one = result("dsf")
+    config = {**one.config, "model": {**one.config["model"], "feedback": "dsf@0.3/calibrated@0.6/log_spaced(64)"}}
+    text = report.page(report.Found([dataclasses.replace(one, config=config)]))
+    heading = "[...document.querySelectorAll('th')].filter(th => th.textContent == 'valid perplexity')"
+    (right,) = measured(text, f"{heading}.map(th => th.getBoundingClientRect().right)", 390, tmp_path)
+    assert right < 374  # the page ends 1rem before the screen
+
+
+def measured(text: str, script: str, width: int, folder: Path) -> list[float]:
+    """The numbers of an array that a script makes in a page, which a frame of some width shows in frame.html."""
+    post = f"<script>onload = () => {{ parent.postMessage(({script}).join(' '), '*') }}</script></body>"
+    (folder / "page.html").write_text(text.replace("</body>", post), encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(
+        "<!doctype html><script>onmessage = event => { document.title = event.data }</script><body style='margin:0'>"
+        f"<iframe src='page.html' style='border:0;width:{width}px;height:1500px'></iframe></body>"
+    )
+    window = f"--window-size={max(width, 500)},1500"
+    told = browse(frame, folder, window, "--virtual-time-budget=5000", "--dump-dom")
+    return [float(number) for number in re.findall(r"<title>(.*?)</title>", told)[0].split()]
 
 
 def browse(path: Path, folder: Path, *flags: str) -> str:

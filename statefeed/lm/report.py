@@ -46,6 +46,8 @@ th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bo
 th { background: #f6f6f6; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f6f6; }
+@media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere;
+  min-width: 7rem; } }
 .figures { display: grid; gap: 1rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }

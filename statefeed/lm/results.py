@@ -332,7 +332,7 @@ def at_best_rate(results: Sequence[Result]) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """The comparison of the rules of one task: headings, and one row a rule.
+    """The comparison of the rules of one task: headings, and one row a rule, the perplexity first for narrow screens.
 
     Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
     and norm ratio are means over the evaluations at which the rule was not exact.
@@ -346,7 +346,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     rules = split(results, lambda result: result.rule)
     rivals = {rule: at_best_rate(rules[rule]) for rule in ("ft-bptt", "bptt", "fused-bptt") if rule in rules}
     tested = any(result.test is not None for result in results)
-    headings = ["rule", "rate", "seeds", "valid perplexity", *(["test perplexity"] if tested else [])]
+    headings = ["rule", "valid perplexity", "rate", "seeds", *(["test perplexity"] if tested else [])]
     headings += ["forward ms", "backward ms", "step ms", "peak MiB"]
     headings += [f"{what} to {rule}" for rule in rivals for what in ("epochs", "seconds")]
     headings += ["cosine with BPTT", "norm ratio"]
@@ -354,9 +354,9 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     for label, group in groups.items():
         row = [
             label,
+            _spread(bests(group)),
             f"{group[0].get('train.lr'):g}",
             _seeds(group),
-            _spread(bests(group)),
             *([_spread([run.test for run in standing(group) if run.test is not None])] if tested else []),
             _mean([result.ms.get("forward") for result in group], ".1f"),
             _mean([result.ms.get("backward") for result in group], ".1f"),
