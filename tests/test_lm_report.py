@@ -159,6 +159,10 @@ GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min
         ({"facts": 3}, "facts must be an object, got 3"),
         ({"facts": {}}, "facts.parameters must be a whole number, got None"),
         ({"valid": [{}]}, "valid[0].step must be a whole number, got None"),
+        (
+            {"valid": [{"step": 1, "epochs": 1, "seconds": 1, "perplexity": float("nan")}]},
+            "valid[0].perplexity must be finite, got nan",
+        ),
         ({"config": {"train": {"lr": "fast"}}}, "train.lr must be a number, got 'fast'"),
         ({"config": {"model": {"feedback": "nothing"}}}, "feedback must be"),
     ],
@@ -211,6 +215,14 @@ def test_a_damaged_run_is_told_with_its_file(
     assert sentence.format(path=folder / name) in err
     assert err.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_gradient_without_a_direction_is_no_damage(tmp_path: Path) -> None:
+    """The cosine with a gradient that is zero is NaN."""
+    one = result("dsf")
+    one.alignment[0]["cosine"] = float("nan")
+    (tmp_path / "compare.jsonl").write_text(results.to_line(one))
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
 
 
 def test_a_run_that_was_killed_within_a_row_is_reported_without_it(run: Path, tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ _ROWS = {
     "train": {**_ROW, "tokens_per_s": float, **{f"{phase}_ms": (float, None) for phase in PHASES}},
     "valid": {**_ROW, "perplexity": float},
     "test": {**_ROW, "perplexity": float},
-    "alignment": {**_ROW, "cosine": float, "norm_ratio": float},
+    "alignment": {**_ROW, "cosine": math.nan, "norm_ratio": math.nan},
 }
 _RESULT = {
     "config": {...: {}},
     "facts": {"parameters": int, "splits": ({...: {"sha256": str}}, None)},
     "outcome": str,
     "valid": [{"step": int, "epochs": float, "seconds": float, "perplexity": float}],
-    "alignment": [{"step": int, "epochs": float, "cosine": float, "norm_ratio": float}],
+    "alignment": [{"step": int, "epochs": float, "cosine": math.nan, "norm_ratio": math.nan}],
     "ms": {...: float},
     "tokens_per_s": (float, None),
     "peak_bytes": (float, None),

@@ -1,5 +1,6 @@
 """Owns the shape of what is read back from JSON: whether a value is what was written, and in words where it is not."""
 
+import math
 from typing import Any
 
 _WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
@@ -10,9 +11,9 @@ def checked(value: Any, shape: Any) -> Any:
 
     Args:
         value: read from JSON.
-        shape: str, int, or float, which takes whole numbers, too; {key: shape} for an object with these keys among
-            others, {...: shape} for one whose values all have a shape; [shape] for a list; a tuple of shapes of which
-            one is enough, with None for what may be null or missing.
+        shape: str, int, or float, which is finite and takes whole numbers, too, or math.nan for a number of any kind;
+            {key: shape} for an object with these keys among others, {...: shape} for one whose values all have a shape;
+            [shape] for a list; a tuple of shapes of which one is enough, with None for what may be null or missing.
 
     Raises:
         ValueError: when it has not, saying where.
@@ -40,6 +41,8 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
     kinds: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool):
         return f"{name or 'it'} must be {_WORDS.get(kind)}, got {value!r:.40}"
+    if shape is float and not -math.inf < value < math.inf:
+        return f"{name or 'it'} must be finite, got {value}"
     if isinstance(shape, list):
         parts = [_misfit(item, shape[0], f"{name}[{place}]") for place, item in enumerate(value)]
     elif isinstance(shape, dict):
