@@ -484,6 +484,14 @@ def test_cells_are_compared_with_their_equals() -> None:
     assert figures.by_cell([*gru, of("lstm", "stacked", 1e-3, 40)]) == {}
 
 
+@pytest.mark.parametrize(("parameters", "beside"), [(80, True), (133, True), (79, False), (134, False), (0, False)])
+def test_a_model_without_recurrent_cells_stands_beside_those_of_its_size(parameters: int, beside: bool) -> None:
+    gru, s4d = result("dsf", 1, [50]), result("bptt", 1, [40])
+    gru.facts["parameters"], s4d.facts["parameters"] = 100, parameters
+    s4d.config["model"]["cell"] = "s4d"
+    assert bool(figures.by_cell([gru, s4d])) == beside
+
+
 def test_a_rule_at_two_rates_is_two_rows() -> None:
     one, other = result("dsf", 1, [50]), result("dsf", 1, [40])
     other.config["train"]["lr"] = 0.5

@@ -209,12 +209,17 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
         others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
             budgets = [result.facts["parameters"] for result in sized]
-            rivals = [r for r in others if any(abs(b / r.facts["parameters"] - 1) <= BUDGET for b in budgets)]
+            rivals = [r for r in others if any(_equals(r.facts["parameters"], budget) for budget in budgets)]
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].facts.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
                 figures[_fresh(figures, title)] = _bars(cells, drawn)
     return figures
+
+
+def _equals(parameters: int, budget: int) -> bool:
+    """Whether a model without recurrent cells stands beside one of some budget."""
+    return abs(budget - parameters) <= BUDGET * parameters
 
 
 def _bars(cells: dict[str, list[Result]], drawn: Mapping[str, Look]) -> Figure:
