@@ -7,6 +7,7 @@ rounding does. Times are those of one machine each. Nothing is copied by hand: w
 """
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -261,6 +262,13 @@ def page(results):
     )
 
 
+def instructions(records):
+    """Which instruction set the fused kernels were compiled for, in words."""
+    told = (r["kernels"]["forward"] for r in records if r.get("kernels"))
+    found = (re.search(r"for (\S+),", words) for words in told)
+    return next((f", kernels for {match[1]}" for match in found if match), "")
+
+
 def newest(item):
     return max(r["date"] for r in item[1])
 
@@ -290,7 +298,7 @@ def summary(results):
         columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
         head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
         body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
-        text += f"{circumstances}:\n\n{table(head, body)}\n"
+        text += f"{circumstances}{instructions(records)}:\n\n{table(head, body)}\n"
     for circumstances, records in sorted(measurements(results, "training", "*.jsonl").items(), key=newest):
         ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
         best = ", ".join(
@@ -299,7 +307,7 @@ def summary(results):
             for r in ours
             if r["variant"] == "dsf"
         )
-        told += [f"- {circumstances}: {best}\n"] if best else []
+        told += [f"- {circumstances}{instructions(ours)}: {best}\n"] if best else []
     if told:
         text += (
             "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "

@@ -251,6 +251,9 @@ def test_benchmarks_become_one_table_a_machine(measured, tmp_path, capsys):
     text = measured.page(tmp_path)
     assert re.search(r"^\| cell, T x B x H \|.* `dsf` \|", text, re.MULTILINE)
     assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
+    fused = "fused kernels (compiled here for x86-64-v9, 2 threads)"
+    output.write_text("".join(json.dumps({**r, "kernels": {"forward": fused}}) + "\n" for r in records))
+    assert ", kernels for x86-64-v9:\n" in measured.summary(tmp_path)
 
 
 CPU = {"cpu": "a CPU, family 1", "gpu": None}
