@@ -51,7 +51,8 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The same with the gradients of the sum of all losses, which lie on memory that must not leave the package.
 
-    Cost: three products over all rows; 384 V numbers of scratch and the weights three times more.
+    Cost: three products over all rows; 384 V numbers of scratch, 192 V for each thread, and the weights three
+    times more.
     """
     grads = Gradients(x.new_empty(x.shape), empty(len(weight), weight.shape[1], weight), bias.new_empty(bias.shape))
     return _run(x, weight, bias, targets, rounded, grads), grads

@@ -1,7 +1,7 @@
 """Owns the loss of the head: logits are made a few rows at a time and never exist all at once.
 
-torch's own way to that, `linear_cross_entropy`, came with torch 2.13, where this package begins with 2.10, and sums in
-the dtype of its products: with 10,001 classes its loss in bfloat16 is off by 2%, which no training curve can bear.
+torch's own way to that, `linear_cross_entropy`, came with torch 2.13, where this package begins with 2.10, and sums the
+loss in the dtype of its products: in bfloat16, which is too coarse for a curve.
 """
 
 from typing import Any
