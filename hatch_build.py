@@ -16,7 +16,7 @@ class CustomBuildHook(BuildHookInterface):
         torch = os.environ.get("STATEFEED_WHEEL_TORCH")
         if not torch or version != "standard":
             return
-        spec = importlib.util.spec_from_file_location("compile", Path(self.root) / "statefeed/kernels/compile.py")
+        spec = importlib.util.spec_from_file_location("compile", Path(self.root) / "statefeed/native/compile.py")
         compiling = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(compiling)
         self.built = tempfile.TemporaryDirectory()
@@ -24,7 +24,7 @@ class CustomBuildHook(BuildHookInterface):
             if variant.machine == platform.machine():
                 library = Path(self.built.name) / f"{variant.name}.so"
                 compiling.compile_library(library, Path(torch), [*variant.flags, "-s"])
-                build_data["force_include"][str(library)] = f"statefeed/kernels/prebuilt/{library.name}"
+                build_data["force_include"][str(library)] = f"statefeed/native/prebuilt/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

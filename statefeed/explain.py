@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed import kernels
+from statefeed import native as kernels
 from statefeed.modules import GRU, LSTM, RNN
 from statefeed.recurrence import why_not_fused
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statefeed import kernels
+from statefeed import native as kernels
+from statefeed.backends.cpu import layer
 from statefeed.cells import GRU, Cell
 from statefeed.feedback import Feedback
-from statefeed.kernels import layer
 from statefeed.scan import diagonal_scan
 
 # Under "fitted", how many training backward passes it takes until another is exact and fits the diagonal anew.
@@ -313,7 +313,7 @@ def _fused_backward(
 
 
 def _triton_backward(cell: Cell, feedback: Feedback, calibration: Calibration | None, done: _Done) -> layer.Gradients:
-    from statefeed.kernels.triton import layer as triton
+    from statefeed.backends.triton import layer as triton
 
     x, state, weights, y, grads, batch_sizes, needs_x = done
     tape = triton.tape(cell.name, x, y, state, weights, batch_sizes)

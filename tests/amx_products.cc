@@ -4,8 +4,8 @@
 #include <limits>
 #include <random>
 
-#include "../statefeed/kernels/cpu/tiles.cc"
-#include "../statefeed/kernels/cpu/bulk.h"
+#include "../statefeed/backends/cpu/tiles.cc"
+#include "../statefeed/backends/cpu/bulk.h"
 
 #if !defined(STATEFEED_AMX_MODEL)
 #include <sys/syscall.h>

@@ -6,8 +6,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from statefeed.kernels.triton import chunks, layer
-from statefeed.kernels.triton.scan import scan
+from statefeed.backends.triton import layer
+from statefeed.scan import chunks
+from statefeed.scan.triton import scan
 
 assert isinstance(chunks.row_at, JITFunction), "the interpreter is on"
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90)]

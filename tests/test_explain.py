@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import statefeed as sf
-from statefeed import kernels
+from statefeed import native as kernels
 
 T, B, I, H = 11, 3, 7, 9
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable()}")

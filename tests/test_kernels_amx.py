@@ -13,9 +13,10 @@ from test_kernels_layer import CELLS, Case
 from tolerances import largest_error
 from torch import Tensor
 
-from statefeed import kernels
-from statefeed.kernels import build, head, layer
-from statefeed.kernels.compile import VARIANTS, compile_library
+from statefeed import native as kernels
+from statefeed.backends.cpu import layer
+from statefeed.native import build, head
+from statefeed.native.compile import VARIANTS, compile_library
 
 HERE = Path(__file__).parent
 MODEL = ["-march=x86-64-v4", "-mavx512bf16", "-D__AMX_BF16__", "-include", str(HERE / "amx_model.h")]
@@ -138,7 +139,7 @@ def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
 WITH_LIBRARY = """
 import ctypes, sys, torch
 from pathlib import Path
-from statefeed.kernels import build
+from statefeed.native import build
 build._prebuilt = lambda: Path(sys.argv[1])
 from test_kernels_amx import answers, kernels
 torch.save(answers(), sys.argv[2])

@@ -10,14 +10,14 @@ import pytest
 PROGRAM = """
 import warnings
 import torch
-from statefeed import kernels
+from statefeed import native as kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     first, second = kernels.available(), kernels.available()
 assert first == second
 print(first, len(caught), *(w.message for w in caught))
 """
-LOADED = "import sys; import statefeed; import statefeed.kernels; print('statefeed.kernels.build' in sys.modules)"
+LOADED = "import sys; import statefeed; import statefeed.native; print('statefeed.native.build' in sys.modules)"
 
 
 def python(program: str, **environment: str) -> subprocess.Popen[str]:

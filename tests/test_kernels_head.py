@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statefeed import kernels
-from statefeed.kernels import head
+from statefeed import native as kernels
+from statefeed.native import head
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
 

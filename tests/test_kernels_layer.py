@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from statefeed import kernels
-from statefeed.kernels import layer
-from statefeed.kernels.memory import empty
+from statefeed import native as kernels
+from statefeed.backends.cpu import layer
+from statefeed.native.memory import empty
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
 

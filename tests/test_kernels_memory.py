@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
-from statefeed import kernels
-from statefeed.kernels import memory
+from statefeed import native as kernels
+from statefeed.native import memory
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
 

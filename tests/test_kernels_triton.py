@@ -21,8 +21,9 @@ from statefeed import cells, recurrence
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from statefeed.kernels.triton import chunks, layer, reverse  # noqa: E402
-from statefeed.kernels.triton.scan import cell_states, scan  # noqa: E402
+from statefeed.backends.triton import layer, reverse  # noqa: E402
+from statefeed.scan import chunks  # noqa: E402
+from statefeed.scan.triton import cell_states, scan  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only the interpreter takes another function in place")
@@ -361,7 +362,7 @@ def test_a_long_scan_on_a_gpu(T: int) -> None:
 WITHOUT = """
 import sys, warnings
 sys.modules["triton"] = None
-from statefeed import kernels
+from statefeed import native as kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(kernels.available("cuda"), kernels.available("cuda"), len(caught), *(w.message for w in caught))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statefeed import kernels
+from statefeed import native as kernels
 from statefeed.lm import head
 
 N, H, V = 23, 5, 17

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import metrics
 
-from statefeed import kernels
+from statefeed import native as kernels
 from statefeed.lm import checkpoint, cli, config
 from statefeed.lm import train as training
 from statefeed.lm.config import Train

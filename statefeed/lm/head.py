@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from statefeed import kernels
-from statefeed.kernels.head import losses, losses_and_gradients
+from statefeed import native as kernels
+from statefeed.native.head import losses, losses_and_gradients
 
 LOGITS = 1 << 22  # at once: 16 MiB in float32, which the allocator keeps, where it maps and unmaps much larger ones
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import statefeed as sf
-from statefeed import kernels
+from statefeed import native as kernels
 from statefeed.lm import batches, cache, checkpoint, corpora, tokens
 from statefeed.lm.agreement import agreement
 from statefeed.lm.batches import IGNORED, Batch, Source

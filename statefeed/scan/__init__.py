@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statefeed import kernels
+from statefeed import native as kernels
 from statefeed.scan import fft, prefix, sequential
 
 METHODS = {"sequential": sequential.scan, "prefix": prefix.scan, "fft": fft.scan}
@@ -99,7 +99,7 @@ class _Scan(torch.autograd.Function):
 def _solve(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: str) -> Tensor:
     if method == "auto":
         if x.is_cuda and not x.is_complex() and kernels.available("cuda"):
-            from statefeed.kernels.triton import scan as triton
+            from statefeed.scan import triton
 
             return triton.scan(x, a, initial, reverse)
         method = "prefix"

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.kernels.memory import empty
+from statefeed.native.memory import empty
 
 _CELLS = {"gru": 0, "lstm": 1, "rnn_tanh": 2, "rnn_relu": 3}
 _RULES = {"gate": 1, "bptt": 1, "jacobian": 2}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.kernels.memory import empty
+from statefeed.native.memory import empty
 
 
 class Gradients(NamedTuple):

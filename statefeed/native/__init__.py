@@ -59,7 +59,7 @@ def _loaded(device: str) -> _Loaded:
 
 
 def _cpu() -> str:
-    from statefeed.kernels.build import load
+    from statefeed.native.build import load
 
     return load()
 
@@ -67,7 +67,7 @@ def _cpu() -> str:
 def _cuda() -> str:
     import triton
 
-    from statefeed.kernels.triton import layer  # noqa: F401
+    from statefeed.scan import triton as _  # noqa: F401
 
     return f"Triton {triton.__version__}"
 

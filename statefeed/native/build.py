@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from statefeed.kernels.compile import FLAGS, SOURCES, VARIANTS, compile_library, compiler
+from statefeed.native.compile import FLAGS, VARIANTS, compile_library, compiler, sources
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 
@@ -28,7 +28,7 @@ def load() -> str:
     """Make ``torch.ops.statefeed`` usable; returns what was loaded, OSError or RuntimeError if that cannot be."""
     prebuilt = _prebuilt()
     torch.ops.load_library(str(prebuilt or _built()))  # type: ignore[no-untyped-call]
-    from statefeed.kernels import fakes  # noqa: F401
+    from statefeed.native import fakes  # noqa: F401
 
     return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
 
@@ -79,7 +79,7 @@ def _key() -> str:
     version = asked.stdout
     parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS, *_native()]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sources(".cc", ".h"):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

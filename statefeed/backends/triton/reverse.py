@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statefeed.kernels.triton.cells import factors
-from statefeed.kernels.triton.chunks import row_at
+from statefeed.backends.triton.cells import factors
+from statefeed.scan.chunks import row_at
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from statefeed.kernels.layer import Gradients
-from statefeed.kernels.triton import chunks, reverse
-from statefeed.kernels.triton.scan import WIDE, cell_states
+from statefeed.backends.cpu.layer import Gradients
+from statefeed.backends.triton import reverse
+from statefeed.scan import chunks
+from statefeed.scan.triton import WIDE, cell_states
 
 
 class Tape(NamedTuple):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statefeed.kernels.triton import chunks
-from statefeed.kernels.triton.chunks import row_at
+from statefeed.scan import chunks
+from statefeed.scan.chunks import row_at
 
 WIDE = {torch.float64: tl.float64}
 

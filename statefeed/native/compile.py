@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = Path(__file__).parent / "cpu"
+NATIVE = Path(__file__).parent
+SOURCES = (NATIVE, NATIVE.parent / "backends" / "cpu")
 # Torch 2.10, the first stable ABI that carries what is used here.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -48,14 +49,20 @@ def compiler() -> str:
     raise OSError("there is no C++ compiler")
 
 
+def sources(*endings: str) -> list[Path]:
+    """The C++ files of the library with one of these endings."""
+    return sorted(file for folder in SOURCES for file in folder.rglob("*") if file.suffix in endings)
+
+
 def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None:
     """Compile every source file at once and link them to ``target``; RuntimeError with the compiler's words."""
-    program, include = compiler(), f"-I{torch / 'include'}"
+    program = compiler()
+    include = [f"-I{torch / 'include'}", *(f"-I{folder}" for folder in SOURCES)]
     with tempfile.TemporaryDirectory() as directory:
         jobs = []
-        for source in sorted(SOURCES.glob("*.cc")):
+        for source in sources(".cc"):
             made = str(Path(directory) / f"{source.stem}.o")
-            command = [program, *FLAGS, *machine_flags, include, "-c", str(source), "-o", made]
+            command = [program, *FLAGS, *machine_flags, *include, "-c", str(source), "-o", made]
             jobs.append((made, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
         # Every job is waited for before any is judged.
         for (_, job), error in [(job, job[1].communicate()[1]) for job in jobs]:

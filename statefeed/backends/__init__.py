@@ -1,0 +1,1 @@
+"""Backends: what runs one layer forward and backward under a feedback rule."""
