@@ -22,8 +22,9 @@ from statefeed import cells, recurrence
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from statefeed.backends.triton import layer, reverse  # noqa: E402
+from statefeed.backends.triton.cells import CELLS as KERNELS  # noqa: E402
 from statefeed.scan import chunks  # noqa: E402
-from statefeed.scan.triton import cell_states, scan  # noqa: E402
+from statefeed.scan.triton import scan  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only the interpreter takes another function in place")
@@ -201,10 +202,11 @@ def test_mean_jacobian(cell: str) -> None:
 @pytest.mark.usefixtures("cut")
 def test_planted_errors_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong.startswith("the carries"):
-        monkeypatch.setattr(reverse, "summarise", {(1, 3): lambda *arguments, **_: arguments[7].zero_()})
+        monkeypatch.setattr(reverse, "summarize", {(1, 3): lambda *arguments, **_: arguments[10].zero_()})
     elif wrong.startswith("a local"):
-        right = reverse.factors
-        monkeypatch.setattr(reverse, "factors", lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+        right = KERNELS["gru"].local
+        halved = KERNELS["gru"]._replace(local=lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+        monkeypatch.setitem(KERNELS, "gru", halved)
     else:
         right = reverse.row_at
         monkeypatch.setattr(
@@ -244,9 +246,9 @@ def test_an_lstms_cell_states_are_recovered() -> None:
     case = Case("lstm", 5, 3, 2, 4, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
     states = oracles.run("lstm", w, case.x, torch.cat(case.state, -1))
-    h = states[:-1, :, :4]
-    gates = case.x @ w["weight_ih"].T + w["bias_ih"] + h @ w["weight_hh"].T + w["bias_hh"]
-    found = cell_states(gates.flatten(0, 1).to(DEVICE), case.state[1].to(DEVICE), None)
+    x, *rest = (v.to(DEVICE) for v in (case.x, *case.state, *case.weights))
+    y = states[1:, :, :4].to(DEVICE)
+    found = layer.tape("lstm", x, y, tuple(rest[:2]), rest[2:]).saved
     assert_same({"c": found.cpu().view(5, 3, 4)}, {"c": states[:-1, :, 4:]})
 
 
@@ -308,20 +310,23 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
     torch.testing.assert_close(found, expected)
 
 
-def test_operators_pass_opcheck() -> None:
-    rows, gates, state = (torch.randn(6, width, device=DEVICE) for width in (4, 12, 4))
-    own, final, first, sums = (torch.zeros(n, 4, device=DEVICE) for n in (4, 2, 2, 8))
-    scanned = (rows.view(3, 2, 4), rows[0], None, None, torch.zeros(3, 2, 4, device=DEVICE), 3, 4, False, False)
-    torch.library.opcheck(torch.ops.statefeed.triton_scan.default, scanned)
-    pass_of = (gates, rows, state, None, own)
-    written = (torch.empty(6, 4, device=DEVICE), False, True, torch.empty_like(gates), torch.empty_like(rows))
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_pass_opcheck(cell: str) -> None:
+    case = Case(cell, 3, 2, 4, 4, torch.float32)
+    x, e, *rest = (v.to(DEVICE) for v in (case.x, case.e, *case.state, *case.weights))
+    state, weights = rest[: case.states], rest[case.states :]
+    y = torch.tanh(e)
+    operators = torch.ops.statefeed
+    inputs = (cell, x, y, state, weights, None, False, "ieee")
+    torch.library.opcheck(operators.triton_recompute.default, inputs)
+    saved = operators.triton_recompute(*inputs)
+    torch.library.opcheck(operators.triton_mean_jacobian.default, (cell, *saved, y, weights[1], 2, None))
+    D = torch.zeros(4 * case.states, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.statefeed.triton_reverse.default,
-        ("gru", "gate", *pass_of, rows, final, *written, sums.view(2, 4, 4), first, 3, 2),
+        operators.triton_backward.default,
+        (cell, "stationary", *saved, x, y, state, weights, [e, *state], D, None, 1, False, True, "ieee"),
     )
-    torch.library.opcheck(
-        torch.ops.statefeed.triton_sum_jacobians.default, ("gru", *pass_of, sums[:2].view(2, 1, 4), 3, 2)
-    )
+    torch.library.opcheck(operators.triton_scan.default, (x, x[0, 0], None, False))
 
 
 @pytest.mark.gpu
@@ -392,5 +397,7 @@ def test_every_launch_compiles_for_a100_and_h100() -> None:
     assert done.returncode == 0, done.stderr
     kernels = set(done.stdout.split())
     assert {
-        f"{name}:sm_{arch}" for name in ("run", "summarise", "add_jacobians", "_run", "_summarise") for arch in (80, 90)
+        f"{name}:sm_{arch}"
+        for name in ("run", "summarize", "add_jacobians", "_run", "_summarize", "_gather")
+        for arch in (80, 90)
     } <= kernels
