@@ -44,8 +44,7 @@ def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, 
     chunks.steps = (lambda *_: 2) if chunked else whole
     T, B, states = 4, 2, 2 if cell == "lstm" else 1
     sizes = torch.tensor([2, 2, 1, 1]) if packed else None
-    shape = (6,) if packed else (T, B)
-    x, y, e = (torch.zeros(*shape, H, dtype=dtype) for _ in range(3))
+    x, y, e = (torch.zeros(6 if packed else T * B, H, dtype=dtype) for _ in range(3))
     state = tuple(torch.zeros(B, H, dtype=dtype) for _ in range(states))
     weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (H,), (), ())]
     offsets = None if sizes is None else torch.nn.functional.pad(sizes.cumsum(0), (1, 0))

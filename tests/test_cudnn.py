@@ -1,5 +1,6 @@
 """cuDNN's weight layout and the opaque forward operator, with stubs of torch's cuDNN functions on a CPU."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -179,8 +180,9 @@ def test_packed_rows_and_states(cell: str, stub: Stub) -> None:
 
 def test_under_autocast_the_layer_runs_in_its_dtype(stub: Stub) -> None:
     rnn, x = module("lstm"), torch.randn(5, 2, 3)
+    call = functools.partial(cudnn.layer, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        y = run(rnn, "lstm", x)
+        y = run(rnn, "lstm", x, call=call)
     assert y.dtype == torch.bfloat16
     assert stub.calls == [True]
     torch.testing.assert_close(y.float(), rnn(x)[0], atol=0.05, rtol=0.05)

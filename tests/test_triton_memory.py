@@ -80,14 +80,14 @@ def problem(cell: str, packed: bool, dtype: torch.dtype = torch.float64, H: int 
         return torch.randn(*shape, generator=make, dtype=torch.float64).to(dtype)
 
     sizes = torch.tensor([3, 3, 2, 2, 1]) if packed else None
-    shape = (11,) if packed else (5, 3)
+    N = 11 if packed else 15
     return {
-        "x": normal(*shape, I), "y": normal(*shape, 2 * H)[..., H:].tanh(), "e": normal(*shape, 2 * H)[..., :H],
+        "x": normal(N, I), "y": normal(N, 2 * H)[:, H:].tanh(), "e": normal(N, 2 * H)[:, :H],
         "state": [normal(3, H) for _ in range(this.states)],
         "final": [normal(3, H) for _ in range(this.states)],
         "weights": [normal(this.gates * H, *rest) for rest in ((I,), (H,), (), ())],
         "offsets": None if sizes is None else F.pad(sizes.cumsum(0), (1, 0)),
-        "D": {"stationary": normal(this.states * H), "per_row": normal(11 if packed else 15, this.states * H)},
+        "D": {"stationary": normal(this.states * H), "per_row": normal(N, this.states * H)},
     }  # fmt: skip
 
 

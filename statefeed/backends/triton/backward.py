@@ -18,7 +18,7 @@ from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.gather import Columns, columns
 from statefeed.backends.triton.precision import matmul_precision
-from statefeed.backends.triton.sizes import Sizes, columns_of, rows, sizes_of
+from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of, steps_of
 from statefeed.scan import chunks
 from statefeed.scan.triton import device_of
 
@@ -32,8 +32,8 @@ def mean_jacobian(
     """
     this, H, N = CELLS[cell], y.shape[-1], len(inputs)
     dtype = torch.promote_types(y.dtype, torch.float32)
-    state = rows(y) if this.gates == 1 else inputs[:, inputs.shape[1] - columns(0, H, y.dtype).width :]
-    T = len(y) if offsets is None else len(offsets) - 1
+    state = adjacent(y) if this.gates == 1 else inputs[:, inputs.shape[1] - columns(0, H, y.dtype).width :]
+    T = steps_of(N, B, offsets)
     with device_of(y):
         lanes, length, grid = chunks.launch(T, B * H, y)
         sums = torch.empty((grid[1] * B, this.states * H), dtype=dtype, device=y.device)
@@ -89,16 +89,16 @@ def backward(
     w_ih, w_hh = (w.to(y.dtype) for w in weights[:2])
     h = where.h(inputs)
     with device_of(y), matmul_precision(precision):
-        d, d_candidate = (gates, saved if this.separate_candidate else None) if this.gates > 1 else (None, None)
+        d, d_candidate = (gates, saved if this.shared_gates < this.gates else None) if this.gates > 1 else (None, None)
         if corrections or d is None:
             d = inputs.new_empty((size.N, this.gates * H))
             d_candidate = None if d_candidate is None else torch.empty_like(d_candidate)
-        launch = _Reverse(this, rule, size, offsets, reverse, gates, saved, rows(y) if this.gates == 1 else h)
+        launch = _Reverse(this, rule, size, offsets, reverse, gates, saved, adjacent(y) if this.gates == 1 else h)
         initial = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in state]
-        fixed = (w_hh, diagonal, None if grads[0] is None else rows(grads[0]), grads[1:], initial)
+        fixed = (w_hh, diagonal, None if grads[0] is None else adjacent(grads[0]), grads[1:], initial)
 
         # d_hidden part by part, and the rows of W_hh that each belongs to.
-        shared = (this.gates - this.separate_candidate) * H
+        shared = this.shared_gates * H
         hidden = [(d if d_candidate is None else d[:, :shared], w_hh[:shared])]
         if d_candidate is not None:
             hidden.append((d_candidate, w_hh[shared:]))
@@ -115,16 +115,16 @@ def backward(
         launch(*fixed, residual if corrections else None, None, d, d_candidate, sums)
 
         if this.gates == 1:
-            d_ih, d_hh = d.T @ rows(x).to(y.dtype), d.T @ h
+            d_ih, d_hh = d.T @ x.to(y.dtype), d.T @ h
         else:
             d_ih, d_hh = _weight_gradients(where, size, inputs, d, d_candidate, shared)
         d_ih, d_hh = d_ih.to(weights[0].dtype), d_hh.to(weights[1].dtype)
-        d_x = (d @ w_ih).view(x.shape).to(x.dtype) if needs_x else x.new_empty(0)
+        d_x = (d @ w_ih).to(x.dtype) if needs_x else x.new_empty(0)
         biases = (x.new_empty(0), x.new_empty(0))
         if sums is not None:
             total = (sums.sum(0) if size.N else sums.new_zeros(sums.shape[1:])).to(weights[2].dtype)
             b_ih = total[: this.gates].flatten()
-            b_hh = torch.cat([total[:2], total[3:]]).flatten() if this.separate_candidate else b_ih.clone()
+            b_hh = torch.cat([total[:2], total[3:]]).flatten() if this.shared_gates < this.gates else b_ih.clone()
             biases = (b_ih, b_hh)
     return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases
 

@@ -24,6 +24,7 @@ def layer(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     directions: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs and final states of all directions of one layer; one node in a compiled graph, whatever T is.
 
@@ -34,21 +35,19 @@ def layer(
         state: h, for an LSTM h and c, each (directions, B, H).
         weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
         directions: 1 or 2.
+        dtype: what x, states and weights are cast to, as autocast does (float64 excepted); as they are if None.
 
     Returns:
         y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
-        as ``state``. Under autocast all are in its dtype, as torch's layers return them.
+        as ``state``.
 
     Gradient: none; the backward pass of a rule follows it. ``exact`` is torch's own, differentiable.
 
     Cost: one call of cuDNN, without its reserve space; where the weights do not lie back to back, one copy of them.
     """
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else weights[0].dtype
-    y, *final = torch.ops.statefeed.cudnn_layer(
-        cell, x.to(dtype), batch_sizes, [s.to(dtype) for s in state], weights, directions
-    )
+    if dtype is not None and weights[0].dtype != torch.float64:
+        x, state = x.to(dtype), [s.to(dtype) for s in state]
+    y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
     return y, tuple(final[: len(state)])
 
 

@@ -42,7 +42,7 @@ def gather(
     """Rows of x and of h before the step, (N, width); columns between them are zero.
 
     Args:
-        x: (T, B, I) with any strides or packed rows (N, I); None where ``where.I`` is 0.
+        x: rows (N, I); None where ``where.I`` is 0.
         y: h after every step, rows (N, H), whose dtype the result has.
         initial: h before the first step, (B, H).
         offsets: first row of every step and the end of the last, (T + 1,); None if all steps have B rows.
@@ -56,11 +56,10 @@ def gather(
     if not out.numel():
         return out
     T = len(y) // B if offsets is None else len(offsets) - 1
-    if x is not None and x.stride(-1) != 1:
+    if x is not None and x.stride(1) != 1:
         x = x.contiguous()
-    step, row = (0, 0) if x is None else (x.stride(0), x.stride(-2))
     _gather[(T, triton.cdiv(B * width, _LANES))](
-        x, step, row, y, y.stride(0), initial.contiguous(), offsets, out, T, B, *where,
+        x, 0 if x is None else x.stride(0), y, y.stride(0), initial.contiguous(), offsets, out, T, B, *where,
         REVERSE=reverse, LANES=_LANES,
     )  # fmt: skip
     return out
@@ -68,7 +67,7 @@ def gather(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def _gather(
-    x, x_step, x_row, y, y_stride, initial, offsets, out, T, B, I, start, H, width,
+    x, x_stride, y, y_stride, initial, offsets, out, T, B, I, start, H, width,
     REVERSE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
@@ -90,9 +89,6 @@ def _gather(
         has_previous, value, tl.load(initial + b * H + unit, is_h & (has_previous == 0), 0).to(value.dtype)
     )
     if x is not None:
-        at = row * x_row
-        if offsets is None:
-            at = tl.cast(t, tl.int64) * x_step + tl.cast(b, tl.int64) * x_row
         is_x = mask & (column < I)
-        value = tl.where(is_x, tl.load(x + at + column, is_x, 0).to(value.dtype), value)
+        value = tl.where(is_x, tl.load(x + row * x_stride + column, is_x, 0).to(value.dtype), value)
     tl.store(out + row * width + column, value, mask)

@@ -40,7 +40,7 @@ def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> C
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device)
 
-    x, y, e = zeros(T, B, H), zeros(T, B, H), zeros(T, B, H)
+    x, y, e = zeros(T * B, H), zeros(T * B, H), zeros(T * B, H)
     state = [zeros(B, H) for _ in range(this.states)]
     weights = [zeros(this.gates * H, *columns) for columns in ((H,), (H,), (), ())]
     D = {"stationary": zeros(this.states * H), "per_row": zeros(T * B, this.states * H)}.get(rule)

@@ -46,7 +46,7 @@ def _recompute_fake(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     this, H = CELLS[cell], y.shape[-1]
-    N = y.shape[0] * y.shape[1] if offsets is None else y.shape[0]
+    N = y.shape[0]
     inputs = y.new_empty((N, columns(x.shape[-1] if this.gates > 1 else 0, H, y.dtype).width))
     if this.gates == 1:
         return inputs, y.new_empty(0), y.new_empty(0)

@@ -20,7 +20,7 @@ def forward_precision() -> str:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Float32 matrix products on CUDA run in ``"tf32"`` or ``"ieee"`` inside, and as before after.
+    """Float32 matrix products on CUDA run in ``"tf32"`` or ``"ieee"`` inside, and as before after; ``""`` asks cuDNN.
 
     torch holds the setting twice, and raises where one copy is read and the two disagree. So inside, both copies are
     set through the one switch that writes both, and after, both are restored. Where they disagreed before, because the
@@ -28,7 +28,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    if (before == "tf32") == (precision == "tf32"):
+    if (before == "tf32") == ((precision or forward_precision()) == "tf32"):
         yield
         return
     try:
@@ -37,9 +37,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
         legacy = ""
     # "medium" would also be read by oneDNN: allow_tf32 touches the CUDA setting alone.
     if legacy:
-        matmul.allow_tf32 = precision == "tf32"
+        matmul.allow_tf32 = before != "tf32"
     else:
-        matmul.fp32_precision = precision
+        matmul.fp32_precision = "ieee" if before == "tf32" else "tf32"
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.cells.lstm import cell_step
 from statefeed.backends.triton.gather import Columns, gather
 from statefeed.backends.triton.precision import matmul_precision
-from statefeed.backends.triton.sizes import Sizes, columns_of, rows, sizes_of
+from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of
 from statefeed.scan.triton import device_of, solve
 
 
@@ -30,13 +30,14 @@ def recompute(
 
     Args:
         cell: name in the table of cells.
-        x: (T, B, I), or packed rows (N, I) with ``offsets``.
-        y: h after every step, (T, B, H) or (N, H).
+        x: rows (N, I), in time order.
+        y: h after every step, (N, H).
         state: initial (h,) or (h, c), each (B, H).
         weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
-        offsets: first row of every step and the end of the last, (T + 1,), int64, on the device; None if x is dense.
-        reverse: time runs from T - 1 down to 0; rows stay in the order of x.
-        precision: ``"tf32"`` or ``"ieee"``, of float32 products on CUDA.
+        offsets: first row of every step and the end of the last, (T + 1,), int64, on the device; None if every step
+            has B rows.
+        reverse: time runs from T - 1 down to 0.
+        precision: ``"tf32"`` or ``"ieee"``, of float32 products on CUDA; ``""`` for what cuDNN's RNNs use now.
 
     Returns:
         ``inputs`` from ``gather``; ``gates`` and ``saved``, empty where the cell has none.
@@ -45,7 +46,7 @@ def recompute(
 
     Cost: two products over all rows, none for an RNN; for an LSTM one scan.
     """
-    this, size, outputs = CELLS[cell], sizes_of(x, state[0], offsets), rows(y)
+    this, size, outputs = CELLS[cell], sizes_of(x, state[0], offsets), adjacent(y)
     where = columns_of(this, size, y.dtype)
     with device_of(y):
         inputs = gather(x if where.I else None, outputs, state[0], offsets, reverse, where)
@@ -68,7 +69,7 @@ def _preactivations(
     """(N, G * H), and the hidden part of a separate candidate, (N, H)."""
     w_ih, w_hh, *biases = weights
     x, h = where.x(inputs), where.h(inputs)
-    shared = (cell.gates - cell.separate_candidate) * size.H
+    shared = cell.shared_gates * size.H
     b_sum = biases[0][:shared] + biases[1][:shared] if biases else None
     gates = inputs.new_empty((size.N, cell.gates * size.H))
     first = gates[:, :shared]
@@ -77,7 +78,7 @@ def _preactivations(
     else:
         _linear(x, w_ih[:shared], b_sum, first)
         first.addmm_(h, w_hh[:shared].T)
-    if not cell.separate_candidate:
+    if cell.shared_gates == cell.gates:
         return gates, gates
     _linear(x, w_ih[shared:], biases[0][shared:] if biases else None, gates[:, shared:])
     candidate = inputs.new_empty((size.N, size.H))

@@ -31,14 +31,18 @@ class Sizes(NamedTuple):
 
 def sizes_of(x: Tensor, state: Tensor, offsets: Tensor | None) -> Sizes:
     B, H = state.shape
-    T = len(x) if offsets is None else len(offsets) - 1
-    return Sizes(T, B, T * B if offsets is None else len(x), x.shape[-1], H)
+    N, I = x.shape
+    return Sizes(steps_of(N, B, offsets), B, N, I, H)
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """(N, H) with adjacent units; a view unless the strides forbid it, as of one direction's half of y."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+def steps_of(N: int, B: int, offsets: Tensor | None) -> int:
+    """T of N rows."""
+    return N // max(B, 1) if offsets is None else len(offsets) - 1
+
+
+def adjacent(rows: Tensor) -> Tensor:
+    """Rows (N, H) with adjacent units: themselves, also where they are one direction's half of y, unless strided."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def columns_of(cell: Cell, size: Sizes, dtype: torch.dtype) -> Columns:

@@ -12,8 +12,8 @@ class Cell(NamedTuple):
         name: name of the Python cell.
         states: 1 for h, 2 for h and c.
         gates: G, blocks of H rows in the weights.
-        separate_candidate: whether the hidden part of the last gate is kept apart from its input part (the GRU's
-            W_hn h' + b_hn), so that its gradient at the hidden part differs from that at the input part.
+        shared_gates: how many of them, from the first, have the same gradient at the input and the hidden part. The
+            hidden part of one more (the GRU's W_hn h' + b_hn) is kept apart, in ``saved``.
         factors: Triton function ``(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mask, ACC)`` that
             returns ``k0, k1, k2, k3, direct_h, direct_c, dh_dc, jacobian_h, jacobian_c``. The factors k turn the
             gradient of the state into the gradients of the pre-activations, ``direct`` is the diagonal part of the
@@ -27,7 +27,7 @@ class Cell(NamedTuple):
     name: str
     states: int
     gates: int
-    separate_candidate: bool
+    shared_gates: int
     factors: Any
     local: Any
     saved: str = ""

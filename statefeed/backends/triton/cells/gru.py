@@ -32,4 +32,4 @@ def local(k0, k1, k2, k3, delta, gamma):
     return k0 * delta, k1 * delta, k2 * delta, k3 * delta
 
 
-GRU = Cell("gru", 1, 3, True, factors, local, "candidate_hidden")
+GRU = Cell("gru", 1, 3, 2, factors, local, "candidate_hidden")

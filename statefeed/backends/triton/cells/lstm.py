@@ -43,4 +43,4 @@ def cell_step(gates, a, row, unit, H, mask, STATIONARY: tl.constexpr, ACC: tl.co
     return f, i * tanh(tl.load(gate + 2 * H, mask, 0).to(ACC))
 
 
-LSTM = Cell("lstm", 2, 4, False, factors, local, "cell_state")
+LSTM = Cell("lstm", 2, 4, 4, factors, local, "cell_state")

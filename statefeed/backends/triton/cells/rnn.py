@@ -33,5 +33,5 @@ def local(k0, k1, k2, k3, delta, gamma):
     return d, d, d, d
 
 
-RNN_TANH = Cell("rnn_tanh", 1, 1, False, tanh_factors, local)
-RNN_RELU = Cell("rnn_relu", 1, 1, False, relu_factors, local)
+RNN_TANH = Cell("rnn_tanh", 1, 1, 1, tanh_factors, local)
+RNN_RELU = Cell("rnn_relu", 1, 1, 1, relu_factors, local)
