@@ -169,7 +169,7 @@ def _on_device(tensor: Tensor) -> Any:
 # The operator ---------------------------------------------------------------------------------------------------------
 
 
-def _cudnn_layer(
+def run_layer(
     cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -177,6 +177,7 @@ def _cudnn_layer(
     weights: Sequence[Tensor],
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator runs: y, h and c, which is empty where there is none; arguments as for ``layer``."""
     if _uses_cudnn(weights[0]):
         if weights[0].dtype != x.dtype or not lie_back_to_back(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)
@@ -194,7 +195,7 @@ _LIBRARY.define(
     "cudnn_layer(str cell, Tensor x, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, int directions) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.impl("cudnn_layer", _cudnn_layer, "CompositeExplicitAutograd")
+_LIBRARY.impl("cudnn_layer", run_layer, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("statefeed::cudnn_layer", lib=_LIBRARY)

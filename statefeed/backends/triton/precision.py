@@ -35,18 +35,17 @@ def matmul_precision(precision: str) -> Iterator[None]:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:
         legacy = ""
-    # "medium" would also be read by oneDNN: allow_tf32 touches the CUDA setting alone.
-    if legacy:
-        matmul.allow_tf32 = before != "tf32"
-    else:
+    one_dnn = _MKLDNN.matmul.fp32_precision
+    if not legacy:
         matmul.fp32_precision = "ieee" if before == "tf32" else "tf32"
+    elif before == "tf32":
+        torch.set_float32_matmul_precision("highest")  # allow_tf32 alone would disagree with oneDNN's setting
+    else:
+        matmul.allow_tf32 = True
     try:
         yield
     finally:
-        if legacy == "medium":
-            cpu = _MKLDNN.matmul.fp32_precision
+        if legacy:
             torch.set_float32_matmul_precision(legacy)
-            _MKLDNN.matmul.fp32_precision = cpu
-        elif legacy:
-            matmul.allow_tf32 = legacy == "high"
+            _MKLDNN.matmul.fp32_precision = one_dnn
         matmul.fp32_precision = before
