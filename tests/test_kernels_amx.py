@@ -24,7 +24,7 @@ TORCH = Path(torch.__file__).parent
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
     pytest.skip("needs g++ on Linux for x86-64", allow_module_level=True)
-runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu(), reason="the model needs AVX512-BF16")
+runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu_flags(), reason="the model needs AVX512-BF16")
 
 
 @runs_the_model
@@ -38,7 +38,7 @@ def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> No
     assert products > 10_000
 
 
-@pytest.mark.skipif("amx_bf16" not in build._cpu(), reason="this CPU has no tiles")
+@pytest.mark.skipif("amx_bf16" not in build._cpu_flags(), reason="this CPU has no tiles")
 def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     program = tmp_path / "products"
     source = str(HERE / "amx_products.cc")
@@ -96,13 +96,13 @@ def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
 
 def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
     """A CPU that has all instruction sets, under a Linux that gives a process the tiles or refuses them."""
-    flags, read = " ".join(sorted(frozenset().union(*(v.needs for v in VARIANTS)))), Path.read_text
+    flags, read = " ".join(sorted(frozenset().union(*(v.required for v in VARIANTS)))), Path.read_text
 
     def read_text(path: Path, *arguments: str) -> str:
         return f"flags\t\t: {flags}\n" if path == Path("/proc/cpuinfo") else read(path, *arguments)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(build, "_may_use_tiles", lambda: permitted)
+    monkeypatch.setattr(build, "_tiles_permitted", lambda: permitted)
 
 
 @pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
@@ -115,7 +115,7 @@ def test_tiles_are_used_where_linux_gives_them(
     on_a_machine_with_tiles(monkeypatch, permitted)
     assert build._instruction_set() == best
     assert build._prebuilt() == tmp_path / f"{best}.so"
-    assert ("-U__AMX_BF16__" in build._native()) == (not permitted)
+    assert ("-U__AMX_BF16__" in build._machine_flags()) == (not permitted)
 
 
 def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +123,14 @@ def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch)
     for permitted in (True, False):
         with monkeypatch.context() as patch:
             on_a_machine_with_tiles(patch, permitted)
-            keys.add(build._key())
+            keys.add(build._cache_key())
     assert len(keys) == 2
 
 
 def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
     if "amx_tile" in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has tiles")
-    assert not build._may_use_tiles()
+    assert not build._tiles_permitted()
 
 
 # Whole layers ---------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def answers() -> dict[str, Tensor]:
                         found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
             found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
         for shape in SHAPES:
-            losses, grads = head.losses_and_gradients(*arguments(*shape), rounded=True)
+            losses, grads = head.losses_and_gradients(*arguments(*shape), bf16=True)
             for key, value in {"losses": losses, **grads._asdict()}.items():
                 found[f"head {shape}, {threads} threads: {key}"] = value.clone()
     return found
@@ -222,5 +222,5 @@ def test_one_variant_holds_tile_instructions(tmp_path: Path) -> None:
         if variant.machine == "x86_64":
             library = tmp_path / f"{variant.name}.so"
             compile_library(library, TORCH, list(variant.flags))
-            expected = {"ldtilecfg", "tdpbf16ps", "tilerelease"} if "amx_bf16" in variant.needs else set()
+            expected = {"ldtilecfg", "tdpbf16ps", "tilerelease"} if "amx_bf16" in variant.required else set()
             assert objects(library) == expected, variant.name

@@ -245,16 +245,16 @@ def test_operators_pass_opcheck() -> None:
     rows, h0, hidden = case.x.reshape(6, 4), case.state[0], torch.zeros(5)
     tape, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
     arguments = (False, rows, *case.weights[:2], torch.zeros(15), hidden, h0, None, *tape, y, None)
-    torch.library.opcheck(torch.ops.statefeed.layer_forward.default, (0, *arguments))
+    torch.library.opcheck(torch.ops.statefeed.layer_forward.default, ("gru", *arguments))
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,
-        (0, False, 0, False, 0, rows, *case.weights[:2], *tape, y, h0, None, case.e.reshape(6, 5), torch.zeros(2, 5),
+        ("gru", "stationary", 0, False, rows, *case.weights[:2], *tape, y, h0, None, case.e.reshape(6, 5), torch.zeros(2, 5),
          hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
          torch.zeros(4, 5), None),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.statefeed.sum_jacobians.default,
-        (0, *tape, y, h0, None, torch.zeros(3, 5), None, torch.zeros(5)),
+        ("gru", *tape, y, h0, None, torch.zeros(3, 5), None, torch.zeros(5)),
     )
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from statefeed.native.memory import empty
 
-_CELLS = {"gru": 0, "lstm": 1, "rnn_tanh": 2, "rnn_relu": 3}
-_RULES = {"gate": 1, "bptt": 1, "jacobian": 2}
+_RULES = {"gate": "direct", "bptt": "exact", "jacobian": "jacobian"}
 
 
 class Tape(NamedTuple):
@@ -72,7 +71,7 @@ def forward(
     if keep and gates > 1:
         tape = Tape(empty(len(rows), gates * H, rows), empty(len(rows), H, rows))
     torch.ops.statefeed.layer_forward(
-        _CELLS[cell],
+        cell,
         rounded,
         rows,
         w_ih.contiguous(),
@@ -127,19 +126,17 @@ def backward(
     rows, outputs = x.reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, H)
     h0, *c0 = (s.contiguous() for s in state)
     final_e = torch.cat([g.to(y.dtype) for g in grads[1:]], 1)
-    rule, D, exact = 0, None, False
     if isinstance(diagonal, Tensor):
-        D = diagonal.to(y.dtype).contiguous()
+        rule, D = "stationary" if diagonal.dim() == 1 else "per_row", diagonal.to(y.dtype).contiguous()
     else:
-        rule, exact = _RULES[diagonal], diagonal == "bptt"
-        D = _own_weights(w_hh) if diagonal == "jacobian" else None
+        rule, D = _RULES[diagonal], _own_weights(w_hh) if diagonal == "jacobian" else None
     carry = torch.empty_like(final_e)
     d_x = torch.empty_like(rows) if needs_x else None
     d_ih, d_hh = (rows.new_empty(w.shape) for w in (w_ih, w_hh))
     sums = rows.new_empty(4 if len(w_hh) > H else 1, H)
     residual = empty(len(rows), len(state) * H, rows) if corrections else None
     torch.ops.statefeed.layer_backward(
-        _CELLS[cell], rounded, rule, exact, corrections, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
+        cell, rule, corrections, rounded, rows, w_ih.contiguous(), w_hh.contiguous(), *tape,
         outputs, h0, c0[0] if c0 else None, grads[0].reshape(-1, H).contiguous(), final_e, D, batch_sizes,
         carry, d_x, d_ih, d_hh, sums, residual,
     )  # fmt: skip
@@ -167,7 +164,7 @@ def mean_jacobian(
     rows = y.reshape(-1, H)
     sums = rows.new_zeros(len(state) * H)
     torch.ops.statefeed.sum_jacobians(
-        _CELLS[cell], *tape, rows, h0, c0[0] if c0 else None, _own_weights(w_hh), batch_sizes, sums
+        cell, *tape, rows, h0, c0[0] if c0 else None, _own_weights(w_hh), batch_sizes, sums
     )
     return sums / len(rows)
 
