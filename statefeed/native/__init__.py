@@ -70,8 +70,6 @@ def _load_cpu() -> str:
 def _load_cuda() -> str:
     import triton
 
-    from statefeed.scan import triton as _  # noqa: F401
-
     return f"Triton {triton.__version__}"
 
 
