@@ -1,11 +1,12 @@
-// Products of odd sizes, through the tiles of this CPU or their model, against loops in double over the same bfloat16 values.
+// Products of odd sizes, through the tiles of this CPU or their model, against loops in double over the same bfloat16
+// values.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
 
-#include "../statefeed/backends/cpu/tiles.cc"
 #include "../statefeed/backends/cpu/bulk.h"
+#include "../statefeed/backends/cpu/tiles.cc"
 
 #if !defined(STATEFEED_AMX_MODEL)
 #include <sys/syscall.h>
@@ -48,8 +49,8 @@ packed_t* poisoned(int64_t count) {
 
 int failures = 0;
 
-void compare(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found, const std::vector<double>& sums,
-             const std::vector<double>& sizes) {
+void compare(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found,
+             const std::vector<double>& sums, const std::vector<double>& sizes) {
   for (size_t i = 0; i < sums.size(); ++i)
     if (!(std::abs(found[i] - sums[i]) <= 1e-6 * (1 + sizes[i]))) {
       std::printf("%s of %ld rows, depth %ld, %ld units: [%zu] is %.9g, not %.9g\n", what, static_cast<long>(rows),
@@ -122,9 +123,11 @@ void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
   run(left);
   run(right);
   run(RowProducts<P>{.left = left, .right = right, .out = transposed.data(), .out_stride = units, .add = false});
-  run(Transpose<float>{.units = units, .inputs = inputs, .stride = units, .from = transposed.data(), .out = out.data()});
-  check("product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
-        [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
+  run(Transpose<float>{
+      .units = units, .inputs = inputs, .stride = units, .from = transposed.data(), .out = out.data()});
+  check(
+      "product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
+      [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
 }
 
 // One tile as a step takes it: N gates of a vector of units.
@@ -133,7 +136,8 @@ void step(int64_t rows, int64_t depth) {
   constexpr int L = lanes<float>;
   const int64_t units = 2 * L - 3;
   const Matrix h = normal(rows, depth), w = normal(N * units, depth);
-  PackedWeights<P> weights{.w = w.data(), .gates = N, .units = units, .depth = depth, .vectors = 1, .by_columns = false};
+  PackedWeights<P> weights{
+      .w = w.data(), .gates = N, .units = units, .depth = depth, .vectors = 1, .by_columns = false};
   weights.to = poisoned<typename P::packed_t, Tag::hidden_weights>(weights.size());
   run(weights);
   poisoned<typename P::packed_t, Tag::packed_rows>((rows + 32) * (depth + 64));
@@ -144,14 +148,16 @@ void step(int64_t rows, int64_t depth) {
   for (int64_t p = 0; p < 2; ++p)
     for (int64_t first = 0, count; first < rows; first += count) {
       count = std::min<int64_t>(max_rows<P, N>, rows - first);
-      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel_size(), packed_depth<P>(depth), {sum, N * L});
+      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel_size(), packed_depth<P>(depth),
+                    {sum, N * L});
       for (int64_t i = 0; i < count; ++i)
         for (int g = 0; g < N; ++g)
           for (int64_t u = p * L; u < std::min<int64_t>(units, (p + 1) * L); ++u)
             out[(first + i) * N * units + g * units + u] = sum[(i * N + g) * L + u - p * L];
     }
-  check("step", rows, depth, N * units, out, [&](int64_t i, int64_t k) { return h[i * depth + k]; },
-        [&](int64_t k, int64_t j) { return w[j * depth + k]; });
+  check(
+      "step", rows, depth, N * units, out, [&](int64_t i, int64_t k) { return h[i * depth + k]; },
+      [&](int64_t k, int64_t j) { return w[j * depth + k]; });
 }
 
 }  // namespace
@@ -176,6 +182,7 @@ int main() {
       for (int64_t rows : {1, 2, 31, 33, 383, 385, 800})
         for (int64_t inputs : {1, 17, 33}) rows_by_rows<P>(units, rows, inputs);
   }
-  std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products), static_cast<long>(amx_held));
+  std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products),
+              static_cast<long>(amx_held));
   return failures != 0;
 }

@@ -13,8 +13,7 @@ from test_kernels_layer import CELLS, Case
 from tolerances import largest_error
 from torch import Tensor
 
-from statefeed import native as kernels
-from statefeed.backends.cpu import layer
+from statefeed import native
 from statefeed.native import build, head
 from statefeed.native.compile import VARIANTS, compile_library
 
@@ -141,9 +140,9 @@ import ctypes, sys, torch
 from pathlib import Path
 from statefeed.native import build
 build._prebuilt = lambda: Path(sys.argv[1])
-from test_kernels_amx import answers, kernels
+from test_kernels_amx import answers, native
 torch.save(answers(), sys.argv[2])
-assert kernels.described().startswith("the wheel's model")
+assert native.described().startswith("the wheel's model")
 loaded = ctypes.CDLL(sys.argv[1])
 print(*(ctypes.c_int64.in_dll(loaded, name).value for name in ("amx_products", "amx_held")))
 """
@@ -166,9 +165,9 @@ def answers() -> dict[str, Tensor]:
             ]:
                 case = Case(cell, 5, B, I, H, torch.float32)
                 fixed = torch.linspace(0, 0.9, H * case.states)
-                for rule, corrections in (("bptt", 0), (fixed, 0), ("gate", 1), ("jacobian", 2)):
+                for rule, corrections in (("exact", 0), (fixed, 0), ("direct", 1), ("jacobian", 2)):
                     name = rule if isinstance(rule, str) else "fixed"
-                    for key, value in case.run(rule, corrections, rounded=True).items():
+                    for key, value in case.run(rule, corrections, bf16=True).items():
                         found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
             found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
         for shape in SHAPES:
@@ -180,14 +179,8 @@ def answers() -> dict[str, Tensor]:
 
 def packed(cell: str) -> dict[str, Tensor]:
     """Sequences of many lengths, in several chunks."""
-    lengths = torch.tensor([60, 60, *range(45, 5, -1), 1, 1])
-    sizes = (lengths[None] > torch.arange(60)[:, None]).sum(1)
-    case = Case(cell, 60, len(lengths), 5, 35, torch.float32)
-    x, e = (torch.cat([v[t, :n] for t, n in enumerate(sizes)]) for v in (case.x, case.e))
-    y, final, tape = layer.forward(cell, x, case.state, case.weights, sizes, rounded=True)
-    grads = (e, *case.final_e)
-    d = layer.backward(cell, tape, x, y, case.state, case.weights, grads, "gate", 1, sizes, rounded=True)
-    return case.named(y, final, d.x, d.state, d.weights)
+    lengths = [60, 60, *range(45, 5, -1), 1, 1]
+    return Case(cell, 60, len(lengths), 5, 35, torch.float32).run_packed(lengths, "direct", 1, bf16=True)
 
 
 def objects(library: Path) -> set[str]:
@@ -198,7 +191,7 @@ def objects(library: Path) -> set[str]:
 
 @pytest.mark.slow
 @runs_the_model
-@pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 def test_layers_in_tiles_are_those_without(tmp_path: Path) -> None:
     """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
     library = tmp_path / "model.so"

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statefeed import native as kernels
+from statefeed import native
 from statefeed.native import head
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (48, 16, 32), (50, 17, 33), (385, 20, 600), (800, 65, 1031)]
 

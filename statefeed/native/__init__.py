@@ -30,7 +30,7 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def described(device: str = "cpu") -> str:
-    """Which kernels are loaded; on a CPU, for which instruction set they are compiled and on how many threads they run."""
+    """Which kernels are loaded; on a CPU, also their instruction set and the number of threads."""
     if device != "cpu":
         return _load(device).library
     import torch

@@ -84,9 +84,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
     with tempfile.TemporaryDirectory() as directory:
         objects = {source: str(Path(directory) / f"{source.stem}.o") for source in sources(".cc")}
         jobs = [
-            subprocess.Popen(
-                [*command, *include, "-c", str(source), "-o", made], stderr=subprocess.PIPE, text=True
-            )
+            subprocess.Popen([*command, *include, "-c", str(source), "-o", made], stderr=subprocess.PIPE, text=True)
             for source, made in objects.items()
         ]
         errors = [job.communicate()[1] for job in jobs]  # of all jobs, before any is judged

@@ -20,7 +20,8 @@ constexpr int L = lanes<float>;
 constexpr int64_t pair = 2 * L;
 constexpr int64_t block = 192;  // rows per pass over the weights, which come from outside the cache
 
-// Weights (classes, inputs) in strips of classes, each packed for products from the right: error W. A task: an item is a strip.
+// Weights (classes, inputs) in strips of classes, each packed for products from the right: error W. A task: an item is
+// a strip.
 template <ProductTraits P>
 struct Strips {
   const float* w;
@@ -65,7 +66,8 @@ inline float horizontal(Vector<float> v, auto of_two) {
   return all[0];
 }
 
-// Losses and all gradients but that of the weights, for which the errors are stored as panels. A task: an item is some rows.
+// Losses and all gradients but that of the weights, for which the errors are stored as panels. A task: an item is some
+// rows.
 template <ProductTraits P>
 struct LossRows {
   using packed_t = typename P::packed_t;
@@ -146,8 +148,8 @@ struct LossRows {
     return {.logit = most, .sum = horizontal(sum + other_sum, [](float a, float b) { return a + b; })};
   }
 
-  // The loss of a row. `target_value`, its target's logit, becomes the target's error; the sum of every strip becomes the
-  // factor that makes probabilities of its exponentials.
+  // The loss of a row. `target_value`, its target's logit, becomes the target's error; the sum of every strip becomes
+  // the factor that makes probabilities of its exponentials.
   float finish(StripMaximum* of, float& target_value) const {
     const int64_t count = strips.items();
     float most = of[0].logit, total = 0;
@@ -159,7 +161,8 @@ struct LossRows {
     return loss;
   }
 
-  void gradients(int64_t first, int64_t count, packed_t* e, const StripMaximum* maxima, const float* target_errors) const {
+  void gradients(int64_t first, int64_t count, packed_t* e, const StripMaximum* maxima,
+                 const float* target_errors) const {
     for (int64_t i = 0; i < strips.items(); ++i) {
       const int64_t unit = i * strips.width(), inside = strips.inside(i), width = panel_count(inside, pair) * pair;
       const int64_t a_stride = strips.width() / P::k_pack + L;  // rows a power of two apart share cache sets
@@ -185,7 +188,8 @@ struct LossRows {
       for (int64_t r = 0; r < end; r += P::k_pack)
         for (int64_t u = 0; u < width; u += pair) {
           const packed_t* above = a + r * a_stride + u / P::k_pack;
-          errors.store_rows((unit + u) / pair, first + r, r < count ? above : nullptr, r + 1 < count ? above + a_stride : nullptr);
+          errors.store_rows((unit + u) / pair, first + r, r < count ? above : nullptr,
+                            r + 1 < count ? above + a_stride : nullptr);
         }
     }
   }
@@ -242,8 +246,9 @@ void head_loss(const HeadLossArgs& s) {
                                                                 .add = row > 0});
     }
     if (s.grad_w && s.rows)
-      parallel_for(worker, Transpose<float>{
-                               .units = V, .inputs = H, .stride = transposed_stride, .from = transposed, .out = s.grad_w});
+      parallel_for(
+          worker,
+          Transpose<float>{.units = V, .inputs = H, .stride = transposed_stride, .from = transposed, .out = s.grad_w});
   });
   if (!s.grad_w) return;
   if (s.rows == 0) std::fill(s.grad_w, s.grad_w + V * H, 0.0f);

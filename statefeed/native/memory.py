@@ -1,6 +1,7 @@
-"""Memory for what the forward pass saves, reused from step to step: faulting in new pages costs as much as filling them.
+"""Memory for what the forward pass saves, reused from step to step.
 
-Only for tensors that never leave this package: unlike an ordinary tensor, one on such memory cannot be resized.
+Faulting in new pages costs as much as filling them. Only for tensors that never leave this package: unlike an ordinary
+tensor, one on such memory cannot be resized.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 //
 // Layouts, all in packed_t (L lanes, N = bulk_vectors vectors, M = max_rows<P, N> rows of a tile):
 //   PackedWeights   [panel of N * L units][k][N * L]                the right side of Product
-//   RowPanels       [panel of N * L units][row / k_pack][N * L]     the right side of RowProducts: its depth is the rows
-//   RowTiles        [tile of M units][row / (k_pack * tile_rows)][M][tile_rows]     the left side of RowProducts
+//   RowPanels       [panel of N * L units][row / k_pack][N * L]     the right side of RowProducts: its depth is the
+//   rows RowTiles        [tile of M units][row / (k_pack * tile_rows)][M][tile_rows]     the left side of RowProducts
 // Row strides are never a power of two where the code can choose them: such rows share cache sets.
 #pragma once
 
@@ -20,8 +20,8 @@ constexpr int bulk_depth = 384;  // rows of a chunk: its packed panels stay in t
 template <ProductTraits P>       // tiles of one item
 constexpr int bulk_group = max_rows<P, bulk_vectors> < 16 ? 4 : 2;
 
-// What the next tile writes: a tile's output is read when the tile begins. Rows may be none or negative, and then the address,
-// which may lie beyond the end, is not used.
+// What the next tile writes: a tile's output is read when the tile begins. Rows may be none or negative, and then the
+// address, which may lie beyond the end, is not used.
 template <ProductTraits P>
 inline void prefetch_tile(const typename P::value_t* out, int64_t rows, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i)
@@ -65,7 +65,8 @@ struct Product {
   int64_t stripes() const { return blocks() < 4 ? std::min<int64_t>(4, panel_count(units, N * L)) : 1; }
   int64_t items() const { return out ? blocks() * stripes() : 0; }
   void run(int64_t item) const {
-    const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block, last = std::min(first + block, rows);
+    const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block,
+                  last = std::min(first + block, rows);
     const Range panels = range_of(panel_count(units, N * L), item % stripes(), stripes());
     int64_t stride = a_stride;
     const typename P::packed_t* from;
@@ -78,15 +79,16 @@ struct Product {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
         prefetch_tile<P>(out + (row + M) * out_stride + unit, std::min<int64_t>(M, last - row - M), out_stride);
         store_tile<P>(count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
-                    out + row * out_stride + unit, out_stride, [&](const TileOutput<T>& to) {
-                      tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel, packed_depth<P>(depth), to);
-                    });
+                      out + row * out_stride + unit, out_stride, [&](const TileOutput<T>& to) {
+                        tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel,
+                                      packed_depth<P>(depth), to);
+                      });
       }
   }
 };
 
-// Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts. With k_pack 1 the rows are used where
-// they lie, nothing is packed, and vectors may reach beyond the last unit.
+// Rows (rows, units) as panels whose depth is the rows: the right side of RowProducts. With k_pack 1 the rows are used
+// where they lie, nothing is packed, and vectors may reach beyond the last unit.
 template <ProductTraits P>
 struct RowPanels {
   using T = typename P::value_t;
@@ -205,10 +207,11 @@ struct RowProducts {
         const int64_t first = i * M, inside = std::min<int64_t>(M, left.units - first);
         T* to = out + first * out_stride + unit;
         prefetch_tile<P>(to + M * out_stride, std::min<int64_t>(M, left.units - first - M), out_stride);
-        store_tile<P>(inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride, [&](const TileOutput<T>& place) {
-          transposed_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(), right.stride(),
-                               packed_depth<P>(depth), place);
-        });
+        store_tile<P>(inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride,
+                      [&](const TileOutput<T>& place) {
+                        transposed_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(),
+                                                 right.stride(), packed_depth<P>(depth), place);
+                      });
       }
     }
   }

@@ -1,4 +1,5 @@
-// What every cell sees: the arguments of the loops over time, one row of them at one vector of units, and the cell's sizes.
+// What every cell sees: the arguments of the loops over time, one row of them at one vector of units, and the cell's
+// sizes.
 #pragma once
 
 #include <cstdint>
@@ -17,16 +18,16 @@ enum class Rule {
   exact,       // the whole Jacobian: the direct part, and a product with W_hh at every step
 };
 
-// Rows of consecutive steps, one after the other: `batch_sizes[t]` of them at step t (null: `batch` at every step). May be
-// any part of a longer sequence.
+// Rows of consecutive steps, one after the other: `batch_sizes[t]` of them at step t (null: `batch` at every step). May
+// be any part of a longer sequence.
 struct StepRange {
   int64_t steps, batch, hidden, rows;
   const int64_t* batch_sizes;
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
-// `aux` is what a cell saves beside its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN, which
-// saves nothing (its `gates` are y).
+// `aux` is what a cell saves beside its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN,
+// which saves nothing (its `gates` are y).
 template <class T>
 struct ForwardArgs {
   StepRange range;
@@ -46,11 +47,11 @@ struct ReverseArgs {
   const T *gates, *aux, *y;
   const T *first_h, *first_c;  // the state before the first step
   const T* grad_y;
-  const T* diagonal;         // stationary, per_row: D
-  int64_t diagonal_stride;   // between rows of D: 0 if stationary
-  const T* w_hh_diag;        // jacobian: the diagonals of W_hh, (gates, hidden)
-  const T* residual;         // (rows, states * hidden): what the pass before adds to the gradient of the state before; or null
-  T* next_residual;          // the element-wise part of the same for the next pass, or null; may be `residual`
+  const T* diagonal;        // stationary, per_row: D
+  int64_t diagonal_stride;  // between rows of D: 0 if stationary
+  const T* w_hh_diag;       // jacobian: the diagonals of W_hh, (gates, hidden)
+  const T* residual;  // (rows, states * hidden): what the pass before adds to the gradient of the state before; or null
+  T* next_residual;   // the element-wise part of the same for the next pass, or null; may be `residual`
   const T* packed_w_hh;      // exact: panels
   T* carry;                  // (batch, states * hidden): in: gradient of the final state; out: of the initial one
   int64_t gate_grad_stride;  // between rows of gate_grads and of separate_grads

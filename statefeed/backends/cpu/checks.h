@@ -71,7 +71,8 @@ inline Rule find_rule(std::string_view name) {
   if (name == "direct") return Rule::direct;
   if (name == "jacobian") return Rule::jacobian;
   if (name == "exact") return Rule::exact;
-  STD_TORCH_CHECK(false, "no kernel for the rule '", name, "': expected one of stationary, per_row, direct, jacobian, exact");
+  STD_TORCH_CHECK(false, "no kernel for the rule '", name,
+                  "': expected one of stationary, per_row, direct, jacobian, exact");
 }
 
 // The arguments of one call. Every tensor must be contiguous, on the CPU, and of one dtype unless another is given.
@@ -85,7 +86,7 @@ class Checks {
     to << (dims == 1 ? ",)" : ")");
   }
   [[noreturn]] __attribute__((noinline, cold)) void refuse(const char* name, const Tensor& got, ScalarType wanted,
-                                                            Shape shape) const {
+                                                           Shape shape) const {
     std::ostringstream words;
     words << op << ": " << name << " must be a contiguous " << name_of(wanted) << " CPU tensor of shape ";
     append_shape(words, static_cast<int64_t>(shape.size()), [&](int64_t i) { return shape.begin()[i]; });
@@ -122,8 +123,8 @@ class Checks {
   }
   // None, or not, as `wanted` says.
   void optional(const char* name, const OptionalTensor& got, bool wanted, const char* when, Shape shape) const {
-    STD_TORCH_CHECK(got.has_value() == wanted, op, ": ", name, wanted ? " must be given " : " must be None except ", when,
-                    wanted ? ", got None" : ", got a tensor");
+    STD_TORCH_CHECK(got.has_value() == wanted, op, ": ", name, wanted ? " must be given " : " must be None except ",
+                    when, wanted ? ", got None" : ", got a tensor");
     optional(name, got, shape);
   }
   template <class... Words>

@@ -1,4 +1,5 @@
-// One layer in one direction, in chunks of time that stay in cache: products over all rows of a chunk, beside its steps.
+// One layer in one direction, in chunks of time that stay in cache: products over all rows of a chunk, beside its
+// steps.
 //   grad_x = grad_input W_ih,   grad_W_ih^T += x^T grad_input,   grad_W_hh^T += h'^T grad_hidden   per chunk
 #include "layer.h"
 
@@ -50,8 +51,8 @@ StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
 
-// The states before the steps of a chunk, row by row beside its gradients. They lie in y, one step earlier, except before
-// the first step, and except where sequences end: there a step has fewer rows than the one before.
+// The states before the steps of a chunk, row by row beside its gradients. They lie in y, one step earlier, except
+// before the first step, and except where sequences end: there a step has fewer rows than the one before.
 template <class T>
 struct StatesBefore {
   const StepRange& range;
@@ -86,8 +87,12 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
   const int64_t H = layer.range.hidden, I = layer.inputs, G = cell.gates * H;
   const auto packed_w_ih = with_memory<P, Tag::input_weights>(
       {.w = layer.w_ih, .gates = 1, .units = G, .depth = I, .vectors = bulk_vectors, .by_columns = false});
-  const auto packed_w_hh = with_memory<P, Tag::hidden_weights>(
-      {.w = layer.w_hh, .gates = cell.gates, .units = H, .depth = H, .vectors = cell.unit_vectors, .by_columns = false});
+  const auto packed_w_hh = with_memory<P, Tag::hidden_weights>({.w = layer.w_hh,
+                                                                .gates = cell.gates,
+                                                                .units = H,
+                                                                .depth = H,
+                                                                .vectors = cell.unit_vectors,
+                                                                .by_columns = false});
   const auto forward = layer.bf16 ? cell.loops(T{}).forward_bf16 : cell.loops(T{}).forward;
   const std::vector<Chunk> chunks = chunks_of(layer.range);
   T* unsaved_gates = s.gates ? nullptr : workspace<T, Tag::gates>(most_rows(chunks) * G);
@@ -152,7 +157,7 @@ class Backward {
       RowPanels<P>{.rows = most, .units = separate, .row_stride = stride, .from = nullptr}.size());
   T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);        // transposed: (I, G)
   T* grad_w_hh = workspace<T, Tag::state_weight_grads>(H * G);  // transposed: (H, G)
-  const int64_t sums_width = cell.sums * H;
+  const int64_t sums_width = cell.sums() * H;
   std::vector<T> sums = std::vector<T>(static_cast<size_t>(thread_count() * sums_width));
 
   template <ProductTraits Q, Tag tag>
@@ -212,7 +217,8 @@ class Backward {
     auto panels = [&](int64_t units, const T* from, packed_t* to) {
       return RowPanels<P>{.rows = rows, .units = units, .row_stride = stride, .from = from, .to = to};
     };
-    const RowPanels<P> all_grads = panels(G, gate_grads, gate_panels), shared_grads = panels(shared, gate_grads, gate_panels);
+    const RowPanels<P> all_grads = panels(G, gate_grads, gate_panels),
+                       shared_grads = panels(shared, gate_grads, gate_panels);
     const RowPanels<P> separate_rows = panels(separate, separate_grads, separate_panels);
     auto product = [&](const RowTiles<P>& left, const RowPanels<P>& right, T* out) {
       return RowProducts<P>{.left = left, .right = right, .out = out, .out_stride = G, .add = add};
@@ -248,8 +254,7 @@ class Backward {
       }
     }
     if (!chunks.empty())
-      parallel_for(worker,
-                   Transpose<T>{.units = G, .inputs = I, .stride = G, .from = grad_w_ih, .out = s.grad_w_ih},
+      parallel_for(worker, Transpose<T>{.units = G, .inputs = I, .stride = G, .from = grad_w_ih, .out = s.grad_w_ih},
                    Transpose<T>{.units = G, .inputs = H, .stride = G, .from = grad_w_hh, .out = s.grad_w_hh});
   }
 
@@ -264,7 +269,8 @@ class Backward {
     run_team<P>(range.rows * G * ((s.grad_x ? 2 : 1) * I + H), [&](Worker& worker) { walk(worker); });
     for (int64_t k = 0; k < sums_width; ++k) {
       s.sums[k] = 0;
-      for (size_t at = static_cast<size_t>(k); at < sums.size(); at += static_cast<size_t>(sums_width)) s.sums[k] += sums[at];
+      for (size_t at = static_cast<size_t>(k); at < sums.size(); at += static_cast<size_t>(sums_width))
+        s.sums[k] += sums[at];
     }
   }
 };

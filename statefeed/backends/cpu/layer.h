@@ -28,11 +28,11 @@ struct LayerBackwardArgs {
   Rule rule;
   int64_t corrections;
   const T *gates, *aux, *y, *h0, *c0, *grad_y, *grad_final, *diagonal, *w_hh_diag;
-  T* carry;         // out: gradient of the initial state (batch, states * hidden)
-  T* grad_x;        // out; null: not wanted
+  T* carry;   // out: gradient of the initial state (batch, states * hidden)
+  T* grad_x;  // out; null: not wanted
   T *grad_w_ih, *grad_w_hh;
-  T* sums;          // out: bias gradients (cell.sums, hidden)
-  T* residual;      // (rows, states * hidden); null without corrections
+  T* sums;      // out: bias gradients (cell.sums(), hidden)
+  T* residual;  // (rows, states * hidden); null without corrections
 };
 
 template <class T>

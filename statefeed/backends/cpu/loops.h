@@ -10,8 +10,8 @@
 
 namespace statefeed {
 
-// How the work of a step is divided among `count` threads. By rows, no thread waits for another between steps; by units,
-// every thread has its part of W_hh in its own cache, but all meet after every step.
+// How the work of a step is divided among `count` threads. By rows, no thread waits for another between steps; by
+// units, every thread has its part of W_hh in its own cache, but all meet after every step.
 struct Partition {
   int64_t count;
   bool by_rows;
@@ -54,7 +54,8 @@ template <ProductTraits P, class Cell>
       // Tiles of even size: one of few rows would waste arithmetic.
       const Range part = range_of(rows.end - rows.begin, tile, tiles);
       const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth, {.out = sum, .stride = N * L});
+      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth,
+                    {.out = sum, .stride = N * L});
       for (int64_t b = first; b < first + count; ++b)
         for (int u = 0; u < U; ++u) {
           const int64_t unit = (p * U + u) * L, row = offset + b;
@@ -106,8 +107,8 @@ void forward(Worker& worker, const ForwardArgs<typename P::value_t>& s) {
 }
 
 template <class T, class Cell, class Visit>
-[[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors, T* sums,
-                                  Visit visit) {
+[[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors,
+                                  T* sums, Visit visit) {
   constexpr int L = lanes<T>;
   constexpr int64_t S = Cell::states;
   const int64_t H = s.range.hidden;
@@ -135,10 +136,10 @@ template <class T, class Cell, class Visit>
                      .hidden = H,
                      .unit = 0,
                      .count = L};
-    // Time runs backward, which no hardware prefetcher follows, so each row asks for a row that comes `ahead` rows later
-    // in the order of the loop. Within the step that is row b + ahead. Past its end it is a row of the step before, which
-    // lies before this one in memory: b + ahead = q * size + r is row r of the step q steps earlier, and so
-    // r - q * size rows from the first row of this step, or r - q * size - b from this row. At the beginning of the
+    // Time runs backward, which no hardware prefetcher follows, so each row asks for a row that comes `ahead` rows
+    // later in the order of the loop. Within the step that is row b + ahead. Past its end it is a row of the step
+    // before, which lies before this one in memory: b + ahead = q * size + r is row r of the step q steps earlier, and
+    // so r - q * size rows from the first row of this step, or r - q * size - b from this row. At the beginning of the
     // sequence the address may lie before the array, where a prefetch does no harm.
     constexpr int64_t ahead = 4;
     const int64_t later = b + ahead, size = s.range.size(t);
@@ -189,7 +190,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
     for (int64_t t = range.steps - 1; t >= 0; --t) step(t, offset -= range.size(t));
   };
   auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
-    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * Cell::sums * H,
+    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * (2 * Cell::gates - Cell::shared_gates) * H,
                          [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
   const bool exact = s.rule == Rule::exact;
@@ -253,7 +254,6 @@ constexpr CellEntry cell_entry(std::string_view name) {
           .gates = C::gates,
           .states = C::states,
           .shared_gates = C::shared_gates,
-          .sums = C::sums,
           .has_aux = C::has_aux,
           .unit_vectors = C::unit_vectors,
           .float_loops = cell_loops<Cell<float>, float>(),

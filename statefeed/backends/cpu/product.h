@@ -26,18 +26,19 @@ struct TileOutput {
   int64_t start_stride = 0;
 };
 
-// out (rows, N vectors) = start + a (rows, depth) @ panel (depth, N vectors), depth in packed_t. Rows up to the next multiple
-// of P::tile_rows are read and written.
+// out (rows, N vectors) = start + a (rows, depth) @ panel (depth, N vectors), depth in packed_t. Rows up to the next
+// multiple of P::tile_rows are read and written.
 template <ProductTraits P, int N>
-void tile_of(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel, int64_t depth,
-             const TileOutput<typename P::value_t>& to);
-// The same for a weight gradient, whose depth runs over rows: a is (depth / tile_rows, max_rows, tile_rows), and `stride` lies
-// between the panel's rows.
+void tile_of(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel,
+             int64_t depth, const TileOutput<typename P::value_t>& to);
+// The same for a weight gradient, whose depth runs over rows: a is (depth / tile_rows, max_rows, tile_rows), and
+// `stride` lies between the panel's rows.
 template <ProductTraits P, int N>
 void transposed_tile_of(int64_t rows, const typename P::packed_t* a, const typename P::packed_t* panel, int64_t stride,
                         int64_t depth, const TileOutput<typename P::value_t>& to);
 
-// One vector of a row; with k_pack 2, packed with the same of the next row. `rows` rows are left, `inside` lanes are inside.
+// One vector of a row; with k_pack 2, packed with the same of the next row. `rows` rows are left, `inside` lanes are
+// inside.
 template <ProductTraits P, class T = typename P::value_t>
 inline Vector<typename P::packed_t> pack_row_vector(const T* row, int64_t stride, int64_t rows, int inside) {
   if (P::tile_rows > 1 && rows <= 0) return Vector<typename P::packed_t>{};
@@ -46,10 +47,11 @@ inline Vector<typename P::packed_t> pack_row_vector(const T* row, int64_t stride
 
 // Weights as panels, in the order in which `tile_of` reads them:
 //
-//   to[panel][k / k_pack][gate][unit of the panel]      a panel is `vectors` vectors wide, its depth packed_depth(depth)
+//   to[panel][k / k_pack][gate][unit of the panel]      a panel is `vectors` vectors wide, its depth
+//   packed_depth(depth)
 //
-// so that one tile has all gates of the same units side by side. Units beyond the last, and the depth beyond the last, are
-// zeros. A task: an item is a panel.
+// so that one tile has all gates of the same units side by side. Units beyond the last, and the depth beyond the last,
+// are zeros. A task: an item is a panel.
 template <ProductTraits P>
 struct PackedWeights {
   using T = typename P::value_t;

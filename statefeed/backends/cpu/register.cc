@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "checks.h"
 #include "head.h"
@@ -42,8 +44,8 @@ StepRange checked_range(const Checks& checks, int64_t rows, const Tensor& h0, co
   checks.tensor("h0", h0, {range.batch, range.hidden});
   if (!batch_sizes) {
     range.steps = range.batch ? rows / range.batch : 0;
-    checks.that(range.steps * range.batch == rows, "expected rows that are a multiple of the batch of h0, ", range.batch,
-                ", got ", rows);
+    checks.that(range.steps * range.batch == rows, "expected rows that are a multiple of the batch of h0, ",
+                range.batch, ", got ", rows);
     return range;
   }
   checks.dims("batch_sizes", *batch_sizes, 1);
@@ -53,8 +55,8 @@ StepRange checked_range(const Checks& checks, int64_t rows, const Tensor& h0, co
   int64_t total = 0, before = range.batch;
   for (int64_t t = 0; t < range.steps; ++t) {
     const int64_t size = range.batch_sizes[t];
-    checks.that(size > 0 && size <= before, "batch_sizes must be positive and never grow, from the batch of h0, ", range.batch,
-                ", got ", size, " after ", before);
+    checks.that(size > 0 && size <= before, "batch_sizes must be positive and never grow, from the batch of h0, ",
+                range.batch, ", got ", size, " after ", before);
     total += before = size;
   }
   checks.that(range.steps == 0 || range.batch_sizes[0] == range.batch, "batch_sizes must begin with the batch of h0, ",
@@ -75,20 +77,30 @@ LayerArgs<T> layer_args(const CellEntry& cell, const StepRange& range, bool bf16
           .w_hh = data<T>(w_hh)};
 }
 
+// Gates, shared gates, states, and values saved per row and unit; nothing for a cell that has no kernel.
+std::vector<int64_t> cell_sizes(StringHandle cell_name) {
+  const Name name(cell_name);
+  for (const CellEntry* cell : cell_table)
+    if (cell->name == name.view())
+      return {cell->gates, cell->shared_gates, cell->states, cell->has_aux ? cell->gates + 1 : 0};
+  return {};
+}
+
 // Shapes that follow from the cell and the input; rows and inputs as x has them.
 struct Shapes {
   int64_t N, I, B, H, G, S;
 };
 
-Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x, const Tensor& w_ih,
-                     const Tensor& w_hh) {
+Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
+                     const Tensor& w_ih, const Tensor& w_hh) {
   const Shapes shape{.N = range.rows,
                      .I = x.size(1),
                      .B = range.batch,
                      .H = range.hidden,
                      .G = cell.gates * range.hidden,
                      .S = cell.states * range.hidden};
-  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ", shape.H);
+  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ",
+              shape.H);
   checks.tensor("x", x, {shape.N, shape.I});
   checks.tensor("w_ih", w_ih, {shape.G, shape.I});
   checks.tensor("w_hh", w_hh, {shape.G, shape.H});
@@ -98,15 +110,16 @@ Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRang
 // What the forward pass saves, as far as the cell saves it.
 void check_saved(const Checks& checks, const CellEntry& cell, int64_t rows, int64_t hidden, const OptionalTensor& gates,
                  const OptionalTensor& aux, bool wanted) {
-  checks.optional("gates", gates, wanted && cell.gates > 1, "for a cell with several gates", {rows, cell.gates * hidden});
+  checks.optional("gates", gates, wanted && cell.gates > 1, "for a cell with several gates",
+                  {rows, cell.gates * hidden});
   checks.optional("aux", aux, wanted && cell.has_aux, "for a cell that saves more than its gates", {rows, hidden});
 }
 
 constexpr const char* two_states = "for a cell with two states";
 
 void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-             const OptionalTensor& bias, const OptionalTensor& hidden_bias, const Tensor& h0, const OptionalTensor& batch_sizes,
-             OptionalTensor gates, OptionalTensor aux, Tensor y, OptionalTensor c) {
+             const OptionalTensor& bias, const OptionalTensor& hidden_bias, const Tensor& h0,
+             const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, OptionalTensor c) {
   const CellEntry& cell = find_cell(Name(cell_name).view());
   const Checks checks("layer_forward", y);
   checks.dims("x", x, 2);
@@ -114,7 +127,8 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
   const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
   checks.optional("bias", bias, {G});
   checks.optional("hidden_bias", hidden_bias, {G - cell.shared_gates * H});
-  checks.that(!hidden_bias || cell.shared_gates < cell.gates, "hidden_bias must be None for a cell without separate gates");
+  checks.that(!hidden_bias || cell.shared_gates < cell.gates,
+              "hidden_bias must be None for a cell without separate gates");
   check_saved(checks, cell, N, H, gates, aux, gates || aux);
   checks.tensor("y", y, {N, H});
   checks.optional("c", c, cell.states > 1, two_states, {B, H});
@@ -132,10 +146,10 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
 }
 
 void backward(StringHandle cell_name, StringHandle rule_name, int64_t corrections, bool bf16, const Tensor& x,
-              const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& gates, const OptionalTensor& aux, const Tensor& y,
-              const Tensor& h0, const OptionalTensor& c0, const Tensor& grad_y, const Tensor& grad_final,
-              const OptionalTensor& diagonal, const OptionalTensor& batch_sizes, Tensor carry, OptionalTensor grad_x,
-              Tensor grad_w_ih, Tensor grad_w_hh, Tensor sums, OptionalTensor residual) {
+              const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& gates, const OptionalTensor& aux,
+              const Tensor& y, const Tensor& h0, const OptionalTensor& c0, const Tensor& grad_y,
+              const Tensor& grad_final, const OptionalTensor& diagonal, const OptionalTensor& batch_sizes, Tensor carry,
+              OptionalTensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, Tensor sums, OptionalTensor residual) {
   const Name of_cell(cell_name), of_rule(rule_name);
   const CellEntry& cell = find_cell(of_cell.view());
   const Rule rule = find_rule(of_rule.view());
@@ -162,7 +176,7 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   checks.optional("grad_x", grad_x, {N, I});
   checks.tensor("grad_w_ih", grad_w_ih, {G, I});
   checks.tensor("grad_w_hh", grad_w_hh, {G, H});
-  checks.tensor("sums", sums, {cell.sums, H});
+  checks.tensor("sums", sums, {cell.sums(), H});
   checks.optional("residual", residual, corrections > 0, "with corrections", {N, S});
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
@@ -188,8 +202,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
 }
 
 void sum_jacobians(StringHandle cell_name, const OptionalTensor& gates, const OptionalTensor& aux, const Tensor& y,
-                   const Tensor& h0, const OptionalTensor& c0, const Tensor& w_hh_diag, const OptionalTensor& batch_sizes,
-                   Tensor sums) {
+                   const Tensor& h0, const OptionalTensor& c0, const Tensor& w_hh_diag,
+                   const OptionalTensor& batch_sizes, Tensor sums) {
   const Name of_cell(cell_name);
   const CellEntry& cell = find_cell(of_cell.view());
   const Checks checks("sum_jacobians", y);
@@ -235,28 +249,31 @@ void head_loss(bool bf16, const Tensor& x, const Tensor& w, const Tensor& bias, 
       throw std::out_of_range("head_loss: targets must be ids of the " + std::to_string(V) + " classes, got " +
                               std::to_string(target[i]));
   run_head_loss({.rows = N,
-             .inputs = H,
-             .classes = V,
-             .bf16 = bf16,
-             .x = data<float>(x),
-             .w = data<float>(w),
-             .bias = data<float>(bias),
-             .targets = target,
-             .losses = data<float>(losses),
-             .grad_x = data<float>(grad_x),
-             .grad_w = data<float>(grad_w),
-             .grad_bias = data<float>(grad_bias)});
+                 .inputs = H,
+                 .classes = V,
+                 .bf16 = bf16,
+                 .x = data<float>(x),
+                 .w = data<float>(w),
+                 .bias = data<float>(bias),
+                 .targets = target,
+                 .losses = data<float>(losses),
+                 .grad_x = data<float>(grad_x),
+                 .grad_w = data<float>(grad_w),
+                 .grad_bias = data<float>(grad_bias)});
 }
 
 }  // namespace
 }  // namespace statefeed
 
 STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
+  m.def("cell_sizes(str cell) -> int[]");
   m.def(
-      "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, Tensor h0, "
+      "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, "
+      "Tensor h0, "
       "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!)? c) -> ()");
   m.def(
-      "layer_backward(str cell, str rule, int corrections, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? gates, "
+      "layer_backward(str cell, str rule, int corrections, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? "
+      "gates, "
       "Tensor? aux, Tensor y, Tensor h0, Tensor? c0, Tensor grad_y, Tensor grad_final, Tensor? diagonal, "
       "Tensor? batch_sizes, Tensor(a!) carry, Tensor(b!)? grad_x, Tensor(c!) grad_w_ih, Tensor(d!) grad_w_hh, "
       "Tensor(e!) sums, Tensor(f!)? residual) -> ()");
@@ -266,6 +283,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
   m.def(
       "head_loss(bool bf16, Tensor x, Tensor w, Tensor bias, Tensor targets, Tensor(a!) losses, Tensor(b!)? grad_x, "
       "Tensor(c!)? grad_w, Tensor(d!)? grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(statefeed, CompositeExplicitAutograd, m) {
+  m.impl("cell_sizes", TORCH_BOX(&statefeed::cell_sizes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(statefeed, CPU, m) {

@@ -60,15 +60,17 @@ inline Range range_of(int64_t total, int64_t rank, int64_t ranks) {
 }
 
 inline int64_t nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
-// What the workers of a team share. A worker never waits for another worker, only for items that another has claimed: where
-// the machine is busy and a thread comes late, or never, the others run its items.
+// What the workers of a team share. A worker never waits for another worker, only for items that another has claimed:
+// where the machine is busy and a thread comes late, or never, the others run its items.
 class ThreadTeam {
   friend class Worker;
   struct alignas(64) Claimed {
-    std::atomic<uint64_t> items{0};  // of one worker's range: the loop's number in the upper half, the count in the lower
+    std::atomic<uint64_t> items{
+        0};  // of one worker's range: the loop's number in the upper half, the count in the lower
   };
   std::vector<Claimed> claimed;
   alignas(64) std::atomic<uint32_t> done{0};  // items of all loops
@@ -117,8 +119,8 @@ class Worker {
 
   // Spins, then sleeps: a core that spins may be the one that the others' threads wait for.
   void wait() {
-    // 1,000 pauses: 15 to 40 microseconds, by the processor. Estimate: longer than a barrier between threads that run, shorter
-    // than a time slice of the scheduler.
+    // 1,000 pauses: 15 to 40 microseconds, by the processor. Estimate: longer than a barrier between threads that run,
+    // shorter than a time slice of the scheduler.
     constexpr int spins = 1000;
     uint32_t done = team.done.load(std::memory_order_acquire);
     for (int i = 0; i < spins && incomplete(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
@@ -164,11 +166,11 @@ void parallel_for(Worker& worker, const Task&... tasks) {
   });
 }
 
-// Where other processes use the cores, a team waits for its workers longer than it gains by them. Then one thread runs all
-// items for a while; how the work is divided, and so every rounding, stays the same.
+// Where other processes use the cores, a team waits for its workers longer than it gains by them. Then one thread runs
+// all items for a while; how the work is divided, and so every rounding, stays the same.
 class OversubscriptionGuard {
-  // In units of a call's own time. Estimates: 8 calls cost less than a percent where the machine is free again, 512 calls
-  // of a busy machine try the team again a few times a second.
+  // In units of a call's own time. Estimates: 8 calls cost less than a percent where the machine is free again, 512
+  // calls of a busy machine try the team again a few times a second.
   static constexpr int64_t first_backoff = 8, most_backoff = 512;
   std::atomic<int64_t> until{0}, backoff{2 * first_backoff};
 
@@ -185,8 +187,8 @@ class OversubscriptionGuard {
 
 inline OversubscriptionGuard oversubscription_guard;
 
-// Calls body(worker) on as many threads as `work`, in multiply-adds, is worth; each holds what products of traits P need.
-// Throws what the first failure threw, on any thread.
+// Calls body(worker) on as many threads as `work`, in multiply-adds, is worth; each holds what products of traits P
+// need. Throws what the first failure threw, on any thread.
 template <class P, class Body>
 void run_team(int64_t work, Body body) {
   // About 30 microseconds of one core at 70 GFLOP/s of multiply-adds; waking a thread of the pool takes about 5.

@@ -17,8 +17,8 @@ struct Strides {
 
 // Few rows have too few sums to hide the latency of a multiply-add, so the depth is then split over several.
 template <ProductTraits P, int M, int N, bool Transposed>
-__attribute__((noinline)) void tile(const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel, int64_t depth,
-                                    const TileOutput<typename P::value_t>& to) {
+__attribute__((noinline)) void tile(const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel,
+                                    int64_t depth, const TileOutput<typename P::value_t>& to) {
   using T = typename P::value_t;
   constexpr int L = lanes<T>, split = M * N >= 8 ? 1 : (M * N >= 4 ? 2 : 4);
   constexpr int ahead = 4096 / (N * vector_bytes);  // rows of the panel in 4 KB; past its end a prefetch does no harm
@@ -64,8 +64,8 @@ __attribute__((noinline)) void tile(const typename P::packed_t* a, int64_t strid
 
 template <ProductTraits P, int N, bool Transposed, int M>
   requires(P::tile_rows == 1)
-inline void smallest_tile(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel, int64_t depth,
-                    const TileOutput<typename P::value_t>& to) {
+inline void smallest_tile(int64_t rows, const typename P::packed_t* a, int64_t stride,
+                          const typename P::packed_t* panel, int64_t depth, const TileOutput<typename P::value_t>& to) {
   if constexpr (M > 1) {
     if (rows < M) return smallest_tile<P, N, Transposed, M - 1>(rows, a, stride, panel, depth, to);
   }
@@ -73,15 +73,16 @@ inline void smallest_tile(int64_t rows, const typename P::packed_t* a, int64_t s
 }
 
 #if defined(__AMX_BF16__)
-// The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels. In a translation unit of
-// their own, because GCC does not know what a tile's load reads, and would move the stores of a caller past it.
+// The tiles' numbers are part of the instructions: 0 to 3 are sums, 4 and 5 rows, 6 and 7 panels. In a translation unit
+// of their own, because GCC does not know what a tile's load reads, and would move the stores of a caller past it.
 template <int M, int N, bool Transposed>
 __attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t depth,
                                     const TileOutput<float>& to) {
   static_assert(M * N <= 4 && N >= 2);
   constexpr int side = Amx::tile_rows, bytes = sizeof(float);
   const Strides<Amx, N, Transposed> strides{stride};
-  const int64_t row = Transposed ? side : stride, below = side * row, next = side * strides.depth(), line = bytes * strides.panel();
+  const int64_t row = Transposed ? side : stride, below = side * row, next = side * strides.depth(),
+                line = bytes * strides.panel();
   const int64_t out_line = bytes * to.stride, start_line = bytes * to.start_stride;
   constexpr bool below_first = M == 2;  // where sums 2 and 3 lie: below 0 and 1, or after them
   float* out_third = to.out + (below_first ? side * to.stride : 2 * side);
@@ -125,29 +126,34 @@ __attribute__((noinline)) void tile(const uint32_t* a, int64_t stride, const uin
 
 template <ProductTraits P, int N, bool Transposed, int M>
   requires(P::tile_rows > 1)
-inline void smallest_tile(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel, int64_t depth,
-                          const TileOutput<typename P::value_t>& to) {
-  rows > P::tile_rows ? tile<M / P::tile_rows, N, Transposed>(a, stride, panel, depth, to) : tile<1, N, Transposed>(a, stride, panel, depth, to);
+inline void smallest_tile(int64_t rows, const typename P::packed_t* a, int64_t stride,
+                          const typename P::packed_t* panel, int64_t depth, const TileOutput<typename P::value_t>& to) {
+  rows > P::tile_rows ? tile<M / P::tile_rows, N, Transposed>(a, stride, panel, depth, to)
+                      : tile<1, N, Transposed>(a, stride, panel, depth, to);
 }
 #endif
 
 }  // namespace
 
 template <ProductTraits P, int N>
-void tile_of(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel, int64_t depth,
-             const TileOutput<typename P::value_t>& to) {
+void tile_of(int64_t rows, const typename P::packed_t* a, int64_t stride, const typename P::packed_t* panel,
+             int64_t depth, const TileOutput<typename P::value_t>& to) {
   smallest_tile<P, N, false, max_rows<P, N>>(rows, a, stride, panel, depth, to);
 }
 template <ProductTraits P, int N>
-void transposed_tile_of(int64_t rows, const typename P::packed_t* a, const typename P::packed_t* panel, int64_t stride, int64_t depth,
-                    const TileOutput<typename P::value_t>& to) {
+void transposed_tile_of(int64_t rows, const typename P::packed_t* a, const typename P::packed_t* panel, int64_t stride,
+                        int64_t depth, const TileOutput<typename P::value_t>& to) {
   smallest_tile<P, N, true, max_rows<P, N>>(rows, a, stride, panel, depth, to);
 }
 
-#define STATEFEED_TILE(P, N) template void tile_of<P, N>(int64_t, const P::packed_t*, int64_t, const P::packed_t*, int64_t, const TileOutput<P::value_t>&);
-#define STATEFEED_TILES(P)                               \
-  STATEFEED_TILE(P, 2) STATEFEED_TILE(P, 3) STATEFEED_TILE(P, 4) \
-  template void transposed_tile_of<P, 2>(int64_t, const P::packed_t*, const P::packed_t*, int64_t, int64_t, const TileOutput<P::value_t>&);
+#define STATEFEED_TILE(P, N)                                                                     \
+  template void tile_of<P, N>(int64_t, const P::packed_t*, int64_t, const P::packed_t*, int64_t, \
+                              const TileOutput<P::value_t>&);
+#define STATEFEED_TILES(P)                                                                                     \
+  STATEFEED_TILE(P, 2)                                                                                         \
+  STATEFEED_TILE(P, 3)                                                                                         \
+  STATEFEED_TILE(P, 4) template void transposed_tile_of<P, 2>(int64_t, const P::packed_t*, const P::packed_t*, \
+                                                              int64_t, int64_t, const TileOutput<P::value_t>&);
 
 STATEFEED_TILES(Plain<float>)
 STATEFEED_TILES(Plain<double>)

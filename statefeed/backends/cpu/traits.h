@@ -20,12 +20,15 @@ inline int64_t panel_count(int64_t units, int64_t width) { return (units + width
 template <class P>
 concept ProductTraits =
     requires(typename P::value_t value, Vector<typename P::value_t> values, typename P::packed_t* packed,
-             const typename P::packed_t* row, Vector<typename P::packed_t> vector, int64_t& stride, const typename P::value_t* from) {
-      typename P::value_t;                                // of operands before they are packed, of sums and results
-      typename P::packed_t;                               // one element of a packed operand
-      typename P::TileConfigGuard;                        // what a thread holds while it multiplies
-      { P::k_pack } -> std::convertible_to<int64_t>;      // values of the depth in a packed_t
-      { P::tile_rows } -> std::convertible_to<int64_t>;   // rows, and packed_t along the depth, that one instruction takes
+             const typename P::packed_t* row, Vector<typename P::packed_t> vector, int64_t& stride,
+             const typename P::value_t* from) {
+      typename P::value_t;                            // of operands before they are packed, of sums and results
+      typename P::packed_t;                           // one element of a packed operand
+      typename P::TileConfigGuard;                    // what a thread holds while it multiplies
+      { P::k_pack } -> std::convertible_to<int64_t>;  // values of the depth in a packed_t
+      {
+        P::tile_rows
+      } -> std::convertible_to<int64_t>;  // rows, and packed_t along the depth, that one instruction takes
       { P::accumulators } -> std::convertible_to<int>;    // rows times vectors of the result that registers hold
       { P::relative_speed } -> std::convertible_to<int>;  // products in the time of one plain product
       // sum + a * b, element-wise, over all k_pack values
@@ -36,11 +39,11 @@ concept ProductTraits =
       { P::pack2(value, value) } -> std::same_as<typename P::packed_t>;
       // the same for vectors, lane by lane
       { P::pack2_vectors(values, values) } -> std::same_as<Vector<typename P::packed_t>>;
-      P::store_pair(packed, values, values);  // 2 * lanes neighbors of a packed row, as values
-      P::load_pair(row, values, values);      // its inverse
+      P::store_pair(packed, values, values);   // 2 * lanes neighbors of a packed row, as values
+      P::load_pair(row, values, values);       // its inverse
       P::store_one(packed, int64_t{}, value);  // value k of a packed row
-      P::zip(row, row, vector, vector);        // 2 * lanes columns of two packed rows, as two vectors of a panel; null: zeros
-      P::transpose(&vector);                   // a square of tile_rows x tile_rows packed_t in place
+      P::zip(row, row, vector, vector);  // 2 * lanes columns of two packed rows, as two vectors of a panel; null: zeros
+      P::transpose(&vector);             // a square of tile_rows x tile_rows packed_t in place
     };
 
 // float32 or float64 as they are.
@@ -54,7 +57,9 @@ struct Plain {
   static const packed_t* pack_rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
   static packed_t pack2(T first, T) { return first; }
   static Vector<T> pack2_vectors(Vector<T> first, Vector<T>) { return first; }
-  static void store_pair(packed_t* to, Vector<T> first, Vector<T> second) { store(to, first), store(to + lanes<T>, second); }
+  static void store_pair(packed_t* to, Vector<T> first, Vector<T> second) {
+    store(to, first), store(to + lanes<T>, second);
+  }
   static void load_pair(const packed_t* from, Vector<T>& first, Vector<T>& second) {
     first = load(from), second = load(from + lanes<T>);
   }
@@ -127,8 +132,8 @@ struct Bf16 {
 static_assert(ProductTraits<Bf16>);
 
 #if defined(__AMX_BF16__)
-// The same in tiles: 16 rows times 16 pairs of the depth times 16 units in one instruction. Few rows take whole tiles too:
-// reading the weights is then the limit, not the arithmetic.
+// The same in tiles: 16 rows times 16 pairs of the depth times 16 units in one instruction. Few rows take whole tiles
+// too: reading the weights is then the limit, not the arithmetic.
 struct Amx : Bf16 {
   static constexpr int tile_rows = 16, accumulators = 4 * tile_rows, relative_speed = 8;
   // Configures all eight tiles as 16 rows of 64 bytes, and releases them.

@@ -20,7 +20,8 @@ class OutOfMemory : public std::bad_alloc {
 
  public:
   explicit OutOfMemory(size_t bytes) {
-    std::snprintf(message, sizeof message, "statefeed's kernels cannot allocate %zu bytes of workspace: out of memory", bytes);
+    std::snprintf(message, sizeof message, "statefeed's kernels cannot allocate %zu bytes of workspace: out of memory",
+                  bytes);
   }
   const char* what() const noexcept override { return message; }
 };
@@ -81,8 +82,8 @@ enum class Tag {
   logits,
 };
 
-// `count` elements of this thread's buffer for this type and tag: valid until the next call with both; freed when the thread
-// ends. Throws OutOfMemory, so it is never called where nothing may throw.
+// `count` elements of this thread's buffer for this type and tag: valid until the next call with both; freed when the
+// thread ends. Throws OutOfMemory, so it is never called where nothing may throw.
 template <class T, Tag>
 T* workspace(int64_t count) {
   thread_local AlignedBuffer buffer;

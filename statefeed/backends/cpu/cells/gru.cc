@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 struct Gru {
-  static constexpr int gates = 3, states = 1, shared_gates = 2, sums = 4, unit_vectors = 1;
+  static constexpr int gates = 3, states = 1, shared_gates = 2, unit_vectors = 1;
   static constexpr bool has_aux = true;  // q, the hidden side of the candidate
 
   static void step(const ForwardRow<T>& row) {

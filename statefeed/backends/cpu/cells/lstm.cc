@@ -8,14 +8,15 @@ namespace {
 
 template <class T>
 struct Lstm {
-  static constexpr int gates = 4, states = 2, shared_gates = 4, sums = 4, unit_vectors = 1;
+  static constexpr int gates = 4, states = 2, shared_gates = 4, unit_vectors = 1;
   static constexpr bool has_aux = true;  // c
 
   static void step(const ForwardRow<T>& row) {
     const Vector<T> i = sigmoid<T>(row.preactivation(0) + row.hidden_product(0)),
                     f = sigmoid<T>(row.preactivation(1) + row.hidden_product(1)),
                     g = tanh<T>(row.preactivation(2) + row.hidden_product(2)),
-                    o = sigmoid<T>(row.preactivation(3) + row.hidden_product(3)), cell_state = f * row.at(row.c) + i * g;
+                    o = sigmoid<T>(row.preactivation(3) + row.hidden_product(3)),
+                    cell_state = f * row.at(row.c) + i * g;
     row.put(row.c, cell_state);
     row.put(row.y, o * tanh<T>(cell_state));
     if (!row.aux) return;
@@ -51,7 +52,8 @@ struct Lstm {
   static Vector<T> jacobian(const ReverseRow<T>& row, const Local& l, int state) {
     if (state == 1) return l.f;
     const T* w = row.w_hh_diag;
-    return l.dh_dc * (l.dc_di * row.at(w, 0) + l.dc_df * row.at(w, 1) + l.dc_dg * row.at(w, 2)) + l.dh_do * row.at(w, 3);
+    return l.dh_dc * (l.dc_di * row.at(w, 0) + l.dc_df * row.at(w, 1) + l.dc_dg * row.at(w, 2)) +
+           l.dh_do * row.at(w, 3);
   }
   static void reverse(const ReverseRow<T>& row) {
     const Local l = local(row);

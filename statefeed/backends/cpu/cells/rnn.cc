@@ -8,7 +8,7 @@ namespace {
 
 template <class T, bool relu>
 struct Rnn {
-  static constexpr int gates = 1, states = 1, shared_gates = 1, sums = 1, unit_vectors = 2;
+  static constexpr int gates = 1, states = 1, shared_gates = 1, unit_vectors = 2;
   static constexpr bool has_aux = false;  // the slope follows from y
 
   static void step(const ForwardRow<T>& row) {

@@ -20,12 +20,13 @@ struct CellEntry {
   std::string_view name;
   int gates, states;
   int shared_gates;  // the first gates, whose gradients at x W_ih^T and at h W_hh^T are the same
-  int sums;          // rows of bias gradients: the gates, and the separate gradients
   bool has_aux;
   int unit_vectors;  // vectors of units in a panel of W_hh, per gate
   CellLoops<float> float_loops;
   CellLoops<double> double_loops;
 
+  // Rows of bias gradients: of all gates, then of those at h W_hh^T that differ.
+  int sums() const { return 2 * gates - shared_gates; }
   const CellLoops<float>& loops(float) const { return float_loops; }
   const CellLoops<double>& loops(double) const { return double_loops; }
 };
