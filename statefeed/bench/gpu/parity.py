@@ -14,6 +14,7 @@ import statefeed as sf
 from statefeed.bench.gpu import truth
 from statefeed.bench.gpu.stage import Options
 from statefeed.bench.measure import ParityError, Setting, applied
+from statefeed.bench.precision import flags
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 RULES = ("bptt", "dsf", "gate", "gate+1", "jacobian+1", "calibrated")
@@ -67,7 +68,7 @@ class Case(NamedTuple):
 
 def cases(device: str, smoke: bool = False) -> list[Case]:
     """Every cell, rule and dtype, dense and packed; then two layers in both directions, and long sequences."""
-    size = {"T": 7, "B": 3, "H": 5} if smoke else {}
+    size: dict[str, Any] = {"T": 7, "B": 3, "H": 5} if smoke else {}
     found = [
         Case(cell, rule, dtype, packed, **size)
         for dtype in DTYPES[device]
@@ -79,7 +80,9 @@ def cases(device: str, smoke: bool = False) -> list[Case]:
     stacked = {**size, "layers": 2, "bidirectional": True}
     found += [Case(cell, "dsf", "float32", packed, **stacked) for cell in CELLS for packed in (False, True)]
     if not smoke:  # time in several chunks
-        found += [Case(cell, rule, "float32", False, T=600, B=2) for cell in ("gru", "lstm") for rule in ("dsf", "gate")]
+        found += [
+            Case(cell, rule, "float32", False, T=600, B=2) for cell in ("gru", "lstm") for rule in ("dsf", "gate")
+        ]
     return found
 
 
@@ -110,7 +113,9 @@ def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -
         error = float((found[name] - value).abs().max() / value.abs().max())
         allowed = ALLOWED[case.dtype][kind == "gradient"]
         if not error <= allowed:
-            raise ParityError(f"{name} must agree with float64 within {allowed:.0e} of its largest value, got {error:.1e}")
+            raise ParityError(
+                f"{name} must agree with float64 within {allowed:.0e} of its largest value, got {error:.1e}"
+            )
         errors[kind] = max(errors[kind], error)
     return errors
 
@@ -190,6 +195,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         setting = Setting(case.dtype, tf32=case.dtype == "tf32") if options.device == "cuda" else Setting("as shipped")
         try:
             with applied(setting):
-                yield {**record, "errors": check(case, options.device)}
-        except (ParityError, RuntimeError, ValueError) as error:
+                found = {"errors": check(case, options.device), "tf32": flags()}
+            yield {**record, **found}
+        except Exception as error:  # the other cases say more about it
             yield {**record, "failed": f"{type(error).__name__}: {error}"}

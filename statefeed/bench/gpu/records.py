@@ -40,10 +40,14 @@ class Records:
             if time.monotonic() - self._clocks[0] >= _CLOCKS_EVERY:  # to ask takes a tenth of a second
                 self._clocks = time.monotonic(), clocks()
             gpu = {**self._environment["gpu"], "clocks": self._clocks[1]}
-        line = {"stage": self.stage, **record, **self._environment, "gpu": gpu}
+        line = {"stage": self.stage, **self._environment, "gpu": gpu, **record}
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
-        shown = {key: value for key, value in record.items() if isinstance(value, (str, int, float))}
+        shown = {
+            key: f"{value['median']:.3g}" if isinstance(value, dict) and "median" in value else value
+            for key, value in record.items()
+            if not isinstance(value, dict) or "median" in value
+        }
         print(f"{self.stage}: {' '.join(f'{key}={value}' for key, value in shown.items())}", flush=True)
 
 
@@ -52,7 +56,7 @@ def environment(device: str) -> dict[str, Any]:
     found = circumstances([], device)
     del found["command"]
     found["versions"] |= {name: _version(name) for name in ("triton", "numpy", "flashrnn", "accelerated-scan")}
-    found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     found["tf32"] = precision.flags()
     found["gpu"] = None
     if device == "cuda":

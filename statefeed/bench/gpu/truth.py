@@ -57,7 +57,7 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> tuple[Any, ...]:
         x, states, *weights = ctx.saved_tensors
-        _, local = vjp(STEPS[ctx.mode], x, states[:-1], *weights)
+        local = vjp(STEPS[ctx.mode], x, states[:-1], *weights)[1]
         diagonal, _, corrections = ctx.rule.partition("+")
         D = _diagonal(ctx.mode, diagonal, x, states, weights, local)
         dh_dc = _dh_dc(x, states, *weights) if ctx.mode == "LSTM" else None
