@@ -1,10 +1,10 @@
-"""Recurrent networks trained without sequential backpropagation through time: the front door."""
+"""Recurrent networks trained without sequential backpropagation through time: the public API."""
 
 from statefeed.alignment import Agreement, Alignment, Lags, Monitor, alignment
 from statefeed.custom import Recurrent
 from statefeed.explain import Explanation, explain
 from statefeed.feedback import Feedback
-from statefeed.modules import GRU, LSTM, RNN
+from statefeed.layers import GRU, LSTM, RNN
 from statefeed.scan import diagonal_scan
 from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from statefeed.custom import Recurrent
-from statefeed.feedback import Feedback
-from statefeed.modules import GRU, LSTM, RNN
-
-_OURS = (RNN, GRU, LSTM, Recurrent)
+from statefeed.feedback import Feedback, Learned
+from statefeed.mixin import FeedbackLayer
 
 # Rows of the batch that show how credit decays with the lag: enough for a curve, little beside the whole batch.
 _ROWS = 4
@@ -110,7 +108,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         batch of many rows, but as much again for one of four rows or fewer and no more steps than ``lags``.
 
     Example:
-        >>> layer = GRU(2, 4, feedback="gate+9")
+        >>> import statefeed as sf
+        >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> result = alignment(layer, lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2))
         >>> round(result.total.cosine, 3), round(result.total.sign_agreement, 3)
         (1.0, 1.0)
@@ -119,7 +118,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     """
     if lags < 0:
         raise ValueError(f"lags must be 0 or more, got {lags}")
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, _OURS)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, FeedbackLayer)}
     if not layers:
         raise ValueError("alignment needs a model with a statefeed RNN, GRU, LSTM or Recurrent in it, got one without")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -170,7 +169,8 @@ class Monitor:
     Cost: that of ``alignment`` at every measurement, none in between.
 
     Example:
-        >>> layer = GRU(2, 4, feedback="gate+9")
+        >>> import statefeed as sf
+        >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> monitor = Monitor(lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2), every=100)
         >>> for step in range(101):
         ...     numbers = monitor(layer, step)  # hand them to a logger
@@ -194,7 +194,7 @@ class Monitor:
             model: as for ``alignment``; it is left as it was.
             step: of the training, counted from 0.
         """
-        rules = [m.feedback for m in model.modules() if isinstance(m, _OURS)]
+        rules = [m.feedback for m in model.modules() if isinstance(m, FeedbackLayer)]
         if step % self.every or (rules and all(rule.exact for rule in rules)):
             return {}
         self.history.append((step, alignment(model, self.loss_fn, self.batch, self.lags)))
@@ -258,9 +258,10 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
 
 
 def _freeze(layers: Iterable[Any]) -> None:
-    """Set the rule of every fitted layer to its diagonal."""
+    """Set the rule of every layer whose passes are sometimes exact to the diagonal that it has learned."""
     for layer in layers:
-        if layer.feedback.diagonal == "fitted":
+        diagonal = layer.feedback.diagonal
+        if isinstance(diagonal, Learned) and diagonal.takes_exact_passes:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that corrections around a fixed diagonal near 1 may diverge
                 layer.feedback = Feedback(layer.diagonal, layer.feedback.corrections)
@@ -296,7 +297,7 @@ def _by_lag(layer: Any, x: Tensor) -> Tensor:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put rules, buffers and random generators back as they were."""
-    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, _OURS)]
+    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.recurrence import NO_SECOND_DERIVATIVE, Calibration, autocast_now
+from statefeed.feedback import (
+    Context,
+    Feedback,
+    FeedbackLike,
+    KernelRule,
+    Learned,
+    LearnedState,
+    Linearization,
+    as_feedback,
+)
+from statefeed.layout import shift_left
+from statefeed.mixin import FeedbackLayer
+from statefeed.recurrence import NO_SECOND_DERIVATIVE, autocast_dtype
 from statefeed.scan import diagonal_scan
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-class Recurrent(nn.Module):
+class Recurrent(FeedbackLayer):
     """Any cell, run over time, with a feedback rule for the backward pass.
 
     ``s[t] = cell(x[t], s[t-1])``; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` over the states joined, then one
@@ -37,7 +48,7 @@ class Recurrent(nn.Module):
     Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
 
     Raises:
-        ValueError: a rule that is none, ``"gate"``, or a cell whose state width is not to be found; in a call, a cell
+        ValueError: an unknown rule, ``"gate"``, or a cell whose state width is unknown; in a call, a cell
             that returns no state of that width.
         TypeError: a cell that is not a module.
 
@@ -50,8 +61,6 @@ class Recurrent(nn.Module):
         >>> tuple(y.shape), tuple(h.shape)
         ((7, 2, 4), (2, 4))
     """
-
-    _feedback: Feedback
 
     def __init__(
         self,
@@ -74,38 +83,23 @@ class Recurrent(nn.Module):
                 )
             state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
         self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
-        # Made a rule here: nn.Module would register a Parameter under this name, past the property.
-        self.feedback = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
+        # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
+        self.feedback = as_feedback(feedback)
 
     @property
-    def feedback(self) -> Feedback:
-        """The rule of the backward pass; settable at any time."""
-        return self._feedback
+    def feedback_cell(self) -> None:
+        return None
 
-    @feedback.setter
-    def feedback(self, rule: FeedbackLike) -> None:
-        feedback = rule if isinstance(rule, Feedback) else Feedback(rule)
-        size = sum(self._widths)
-        if feedback.diagonal == "gate":
-            raise ValueError('feedback "gate" is known for GRU and LSTM only, not for a cell of one\'s own')
-        if isinstance(feedback.diagonal, Tensor) and feedback.diagonal.shape != (size,):
-            raise ValueError(
-                f"the feedback diagonal must have one value per unit of the state, {size} here, got "
-                f"{tuple(feedback.diagonal.shape)}"
-            )
-        if feedback.diagonal in ("calibrated", "fitted") and "diagonal" not in self._buffers:
-            like = next(self.cell.parameters(), torch.empty(0))
-            self.register_buffer("diagonal", like.new_zeros(size), persistent=False)
-            updates = torch.zeros((), dtype=torch.int64, device=like.device)
-            self.register_buffer("diagonal_updates", updates, persistent=False)
-        self._feedback = feedback
+    @property
+    def _state_size(self) -> int:
+        return sum(self._widths)
 
     @property
     def _widths(self) -> tuple[int, ...]:
         return (self.state_size,) if isinstance(self.state_size, int) else self.state_size
 
     def extra_repr(self) -> str:
-        return f"feedback={str(self._feedback)!r}, state_size={self.state_size}, batch_first={self.batch_first}"
+        return f"{self.feedback_repr()}, state_size={self.state_size}, batch_first={self.batch_first}"
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Run the cell over time.
@@ -140,13 +134,10 @@ class Recurrent(nn.Module):
             y, final = states[0], tuple(s[-1] for s in states)
         else:
             named = dict(self.cell.named_parameters())
-            calibration = None
-            if self._feedback.diagonal in ("calibrated", "fitted"):
-                fits = self._feedback.diagonal == "fitted"
-                calibration = Calibration(self.diagonal, self.diagonal_updates, self.training, fits)  # type: ignore[arg-type]
-            y, *finals = _Custom.apply(  # type: ignore[no-untyped-call]
-                self.cell, self._feedback, calibration, tuple(named), len(initial), x, *initial, *named.values()
+            call = _Call(
+                self.cell, self._rules[0], self.learned_state(0), tuple(named), len(initial), autocast_dtype(x)
             )
+            y, *finals = _Custom.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
             final = tuple(finals)
         return (y.transpose(0, 1) if self.batch_first else y), (final[0] if len(final) == 1 else final)
 
@@ -173,21 +164,26 @@ def _call(cell: nn.Module, parameters: dict[str, Tensor], x: Tensor, state: tupl
     return tuple(states)
 
 
+class _Call(NamedTuple):
+    """Everything besides tensors that the forward pass hands to the backward pass."""
+
+    cell: nn.Module
+    feedback: Feedback
+    learned: LearnedState | None
+    names: tuple[str, ...]  # of the parameters
+    parts: int  # of the state
+    compute_dtype: torch.dtype | None
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        return torch.autocast(device, self.compute_dtype, self.compute_dtype is not None)
+
+
 class _Custom(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        cell: nn.Module,
-        feedback: Feedback,
-        calibration: Calibration | None,
-        names: tuple[str, ...],
-        count: int,
-        x: Tensor,
-        *rest: Tensor,
-    ) -> tuple[Tensor, ...]:
-        states = _loop(cell, x, rest[:count])
-        ctx.cell, ctx.feedback, ctx.calibration, ctx.names, ctx.count = cell, feedback, calibration, names, count
-        ctx.autocast = autocast_now(x.device.type)
+    def forward(ctx: Any, call: _Call, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        states = _loop(call.cell, x, rest[: call.parts])
+        ctx.call = call
         ctx.save_for_backward(x, *states, *rest)
         return states[0], *(s[-1].clone() for s in states)
 
@@ -195,86 +191,94 @@ class _Custom(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # which it is here where, and only where, create_graph=True asks for another
             raise RuntimeError(NO_SECOND_DERIVATIVE)
+        call: _Call = ctx.call
         x, *saved = ctx.saved_tensors
-        states, initial, parameters = saved[: ctx.count], saved[ctx.count : 2 * ctx.count], saved[2 * ctx.count :]
+        parts = call.parts
+        states, initial, parameters = saved[:parts], saved[parts : 2 * parts], saved[2 * parts :]
         T, B = x.shape[:2]
         widths = [s.shape[-1] for s in states]
-        needs = [ctx.needs_input_grad[5], *ctx.needs_input_grad[6 + ctx.count :]]
+        needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2 + parts :]]
 
         before = [
             torch.cat([s0[None], s[:-1]]).flatten(0, 1).requires_grad_() for s, s0 in zip(states, initial, strict=True)
         ]
         leaves = [t.detach().requires_grad_(n) for t, n in zip((x.flatten(0, 1), *parameters), needs, strict=True)]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            after = torch.cat(
-                _call(ctx.cell, dict(zip(ctx.names, leaves[1:], strict=True)), leaves[0], tuple(before)), -1
-            )
+        with torch.enable_grad(), call.autocast(x):
+            named = dict(zip(call.names, leaves[1:], strict=True))
+            after = torch.cat(_call(call.cell, named, leaves[0], tuple(before)), -1)
 
         def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
             rows = delta.flatten(0, 1).to(after.dtype)
             return torch.autograd.grad(after, inputs, rows, retain_graph=True, materialize_grads=True)
 
-        def transported(delta: Tensor) -> Tensor:
+        def jacobian_product(delta: Tensor) -> Tensor:
             """J^T delta, (T, B, S)."""
             return torch.cat(vjp(delta, before), -1).reshape(T, B, sum(widths))
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
-        if ctx.calibration is not None and e.numel() and ctx.calibration.due:
-            with torch.autocast(*ctx.autocast):
-                delta, back = _exact(ctx.cell, x, before, e)
-            ctx.calibration.fit([delta], [back])
+        diagonal, learned = call.feedback.diagonal, call.learned
+        if isinstance(diagonal, Learned) and learned is not None and e.numel() and diagonal.wants_exact(learned):
+            with call.autocast(x):
+                delta, grad_prev = _exact(call.cell, x, before, e)
+            diagonal.fit(learned, [delta], [grad_prev])
         else:
-            D = _diagonal(ctx.feedback, ctx.calibration, e, transported)
-            D_later = D if D.dim() == 1 else _later(D)
+            D = _diagonal(call, e, jacobian_product)
+            D_next = D if D.dim() == 1 else shift_left(D)
             residual = torch.zeros_like(e)
-            delta = diagonal_scan(e, D_later, reverse=True)
-            for _ in range(ctx.feedback.corrections):
-                residual = transported(delta) - D * delta
-                delta = diagonal_scan(e + _later(residual), D_later, reverse=True)
-            back = D * delta + residual
+            delta = diagonal_scan(e, D_next, reverse=True)
+            for _ in range(call.feedback.corrections):
+                residual = jacobian_product(delta) - D * delta
+                delta = diagonal_scan(e + shift_left(residual), D_next, reverse=True)
+            grad_prev = D * delta + residual
 
-        d_initial = torch.split(back[0], widths, -1)
+        d_initial = torch.split(grad_prev[0], widths, -1)
         wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
         found = iter(vjp(delta, wanted) if wanted else ())
         d_x, *d_parameters = [next(found) if n else None for n in needs]
         d_x = None if d_x is None else d_x.reshape(x.shape)
-        return None, None, None, None, None, d_x, *d_initial, *d_parameters
+        return None, d_x, *d_initial, *d_parameters
 
 
-def _diagonal(
-    feedback: Feedback, calibration: Calibration | None, e: Tensor, transported: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor]) -> Tensor:
     """D, (S,) if stationary, else (T, B, S)."""
-    D = feedback.stationary(e.shape[-1], e.dtype, e.device)
-    if D is not None:
-        return D
 
     def estimate() -> Tensor:
         signs = torch.randint_like(e, 2) * 2 - 1
-        return signs * transported(signs)
+        return signs * jacobian_product(signs)
 
-    if calibration is None:
+    def linearize() -> Linearization:
+        raise ValueError(
+            f'feedback "{call.feedback}" needs the formulas of a cell, of which Recurrent knows only the step; use '
+            '"jacobian"'
+        )
+
+    if call.learned is not None and not e.numel():
+        return call.learned.diagonal.to(e.dtype)
+    context = Context(
+        size=e.shape[-1],
+        dtype=e.dtype,
+        device=e.device,
+        mean_jacobian=lambda: estimate().flatten(0, 1).mean(0),
+        linearize=linearize,
+        learned=call.learned,
+    )
+    rule: KernelRule = call.feedback.resolve(context)
+    if rule.name == "jacobian":
         return estimate()
-    if not e.numel():
-        return calibration.diagonal.to(e.dtype)
-    return calibration.after(lambda: estimate().flatten(0, 1).mean(0)).to(e.dtype)
+    assert rule.diagonal is not None
+    return rule.diagonal.to(e.dtype)
 
 
 def _exact(cell: nn.Module, x: Tensor, before: list[Tensor], e: Tensor) -> tuple[Tensor, Tensor]:
-    """BPTT, one step after the other: the exact gradient of every state, and what each gives back, both (T, B, S)."""
+    """BPTT, one step after the other: the exact gradient of every state and what each passes back, both (T, B, S)."""
     T, B = x.shape[:2]
-    delta, back = torch.empty_like(e), torch.zeros_like(e)
+    delta, grad_prev = torch.empty_like(e), torch.zeros_like(e)
     for t in reversed(range(T)):
-        delta[t] = e[t] + (back[t + 1] if t + 1 < T else 0.0)
+        delta[t] = e[t] + (grad_prev[t + 1] if t + 1 < T else 0.0)
         state = tuple(s.detach()[t * B : (t + 1) * B].requires_grad_() for s in before)
         with torch.enable_grad():
             after = torch.cat(_call(cell, {}, x[t], state), -1)
         found = torch.autograd.grad(after, state, delta[t].to(after.dtype), materialize_grads=True)
-        back[t] = torch.cat(found, -1)
-    return delta, back
-
-
-def _later(grid: Tensor) -> Tensor:
-    """One step later, zero behind the last."""
-    return torch.cat([grid[1:], torch.zeros_like(grid[:1])])
+        grad_prev[t] = torch.cat(found, -1)
+    return delta, grad_prev

@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from statefeed import native as kernels
-from statefeed.modules import GRU, LSTM, RNN
-from statefeed.recurrence import why_not_fused
+from statefeed.backends import choose, unsupported_reasons
+from statefeed.layers import RecurrentLayer
 
-_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
-# Numbers a row that the fused forward pass keeps besides its outputs, in units of H.
-_TAPE = {"RNN_TANH": 0, "RNN_RELU": 0, "GRU": 4, "LSTM": 5}
 # Products, forward and backward, in units of exact BPTT's: above this no saved waiting is expected to pay for them.
 _TOO_MANY_PRODUCTS = 1.5
 _REPEATS = 5
@@ -74,7 +71,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
+def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
     """Which kernel runs a layer on an input, why, and what it costs.
 
     What it costs is counted: matrix products, and how many of them wait for one another. From these it warns of a rule
@@ -99,12 +96,13 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
     Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
 
     Example:
-        >>> print(explain(GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
+        >>> import statefeed as sf
+        >>> print(explain(sf.GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1
-        >>> print(explain(GRU(4, 8), torch.zeros(1, 2, 4)).warning)
+        >>> print(explain(sf.GRU(4, 8), torch.zeros(1, 2, 4)).warning)
         1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
-    if not isinstance(layer, (RNN, GRU, LSTM)):
+    if not isinstance(layer, RecurrentLayer):
         kind = type(layer)
         raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {kind.__module__}.{kind.__qualname__}")
     data = x.data if isinstance(x, PackedSequence) else x
@@ -118,18 +116,19 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
         T = len(x.batch_sizes)
     else:
         T = data.shape[1 if layer.batch_first and data.dim() == 3 else 0]
-    H, G, directions = layer.hidden_size, _GATES[layer.mode], 2 if layer.bidirectional else 1
+    cell = layer.feedback_cell
+    H, G, directions = layer.hidden_size, cell.gates, 2 if layer.bidirectional else 1
     hidden = 2 * rows * H * G * H * directions * layer.num_layers
     widths = [layer.input_size, *[H * directions] * (layer.num_layers - 1)]
     inputs = sum(2 * rows * width * G * H * directions for width in widths)
 
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden
-    reason = (
-        '"bptt" means torch\'s own autograd'
-        if rule.diagonal == "bptt"
-        else why_not_fused(data, *layer.parameters(), exact=rule.exact)
-    )
+    tensors = (data, *layer.parameters())
+    backend = choose(cell, tensors, rule.exact).name
+    reason = _reason(layer, tensors) if backend == "reference" else None
+    if rule.through_torch:
+        reason = '"bptt" means torch\'s own autograd'
     if rule.exact and reason is not None:
         path = "torch.nn's own path"
         said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
@@ -144,7 +143,7 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
         why = f"everything is {data.dtype} on the GPU; where that is float32, {_precision()}"
     elif reason is None:
         forward = back = f"fused kernels ({kernels.described()})"
-        kept += rows * H * _TAPE[layer.mode] * directions * layer.num_layers
+        kept += rows * H * cell.saved_values * directions * layer.num_layers
         why = f"everything is {data.dtype} on the {data.device.type}" + (
             ", products rounded to bfloat16 under autocast" if torch.is_autocast_enabled(data.device.type) else ""
         )
@@ -163,6 +162,12 @@ def explain(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence, timed: bool = F
     return _timed(said, layer, x) if timed else said
 
 
+def _reason(layer: RecurrentLayer, tensors: tuple[Tensor, ...]) -> str:
+    """Why the kernels of the input's device do not run a layer."""
+    reasons = unsupported_reasons(layer.feedback_cell, tensors, layer.feedback.exact)
+    return reasons["triton" if tensors[0].is_cuda else "cpu"]
+
+
 def _expected_slower(T: int, waiting: int, products: float) -> str | None:
     """Why the counts speak against a rule."""
     if waiting >= T:
@@ -173,7 +178,7 @@ def _expected_slower(T: int, waiting: int, products: float) -> str | None:
     return None
 
 
-def _timed(said: Explanation, layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> Explanation:
+def _timed(said: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequence) -> Explanation:
     ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
     exact.feedback = "bptt"
     seconds: dict[str, list[float]] = {"ours": [], "exact": []}
@@ -188,7 +193,7 @@ def _timed(said: Explanation, layer: RNN | GRU | LSTM, x: Tensor | PackedSequenc
     return replace(said, seconds=rule, torch_seconds=torchs, warning=slower if rule > torchs else None)
 
 
-def _seconds(layer: RNN | GRU | LSTM, x: Tensor | PackedSequence) -> float:
+def _seconds(layer: RecurrentLayer, x: Tensor | PackedSequence) -> float:
     """Of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
     wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]

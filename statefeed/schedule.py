@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from statefeed.custom import Recurrent
-from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.modules import GRU, LSTM, RNN
+from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.mixin import FeedbackLayer
 
 
 class Schedule:
@@ -19,7 +18,7 @@ class Schedule:
             one; a rule alone, in every spelling of ``Feedback``, holds throughout.
 
     Raises:
-        ValueError: a spelling that is none.
+        ValueError: an invalid spelling.
 
     Cost: none until the rule changes.
 
@@ -27,7 +26,8 @@ class Schedule:
         >>> schedule = Schedule("dsf@0.3/gate+1")
         >>> str(schedule.at(0.29)), str(schedule.at(0.3))
         ('dsf', 'gate+1')
-        >>> model = nn.Sequential(GRU(2, 3))
+        >>> import statefeed as sf
+        >>> model = nn.Sequential(sf.GRU(2, 3))
         >>> for step in range(10):
         ...     changed = schedule.apply(model, step / 10)
         ...     # one training step
@@ -48,7 +48,7 @@ class Schedule:
                 )
             stages.append((1.0, Feedback(last)))
         else:
-            stages.append((1.0, spelling if isinstance(spelling, Feedback) else Feedback(spelling)))
+            stages.append((1.0, as_feedback(spelling)))
         untils = [until for until, _ in stages[:-1]]
         if untils != sorted(set(untils)):
             raise ValueError(f"the fractions of a feedback schedule must rise, got {spelling!r}")
@@ -68,7 +68,7 @@ class Schedule:
         rule = self.at(fraction)
         changed = False
         for layer in model.modules():
-            if isinstance(layer, (RNN, GRU, LSTM, Recurrent)) and layer.feedback != rule:
+            if isinstance(layer, FeedbackLayer) and layer.feedback != rule:
                 layer.feedback = rule
                 changed = True
         return changed

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from statefeed.feedback import Feedback, FeedbackLike
-from statefeed.modules import GRU, LSTM, RNN, refusal
+from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.layers import GRU, LSTM, RNN, RecurrentLayer
 
-_OURS: dict[type[nn.Module], type[nn.RNNBase]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
+_OURS: dict[type[nn.Module], type[RecurrentLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
 _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in _OURS.items()}
 
 
@@ -59,7 +59,7 @@ def swap(
     Gradient: the forward pass is unchanged; gradients follow the rule from the next forward pass on.
 
     Raises:
-        ValueError: a rule that is none.
+        ValueError: an unknown rule.
 
     Cost: none per parameter.
 
@@ -70,7 +70,7 @@ def swap(
         >>> print(restore(model)[0])
         GRU(2, 3)
     """
-    rule = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
+    rule = as_feedback(feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     swapped: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -96,7 +96,7 @@ def restore(model: nn.Module) -> nn.Module:
         model: any module.
 
     Returns:
-        The same model, nothing of statefeed left in it: torch's types, the same parameters and state_dict.
+        The same model, plain torch.nn again: torch's types, the same parameters and state_dict.
 
     Gradient: exact from the next forward pass on.
 
@@ -108,12 +108,9 @@ def restore(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         plain = _TORCHS.get(type(module))
-        if plain is not None:
-            module.__class__ = plain
-            del module._feedback, module._rules
-            for name in ("diagonal", "diagonal_updates"):
-                if module._buffers.pop(name, None) is not None:
-                    module._non_persistent_buffers_set.discard(name)
+        if plain is not None and isinstance(module, RecurrentLayer):
+            module.remove_feedback()
+            module.__class__ = plain  # type: ignore[assignment]
     return model
 
 
@@ -127,4 +124,10 @@ def _reason_to_keep(
         return "excluded"
     if kind not in _OURS and kind not in _TORCHS:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass with code of its own"
-    return refusal(module, rule)
+    # Whether a rule fits is a question to our class; the module is of that class only while it answers.
+    module.__class__ = _OURS.get(kind, kind)
+    try:
+        reason: str | None = module.unsupported_reason(rule)  # type: ignore[operator]
+    finally:
+        module.__class__ = kind
+    return reason

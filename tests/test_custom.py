@@ -120,7 +120,7 @@ def test_calibrated_averages_to_the_diagonal_of_the_jacobian() -> None:
     fixed = y[-1, 0]
     exact = torch.func.jacrev(lambda h: layer.cell(x[0, 0], h))(fixed).diagonal()
     # Off-diagonal entries of size J average out as J / sqrt(rows).
-    torch.testing.assert_close(layer.diagonal, exact, rtol=0, atol=0.05)
+    torch.testing.assert_close(layer.diagonal[0], exact, rtol=0, atol=0.05)
     frozen = layer.diagonal.clone()
     layer.eval()
     layer(x[:5])[0].sum().backward()
@@ -161,7 +161,7 @@ def test_fitted_is_exact_once_and_then_the_fit_by_least_squares(name: str) -> No
     sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in outputs).backward()
     back = torch.stack([torch.cat([s.grad for s in parts], -1) for parts in reached])
     g = torch.stack([torch.cat([s.grad for s in parts], -1) for parts in y])
-    torch.testing.assert_close(a, (back * g).sum((0, 1)) / g.square().sum((0, 1)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(a[0], (back * g).sum((0, 1)) / g.square().sum((0, 1)), rtol=1e-9, atol=1e-9)
 
 
 def test_state_sizes_shapes_and_refusals() -> None:

@@ -1,4 +1,4 @@
-"""The house from outside: imports go down only, the front door opens without noise, every file says its duty."""
+"""Structure of the package: imports go down only, importing has no side effects, every file says what it contains."""
 
 import ast
 import inspect
@@ -10,39 +10,42 @@ import pytest
 
 import statefeed
 
-HOUSE = Path(statefeed.__file__).parent
-FILES = sorted(HOUSE.rglob("*.py"))
+PACKAGE = Path(statefeed.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import the rooms below its own floor. The front door is __init__; a new room needs its floor here.
-FLOORS = [
+# A module or folder may import those of the levels above it in this list; a new one needs its level here.
+LEVELS = [
     {"native"},
-    {"cells", "scan", "feedback", "pieces"},
+    {"layout", "scan"},
+    {"cells"},
+    {"feedback"},
     {"backends"},
     {"recurrence"},
-    {"modules", "custom"},
+    {"mixin"},
+    {"layers", "custom"},
     {"alignment", "explain", "swap", "schedule"},
-    {"front door"},
+    {"public API"},
     {"lm"},
     {"bench"},
     {"__main__"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# The applications stand on what everyone may use, the trainer's head on a kernel of its own; the benchmarks time both.
-ALLOWED = {"lm": {"front door", "native"}, "bench": {"front door", "lm"}}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# The applications use what everyone may use, the trainer's head a kernel besides; the benchmarks time both.
+ALLOWED = {"lm": {"public API", "native"}, "bench": {"public API", "lm"}}
 
 
-def room_of(file):
-    first = file.relative_to(HOUSE).parts[0].removesuffix(".py")
-    return "front door" if first == "__init__" else first
+def top_level_of(file):
+    first = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "public API" if first == "__init__" else first
 
 
-def is_room(name):
-    return (HOUSE / f"{name}.py").exists() or (HOUSE / name).is_dir()
+def is_top_level(name):
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
 
 
-def rooms_imported(file, source):
-    """The rooms of the house that a file imports anywhere in it, under TYPE_CHECKING or within a function as well."""
-    package = ("statefeed", *file.relative_to(HOUSE).parent.parts)
+def imported(file, source):
+    """What a file imports of the package anywhere in it, under TYPE_CHECKING or within a function as well."""
+    package = ("statefeed", *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -55,48 +58,46 @@ def rooms_imported(file, source):
         for module in modules:
             parts = module.split(".")
             if parts[0] == "statefeed":
-                yield parts[1] if len(parts) > 1 and is_room(parts[1]) else "front door"
+                yield parts[1] if len(parts) > 1 and is_top_level(parts[1]) else "public API"
 
 
-def steps_up(file, source):
-    """The rooms that a file imports and must not."""
-    room = room_of(file)
-    below = {other for other in FLOOR if FLOOR[other] < FLOOR[room]}
-    return set(rooms_imported(file, source)) - {room} - ALLOWED.get(room, below)
+def upward_imports(file, source):
+    """What a file imports and must not."""
+    name = top_level_of(file)
+    below = {other for other in LEVEL if LEVEL[other] < LEVEL[name]}
+    return set(imported(file, source)) - {name} - ALLOWED.get(name, below)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(HOUSE).as_posix())
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_imports_go_down_only(file):
-    assert room_of(file) in FLOOR, f"{room_of(file)} has no floor yet"
-    assert not steps_up(file, file.read_text())
+    assert top_level_of(file) in LEVEL, f"{top_level_of(file)} has no level yet"
+    assert not upward_imports(file, file.read_text())
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "refused"),
+    ("file", "line", "expected"),
     [
         ("scan/prefix.py", "from statefeed.scan import fft", set()),
         ("scan/prefix.py", "from . import fft", set()),
         ("scan/prefix.py", "from statefeed import cells", {"cells"}),
         ("scan/prefix.py", "from ..recurrence import recurrence", {"recurrence"}),
         ("recurrence.py", "from statefeed.scan import diagonal_scan", set()),
-        ("recurrence.py", "import statefeed as sf", {"front door"}),
-        ("cells.py", "def f():\n    import statefeed.modules", {"modules"}),
-        ("swap.py", "from .modules import GRU", set()),
+        ("recurrence.py", "import statefeed as sf", {"public API"}),
+        ("cells/gru.py", "def f():\n    import statefeed.layers", {"layers"}),
+        ("swap.py", "from .layers import GRU", set()),
         ("swap.py", "from statefeed.alignment import alignment", {"alignment"}),
-        ("lm/model.py", "import statefeed as sf", set()),
-        ("lm/model.py", "from statefeed import GRU", set()),
-        ("lm/model.py", "from statefeed.modules import GRU", {"modules"}),
-        ("lm/model.py", "from .. import bench", {"bench"}),
+        ("lm/cli.py", "import statefeed as sf", set()),
+        ("lm/cli.py", "from statefeed import GRU", set()),
+        ("lm/cli.py", "from statefeed.layers import GRU", {"layers"}),
+        ("lm/cli.py", "from .. import bench", {"bench"}),
         ("bench/training.py", "from statefeed.lm import config", set()),
-        ("bench/training.py", "from statefeed.modules import GRU", {"modules"}),
+        ("bench/training.py", "from statefeed.layers import GRU", {"layers"}),
         ("__init__.py", "from statefeed.lm import train", {"lm"}),
         ("__main__.py", "from statefeed.lm import cli", set()),
     ],
 )
-def test_the_rule_itself_tells_up_from_down(file, line, refused):
-    if not (HOUSE / "bench").is_dir() and "bench" in line:
-        return
-    assert steps_up(HOUSE / file, line) == refused
+def test_the_check_tells_up_from_down(file, line, expected):
+    assert upward_imports(PACKAGE / file, line) == expected
 
 
 PROBE = """
@@ -112,7 +113,7 @@ assert not [name for name in new if name.split(".")[0] not in allowed], new
 assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor", "statefeed.lm"))], new
 started = [e for e in events if e[0] in ("subprocess.Popen", "os.system", "os.posix_spawn", "ctypes.dlopen")]
 assert not started, started
-read = [p for e, p in events if e == "open" and HOUSE in p and not p.endswith((".py", ".pyc"))]
+read = [p for e, p in events if e == "open" and PACKAGE in p and not p.endswith((".py", ".pyc"))]
 assert not [p for p in read if "__pycache__" not in p], read
 assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
 assert torch.get_default_dtype() == torch.float32
@@ -120,13 +121,13 @@ assert torch.get_default_dtype() == torch.float32
 
 
 def test_import_is_lean(tmp_path):
-    """It reads nothing but its own source, starts nothing, prints nothing, leaves nothing, changes nothing."""
-    before = {file for file in HOUSE.rglob("*") if "__pycache__" not in file.parts}
+    """Importing reads only the package's source; it starts, prints, writes and changes nothing."""
+    before = {file for file in PACKAGE.rglob("*") if "__pycache__" not in file.parts}
     done = subprocess.run(
-        [sys.executable, "-B", "-W", "error", "-c", f"HOUSE = {str(HOUSE)!r}\n{PROBE}"],
+        [sys.executable, "-B", "-W", "error", "-c", f"PACKAGE = {str(PACKAGE)!r}\n{PROBE}"],
         cwd=tmp_path,
         env={
-            "PYTHONPATH": str(HOUSE.parent),
+            "PYTHONPATH": str(PACKAGE.parent),
             "HOME": str(tmp_path),
             "XDG_CACHE_HOME": str(tmp_path),
             "TORCH_EXTENSIONS_DIR": str(tmp_path),
@@ -137,31 +138,31 @@ def test_import_is_lean(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
-    assert {file for file in HOUSE.rglob("*") if "__pycache__" not in file.parts} == before
+    assert {file for file in PACKAGE.rglob("*") if "__pycache__" not in file.parts} == before
 
 
 @pytest.mark.parametrize("name", statefeed.__all__)
-def test_everything_at_the_front_door_is_there_and_documented(name):
+def test_every_public_name_is_documented(name):
     assert inspect.getdoc(getattr(statefeed, name))
 
 
-def test_the_front_door_is_in_order():
+def test_all_lists_every_public_name():
     assert len(set(statefeed.__all__)) == len(statefeed.__all__)
     public = {name for name, value in vars(statefeed).items() if name[0] != "_" and not inspect.ismodule(value)}
     assert public - {"annotations"} == set(statefeed.__all__)
 
 
-SOURCES = sorted(f for f in HOUSE.rglob("*") if f.suffix in (".py", ".cc", ".cpp", ".h", ".cu"))
+SOURCES = sorted(f for f in PACKAGE.rglob("*") if f.suffix in (".py", ".cc", ".cpp", ".h", ".cu"))
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(HOUSE).as_posix())
-def test_every_file_says_its_duty_in_its_first_line(file):
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_the_first_line_of_every_file_says_what_it_contains(file):
     first = file.read_text().partition("\n")[0]
     mark = '"""' if file.suffix == ".py" else "//"
     assert first.startswith(mark)
     assert len(first.strip('"/ ')) > 20
 
 
-def test_no_room_is_a_drawer_for_everything():
-    drawers = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
-    assert not [file for file in HOUSE.rglob("*") if file.stem in drawers]
+def test_no_module_is_called_utils():
+    names = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
+    assert not [file for file in PACKAGE.rglob("*") if file.stem in names]

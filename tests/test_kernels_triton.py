@@ -17,7 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import statefeed as sf
-from statefeed import cells, recurrence
+from statefeed import layers
+from statefeed.backends import BACKENDS, Problem, Upstream, reference
+from statefeed.cells import CELLS as TABLE
+from statefeed.feedback import KernelRule
+from statefeed.layout import Layout
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -33,7 +37,6 @@ pytestmark = [
     pytest.mark.usefixtures("ieee_float32"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
-CELL = {"rnn_tanh": cells.RNN_TANH, "rnn_relu": cells.RNN_RELU, "gru": cells.GRU, "lstm": cells.LSTM}
 
 
 @pytest.fixture
@@ -68,8 +71,10 @@ class Case(test_kernels_layer.Case):
     ) -> dict[str, Tensor]:
         x, e, *rest = (v.to(DEVICE) for v in (self.x, self.e, *self.state, *self.final_e, *self.weights))
         state, final_e, w = rest[: self.states], rest[self.states : 2 * self.states], rest[2 * self.states :]
-        # cuDNN takes contiguous states alone.
-        y, final = recurrence._forward(CELL[self.cell], x, tuple(s.contiguous() for s in state), w, batch_sizes)
+        layout = Layout(len(x) if batch_sizes is None else len(batch_sizes), len(state[0]), batch_sizes)
+        rows, contiguous = x.reshape(-1, x.shape[-1]), tuple(s.contiguous() for s in state)  # cuDNN takes no others
+        y, final, _ = reference.forward([Problem(TABLE[self.cell], rows, contiguous, tuple(w), layout)], True)[0]
+        y = y.view(*x.shape[:-1], y.shape[-1])
         tape = layer.tape(self.cell, x, y, tuple(state), w, batch_sizes)
         D = diagonal.to(DEVICE) if isinstance(diagonal, Tensor) else diagonal
         found = layer.backward(self.cell, tape, x, y, tuple(state), w, (e, *final_e), D, corrections)
@@ -77,11 +82,17 @@ class Case(test_kernels_layer.Case):
         return {name: value.cpu() for name, value in named.items()}
 
     def reference(self, rule: str, corrections: int) -> dict[str, Tensor]:
-        cell = CELL[self.cell]
-        y, final = recurrence._forward(cell, self.x, self.state, self.weights, None)
-        done = recurrence._Done(self.x, self.state, self.weights, y, (self.e, *self.final_e), None, True)
-        found = recurrence._backward(cell, sf.Feedback(rule, corrections), None, done, False)
-        return self.named(y, final, found.x, found.state, found.weights)
+        T, B = self.x.shape[:2]
+        weights = tuple(self.weights)
+        problem = Problem(TABLE[self.cell], self.x.flatten(0, 1), self.state, weights, Layout(T, B))
+        done = reference.recompute(problem, reference.forward([problem], True)[0])
+        size = sum(problem.sizes)
+        D = sf.Feedback(rule).stationary(size, done.y.dtype, done.y.device)
+        kernel = KernelRule({"gate": "direct"}.get(rule, rule) if D is None else "stationary", D, corrections)
+        upstream = Upstream(self.e.flatten(0, 1), self.final_e)
+        found = reference.backward(problem, done, upstream, kernel, True)
+        y, d_x = done.y.view(T, B, -1), found.x.view(self.x.shape)
+        return self.named(y, done.final, d_x, found.state, list(found.weights))
 
 
 def rules_of(cell: str) -> list[str]:
@@ -198,7 +209,8 @@ def test_mean_jacobian(cell: str) -> None:
     expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
     x, *rest = (v.to(DEVICE) for v in (case.x, *case.state, *case.weights))
     state, weights = tuple(rest[: case.states]), rest[case.states :]
-    y, _ = recurrence._forward(CELL[cell], x, state, weights, None)
+    problem = Problem(TABLE[cell], x.flatten(0, 1), state, tuple(weights), Layout(*x.shape[:2]))
+    y = reference.forward([problem], True)[0].y.view(*x.shape[:2], -1)
     found = layer.mean_jacobian(cell, layer.tape(cell, x, y, state, weights), y, weights[1])
     assert_same({"mean": found.cpu()}, {"mean": expected})
 
@@ -293,8 +305,8 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
     model = getattr(sf, cell)(3, 4, 2, bidirectional=True, dtype=torch.float64, feedback=rule)
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     found = []
-    for device in (None, "cuda"):
-        monkeypatch.setattr(recurrence, "fused_on", lambda *_, device=device: device)
+    for name in ("reference", "triton"):
+        monkeypatch.setattr(layers, "choose", lambda *_, name=name: BACKENDS[name])
         given = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
         if rule == "calibrated":
             model.diagonal.zero_(), model.diagonal_updates.zero_()
@@ -307,7 +319,7 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
 @interpreted
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "fused_on", lambda *_: "cuda")
+    monkeypatch.setattr(layers, "choose", lambda *_: BACKENDS["triton"])
     torch.manual_seed(0)
     model, x = sf.LSTM(3, 4, dtype=torch.float64, feedback="gate+1"), torch.randn(4, 2, 3, dtype=torch.float64)
     torch._dynamo.reset()

@@ -1,1 +1,40 @@
-"""Backends: what runs one layer forward and backward under a feedback rule."""
+"""Backends: what runs one layer forward and backward under a feedback rule, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from statefeed.backends import cpu, reference
+from statefeed.backends.protocol import Backend, Forward, Gradients, Problem, Upstream
+from statefeed.backends.triton import backend as triton
+from statefeed.cells.protocol import Cell
+
+# The first that supports a layer runs it; the reference supports every one.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
+
+
+def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
+    """The backend that runs a layer.
+
+    Args:
+        cell: of the layer.
+        tensors: x, initial states and weights.
+        exact: whether the rule is exact.
+    """
+    return next(b for b in BACKENDS.values() if b.unsupported_reason(cell, tensors, exact) is None)
+
+
+def unsupported_reasons(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> dict[str, str]:
+    """Why the backends that come before the chosen one do not run a layer, by name."""
+    reasons = {}
+    for backend in BACKENDS.values():
+        reason = backend.unsupported_reason(cell, tensors, exact)
+        if reason is None:
+            break
+        reasons[backend.name] = reason
+    return reasons
+
+
+__all__ = ["BACKENDS", "Backend", "Forward", "Gradients", "Problem", "Upstream", "choose", "unsupported_reasons"]

@@ -97,7 +97,7 @@ def rules_of(cell: str, rules: str) -> list[str]:
             feedback = sf.Feedback(rule)
         except ValueError as error:
             raise OptionError(f"rules: {error}") from None
-        if not (cell == "rnn" and feedback.diagonal == "gate") and rule not in result:
+        if not (cell == "rnn" and str(feedback.diagonal) == "gate") and rule not in result:
             result.append(rule)
     return result
 

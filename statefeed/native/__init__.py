@@ -67,8 +67,6 @@ def _cpu() -> str:
 def _cuda() -> str:
     import triton
 
-    from statefeed.scan import triton as _  # noqa: F401
-
     return f"Triton {triton.__version__}"
 
 

@@ -1,0 +1,290 @@
+"""The reference backend: torch's own forward pass, and a backward pass of scans and large products in PyTorch.
+
+    delta[t] = e[t] + D[t+1] * delta[t+1]                            one scan
+    delta_k  = scan_D(e + shift((J - D)^T delta_{k-1}))              k corrections
+    dtheta   = sum_t (ds[t]/dtheta at fixed s[t-1])^T delta[t]       large products over all rows at once
+
+It runs every cell under every rule on every device. A cell that torch lacks runs forward in a loop over ``Cell.step``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from statefeed.backends.protocol import (
+    Backend,
+    Forward,
+    Gradients,
+    Problem,
+    Upstream,
+    backward_in_order,
+    forward_in_order,
+    in_order,
+)
+from statefeed.cells.protocol import Cell, State, Step
+from statefeed.feedback.protocol import KernelRule
+from statefeed.layout import Layout, shift_left
+from statefeed.scan import diagonal_scan
+
+
+def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
+    """None: every layer runs."""
+    return None
+
+
+def forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
+    return forward_in_order(_forward, problems, save)
+
+
+def _forward(problem: Problem, save: bool) -> Forward:
+    if problem.cell.torch_forward is None:
+        return _loop(problem, save)
+    layout, x = problem.layout, problem.x
+    run = getattr(torch._VF, problem.cell.torch_forward)
+    hx: Any = [s[None] for s in problem.state] if len(problem.state) > 1 else problem.state[0][None]
+    biased = len(problem.weights) > 2
+    if layout.batch_sizes is None:
+        y, *final = run(layout.grid(x), hx, problem.weights, biased, 1, 0.0, False, False, False)
+        y = y.flatten(0, 1)
+    else:
+        y, *final = run(x, layout.batch_sizes, hx, problem.weights, biased, 1, 0.0, False, False)
+    return Forward(y, tuple(s[0] for s in final))
+
+
+def _loop(problem: Problem, save: bool) -> Forward:
+    """One step after the other; saves the parts of the state besides h."""
+    layout, (_, w_hh, *biases) = problem.layout, problem.weights
+    b_hh = biases[1] if biases else None
+    state, states = problem.state, []
+    for inputs in layout.steps(_inputs(problem)):
+        rows = len(inputs)
+        hidden = F.linear(state[0][:rows], w_hh, b_hh)
+        after = problem.cell.step(inputs, hidden, tuple(s[:rows] for s in state))
+        states.append(after)
+        state = tuple(torch.cat([a, s[rows:]]) if rows < len(s) else a for a, s in zip(after, state, strict=True))
+    parts = [torch.cat(part) for part in zip(*states, strict=True)]
+    return Forward(parts[0], state, tuple(parts[1:]) if save else ())
+
+
+def _inputs(problem: Problem) -> Tensor:
+    return F.linear(problem.x, problem.weights[0], problem.weights[2] if len(problem.weights) > 2 else None)
+
+
+class _Linearized(NamedTuple):
+    """The states before every row, in the dtype that gradients are summed in, and the cell's own quantities there."""
+
+    h_prev: Tensor
+    at: Any
+
+
+def recompute(problem: Problem, done: Forward) -> Forward:
+    """``saved`` is h before every step, then what the cell's ``linearize`` gives, in the order of processing."""
+    if problem.reverse:
+        done = done._replace(y=problem.layout.reverse(done.y))
+    with _autocast(problem):
+        found = _linearize(in_order(problem), done)
+    return done._replace(
+        saved=(found.h_prev, *found.at), y=problem.layout.reverse(done.y) if problem.reverse else done.y
+    )
+
+
+def linearize(problem: Problem, done: Forward) -> Any:
+    """The cell's own quantities at the states of a forward pass, rows in natural order."""
+    with _autocast(problem):
+        order = problem.layout.reverse if problem.reverse else (lambda rows: rows)
+        at = _linearize(in_order(problem), done._replace(y=order(done.y))).at
+        return type(at)(*(order(part) for part in at))
+
+
+def _linearize(problem: Problem, done: Forward) -> _Linearized:
+    cell, layout, y = problem.cell, problem.layout, done.y
+    dtype = _sum_dtype(y.dtype)
+    _, w_hh, *biases = problem.weights
+    h_prev = layout.previous(y, problem.state[0].to(y.dtype))
+
+    @functools.cache
+    def preactivations() -> tuple[Tensor, Tensor]:
+        hidden = F.linear(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
+        return _inputs(problem).to(dtype), hidden.to(dtype)
+
+    initial = tuple(s.to(dtype) for s in problem.state)
+    others = done.saved or cell.recover_states(preactivations, initial, layout)
+    after = (y.to(dtype), *others)
+    previous = (h_prev.to(dtype), *(layout.previous(s, s0) for s, s0 in zip(others, initial[1:], strict=True)))
+    return _Linearized(h_prev, cell.linearize(Step(previous, after, preactivations)))
+
+
+def _saved(problem: Problem, done: Forward) -> _Linearized:
+    h_prev, *at = done.saved
+    return _Linearized(h_prev, problem.cell.saved_type(*at))
+
+
+def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
+    at = _saved(problem, done).at
+    w_hh = problem.weights[1].to(_sum_dtype(done.y.dtype))
+    return torch.cat([j.mean(0) for j in problem.cell.jacobian_diagonal(at, w_hh)])
+
+
+def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
+    return backward_in_order(_backward, problem, done, upstream, rule, needs_x)
+
+
+def _backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
+    with _autocast(problem):
+        delta, grad_prev = _state_gradients(problem, done, upstream, rule)
+        return _parameter_gradients(problem, done, delta, grad_prev, needs_x)
+
+
+class StateGradients(NamedTuple):
+    """The gradient of every state, and what each passes to the state before it, both as rows per part."""
+
+    delta: State
+    grad_prev: State
+
+
+def state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
+    """``done`` comes from ``recompute``; rows are in the order of processing."""
+    if problem.reverse:
+        reverse = problem.layout.reverse
+        problem, done = in_order(problem), done._replace(y=reverse(done.y))
+        upstream = upstream._replace(y=reverse(upstream.y))
+    with _autocast(problem):
+        return _state_gradients(problem, done, upstream, rule)
+
+
+def _state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
+    cell, layout = problem.cell, problem.layout
+    at = _saved(problem, done).at
+    dtype = _sum_dtype(done.y.dtype)
+    e = [layout.scatter_final(g.to(dtype)) for g in upstream.final]
+    e[0] = e[0] + layout.grid(upstream.y.to(dtype))
+    w_hh = problem.weights[1]
+    if rule.name == "exact":
+        return _exact(cell, at, e, w_hh, layout)
+    return _feedback_scan(cell, _diagonals(problem, at, rule, dtype), rule.corrections, at, e, w_hh, layout)
+
+
+def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_prev: State, needs_x: bool) -> Gradients:
+    h_prev, at = _saved(problem, done)
+    w_ih, w_hh, *biases = problem.weights
+    x = problem.x
+    d_inputs, d_hidden = problem.cell.local_gradient(at, delta)
+    same = d_hidden is d_inputs
+    d_inputs = d_inputs.to(w_ih.dtype)
+    d_hidden = d_inputs if same else d_hidden.to(w_hh.dtype)
+    d_weights = [
+        (d_inputs.T @ x).to(w_ih.dtype),
+        (d_hidden.T @ h_prev.to(w_hh.dtype)).to(w_hh.dtype),
+    ]
+    if biases:
+        d_weights += [d_inputs.sum(0), d_hidden.sum(0)]
+    return Gradients(
+        (d_inputs @ w_ih).to(x.dtype) if needs_x else None,
+        tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=True)),
+        tuple(d_weights),
+    )
+
+
+def _diagonals(problem: Problem, at: Any, rule: KernelRule, dtype: torch.dtype) -> State:
+    """D per part of the state: (width,) if stationary, else rows."""
+    cell, sizes, w_hh = problem.cell, problem.sizes, problem.weights[1].to(dtype)
+    if rule.name == "direct":
+        return tuple(
+            w_hh.new_zeros(size) if p is None else p for p, size in zip(cell.direct_path(at), sizes, strict=True)
+        )
+    if rule.name == "jacobian":
+        return cell.jacobian_diagonal(at, w_hh)
+    if rule.diagonal is None or rule.name not in ("stationary", "per_row"):
+        raise ValueError(
+            f'a kernel rule must be "exact", "stationary", "per_row", "direct" or "jacobian", got {rule.name!r}'
+        )
+    return tuple(torch.split(rule.diagonal.to(dtype), list(sizes), -1))
+
+
+def _feedback_scan(
+    cell: Cell, D: State, corrections: int, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout
+) -> StateGradients:
+    """One scan per part of the state and round; h first, because what reaches other parts includes what h passes on."""
+
+    def scan(residual: list[Tensor] | None) -> State:
+        delta: State = ()
+        same_step: tuple[Tensor, ...] = ()
+        for part, inputs in enumerate(e):
+            if part:
+                inputs = inputs + layout.grid(same_step[part - 1])
+            if residual is not None:
+                inputs = inputs + shift_left(layout.grid(residual[part]))
+            a = D[part] if D[part].dim() == 1 else shift_left(layout.grid(D[part]))
+            delta = (*delta, layout.rows(diagonal_scan(inputs, a, reverse=True)))
+            if not part:
+                same_step = cell.same_step(at, delta[0])
+        return delta
+
+    residual = None
+    direct_path = cell.direct_path(at)
+    delta = scan(None)
+    for _ in range(corrections):
+        # (J - D)^T delta of the round before: the direct path less the feedback, then the dense part.
+        _, d_hidden = cell.local_gradient(at, delta)
+        residual = [_residual(p, d, g) for p, d, g in zip(direct_path, D, delta, strict=True)]
+        residual[0] = residual[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(delta[0].dtype)
+        delta = scan(residual)
+    grad_prev = tuple(d * g for d, g in zip(D, delta, strict=True))
+    if residual is not None:
+        grad_prev = tuple(g + r for g, r in zip(grad_prev, residual, strict=True))
+    return StateGradients(delta, grad_prev)
+
+
+def _residual(direct_path: Tensor | None, D: Tensor, delta: Tensor) -> Tensor:
+    return -D * delta if direct_path is None else (direct_path - D) * delta
+
+
+def _exact(cell: Cell, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout) -> StateGradients:
+    """BPTT, one step after the other."""
+    parts = [layout.steps(part) for part in at]
+    grad_next = [torch.zeros_like(grid[-1]) for grid in e]
+    deltas, grads_prev = [], []
+    for t in reversed(range(layout.T)):
+        now = type(at)(*(part[t] for part in parts))
+        rows = len(now[0])
+        delta: State = ()
+        same_step: tuple[Tensor, ...] = ()
+        for part, grid in enumerate(e):
+            total = grid[t, :rows] + grad_next[part][:rows]
+            if part:
+                total = total + same_step[part - 1]
+            delta = (*delta, total)
+            if not part:
+                same_step = cell.same_step(now, delta[0])
+        _, d_hidden = cell.local_gradient(now, delta)
+        grad_prev = [
+            torch.zeros_like(d) if p is None else p * d for p, d in zip(cell.direct_path(now), delta, strict=True)
+        ]
+        grad_prev[0] = grad_prev[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(delta[0].dtype)
+        for total, grad in zip(grad_next, grad_prev, strict=True):
+            total[:rows] = grad
+        deltas.append(delta)
+        grads_prev.append(tuple(grad_prev))
+    joined = (tuple(torch.cat(list(part)[::-1]) for part in zip(*side, strict=True)) for side in (deltas, grads_prev))
+    return StateGradients(*joined)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _autocast(problem: Problem) -> torch.autocast:
+    """The autocast of the forward pass; a device without autocast, as meta, has none."""
+    device = problem.x.device.type
+    if problem.compute_dtype is None:
+        device = device if torch.amp.is_autocast_available(device) else "cpu"
+    return torch.autocast(device, problem.compute_dtype, problem.compute_dtype is not None)
+
+
+BACKEND = Backend("reference", unsupported_reason, forward, recompute, mean_jacobian, backward)

@@ -1,0 +1,12 @@
+"""Recurrent cells: one file each, and the table of them."""
+
+from __future__ import annotations
+
+from statefeed.cells.gru import GRU
+from statefeed.cells.lstm import LSTM
+from statefeed.cells.protocol import Cell, State, Step
+from statefeed.cells.rnn import RNNRelu, RNNTanh
+
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (GRU(), LSTM(), RNNTanh(), RNNRelu())}
+
+__all__ = ["CELLS", "Cell", "State", "Step"]

@@ -1,0 +1,110 @@
+"""What a recurrent cell is to the rest of the package: its sizes, its forward step and the parts of its gradient.
+
+A cell works on rows: every tensor is (..., width), and a function treats rows alone, so that one call serves one time
+step or all of them. ``inputs`` and ``hidden`` name the preactivations x W_ih^T + b_ih and h' W_hh^T + b_hh, each of
+``gates`` blocks of H columns; a prime marks the step before.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from statefeed.layout import Layout
+
+State: TypeAlias = tuple[Tensor, ...]
+Preactivations: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+
+
+class Step(NamedTuple):
+    """Rows of one or of all steps, as ``Cell.linearize`` takes them.
+
+    Attributes:
+        previous: the state before each row's step, as far as it is known (h always).
+        after: the state after it, likewise.
+        preactivations: computes ``inputs`` and ``hidden``; costs two products, so call it only if they are needed.
+    """
+
+    previous: State
+    after: State
+    preactivations: Preactivations
+
+
+class Cell(ABC):
+    """One recurrent cell.
+
+    Attributes:
+        name: matches the row of the cell in the tables of the backends.
+        gates: G, blocks of H rows in the weights.
+        shared_gates: how many of them, from the first, have the same gradient at ``inputs`` and ``hidden``.
+        states: names of the parts of the state; the first is h, which is also the output.
+        saved_type: the NamedTuple that ``linearize`` returns.
+        saved_values: values per row and unit that a fused forward pass saves for the backward pass, besides h.
+        has_direct_path: whether a part of the Jacobian passes no weight.
+        torch_forward: the function of ``torch._VF`` that runs the layer, None if torch has none.
+        returns_autocast_dtype: whether torch's layer returns bfloat16 under autocast on a CPU; its GRU does not.
+    """
+
+    name: ClassVar[str]
+    gates: ClassVar[int]
+    shared_gates: ClassVar[int]
+    states: ClassVar[tuple[str, ...]] = ("h",)
+    saved_type: ClassVar[Callable[..., Any]]
+    saved_values: ClassVar[int] = 0
+    has_direct_path: ClassVar[bool] = True
+    torch_forward: ClassVar[str | None] = None
+    returns_autocast_dtype: ClassVar[bool] = True
+
+    def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of one layer and direction, by torch's names, biases last."""
+        rows = self.gates * hidden_size
+        return {
+            "weight_ih": (rows, input_size),
+            "weight_hh": (rows, hidden_size),
+            "bias_ih": (rows,),
+            "bias_hh": (rows,),
+        }
+
+    def state_widths(self, hidden_size: int) -> tuple[int, ...]:
+        """Width of every part of the state; S is their sum."""
+        return (hidden_size,) * len(self.states)
+
+    @abstractmethod
+    def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
+        """The state after one step."""
+
+    @abstractmethod
+    def linearize(self, step: Step) -> Any:
+        """What the other functions need of the rows, as a NamedTuple of tensors (rows, H)."""
+
+    @abstractmethod
+    def local_gradient(self, at: Any, delta: State) -> tuple[Tensor, Tensor]:
+        """The gradients at ``inputs`` and ``hidden`` from those of the state; one tensor twice where they are equal."""
+
+    @abstractmethod
+    def direct_path(self, at: Any) -> tuple[Tensor | None, ...]:
+        """The diagonal part of the Jacobian that passes no weight, per part of the state; None is zero."""
+
+    @abstractmethod
+    def jacobian_diagonal(self, at: Any, w_hh: Tensor) -> State:
+        """diag(J) per part of the state, at fixed values of the other parts."""
+
+    def same_step(self, at: Any, grad_h: Tensor) -> tuple[Tensor, ...]:
+        """The gradients that reach the other parts of the state of the same step through h."""
+        return ()
+
+    def recover_states(self, preactivations: Preactivations, initial: State, layout: Layout) -> State:
+        """The parts of the state after every step that a forward pass which returns h alone did not keep.
+
+        Only cells with a ``torch_forward`` and more than one part need it.
+        """
+        return ()
+
+
+def w_hh_diagonal(w_hh: Tensor, gate: int) -> Tensor:
+    """The weight from every unit to itself in one gate's block of W_hh, (H,)."""
+    H = w_hh.shape[1]
+    return w_hh[gate * H : (gate + 1) * H].diagonal()

@@ -1,0 +1,31 @@
+"""Feedback rules: the value, its spellings, and the table of diagonals with one file per kind."""
+
+from statefeed.feedback.protocol import (
+    EXACT,
+    Context,
+    Diagonal,
+    KernelRule,
+    Learned,
+    LearnedState,
+    Linearization,
+    Stationary,
+    TimeVarying,
+)
+from statefeed.feedback.table import DIAGONALS
+from statefeed.feedback.value import Feedback, FeedbackLike, as_feedback
+
+__all__ = [
+    "DIAGONALS",
+    "EXACT",
+    "Context",
+    "Diagonal",
+    "Feedback",
+    "FeedbackLike",
+    "KernelRule",
+    "Learned",
+    "LearnedState",
+    "Linearization",
+    "Stationary",
+    "TimeVarying",
+    "as_feedback",
+]

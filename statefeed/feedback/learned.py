@@ -1,0 +1,64 @@
+"""Stationary diagonals that are learned while training: the mean of diag(J), and a least-squares fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from statefeed.feedback.protocol import Learned, LearnedState
+
+# Weight of a new mean once 100 passes have been averaged evenly.
+_WEIGHT = 0.01
+# Under "fitted", training backward passes from one exact pass to the next.
+_REFIT = 50
+
+
+@dataclass(frozen=True)
+class Calibrated(Learned):
+    """The running mean of diag(J[t]): cumulative over the first 100 passes, then exponential with weight 0.01."""
+
+    def observe(self, state: LearnedState, mean_jacobian: Callable[[], Tensor]) -> Tensor:
+        if state.training:
+            state.updates.add_(1)
+            weight = state.updates.to(state.diagonal.dtype).reciprocal().clamp(min=_WEIGHT)
+            mean = mean_jacobian().to(state.diagonal.dtype)
+            # One batch that overflows must not spoil every gradient after it.
+            state.diagonal.lerp_(torch.where(mean.isfinite(), mean, state.diagonal), weight)
+        return state.diagonal
+
+    def __str__(self) -> str:
+        return "calibrated"
+
+
+@dataclass(frozen=True)
+class Fitted(Learned):
+    """The a that minimizes sum (grad_prev - a * delta)^2 over an exact backward pass, taken every 50 passes."""
+
+    takes_exact_passes = True
+
+    def wants_exact(self, state: LearnedState) -> bool:
+        return state.training and int(state.updates) % _REFIT == 0
+
+    def observe(self, state: LearnedState, mean_jacobian: Callable[[], Tensor]) -> Tensor:
+        if state.training:
+            state.updates.add_(1)
+        return state.diagonal
+
+    def fit(self, state: LearnedState, delta: Sequence[Tensor], grad_prev: Sequence[Tensor]) -> None:
+        """Zero for a unit without gradient; a pass whose gradients overflow fits nothing and is not counted."""
+        products, squares = (
+            torch.cat(
+                [(other.double() * d.double()).flatten(0, -2).sum(0) for other, d in zip(side, delta, strict=True)]
+            )
+            for side in (grad_prev, delta)
+        )
+        if not bool((products + squares).isfinite().all()):
+            return  # a loss scaled too high, as a GradScaler's first ones: the next pass is exact instead
+        state.updates.add_(1)
+        state.diagonal.copy_(torch.where(squares > 0, products / squares, 0.0))
+
+    def __str__(self) -> str:
+        return "fitted"

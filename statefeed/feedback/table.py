@@ -1,0 +1,25 @@
+"""The table of rules: every name that a spelling may begin with, and what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from statefeed.feedback.exact import Exact
+from statefeed.feedback.fixed import Constant, LogSpaced, Ramp
+from statefeed.feedback.learned import Calibrated, Fitted
+from statefeed.feedback.protocol import Diagonal
+from statefeed.feedback.time_varying import Gate, Jacobian
+
+# A spelling is "name" or "name(number)"; the number is the argument.
+DIAGONALS: dict[str, Callable[..., Diagonal]] = {
+    "bptt": lambda: Exact(fused=False),
+    "fused-bptt": lambda: Exact(fused=True),
+    "ft-bptt": lambda: Constant(0.0),
+    "dsf": lambda: Ramp(1.0),
+    "ramp": Ramp,
+    "log_spaced": LogSpaced,
+    "calibrated": Calibrated,
+    "fitted": Fitted,
+    "gate": Gate,
+    "jacobian": Jacobian,
+}

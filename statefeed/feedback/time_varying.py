@@ -1,0 +1,54 @@
+"""Diagonals computed at every step: the direct path of the cell, and the diagonal of its Jacobian.
+
+The backends have kernels of their own for these two; any other time-varying rule passes its rows of D to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from statefeed.cells.protocol import Cell
+from statefeed.feedback.protocol import Context, KernelRule, Linearization, TimeVarying
+
+
+@dataclass(frozen=True)
+class Gate(TimeVarying):
+    """The direct path: z[t] of a GRU, f[t] on c and 0 on h of an LSTM."""
+
+    def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
+        if cell is None:
+            return 'feedback "gate" is known for GRU and LSTM only, not for a cell of your own; use "jacobian"'
+        if not cell.has_direct_path:
+            return (
+                'feedback "gate" needs a direct path between states and an RNN has none; use "jacobian" or "calibrated"'
+            )
+        return None
+
+    def rows(self, at: Linearization) -> Sequence[Tensor]:
+        w = at.w_hh
+        widths = at.cell.state_widths(w.shape[1])
+        parts = at.cell.direct_path(at.at)
+        return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
+
+    def resolve(self, context: Context) -> KernelRule:
+        return KernelRule("direct")
+
+    def __str__(self) -> str:
+        return "gate"
+
+
+@dataclass(frozen=True)
+class Jacobian(TimeVarying):
+    """diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
+
+    def rows(self, at: Linearization) -> Sequence[Tensor]:
+        return at.cell.jacobian_diagonal(at.at, at.w_hh)
+
+    def resolve(self, context: Context) -> KernelRule:
+        return KernelRule("jacobian")
+
+    def __str__(self) -> str:
+        return "jacobian"

@@ -1,0 +1,217 @@
+"""The feedback rule as a value: which diagonal stands in for the state Jacobian, and how many corrections follow it.
+
+delta_0[t] = e[t] + D[t+1] * delta_0[t+1]
+delta_k    = scan_D(e + shift((J - D)^T delta_{k-1}))          k corrections; k = T is exact for every D
+"""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from statefeed.cells.protocol import Cell
+from statefeed.feedback.exact import Exact
+from statefeed.feedback.fixed import Constant, Given, LogSpaced, Ramp
+from statefeed.feedback.protocol import Context, Diagonal, KernelRule
+from statefeed.feedback.spelling import SPELLINGS, parse
+
+# Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
+_DIVERGES_ABOVE = 0.9
+
+
+@dataclass(frozen=True, repr=False)
+class Feedback:
+    """A rule for the gradient of a recurrent state.
+
+    ``delta[t] = e[t] + D[t+1] * delta[t+1]`` followed by k corrections ``delta_k = scan_D(e + shift((J - D)^T
+    delta_{k-1}))``; k = 0 is the cheapest, k = T is backpropagation through time for every D (Caillon, Fagnou and
+    Allauzen, arXiv 2503.23104, for k = 0 and a fixed D).
+
+    Args:
+        diagonal: D, in any of its spellings.
+
+            - ``None`` or ``"bptt"``: no approximation; the layer runs torch's own path.
+            - ``"fused-bptt"``: no approximation, through statefeed's kernels where there are any for the input, else
+              torch's own path. It separates the kernels' speed-up from the rule's.
+            - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
+            - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
+            - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: as ``Feedback.ramp`` and ``Feedback.log_spaced`` say.
+            - a float, or a tensor of shape (S,): that diagonal, fixed. A tensor (L * directions, S) has one row for
+              every layer and direction, as the buffer ``layer.diagonal`` of the next two.
+            - ``"calibrated"``: the running mean of diag(J[t]), taken while training.
+            - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1], unit by unit, g being the exact state
+              gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training every 50th backward pass, the first
+              included, is exact BPTT and fits it again.
+            - ``"gate"``: the direct path, z[t] of a GRU, f[t] on c and 0 on h of an LSTM; an RNN has none.
+            - ``"jacobian"``: diag(J[t]) exactly.
+
+            A string may carry the suffix ``+k``: ``"gate+1"``. The table of rules is ``statefeed.feedback.DIAGONALS``;
+            a ``Diagonal`` of your own is taken as it is.
+        corrections: k, the number of corrections, each one batched matrix product over all steps.
+
+    Gradient: exact for ``"bptt"``, ``"fused-bptt"`` and k >= T; approximate otherwise. The forward pass is exact under
+        every rule.
+
+    Raises:
+        ValueError: an unknown spelling, a diagonal that is not finite, or a negative k.
+        TypeError: a diagonal of another type.
+
+    Warns:
+        UserWarning: corrections around a fixed diagonal near 1, which diverge until k is near T.
+
+    Cost: per step O(S) for k = 0; each correction adds 2 * T * B * H * G * H flops. An exact pass of ``"fitted"`` is a
+        loop over time, about as long as torch's own.
+
+    Example:
+        >>> Feedback("gate+1")
+        Feedback('gate', corrections=1)
+        >>> Feedback(0.0) == Feedback("ft-bptt")
+        True
+        >>> str(Feedback(0.5, corrections=2))
+        '0.5+2'
+    """
+
+    diagonal: Diagonal
+    corrections: int = 0
+
+    def __init__(self, diagonal: Diagonal | str | float | Tensor | None, corrections: int = 0) -> None:
+        suffix = 0
+        value: object = diagonal
+        if isinstance(diagonal, str):
+            value, suffix = parse(diagonal)
+        if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
+            raise ValueError(f"corrections must be a whole number >= 0, got {corrections!r}")
+        if suffix and corrections:
+            raise ValueError(f"corrections are given twice: as the suffix +{suffix} and as corrections={corrections}")
+        object.__setattr__(self, "diagonal", _diagonal(value))
+        object.__setattr__(self, "corrections", suffix or corrections)
+        if self.exact and self.corrections:
+            raise ValueError(f'feedback "{diagonal}" is exact and takes no corrections, got {self.corrections}')
+        if self.corrections and self.diagonal.largest > _DIVERGES_ABOVE:
+            warnings.warn(
+                f'feedback "{self}" adds corrections to a fixed diagonal of up to {self.diagonal.largest:g}: they grow '
+                'like binom(T, k) until k is near T; "calibrated+1" is the stationary rule that takes corrections well',
+                stacklevel=2,
+            )
+
+    @classmethod
+    def ramp(cls, cap: float, corrections: int = 0) -> Feedback:
+        """D = linspace(0, cap, S): the ramp of DSF, stopped short of 1.
+
+        Args:
+            cap: the largest value, above 0 and at most 1, which is ``"dsf"``. It runs over (h, c) joined for an LSTM.
+            corrections: k.
+
+        Example:
+            >>> str(Feedback.ramp(0.95)), Feedback.ramp(1) == Feedback("dsf")
+            ('ramp(0.95)', True)
+        """
+        return cls(Ramp(cap), corrections)
+
+    @classmethod
+    def log_spaced(cls, longest: float, corrections: int = 0) -> Feedback:
+        """D = 1 - 1 / h, with horizons h from 1 to ``longest`` steps, geometrically spaced.
+
+        A unit with the value d keeps credit over about 1 / (1 - d) steps; here as many units keep it over 1 to 2 steps
+        as over 32 to 64.
+
+        Args:
+            longest: horizon of the last unit in steps, above 1. They run over (h, c) joined for an LSTM.
+            corrections: k.
+
+        Example:
+            >>> Feedback.log_spaced(100).stationary(3, torch.float32, torch.device("cpu"))
+            tensor([0.0000, 0.9000, 0.9900])
+        """
+        return cls(LogSpaced(longest), corrections)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient is that of BPTT: ``"bptt"`` or ``"fused-bptt"``."""
+        return self.diagonal.exact
+
+    @property
+    def through_torch(self) -> bool:
+        """Whether torch's own layer is asked for, kernels or not."""
+        return isinstance(self.diagonal, Exact) and not self.diagonal.fused
+
+    @property
+    def learned(self) -> bool:
+        """Whether the diagonal is learned while training."""
+        return self.diagonal.learned
+
+    def stationary(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The diagonal of shape (size,) where it is known beforehand, else None.
+
+        Args:
+            size: S, the width of the state; 2H for the (h, c) of an LSTM.
+            dtype: of the returned tensor.
+            device: of the returned tensor.
+
+        Returns:
+            D of shape (size,), or None for learned, time-varying and exact rules.
+
+        Example:
+            >>> Feedback("dsf").stationary(3, torch.float32, torch.device("cpu"))
+            tensor([0.0000, 0.5000, 1.0000])
+        """
+        return self.diagonal.vector(size, dtype, device)
+
+    def row(self, k: int) -> Feedback:
+        """The rule of one layer and direction: this one, or the row k of a diagonal that has one for each.
+
+        Example:
+            >>> Feedback(torch.tensor([[0.5], [0.25]])).row(1)
+            Feedback(tensor([0.2500]))
+        """
+        diagonal = self.diagonal.row(k)
+        if diagonal is self.diagonal:
+            return self
+        rule = object.__new__(Feedback)
+        object.__setattr__(rule, "diagonal", diagonal)
+        object.__setattr__(rule, "corrections", self.corrections)
+        return rule
+
+    def resolve(self, context: Context) -> KernelRule:
+        """The form that a backend takes."""
+        return self.diagonal.resolve(context)._replace(corrections=self.corrections)
+
+    def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
+        """Why a layer cannot run under this rule, None if it can; arguments as for ``Diagonal``."""
+        return self.diagonal.unsupported_reason(cell, size, rows)
+
+    def __str__(self) -> str:
+        return f"{self.diagonal}+{self.corrections}" if self.corrections else str(self.diagonal)
+
+    def __repr__(self) -> str:
+        diagonal = repr(self.diagonal.values) if isinstance(self.diagonal, Given) else _plain(self.diagonal)
+        return f"Feedback({diagonal}, corrections={self.corrections})" if self.corrections else f"Feedback({diagonal})"
+
+
+FeedbackLike: TypeAlias = Feedback | Diagonal | str | float | Tensor | None
+
+
+def as_feedback(rule: FeedbackLike) -> Feedback:
+    """A rule in any of its spellings as a ``Feedback``."""
+    return rule if isinstance(rule, Feedback) else Feedback(rule)
+
+
+def _diagonal(value: object) -> Diagonal:
+    if value is None:
+        return Exact(fused=False)
+    if isinstance(value, Diagonal):
+        return value
+    if isinstance(value, Tensor):
+        return Given(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return Constant(float(value))
+    raise TypeError(f"feedback must be {SPELLINGS}, got {type(value).__name__}")
+
+
+def _plain(diagonal: Diagonal) -> str:
+    return str(diagonal.value) if isinstance(diagonal, Constant) and diagonal.value else repr(str(diagonal))
