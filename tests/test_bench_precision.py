@@ -3,21 +3,24 @@
 import pytest
 import torch
 
-from statefeed.bench.precision import flags, tf32
+from statefeed.bench.precision import flags, onednn_bfloat16, tf32
 
-MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
+MATMUL, CUDNN, ONEDNN = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn.matmul
 
 
-@pytest.fixture(params=["as shipped", "old setters", "new setters"])
+@pytest.fixture(params=["as shipped", "old setters", "medium", "new setters"])
 def before(request: pytest.FixtureRequest):
     """The settings that a caller may have made, undone afterwards."""
-    precisions = [(switch, switch.fp32_precision) for switch in (MATMUL, CUDNN.rnn, CUDNN.conv)]
+    precisions = [(switch, switch.fp32_precision) for switch in (MATMUL, CUDNN.rnn, CUDNN.conv, ONEDNN)]
     if request.param == "old setters":
         MATMUL.allow_tf32, CUDNN.allow_tf32 = True, False
+    elif request.param == "medium":
+        torch.set_float32_matmul_precision("medium")
     elif request.param == "new setters":
         MATMUL.fp32_precision, CUDNN.rnn.fp32_precision = "tf32", "ieee"
     yield request.param
-    MATMUL.allow_tf32, CUDNN.allow_tf32 = False, True
+    torch.set_float32_matmul_precision("highest")
+    CUDNN.allow_tf32 = True
     for switch, precision in precisions:
         switch.fp32_precision = precision
     assert "mixed" not in flags().values()
@@ -41,6 +44,14 @@ def test_every_getter_answers_inside_and_every_setting_is_restored(allowed: bool
     assert {name: after[name] for name, value in found.items() if value != "mixed"} == {
         name: value for name, value in found.items() if value != "mixed"
     }
+
+
+def test_onednn_may_compute_in_bfloat16_and_every_getter_answers() -> None:
+    found, precision = flags(), ONEDNN.fp32_precision
+    with onednn_bfloat16():
+        assert ONEDNN.fp32_precision == "bf16"
+        assert "mixed" not in flags().values()
+    assert (flags(), ONEDNN.fp32_precision) == (found, precision)
 
 
 def test_settings_are_restored_after_an_error() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import statefeed as sf
-from statefeed.bench.precision import tf32
+from statefeed.bench.precision import onednn_bfloat16, tf32
 from statefeed.lm import origin
 
 Seconds = tuple[float, ...]
@@ -59,21 +59,21 @@ NO_ONEDNN = Setting("no oneDNN", onednn=False)
 
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
-    """torch as the setting says; what it was is put back. ``SHIPPED`` touches nothing."""
+    """torch as the setting says; what it was is restored. ``SHIPPED`` touches nothing."""
     onednn: Any = torch.backends.mkldnn
-    enabled, precision = onednn.enabled, onednn.matmul.fp32_precision
-    try:
-        if not setting.onednn:
-            onednn.enabled = False
+    enabled = onednn.enabled
+    with contextlib.ExitStack() as settings:
         if setting.onednn_matmul:
-            onednn.matmul.fp32_precision = "bf16"
-        with contextlib.nullcontext() if setting.tf32 is None else tf32(setting.tf32):
+            settings.enter_context(onednn_bfloat16())
+        if setting.tf32 is not None:
+            settings.enter_context(tf32(setting.tf32))
+        try:
+            if not setting.onednn:
+                onednn.enabled = False
             yield
-    finally:
-        if not setting.onednn:
-            onednn.enabled = enabled
-        if setting.onednn_matmul:
-            onednn.matmul.fp32_precision = precision
+        finally:
+            if not setting.onednn:
+                onednn.enabled = enabled
 
 
 def product_error(setting: Setting) -> float:

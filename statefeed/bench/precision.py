@@ -28,24 +28,48 @@ def tf32(allowed: bool) -> Iterator[None]:
         ...     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.rnn.fp32_precision
         (False, 'ieee')
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    named: list[Any] = [matmul, cudnn.rnn, cudnn.conv]  # type: ignore[attr-defined]
-    precisions = [switch.fp32_precision for switch in named]
+    with _restored():
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+        *gpu, cpu = _switches()
+        for switch in gpu:
+            switch.fp32_precision = "tf32" if allowed else "ieee"
+        cpu.fp32_precision = "none"  # bfloat16, as "medium" has it, would contradict the others
+        yield
+
+
+@contextlib.contextmanager
+def onednn_bfloat16() -> Iterator[None]:
+    """Let oneDNN compute float32 products of a CPU in bfloat16, and restore the settings afterwards.
+
+    Getters answer as within ``tf32``. torch has no old setter of a CPU's alone: inside, cuBLAS may use TF32.
+    """
+    with _restored():
+        torch.set_float32_matmul_precision("medium")
+        yield
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Every setting afterwards as before."""
+    switches, cudnn = _switches(), torch.backends.cudnn
+    precisions = [switch.fp32_precision for switch in switches]
     # An old getter raises where the caller has used a new setter alone.
-    old_matmul = _answer(lambda: matmul.allow_tf32, matmul.fp32_precision == "tf32")
-    old_cudnn = _answer(lambda: cudnn.allow_tf32, cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    old_matmul = _answer(torch.get_float32_matmul_precision, "high" if precisions[0] == "tf32" else "highest")
+    old_cudnn = _answer(lambda: cudnn.allow_tf32, precisions[1] == "tf32")
     try:
-        _set(named, allowed, allowed, ["tf32" if allowed else "ieee"] * len(named))
         yield
     finally:
-        _set(named, old_matmul, old_cudnn, precisions)
+        torch.set_float32_matmul_precision(old_matmul)
+        torch.backends.cudnn.allow_tf32 = old_cudnn
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.fp32_precision = precision
 
 
-def _set(named: list[Any], matmul: bool, cudnn: bool, precisions: list[str]) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = matmul
-    torch.backends.cudnn.allow_tf32 = cudnn
-    for switch, precision in zip(named, precisions, strict=True):
-        switch.fp32_precision = precision
+def _switches() -> list[Any]:
+    """What has a setting by name: products of a GPU, cuDNN's layers and convolutions, products of a CPU."""
+    backends: Any = torch.backends
+    return [backends.cuda.matmul, backends.cudnn.rnn, backends.cudnn.conv, backends.mkldnn.matmul]
 
 
 def _answer(getter: Callable[[], Any], otherwise: Any) -> Any:
