@@ -135,7 +135,7 @@ def test_a_gpu_has_the_losses_of_the_cpu(cell: str, flags: list[str], tmp_path: 
         assert cli.main(["evaluate", str(tmp_path / where), f"--device={where}"]) == 0
         assert cli.main(["generate", str(tmp_path / where), f"--device={where}"]) == 0
     losses = [torch.tensor([row["loss"] for row in metrics(tmp_path / where)]) for where in ("cpu", "cuda")]
-    torch.testing.assert_close(*losses, rtol=2e-3, atol=0)  # cuDNN may use TF32
+    torch.testing.assert_close(*losses, rtol=2e-3, atol=0)  # other orders of summation
     peaks = [json.loads(line)["peak_bytes"] for line in (tmp_path / "cuda" / "metrics.jsonl").read_text().splitlines()]
     assert min(peaks) > 0
 
