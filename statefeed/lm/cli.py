@@ -13,13 +13,16 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
+from statefeed.lm import config
+from statefeed.lm.compare import compare, report
 from statefeed.lm.config import UsageError, require
-from statefeed.lm.device import chosen
-from statefeed.lm.endings import Diverged, Interrupted, Lost, Refused
-from statefeed.lm.evaluate import score
-from statefeed.lm.generate import generate
-from statefeed.lm.train import train
+from statefeed.lm.data import batches, cache, corpora
+from statefeed.lm.run import checkpoint
+from statefeed.lm.run.device import chosen
+from statefeed.lm.run.endings import Diverged, Interrupted, Lost, Refused
+from statefeed.lm.run.evaluate import score
+from statefeed.lm.run.generate import generate
+from statefeed.lm.run.train import train
 
 USAGE = """usage: statefeed COMMAND ...
 
