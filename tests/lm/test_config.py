@@ -8,13 +8,14 @@ import yaml
 from conftest import ROOT
 
 from statefeed.lm import config
+from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Data, Model, Train, UsageError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
-def parsed(*arguments: str) -> Config:
-    return config.build(config.parse(config.parser("test"), arguments))
+def parsed(*arguments: str, path: Path | None = None) -> Config:
+    return recipes.build(recipes.parse(recipes.parser("test"), arguments, path))
 
 
 def test_no_flags_are_the_defaults() -> None:
@@ -22,7 +23,7 @@ def test_no_flags_are_the_defaults() -> None:
 
 
 def test_every_field_is_a_flag_and_has_help() -> None:
-    helped = config.parser("test").format_help()
+    helped = recipes.parser("test").format_help()
     for section, kind in config.SECTIONS.items():
         for item in dataclasses.fields(kind):
             assert f"--{section}.{item.name}" in helped
@@ -36,13 +37,13 @@ def test_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
         train=Train(steps=7, lr=1e-5, clip=None),
     )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    assert config.load(tmp_path / "recipe.yaml") == recipe
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe
 
 
 def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {lr: 1e-4, steps: 7, clip: null}\nmodel: {feedback: gate+1}\n")
-    recipe = parsed(*config.recipe_flags(path), "--train.steps=9")
+    recipe = parsed("--train.steps=9", path=path)
     assert (recipe.train.steps, recipe.train.lr, recipe.train.clip, recipe.model.feedback) == (9, 1e-4, None, "gate+1")
 
 
@@ -62,7 +63,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.epochs=0", "train.epochs must be at least 1, got 0"),
         ("--train.batch=-1", "train.batch must be at least 1, got -1"),
         ("--train.context=0", "train.context must be at least 1, got 0"),
-        ("--train.restart=1.5", "train.restart must lie between 0 and 1, got 1.5"),
+        ("--train.state_reset_prob=1.5", "train.state_reset_prob must lie between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
         ("--train.warmup=-1", "train.warmup must be a number of steps, or a share of them from 0"),
@@ -126,14 +127,14 @@ def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as refused:
-        config.recipe_flags(path)
+        recipes.read(path)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml does not exist"):
-        config.recipe_flags(tmp_path / "nowhere.yaml")
+        recipes.read(tmp_path / "nowhere.yaml")
 
 
 def test_attention_heads_must_fit_the_width() -> None:
@@ -145,7 +146,7 @@ def test_attention_heads_must_fit_the_width() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    recipe = config.load(path)
+    recipe = recipes.load(path)
     written = yaml.safe_load(recipe.to_yaml())
     for section, keys in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         for key, value in keys.items():

@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, sentences
 
 from statefeed.lm import cli, config
-from statefeed.lm.model.language_model import LanguageModel
+from statefeed.lm import recipe as recipes
+from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import train
-from statefeed.lm.run.train import learning_rate
+from statefeed.lm.run.learning_rate import learning_rate
 
 FOLDER = ROOT / "recipes"
 V = 16_000
@@ -56,7 +57,7 @@ WIKITEXT = {
 ZAREMBA = {
     "data": {"corpus": "ptb", "tokens": "word", "vocabulary": None, "batches": "stream"},
     "model": {"cell": "lstm", "feedback": "bptt", "layers": 2, "block": "stacked"},
-    "train": {"batch": 20, "loss": "window", "optimizer": "sgd", "lr": 1.0, "clip": 5.0, "restart": 0},
+    "train": {"batch": 20, "loss": "window", "optimizer": "sgd", "lr": 1.0, "clip": 5.0, "state_reset_prob": 0},
 }
 SMALLER = {"train": {"batch": 32, "eval_batch": 64}}
 
@@ -107,7 +108,7 @@ def test_every_recipe_but_the_quickstart_is_a_published_one() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_says_what_was_published(name: str) -> None:
-    recipe = config.load(FOLDER / f"{name}.yaml")
+    recipe = recipes.load(FOLDER / f"{name}.yaml")
     expected: dict[tuple[str, str], Any] = {}
     for part in PUBLISHED[name]:
         expected |= {(section, key): value for section, keys in part.items() for key, value in keys.items()}
@@ -124,7 +125,7 @@ def test_a_recipe_says_what_was_published(name: str) -> None:
     ],
 )
 def test_learning_rates_of_epochs(name: str, rates: dict[int, float]) -> None:
-    recipe = config.load(FOLDER / f"{name}.yaml").train
+    recipe = recipes.load(FOLDER / f"{name}.yaml").train
     steps = 100 * recipe.epochs
     for epoch, rate in rates.items():
         for step in (100 * epoch + 1, 100 * epoch + 100):
@@ -132,7 +133,7 @@ def test_learning_rates_of_epochs(name: str, rates: dict[int, float]) -> None:
 
 
 def test_learning_rates_of_wikitext_rise_for_a_tenth_and_fall_to_a_tenth() -> None:
-    recipe = config.load(FOLDER / "wikitext103-gru-3x512.yaml").train
+    recipe = recipes.load(FOLDER / "wikitext103-gru-3x512.yaml").train
     rates = [learning_rate(recipe, step, 1000, 0) for step in range(1, 1001)]
     assert rates[:100] == pytest.approx([1e-5 * step for step in range(1, 101)])
     assert rates[550] == pytest.approx(0.55e-3, rel=1e-3)
@@ -153,7 +154,7 @@ def test_a_baseline_keeps_the_budget_that_its_recipe_states(name: str) -> None:
     per_block = 6 * width**2 + 6 * width  # GRU
     per_block += width**2 + width + 8 * width**2 + 5 * width + 4 * width  # linear, mlp, two norms
     assert budget == 2 * V * width + V + 3 * per_block + 2 * width
-    assert ours == count(config.load(path))
+    assert ours == count(recipes.load(path))
     assert 0.97 * budget < ours <= budget
 
 

@@ -1,17 +1,19 @@
-"""Owns the figures of results: perplexity against epochs, time, width, depth and cell; speed against quality."""
+"""The figures of results: perplexity against epochs, time, width, depth and cell; speed against quality."""
 
 import io
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from statefeed.lm.compare.results import Result, at_best_rate, bests, by_rule, setting, size, split, standing, tasks
+from statefeed.lm.compare.results import Result
+from statefeed.lm.compare.styles import Style, styles
+from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, setting, size, split, tasks, valid_runs
 from statefeed.lm.config import RECURRENT
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
@@ -23,42 +25,21 @@ BUDGET = 0.25
 # The names of more rules than these stand below the panel, where they cover nothing.
 NAMED = 5
 
-_COLOURS = {"bptt": "black", "fused-bptt": "0.3", "ft-bptt": "0.6"}
-_COLOURS |= {"dsf": "C0", "gate": "C1", "gate+1": "C2", "gate+2": "C3"}
-_FREE = ("C4", "C5", "C6", "C8", "navy", "teal")
-_LINES, _MARKERS, _HATCHES = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v"), ("", "//", "..", "xx")
-
-
-class Look(NamedTuple):
-    """How a rule is drawn in every figure of a section: a colour, and where that is another's too, a line of its own.
-
-    Args:
-        colour: of lines, points and bars.
-        line: style of lines.
-        marker: of points.
-        hatch: of bars.
-    """
-
-    colour: str
-    line: str = _LINES[0]
-    marker: str = _MARKERS[0]
-    hatch: str = _HATCHES[0]
-
 
 def draw(results: Sequence[Result]) -> dict[str, Figure]:
     """Every figure that the results have the runs for, by its title."""
     figures: dict[str, Figure] = {}
     for title, same in tasks(results).items():
         for form, drawn in (
-            ("perplexity against epoch", against(same, "epochs")),
-            ("perplexity against time", against(same, "seconds")),
+            ("perplexity against epoch", plot_vs(same, "epochs")),
+            ("perplexity against time", plot_vs(same, "seconds")),
             ("speed against quality", frontier(same)),
             ("alignment with BPTT", alignment(same)),
         ):
             if drawn is not None:
                 figures[f"{title}: {form}"] = drawn
-    figures.update(over(results, "model.width", "perplexity against width"))
-    figures.update(over(results, "model.layers", "perplexity against depth"))
+    figures.update(plot_by(results, "model.width", "perplexity against width"))
+    figures.update(plot_by(results, "model.layers", "perplexity against depth"))
     figures.update(by_cell(results))
     return figures
 
@@ -82,27 +63,27 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def against(results: Sequence[Result], what: str) -> Figure | None:
+def plot_vs(results: Sequence[Result], what: str) -> Figure | None:
     """Validation perplexity of one task against epochs or seconds of training: mean over the seeds, and their range.
 
     Args:
         results: of one task.
         what: epochs or seconds.
     """
-    best = bests(results)
+    best = best_scores(results)
     if not best:
         return None
     figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity")
     groups = by_rule(results)
-    for label, look in looks(groups).items():
-        evaluations = list(zip(*(result.valid for result in standing(groups[label])), strict=False))
+    for label, style in styles(groups).items():
+        evaluations = list(zip(*(result.valid for result in valid_runs(groups[label])), strict=False))
         if not evaluations:
             continue
         x = [statistics.mean(row[what] for row in rows) for rows in evaluations]
         y = [[row["perplexity"] for row in rows] for rows in evaluations]
-        _curve(axes, x, [statistics.mean(values) for values in y], look, label)
+        _curve(axes, x, [statistics.mean(values) for values in y], style, label)
         if len(y[0]) > 1:
-            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=look.colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=style.color, alpha=0.15, linewidth=0)
     axes.set_ylim(0.97 * min(best), REACH * min(best))
     _legend(figure, axes)
     return figure
@@ -118,25 +99,25 @@ def frontier(results: Sequence[Result]) -> Figure | None:
     groups = by_rule(results)
     for label, group in groups.items():
         steps = [result.step_ms for result in group if result.step_ms is not None]
-        if bests(group) and steps:
-            points[label] = (statistics.mean(steps), statistics.mean(bests(group)))
+        if best_scores(group) and steps:
+            points[label] = (statistics.mean(steps), statistics.mean(best_scores(group)))
     if len(points) < 2:
         return None
     figure, axes = _panel("milliseconds of a training step", "best validation perplexity")
-    for label, look in looks(groups).items():
+    for label, style in styles(groups).items():
         if label in points:
-            axes.plot(*points[label], look.marker, color=look.colour, label=label)
-    line = undominated(list(points.values()))
+            axes.plot(*points[label], style.marker, color=style.color, label=label)
+    line = pareto_front(list(points.values()))
     axes.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0, drawstyle="steps-post")
     axes.margins(0.1)
     _legend(figure, axes)
     return figure
 
 
-def undominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those points for which no other is at most as large in both places.
 
-    >>> undominated([(2, 5), (1, 9), (3, 6), (4, 4)])
+    >>> pareto_front([(2, 5), (1, 9), (3, 6), (4, 4)])
     [(1, 9), (2, 5), (4, 4)]
     """
     kept: list[tuple[float, float]] = []
@@ -153,20 +134,20 @@ def alignment(results: Sequence[Result]) -> Figure | None:
         results: of one task.
     """
     groups = by_rule(results)
-    aligned = {label: [r for r in standing(group) if r.alignment] for label, group in groups.items()}
+    aligned = {label: [r for r in valid_runs(group) if r.alignment] for label, group in groups.items()}
     if not any(aligned.values()):
         return None
     figure, axes = _panel("epochs", "cosine with the BPTT gradient")
-    for label, look in looks(groups).items():
+    for label, style in styles(groups).items():
         if aligned[label]:
             rows = list(zip(*(result.alignment for result in aligned[label]), strict=False))
             x = [statistics.mean(row["epochs"] for row in same) for same in rows]
-            _curve(axes, x, [statistics.mean(row["cosine"] for row in same) for same in rows], look, label)
+            _curve(axes, x, [statistics.mean(row["cosine"] for row in same) for same in rows], style, label)
     _legend(figure, axes)
     return figure
 
 
-def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
+def plot_by(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
     """Best validation perplexity against a size of the model, of those tasks that differ in nothing else.
 
     Args:
@@ -175,7 +156,7 @@ def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
         form: what the figure is called.
     """
     figures: dict[str, Figure] = {}
-    drawn = looks(result.rule for result in results)
+    drawn = styles(result.rule for result in results)
     for same in split(results, lambda result: str(setting(result, key))).values():
         values = sorted({result.get(key) for result in same if result.best is not None})
         if len(values) < 2:
@@ -184,14 +165,14 @@ def over(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]:
         groups = split(same, lambda result: result.rule)
         for label, group in groups.items():
             sized = {value: [result for result in group if result.get(key) == value] for value in values}
-            at = {value: bests(at_best_rate(found)) for value, found in sized.items() if found}
+            at = {value: best_scores(at_best_rate(found)) for value, found in sized.items() if found}
             _points(axes, {value: found for value, found in at.items() if found}, drawn[label], label)
         axes.set_xticks(values, [str(value) for value in values])
         _legend(figure, axes)
         first = same[0]
         layers, width = first.get("model.layers"), first.get("model.width")
         kept = f"layers {layers}" if key == "model.width" else f"width {width}"
-        figures[_fresh(figures, f"{first.facts.get('corpus')}, {first.get('model.cell')}, {kept}: {form}")] = figure
+        figures[_fresh(figures, f"{first.metadata.get('corpus')}, {first.get('model.cell')}, {kept}: {form}")] = figure
     return figures
 
 
@@ -202,17 +183,17 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
     was best for it, and a cell may have its own limit of the gradient's norm.
     """
     figures: dict[str, Figure] = {}
-    drawn = looks(result.rule for result in results)
+    drawn = styles(result.rule for result in results)
     own = ("model.cell", "model.layers", "model.width", "model.heads", "model.window", "model.modes", "train.clip")
     for same in split(results, lambda result: str(setting(result, *own))).values():
         recurrent = [result for result in same if result.get("model.cell") in RECURRENT and result.best is not None]
         others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
-            budgets = [result.facts["parameters"] for result in sized]
-            rivals = [r for r in others if any(_equals(r.facts["parameters"], budget) for budget in budgets)]
+            budgets = [result.metadata["parameters"] for result in sized]
+            rivals = [r for r in others if any(_equals(r.metadata["parameters"], budget) for budget in budgets)]
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
-                title = f"{sized[0].facts.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
+                title = f"{sized[0].metadata.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
                 figures[_fresh(figures, title)] = _bars(cells, drawn)
     return figures
 
@@ -222,21 +203,21 @@ def _equals(parameters: int, budget: int) -> bool:
     return abs(budget - parameters) <= BUDGET * parameters
 
 
-def _bars(cells: dict[str, list[Result]], drawn: Mapping[str, Look]) -> Figure:
+def _bars(cells: dict[str, list[Result]], drawn: Mapping[str, Style]) -> Figure:
     rules = list(dict.fromkeys(r.rule for group in cells.values() for r in group if r.get("model.cell") in RECURRENT))
     figure, axes = _panel("", "best validation perplexity")
     width = 0.8 / max(1, len(rules))
     for place, (cell, group) in enumerate(cells.items()):
         if cell not in RECURRENT:
-            _bar(axes, place, 0.4, bests(at_best_rate(group)), color="C9")
+            _bar(axes, place, 0.4, best_scores(at_best_rate(group)), color="C9")
     for k, rule in enumerate(rules):
-        colour, hatch, first = drawn[rule].colour, drawn[rule].hatch, True
+        color, hatch, first = drawn[rule].color, drawn[rule].hatch, True
         for place, (cell, group) in enumerate(cells.items()):
             mine = [result for result in group if result.rule == rule and cell in RECURRENT]
             if mine:
-                found = bests(at_best_rate(mine))
+                found = best_scores(at_best_rate(mine))
                 left = place + (k + 0.5) * width - 0.4
-                _bar(axes, left, width, found, color=colour, hatch=hatch, label=rule if first else None)
+                _bar(axes, left, width, found, color=color, hatch=hatch, label=rule if first else None)
                 first = False
     axes.set_xticks(range(len(cells)), list(cells))
     axes.grid(visible=False)
@@ -244,46 +225,28 @@ def _bars(cells: dict[str, list[Result]], drawn: Mapping[str, Look]) -> Figure:
     return figure
 
 
-def _bar(axes: Axes, place: float, width: float, found: Sequence[float], **look: Any) -> None:
+def _bar(axes: Axes, place: float, width: float, found: Sequence[float], **style: Any) -> None:
     middle = statistics.mean(found)
     reach = [[middle - min(found)], [max(found) - middle]] if len(found) > 1 else None
-    bar = axes.bar(place, middle, width, yerr=reach, **look)
+    bar = axes.bar(place, middle, width, yerr=reach, **style)
     axes.bar_label(bar, fmt="%.3g", fontsize="x-small", padding=1)
 
 
-def _points(axes: Axes, at: dict[Any, list[float]], look: Look, label: str) -> None:
+def _points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str) -> None:
     """Means over the seeds with their range."""
     middle = [statistics.mean(found) for found in at.values()]
     reach = [
         [m - min(found) for m, found in zip(middle, at.values(), strict=True)],
         [max(found) - m for m, found in zip(middle, at.values(), strict=True)],
     ]
-    style: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker}
-    axes.errorbar(list(at), middle, yerr=reach, capsize=2, label=label, **style)
+    look: dict[str, Any] = {"color": style.color, "linestyle": style.line, "marker": style.marker}
+    axes.errorbar(list(at), middle, yerr=reach, capsize=2, label=label, **look)
 
 
-def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, label: str) -> None:
+def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, label: str) -> None:
     """A line over evaluations, whose points are shown while they can be told apart."""
-    marker = look.marker if len(x) <= 60 else None
-    axes.plot(x, y, color=look.colour, linestyle=look.line, marker=marker, markersize=3, linewidth=1.2, label=label)
-
-
-def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """A look of its own for every label; the usual rules have theirs in every figure.
-
-    >>> looks(["dsf", "a", "b", "a"])["b"]
-    Look(colour='C5', line='-', marker='o', hatch='')
-    """
-    found: dict[str, Look] = {}
-    taken = 0
-    for label in dict.fromkeys(labels):
-        if label in _COLOURS:
-            found[label] = Look(_COLOURS[label])
-        else:
-            again, place = divmod(taken, len(_FREE))
-            found[label] = Look(_FREE[place], *(of[again % len(of)] for of in (_LINES, _MARKERS, _HATCHES)))
-            taken += 1
-    return found
+    marker = style.marker if len(x) <= 60 else None
+    axes.plot(x, y, color=style.color, linestyle=style.line, marker=marker, markersize=3, linewidth=1.2, label=label)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

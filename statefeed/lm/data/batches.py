@@ -1,4 +1,4 @@
-"""Owns the order in which tokens are read: sentences, blocks or continuous streams, the same at every reading."""
+"""Batches of tokens: sentences, blocks or continuous streams, in the same order at every reading."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -20,13 +20,13 @@ class Batch(NamedTuple):
         inputs: ids, int64 (T, B).
         targets: the ids that follow them, int64 (T, B), `IGNORED` where nothing counts.
         lengths: int64 (B,), how many inputs of each column are text; None where all are, or the rest is only `IGNORED`.
-        fresh: whether the state starts from zero, and not where the step before left it.
+        is_start: whether the state starts from zero, and not from the last state of the step before.
     """
 
     inputs: Tensor
     targets: Tensor
     lengths: Tensor | None
-    fresh: bool
+    is_start: bool
 
 
 class Source(Protocol):
@@ -69,8 +69,8 @@ def scoring(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
     Args:
         tokens: ids of the split, int32 (N,).
         data: how they are read.
-        recipe: evaluation batch and context. The batch matters to continuous streams alone, each of which begins
-            without a past.
+        recipe: evaluation batch and context. The batch matters to continuous streams alone, each of which starts
+            from an empty state.
     """
     batch = recipe.eval_batch or recipe.batch
     if data.batches == "sentences":
@@ -80,15 +80,15 @@ def scoring(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
     return Stream(tokens, batch, recipe.context, whole=True)
 
 
-class _Pieces:
-    """Pieces of text that have nothing to do with each other, some at a time.
+class _Segments:
+    """Independent segments of text, some at a time.
 
     Args:
         tokens: ids, int32 (N,).
-        starts: the place of the first input of every piece, int64 (P,).
-        lengths: the inputs of every piece, int64 (P,).
-        batch: B, pieces in one step; the last step of an epoch has what is left.
-        seed: of the order, which differs from epoch to epoch; None keeps that of the text.
+        starts: the index of the first input of every segment, int64 (P,).
+        lengths: the inputs of every segment, int64 (P,).
+        batch: B, segments in one step; the last step of an epoch has what is left.
+        seed: of the order, which differs from epoch to epoch; None for that of the text.
     """
 
     def __init__(
@@ -109,18 +109,18 @@ class _Pieces:
         if self._seed is not None:
             np.random.default_rng((self._seed, epoch)).shuffle(order)
         for first in range(start * self._batch, len(order), self._batch):
-            pieces = order[first : first + self._batch]
-            yield Batch(*_cut(self._tokens, self._starts[pieces], self._lengths[pieces]), fresh=True)
+            chosen = order[first : first + self._batch]
+            yield Batch(*_segment(self._tokens, self._starts[chosen], self._lengths[chosen]), is_start=True)
 
 
-class Sentences(_Pieces):
-    """Sentences side by side, filled up behind their ends; no text goes from one to another.
+class Sentences(_Segments):
+    """Sentences side by side, padded after their ends; no state goes from one to another.
 
     Args:
         tokens: ids, int32 (N,), every sentence beginning with the id that the whole begins with, `<bos>`.
         batch: B, sentences in one step.
         context: T, the most inputs of one sentence; what comes after them and their last target is left out.
-        seed: of the order; None keeps that of the text.
+        seed: of the order; None for that of the text.
 
     >>> batch, = Sentences(np.array([0, 5, 1, 0, 6, 7, 1], np.int32), batch=2, context=64).epoch(0)
     >>> batch.inputs.T.tolist(), batch.targets.T.tolist(), batch.lengths.tolist()
@@ -134,14 +134,14 @@ class Sentences(_Pieces):
         super().__init__(tokens, starts[lengths > 0], lengths[lengths > 0].clip(max=context), batch, seed)
 
 
-class Blocks(_Pieces):
+class Blocks(_Segments):
     """Blocks of continuous text, each read without what came before it; the last may be shorter.
 
     Args:
         tokens: ids, int32 (N,).
         batch: B, blocks in one step.
         context: T, the inputs of a block.
-        seed: of the order; None keeps that of the text.
+        seed: of the order; None for that of the text.
 
     >>> [batch.inputs.T.tolist() for batch in Blocks(np.arange(7, dtype=np.int32), batch=2, context=2).epoch(0)]
     [[[0, 1], [2, 3]], [[4, 5]]]
@@ -185,8 +185,8 @@ class Stream:
         for step in range(start, len(self)):
             starts = self._starts + step * self._context
             rows = min(self._context, self._rows - step * self._context)
-            inputs, targets, _ = _cut(self._tokens, starts, (self._ends - starts).clip(0, rows))
-            yield Batch(inputs, targets, None, fresh=step == 0)
+            inputs, targets, _ = _segment(self._tokens, starts, (self._ends - starts).clip(0, rows))
+            yield Batch(inputs, targets, None, is_start=step == 0)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -196,19 +196,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _cut(
+def _segment(
     tokens: NDArray[np.int32], starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs and targets (T, B) of pieces of text side by side, and their lengths where they differ.
+    """Inputs and targets (T, B) of segments of text side by side, and their lengths where they differ.
 
     Args:
         tokens: ids, int32 (N,).
-        starts: the place of the first input of every piece, (B,).
-        lengths: the inputs of every piece, (B,).
+        starts: the index of the first input of every segment, (B,).
+        lengths: the inputs of every segment, (B,).
     """
     t = np.arange(lengths.max())[:, None]
-    inside = t < lengths
-    places = np.where(inside, starts + t, 0)
-    inputs = torch.from_numpy(tokens[places].astype(np.int64))
-    targets = torch.from_numpy(np.where(inside, tokens[places + 1], IGNORED).astype(np.int64))
-    return inputs, targets, None if inside.all() else torch.from_numpy(lengths)
+    valid = t < lengths
+    gather_index = np.where(valid, starts + t, 0)
+    inputs = torch.from_numpy(tokens[gather_index].astype(np.int64))
+    targets = torch.from_numpy(np.where(valid, tokens[gather_index + 1], IGNORED).astype(np.int64))
+    return inputs, targets, None if valid.all() else torch.from_numpy(lengths)

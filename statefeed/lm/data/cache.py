@@ -1,11 +1,11 @@
-"""Owns the cache of tokenised text: byte pairs and ids on disk under the hash of what they are made from.
+"""The cache of tokenized text: byte pairs and ids on disk under the hash of what they are made from.
 
-Ids are mapped into memory. An entry is its content and behind it the sha256 of that. It appears whole or not at all,
-and every process that makes the same one makes the same content, so that it does not matter which comes last.
+Ids are mapped into memory. An entry is its content followed by the sha256 of it. It appears whole or not at all, and
+every process that makes the same one makes the same content, so that it does not matter which comes last.
 
 The cache is `statefeed/tokens` in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`; deleting it costs time and
-nothing else. Texts of less than a mebibyte are not kept. A broken entry is made anew, and a cache that cannot be
-written is done without, each with a sentence on stderr.
+nothing else. Texts of less than a mebibyte are not cached. A broken entry is made again, and without a cache that
+can be written everything is made each time, with a sentence on stderr.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from statefeed.lm.config import Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.tokens import Tokenizer
 
-WORTH_IT = 1 << 20  # bytes of text; less is tokenised in no time
+WORTH_IT = 1 << 20  # bytes of text; less is tokenized in no time
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -36,11 +36,11 @@ def tokenizer(data: Data, splits: dict[str, str]) -> Tokenizer:
     if data.tokens != "bpe" or len(splits["train"]) < WORTH_IT:
         return tokens.train(data, splits)
     path = _entry(f"bpe {data.vocabulary} {tokenizers.__version__}", splits["train"])
-    kept = _read(path)
-    if kept is not None:
-        return tokens.BytePairs.from_json(kept.tobytes().decode())
+    found = _read(path)
+    if found is not None:
+        return tokens.BytePairs.from_json(found.tobytes().decode())
     trained = tokens.train(data, splits)
-    _keep(path, trained.to_json().encode())
+    _write(path, trained.to_json().encode())
     return trained
 
 
@@ -54,14 +54,14 @@ def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
     if len(text) < WORTH_IT:
         return tokenizer.encode(text)
     path = _entry(tokenizer.to_json(), text)
-    kept = _read(path)
-    if kept is None:
+    found = _read(path)
+    if found is None:
         ids = tokenizer.encode(text)
-        _keep(path, ids.data)
-        kept = _read(path)
-        if kept is None:
+        _write(path, ids.data)
+        found = _read(path)
+        if found is None:
             return ids
-    return kept.view(np.int32)
+    return found.view(np.int32)
 
 
 def _entry(how: str, text: str) -> Path:
@@ -80,12 +80,12 @@ def _read(path: Path) -> NDArray[np.uint8] | None:
                     return whole[:-_DIGEST]
     except OSError:
         return None
-    print(f"statefeed: {path} is broken, perhaps by a full disk: the text is tokenised again", file=sys.stderr)
+    print(f"statefeed: {path} is broken, perhaps by a full disk: the text is tokenized again", file=sys.stderr)
     return None
 
 
-def _keep(path: Path, content: bytes | memoryview) -> None:
-    """Put an entry into its place at once, or say in a sentence why that is not possible."""
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write an entry whole, or print a sentence that says why that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
@@ -98,4 +98,4 @@ def _keep(path: Path, content: bytes | memoryview) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        print(f"statefeed: {path} cannot be kept for the next time: {error.strerror}", file=sys.stderr)
+        print(f"statefeed: {path} cannot be written for the next time: {error.strerror}", file=sys.stderr)

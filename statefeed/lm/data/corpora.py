@@ -1,4 +1,4 @@
-"""Owns the corpora: which text is train, valid and test, the same on every reading."""
+"""The corpora: which text is train, valid and test, the same on every reading."""
 
 import ast
 import gzip
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from statefeed.lm.config import Data, UsageError
+from statefeed.lm.config import Data
+from statefeed.lm.errors import UsageError
 
 SPLITS = ("train", "valid", "test")
 KINDS = {  # what data.corpus takes
@@ -76,21 +77,21 @@ def read(data: Data) -> Corpus:
 def _pydoc(data: Data) -> Corpus:
     """Help topics and docstrings of the standard library, in the order of the hashes of their names.
 
-    So neighbours have nothing in common, and a document stays in its split whatever else a Python holds. A paragraph
+    So neighbors have nothing in common, and a document stays in its split whatever else a Python holds. A paragraph
     that came before is left out, so that no split repeats a paragraph of another.
     """
     seen: set[str] = set()
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for place, text in sorted((_place(name), text) for name, text in _documents()):
-        fresh = []
+        new = []
         for paragraph in text.split("\n\n"):
             key = " ".join(paragraph.split())
             if key and key not in seen:
                 seen.add(key)
-                fresh.append(paragraph.rstrip())
-        if fresh:
+                new.append(paragraph.rstrip())
+        if new:
             split = "valid" if place < data.valid else "test" if place < data.valid + data.test else "train"
-            splits[split].append("\n\n".join(fresh))
+            splits[split].append("\n\n".join(new))
     texts = {split: "\n\n".join(documents) + "\n" for split, documents in splits.items() if documents}
     if not {"train", "valid"} <= texts.keys():
         raise UsageError(
@@ -239,7 +240,7 @@ def _decode(path: Path) -> str:
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise UsageError(f"{path} cannot be unpacked as {path.suffix}: {error}") from error
     try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")  # the mark that Windows editors begin a file with
+        text = raw.decode("utf-8").removeprefix("\ufeff")  # the mark that Windows editors put at the start of a file
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start} cannot be decoded"
@@ -250,7 +251,7 @@ def _decode(path: Path) -> str:
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:
-    """Train, valid and test one after the other; cuts move on to the next line start where that leaves no split empty.
+    """Train, valid and test one after the other, split at the start of a line where that leaves no split empty.
 
     Raises:
         UsageError: when there is too little text for the shares.

@@ -1,4 +1,4 @@
-"""Owns the tokens: text to ids and back, by character, byte, word or byte pair; saved with the run."""
+"""Tokens: text to ids and back, by character, byte, word or byte pair; saved with the run."""
 
 import json
 import re
@@ -12,11 +12,12 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from statefeed.lm.config import Data, UsageError
+from statefeed.lm.config import Data
+from statefeed.lm.errors import UsageError
 
 UNKNOWN, END, BEGIN = "<unk>", "<eos>", "<bos>"
 BYTE_PAIRS = 4096
-PART = 1 << 16  # characters that byte pairs are made of at once: a whole corpus takes more memory than it should
+PART = 1 << 16  # characters that are encoded at once: a whole corpus takes more memory than it should
 
 
 class Tokenizer(Protocol):
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
         """The text of ids."""
 
     def unknown(self, text: str) -> str | None:
-        """The first piece of a text that is outside the vocabulary, or None."""
+        """The first part of a text that is outside the vocabulary, or None."""
 
     def to_json(self) -> str:
         """All that the tokenizer is, which `load` reads."""
@@ -223,15 +224,15 @@ class BytePairs:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A text in parts of about `PART` characters, cut only where byte pairs never join what is on the two sides.
+    """A text in parts of about `PART` characters, split only where byte pairs never join the two sides.
 
     >>> "".join(_parts("one two\\n three\\n")) == "one two\\n three\\n"
     True
     """
     start = 0
     while start < len(text):
-        cut = re.compile(r"(?<=\n)(?= \S)|(?<=\S\n)(?=\S)").search(text, start + PART)
-        end = cut.start() if cut else len(text)
+        boundary = re.compile(r"(?<=\n)(?= \S)|(?<=\S\n)(?=\S)").search(text, start + PART)
+        end = boundary.start() if boundary else len(text)
         yield text[start:end]
         start = end
 

@@ -1,8 +1,8 @@
 """Sequence layers that recurrent ones are measured against: causal attention, a diagonal state space model, minGRU.
 
 Each is called like a recurrent layer: (x (T, B, H), state) to (y (T, B, H), state), the state None at the beginning of
-a text. Where columns are filled up behind their ends, no output before an end depends on what is behind it, and the
-state after it is not to be used.
+a text. Where columns are padded after their ends, no output before an end depends on the padding, and the state after
+it is not to be used.
 """
 
 import math
@@ -20,7 +20,7 @@ Cache: TypeAlias = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; the projection after it is the block's.
 
-    Positions enter as differences between a query's and a key's, so that a text of any length can be read in pieces.
+    Positions enter as differences between a query's and a key's, so that a text of any length can be read in segments.
 
     Args:
         width: H.
@@ -37,22 +37,22 @@ class Attention(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Outputs (T, B, H) and the keys and values that the next piece of text sees."""
+        """Outputs (T, B, H) and the keys and values that the next segment of text sees."""
         q, k, v = self.project(x).chunk(3, -1)
         if state is not None:
             k, v = torch.cat([state[0], k]), torch.cat([state[1], v])
         (T, B, H), S = x.shape, len(k)
         places = torch.arange(S, device=x.device)
         distance = places[S - T :, None] - places
-        split = [part.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for part in (q, k, v)]  # (B, A, ., H / A)
+        heads = [part.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for part in (q, k, v)]  # (B, A, ., H / A)
         y = F.scaled_dot_product_attention(
-            _rotated(split[0], places[S - T :]),
-            _rotated(split[1], places),
-            split[2],
+            _rotated(heads[0], places[S - T :]),
+            _rotated(heads[1], places),
+            heads[2],
             attn_mask=(distance >= 0) & (distance < self.window),
         )
-        kept = max(0, S - self.window + 1)
-        return y.permute(2, 0, 1, 3).reshape(T, B, H), (k[kept:], v[kept:])
+        first = max(0, S - self.window + 1)
+        return y.permute(2, 0, 1, 3).reshape(T, B, H), (k[first:], v[first:])
 
 
 def _rotated(x: Tensor, places: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class S4D(nn.Module):
             responses = powers * ((a - 1) / A)  # of the states to an impulse
             readout = 2 * torch.view_as_complex(self.readout.double())
             kernel = (responses * readout).sum(-1).real.to(u.dtype)  # (T, H)
-            rows = u.permute(2, 1, 0).contiguous()  # (H, B, T): transforms and products run along the memory
+            rows = u.permute(2, 1, 0).contiguous()  # (H, B, T): transforms and products are contiguous
             spectrum = torch.fft.rfft(rows, 2 * T) * torch.fft.rfft(kernel.T.contiguous(), 2 * T)[:, None]
             y = torch.fft.irfft(spectrum, 2 * T)[..., :T].permute(2, 1, 0)
             parts = torch.view_as_real(responses.flip(0)).to(u.dtype)

@@ -1,7 +1,7 @@
-"""Owns the language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H).
+"""The language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H).
 
-Where columns end at different steps, recurrent layers and all that lies between them see packed rows (N, H), and nobody
-computes with padding.
+Where columns end at different steps, recurrent layers and everything between them see packed rows (N, H), without
+padding.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import statefeed as sf
 from statefeed.lm import config
-from statefeed.lm.config import UsageError
 from statefeed.lm.data.batches import IGNORED, Batch, to_device
+from statefeed.lm.errors import UsageError
 from statefeed.lm.model import baselines, head
 
 State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B, .)
@@ -46,7 +46,7 @@ def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence 
 
 
 class StackedBlock(nn.Module):
-    """rnn(x), without a path around it."""
+    """rnn(x), without a residual path."""
 
     def __init__(self, recipe: config.Model) -> None:
         super().__init__()
@@ -90,26 +90,26 @@ class Loss(NamedTuple):
     """What one batch costs.
 
     Args:
-        nats: the cross-entropy summed over all targets that count; gradients flow from it.
+        sum: the cross-entropy in nats, summed over all targets that count; gradients flow from it.
         tokens: how many those are.
         states: one per block, after the last token.
     """
 
-    nats: Tensor
+    sum: Tensor
     tokens: int
     states: list[State]
 
     @property
     def mean(self) -> Tensor:
         """Nats per token."""
-        return self.nats / self.tokens
+        return self.sum / self.tokens
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits and the state to go on from.
+    """Next-token logits and the state of the next call.
 
     Weights are N(0, 0.02), biases zero; output projections of the L pre-norm blocks are divided by the square root of
-    their 2 L sub-layers; norms are at one; sequence layers keep their own initialisation, the recurrent ones torch's.
+    their 2 L sub-layers; norms are at one; sequence layers keep their own initialization, the recurrent ones torch's.
     `model.uniform` replaces all of that. The keys of `state_dict` are those of the same model made of `torch.nn`
     layers.
 
@@ -138,7 +138,7 @@ class LanguageModel(nn.Module):
                 nn.init.uniform_(parameter, -recipe.uniform, recipe.uniform)
         else:
             for module in (self.embedding, *(part for block in self.blocks for part in block.children()), self.head):
-                _initialise(module)
+                _initialize(module)
             for module in self.blocks:
                 if isinstance(module, PreNormBlock):
                     for projection in (module.linear, module.narrow):
@@ -161,7 +161,7 @@ class LanguageModel(nn.Module):
         """The cross-entropy of a batch; head and loss see the targets that count and nothing else.
 
         Args:
-            batch: of any source, on the CPU: what counts is found there, so that nobody waits for a GPU.
+            batch: of any source, on the CPU: what counts is found there, so that no step waits for a GPU.
             states: as for `forward`; a fresh batch begins without them.
         """
         inputs, targets, packing = batch.inputs, batch.targets, None
@@ -169,15 +169,15 @@ class LanguageModel(nn.Module):
         if batch.lengths is not None and self._packs:
             packing = pack_padded_sequence(inputs, batch.lengths, enforce_sorted=False)
             inputs, targets = packing.data, pack_padded_sequence(targets, batch.lengths, enforce_sorted=False).data
-            packing = packing.to(device)  # type: ignore[arg-type]  # its signature knows of dtypes alone
+            packing = packing.to(device)  # type: ignore[arg-type]  # its signature has dtypes only
         targets = targets.flatten()
         counted = (targets != IGNORED).nonzero().squeeze(1)
-        x, states = self._read(to_device(inputs, device), None if batch.fresh else states, packing)
+        x, states = self._read(to_device(inputs, device), None if batch.is_start else states, packing)
         rows = x.flatten(0, -2)
         if len(counted) < len(targets):
             rows, targets = rows.index_select(0, to_device(counted, device)), targets.index_select(0, counted)
-        nats = head.nats(rows, self.head.weight, self.head.bias, to_device(targets, device))
-        return Loss(nats, len(counted), states)
+        loss = head.cross_entropy_sum(rows, self.head.weight, self.head.bias, to_device(targets, device))
+        return Loss(loss, len(counted), states)
 
     def _read(
         self, tokens: Tensor, states: list[State] | None, packing: PackedSequence | None
@@ -191,20 +191,23 @@ class LanguageModel(nn.Module):
         return self.norm(x), after
 
 
-def carried(states: list[State], kept: Tensor) -> list[State]:
-    """The states that the next step starts from: no gradient flows through them, and some columns begin anew.
+def detach_states(states: list[State], keep_mask: Tensor) -> list[State]:
+    """The states that the next step starts from: no gradient flows through them, and those of some columns are reset.
 
-    A model that meets an empty state only once an epoch is lost in every text that it has to begin.
+    A model that meets an empty state only once an epoch fails at the beginning of every new text.
 
     Args:
         states: after the step before, (1, B, H) each.
-        kept: whether a column goes on, (B, 1); the states of the others are emptied.
+        keep_mask: whether a column keeps its state, (B, 1); the states of the others become zero.
     """
-    return [s.detach() * kept if isinstance(s, Tensor) else tuple(part.detach() * kept for part in s) for s in states]
+    return [
+        s.detach() * keep_mask if isinstance(s, Tensor) else tuple(part.detach() * keep_mask for part in s)
+        for s in states
+    ]
 
 
-def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for embeddings and linear layers; norms and sequence layers stay as they are made."""
+def _initialize(module: nn.Module) -> None:
+    """N(0, 0.02) for embeddings and linear layers; norms and sequence layers keep their own initialization."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Owns the check on the gradient: how it agrees with exact backpropagation through time on one fixed batch."""
+"""How the gradient under a rule agrees with exact backpropagation through time, on one fixed batch."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import statefeed as sf
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the gradient under the rule in force compares with the exact one, over all parameters joined.
+    """How the gradient under the rule in force compares with the exact one, over all parameters concatenated.
 
     Args:
         loss: nats per token of the batch.
@@ -28,7 +28,7 @@ class Agreement:
 
 
 def agreement(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any) -> Agreement | None:
-    """Compare the two gradients; the model, its gradients and the random generators are left as they were.
+    """Compare the two gradients; the model, its gradients and the random generators are restored.
 
     Args:
         model: in any mode.

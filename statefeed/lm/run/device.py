@@ -1,29 +1,29 @@
-"""Owns the device: which one a model runs on, how products are narrowed there, how batches get there from the CPU."""
+"""The device that a model runs on and the dtype of its products there."""
 
 from typing import Any
 
 import torch
 
-from statefeed.lm.config import require
+from statefeed.lm.errors import require
 
 
-def chosen(wish: str, flag: str = "train.device") -> torch.device:
-    """The device that a wish names.
+def resolve_device(requested: str, flag: str = "train.device") -> torch.device:
+    """The device that a flag names.
 
     Args:
-        wish: cpu, cuda, or auto for cuda where there is one and cpu elsewhere.
-        flag: what the wish is called.
+        requested: cpu, cuda, or auto for cuda where there is one and cpu elsewhere.
+        flag: the name of the flag.
 
     Raises:
-        UsageError: for cuda where torch sees no GPU; nothing else is taken in its place.
+        UsageError: for cuda where torch sees no GPU; there is no fallback.
     """
-    there = torch.cuda.is_available()
-    require(there or wish != "cuda", f"{flag} must be auto or cpu here, where torch sees no GPU", wish)
-    return torch.device("cuda" if there and wish != "cpu" else "cpu")
+    available = torch.cuda.is_available()
+    require(available or requested != "cuda", f"{flag} must be auto or cpu here, where torch sees no GPU", requested)
+    return torch.device("cuda" if available and requested != "cpu" else "cpu")
 
 
-def narrowed(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which products are made in a precision.
+def autocast_context(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which products are computed in a precision.
 
     Raises:
         UsageError: for float16 on a CPU.
@@ -36,7 +36,7 @@ def narrowed(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
-def described(device: torch.device) -> dict[str, Any]:
+def device_metadata(device: torch.device) -> dict[str, Any]:
     """What a run's record says of its device; on a GPU, whether float32 products may be computed in TF32 too."""
     if device.type != "cuda":
         return {"device": device.type}

@@ -1,4 +1,4 @@
-"""Owns the score: perplexity and bits per byte of a model on a split."""
+"""The score of a model on a split: perplexity and bits per byte."""
 
 import math
 import time
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from statefeed.lm.config import require
 from statefeed.lm.data.batches import Source
-from statefeed.lm.model.language_model import LanguageModel
-from statefeed.lm.run.distributed import Group, part_of
+from statefeed.lm.errors import require
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run.distributed import Group, shard_batch
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def score(model: LanguageModel, source: Source, size: int, group: Group | None =
     """Predict every target of a split.
 
     Args:
-        model: in any mode; it is left in the mode that it came in.
+        model: in any mode; its mode is restored.
         source: of `batches.scoring`.
         size: bytes of the split's text.
         group: the processes that share the sequences and all get the score; None for this one alone.
 
     Raises:
         UsageError: when there is no target.
-        Lost: when another process is gone.
+        PeerLost: when another process has ended.
     """
     group = group or Group()
     require(len(source) > 0, "a split must have at least 2 tokens to be scored", source.tokens)
@@ -82,10 +82,10 @@ def score(model: LanguageModel, source: Source, size: int, group: Group | None =
     total, count, states = torch.zeros((), dtype=torch.float64), 0, None
     for batch in source.epoch(0):
         (part,) = group.columns(batch.inputs.shape[1], 1)
-        if group.takes(part):
-            with group.peers():
-                nats, counted, states = model.loss(part_of(batch, part), states)
+        if group.has_shard(part):
+            with group.guard_collectives():
+                nats, counted, states = model.loss(shard_batch(batch, part), states)
             total, count = total.to(nats.device) + nats, count + counted
     model.train(training)
-    loss, tokens = group.total(float(total), float(count))
+    loss, tokens = group.all_reduce_sum(float(total), float(count))
     return Score(loss / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)

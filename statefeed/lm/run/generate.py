@@ -1,11 +1,11 @@
-"""Owns sampling: one token after the other, the state carried along, so that each costs the same."""
+"""Sampling: one token after the other from the state of the last, so that each costs the same."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from statefeed.lm.model.language_model import LanguageModel
+from statefeed.lm.model import LanguageModel
 
 
 @torch.no_grad()
@@ -24,12 +24,12 @@ def generate(
     Args:
         model: in evaluation mode, on any device; tokens are drawn on the CPU.
         prompt: ids that are read first; at least one.
-        temperature: logits are divided by it; below 1 is safer, above 1 wilder.
+        temperature: logits are divided by it; lower: more deterministic; higher: more diverse.
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest likeliest tokens that together have this probability.
         seed: the same seed gives the same tokens.
         sentence: the ids that begin and end a sentence, where the model knows no text before a sentence: it reads the
-            last sentence of the prompt only, and begins anew after each end.
+            last sentence of the prompt only, and starts from an empty state after each end.
 
     Yields:
         One id after the other; however many came before, each costs O(1), under attention O(window).

@@ -1,42 +1,38 @@
-"""Owns what a run tells: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere, and curves.png."""
+"""The log of a run: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere."""
 
-import contextlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeAlias
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from statefeed.lm.config import UsageError
+from statefeed.lm.errors import Diverged, UsageError
+from statefeed.lm.run import curves, memory, tensorboard
 from statefeed.lm.run.agreement import Agreement
-from statefeed.lm.run.endings import Diverged
 from statefeed.lm.run.evaluate import Score, perplexity
+from statefeed.lm.run.lock import lock
+from statefeed.lm.run.phases import PhaseTimer
 
 TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
-PHASES = ("data", "forward", "backward", "optimiser")  # of a step
-
-Mark: TypeAlias = Any  # a point in time: seconds, or on a GPU an event in the order of its work
 
 
 class Log:
-    """The record of one run, used as a context; rows are written as they come and survive whatever follows.
+    """The log of one run, used as a context; rows are written as they come and survive whatever follows.
 
     Args:
-        path: metrics.jsonl, which must not exist unless the run goes on; None says and writes nothing.
+        path: metrics.jsonl, which must not exist unless the run is resumed; None prints and writes nothing.
         steps: how many optimizer steps there will be.
-        memory: of the log of a run that goes on, empty where it goes on from its beginning: rows behind it are dropped.
-        tensorboard: folder of the same metrics for TensorBoard.
+        state: `state_dict` of the log of a resumed run, empty where it has no checkpoint: rows after it are dropped.
+        board: folder of the same metrics for TensorBoard.
         device: that the steps run on.
     """
 
@@ -44,8 +40,8 @@ class Log:
         self,
         path: Path | None,
         steps: int,
-        memory: Mapping[str, Any] | None = None,
-        tensorboard: Path | None = None,
+        state: Mapping[str, Any] | None = None,
+        board: Path | None = None,
         device: torch.device | None = None,
     ) -> None:
         self._gpu = device is not None and device.type == "cuda"
@@ -53,27 +49,28 @@ class Log:
         self._steps = steps
         self._every = max(1, steps // TRAIN_ROWS)
         self._loss = self._speed = math.nan  # of the last row
-        if path and memory and (not path.exists() or path.stat().st_size < memory["bytes"]):
-            raise UsageError(f"{path} is shorter than when the checkpoint was made: the run cannot go on without it")
+        if path and state and (not path.exists() or path.stat().st_size < state["bytes"]):
+            raise UsageError(
+                f"{path} is shorter than when the checkpoint was made: the run cannot be resumed without it"
+            )
         self._path = path
-        mode = "x+" if path and memory is None else "a+"
+        mode = "x+" if path and state is None else "a+"
         self._file = Path(path or os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
-        memory = memory or {"bytes": 0, "seconds": 0.0, "losses": [], "tokens": 0, "laps": dict.fromkeys(PHASES, 0.0)}
-        self._losses: list[Tensor | float] = list(memory["losses"])  # of the steps since the last row
-        self._tokens: int = memory["tokens"]
-        self._laps: dict[str, float] = dict(memory["laps"])
-        self._marks: list[tuple[str, Mark, Mark]] = []  # of laps that are not added up yet
-        self._before: float = memory["seconds"]
+        state = state or {"bytes": 0, "seconds": 0.0, "losses": [], "tokens": 0, "phases": None}
+        self._losses: list[Tensor | float] = list(state["losses"])  # of the steps since the last row
+        self._tokens: int = state["tokens"]
+        self._timer = PhaseTimer(self._gpu, state["phases"])
+        self._before: float = state["seconds"]
         if path:
             try:
-                _claim(self._file, path.parent)
-                self._read_back(path, memory["bytes"])
+                lock(self._file, path.parent)
+                self._read_back(path, state["bytes"])
             except BaseException:
                 self._file.close()
                 raise
         done = max((step for curve in self._curves.values() for step, _ in curve), default=0)
         self._board = (
-            None if path is None or tensorboard is None else board_writer()(str(tensorboard), purge_step=done + 1)
+            None if path is None or board is None else tensorboard.writer_class()(str(board), purge_step=done + 1)
         )
         self._bar = Progress(
             BarColumn(),
@@ -88,7 +85,7 @@ class Log:
         self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
 
     def _read_back(self, path: Path, until: int) -> None:
-        """Read the rows before the checkpoint and drop those behind it.
+        """Read the rows before the checkpoint and drop those after it.
 
         Raises:
             UsageError: when the rows are not what was written.
@@ -101,7 +98,7 @@ class Log:
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{path} is broken: a row before the checkpoint is not what was written ({error!r}), and the run "
-                "cannot go on without it"
+                "cannot be resumed without it"
             ) from error
         self._file.truncate(until)
         self._file.seek(0, os.SEEK_END)
@@ -109,8 +106,8 @@ class Log:
     def __enter__(self) -> "Log":
         self._bar.start()
         if not self._gpu:
-            _forget_peak()
-        self._lap = self._mark()
+            memory.reset_peak()
+        self._timer.time_phase(None)
         self._started = time.perf_counter() - self._before
         return self
 
@@ -122,38 +119,16 @@ class Log:
             self._board.close()
         self._file.close()
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         self._bar.console.print(line, markup=False)
 
-    def lap(self, phase: str | None) -> None:
-        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score.
-
-        A GPU works behind the calls: its own time is taken, between events in its queue, and no step waits for it.
-        """
-        now = self._mark()
-        if phase is not None:
-            self._marks.append((phase, self._lap, now))
-        self._lap = now
-
-    def _mark(self) -> Mark:
-        if not self._gpu:
-            return time.perf_counter()
-        event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _timed(self) -> dict[str, float]:
-        """Seconds of every phase since the last row."""
-        if self._gpu and self._marks:
-            self._marks[-1][-1].synchronize()
-        for phase, start, stop in self._marks:
-            self._laps[phase] += 1e-3 * start.elapsed_time(stop) if self._gpu else stop - start
-        self._marks = []
-        return self._laps
+    def time_phase(self, phase: str | None) -> None:
+        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""
+        self._timer.time_phase(phase)
 
     def step(self, step: int, epoch: int, loss: Tensor | float, tokens: int) -> None:
-        """Take note of one optimizer step; every few of them make one row, with their mean loss.
+        """Add one optimizer step; every few of them make one row, with their mean loss.
 
         Args:
             step: counted from 1.
@@ -167,42 +142,43 @@ class Log:
         self._losses.append(loss)
         self._tokens += tokens
         if step % self._every == 0 or step == self._steps:
-            losses, laps = self._checked(step), self._timed()
+            losses, phases = self._finite_losses(step), self._timer.seconds()
             self._loss = sum(losses) / len(losses)
-            self._speed = self._tokens / max(sum(laps.values()), 1e-9)
-            ms = {f"{phase}_ms": round(1e3 * seconds / len(losses), 3) for phase, seconds in laps.items()}
+            self._speed = self._tokens / max(sum(phases.values()), 1e-9)
+            ms = {f"{phase}_ms": round(1e3 * seconds / len(losses), 3) for phase, seconds in phases.items()}
             self._row(step, epoch, "train", self._loss, self._speed, **ms)
-            self._losses, self._tokens, self._laps = [], 0, dict.fromkeys(PHASES, 0.0)
+            self._losses, self._tokens = [], 0
+            self._timer.reset()
         self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
 
     def score(self, step: int, epoch: int, split: str, score: Score) -> None:
-        """Take note of the score of a split.
+        """Add the score of a split.
 
         Raises:
             Diverged: when its loss has no perplexity.
         """
-        _check(score.loss, step)
+        _check_finite(score.loss, step)
         self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
         if split == "valid":
             left = (time.perf_counter() - self._started) / step * (self._steps - step)
-            self.say(
+            self.print(
                 f"step {step:,} of {self._steps:,}: train loss {self._loss:.3f}, valid loss {score.loss:.3f}, "
                 f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.3f} bits per byte, "
                 f"{self._speed:,.0f} tokens/s, {left:.0f} s left"
             )
 
-    def align(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
-        """Take note of how the gradient agrees with the exact one."""
+    def log_alignment(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
+        """Add how the gradient agrees with the exact one."""
         alignment = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
         self._row(step, epoch, "alignment", found.loss, tokens / found.seconds, **alignment)
 
-    def memory(self, step: int) -> dict[str, Any]:
-        """What a log has to be given so that it goes on from this step; all rows so far are on disk after it.
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What a log needs to be resumed after this step; all rows so far are on disk when it returns.
 
         Raises:
             Diverged: when a loss since the last row has no perplexity.
         """
-        losses = self._checked(step)
+        losses = self._finite_losses(step)
         if self._path:
             os.fsync(self._file.fileno())
         return {
@@ -210,14 +186,18 @@ class Log:
             "seconds": time.perf_counter() - self._started,
             "losses": losses,
             "tokens": self._tokens,
-            "laps": self._timed(),
+            "phases": self._timer.seconds(),
         }
 
-    def _checked(self, step: int) -> list[float]:
+    def draw(self, path: Path) -> None:
+        """Draw the learning curves into a PNG file."""
+        curves.draw(self._curves, path)
+
+    def _finite_losses(self, step: int) -> list[float]:
         """The losses since the last row."""
         losses = [float(loss) for loss in self._losses]
         for place, loss in enumerate(losses, step - len(losses) + 1):
-            _check(loss, place)
+            _check_finite(loss, place)
         return losses
 
     def _row(self, step: int, epoch: int, split: str, loss: float, speed: float, **more: float) -> None:
@@ -233,69 +213,9 @@ class Log:
 
     def _peak_bytes(self) -> int | None:
         """The most memory that this process has held since the log was entered; that of the GPU where one is used."""
-        return torch.cuda.max_memory_allocated() if self._gpu else _peak_bytes()
-
-    def draw(self, path: Path) -> None:
-        """Draw the losses over the steps."""
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-        for split, style in (("train", "-"), ("valid", "o-"), ("test", "s")):
-            if self._curves[split]:
-                axes.plot(*zip(*self._curves[split], strict=True), style, label=split, markersize=4)
-                axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
+        return torch.cuda.max_memory_allocated() if self._gpu else memory.peak_bytes()
 
 
-def _claim(file: IO[str], folder: Path) -> None:
-    """Keep every other process from going on with the run for as long as the file is open.
-
-    Raises:
-        UsageError: when another one does.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{folder} is being trained by another process: wait for its end, or end it") from None
-    except OSError:  # a file system without locks
-        return
-
-
-def _forget_peak() -> None:
-    """Let the system count the most memory from here on, where it can: reading and cutting the text may take more."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that this process has held, None where the system does not tell."""
-    with contextlib.suppress(OSError):  # where the system is Linux: what a parent held at a fork does not count there
-        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
-            return 1024 * int(found[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _check(loss: float, step: int) -> None:
+def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(perplexity(loss)):
         raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")
-
-
-def board_writer() -> Any:
-    """TensorBoard's class of writers.
-
-    Raises:
-        UsageError: when it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError('run.tensorboard needs TensorBoard: pip install "statefeed[tensorboard]"') from None
-    return SummaryWriter

@@ -1,4 +1,4 @@
-"""Owns what a record says of where it comes from: the commit of the package and the processor."""
+"""The provenance of a record: the commit of the package and the processor."""
 
 import platform
 import subprocess
@@ -26,7 +26,7 @@ def commit() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name and, on x86, its family: the name that a cloud machine gives does not tell the generation."""
+    """Its name and, on x86, its family: the name that a cloud machine gives does not identify the generation."""
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     family = cpuinfo("cpu family")
     return f"{name}, family {family}" if family else name

@@ -17,15 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from statefeed.lm import cli, config
-from statefeed.lm.compare import compare, figures, report, results
-from statefeed.lm.compare.results import Result
+from statefeed.lm import cli, config, identity
+from statefeed.lm import recipe as recipes
+from statefeed.lm.compare import compare, figures
+from statefeed.lm.compare.results import Result, from_line, to_line
+from statefeed.lm.compare.run_result import read_run
+from statefeed.lm.compare.sources import read
+from statefeed.lm.compare.table import table
+from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.config import Config, UsageError
-from statefeed.lm.run import checkpoint
+from statefeed.lm.run import metadata as run_metadata
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.train import prepare
+from statefeed.lm.run.setup import prepare
 
-TIMES = ("seconds", "tokens_per_s", "peak_bytes", "data_ms", "forward_ms", "backward_ms", "optimiser_ms")
+TIMES = ("seconds", "tokens_per_s", "peak_bytes", "data_ms", "forward_ms", "backward_ms", "optimizer_ms")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +80,7 @@ def test_everything_is_the_same_but_the_rule(compared: Path) -> None:
 
 
 def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path: Path) -> None:
-    recipe = config.build(config.parse(config.parser("test"), flags))
+    recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
     planned = compare.plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
     assert [(p.train.seed, p.model.feedback, p.train.lr) for p in planned] == [
         (1, "bptt", 1e-3),
@@ -98,7 +103,7 @@ def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path
 
 
 def test_records_and_figures(compared: Path) -> None:
-    found = [results.from_line(line) for line in (compared / "compare.jsonl").read_text().splitlines()]
+    found = [from_line(line) for line in (compared / "compare.jsonl").read_text().splitlines()]
     assert [(r.rule, r.outcome, r.get("train.lr")) for r in found] == [
         ("bptt", "finished", 3e-3),
         ("dsf", "finished", 2e-3),
@@ -144,7 +149,7 @@ def test_a_comparison_that_was_moved_has_its_runs(
     shutil.copytree(compared, folder)
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
     assert (folder / "compare.jsonl").read_text() == (compared / "compare.jsonl").read_text()
-    assert len(report.read([compared, folder, compared / "dsf-seed1", folder / "dsf-seed1"]).results) == 2
+    assert len(read([compared, folder, compared / "dsf-seed1", folder / "dsf-seed1"]).results) == 2
 
 
 def test_records_that_are_empty_are_none(compared: Path, flags: list[str], tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_a_signal_that_a_run_did_not_heed_stops_the_comparison_behind_it(
     sentence = f"the comparison was interrupted behind {behind}: the same command goes on from here"
     assert capfd.readouterr().err == f"statefeed: {sentence}\n"
     assert [path.name for path in sorted(folder.iterdir())] == ["compare.jsonl", "dsf-seed1"]
-    assert [found.outcome for found in report.read([folder]).results] == ["finished"]
+    assert [found.outcome for found in read([folder]).results] == ["finished"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +244,7 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
     fake.write_text(f"import os, sys\n{code}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    recipe = config.build(config.parse(config.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
+    recipe = recipes.build(recipes.parse(recipes.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
     with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command goes on"):
         compare._train(recipe)
 
@@ -248,7 +253,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_this_process(recipe: Config) -> tuple[str, None]:
-        given = results.flat(dataclasses.asdict(recipe))
+        given = identity.flat(dataclasses.asdict(recipe))
         arguments = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
         return "diverged" if cli.main(["train", *arguments]) else "finished", None
 
@@ -261,7 +266,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
         f"--out={tmp_path / 'out'}",
     ]
     assert cli.main(["compare", *flags, *wild]) == 0
-    found = [results.from_line(line) for line in (tmp_path / "out" / "compare.jsonl").read_text().splitlines()]
+    found = [from_line(line) for line in (tmp_path / "out" / "compare.jsonl").read_text().splitlines()]
     assert [(r.rule, r.outcome, r.best is None) for r in found] == [
         ("dsf", "diverged", True),
         ("bptt", "finished", False),
@@ -288,7 +293,7 @@ def test_interrupted_and_started_again_it_goes_on(
     assert "the same command goes on from here" in err
     assert not (folder / "compare.jsonl").exists()
     assert cli.main(["compare", *arguments]) == 0
-    (result,) = (results.from_line(line) for line in (folder / "compare.jsonl").read_text().splitlines())
+    (result,) = (from_line(line) for line in (folder / "compare.jsonl").read_text().splitlines())
     assert result.outcome == "finished"
     train = [row["step"] for row in rows(folder / "0.5-seed1") if row["split"] == "train"]
     assert train == list(range(1, 201))
@@ -347,7 +352,7 @@ def result(
     recipe = Config(model=config.Model(feedback=rule), train=config.Train(seed=seed))
     return Result(
         config=dataclasses.asdict(recipe),
-        facts={"corpus": "made up", "parameters": 7, "torch": "2", "threads": 1, "machine": "m"},
+        metadata={"corpus": "made up", "parameters": 7, "torch": "2", "threads": 1, "machine": "m"},
         outcome=outcome,
         valid=[
             {
@@ -369,14 +374,14 @@ def result(
 def test_the_table_counts_seed_by_seed() -> None:
     compared = [
         result("ft-bptt", 1, [90, 60, 50]),
-        result("dsf", 1, [80, 55, 45, 44], 0.5, data=1.0, forward=10.0, backward=20.0, optimiser=5.0),
+        result("dsf", 1, [80, 55, 45, 44], 0.5, data=1.0, forward=10.0, backward=20.0, optimizer=5.0),
         result("bptt", 1, [95, 50, 40]),
         result("ft-bptt", 2, [91, 61, 70]),
-        result("dsf", 2, [75, 50, 38, 39], 0.5, data=1.0, forward=12.0, backward=22.0, optimiser=5.0),
+        result("dsf", 2, [75, 50, 38, 39], 0.5, data=1.0, forward=12.0, backward=22.0, optimizer=5.0),
         result("bptt", 2, [96, 51, 39]),
     ]
-    headings, table = results.table(compared)
-    cells = {row[0]: dict(zip(headings, row, strict=True)) for row in table}
+    headings, rules = table(compared)
+    cells = {row[0]: dict(zip(headings, row, strict=True)) for row in rules}
     dsf = cells["dsf"]
     # Best of the seeds 44 and 38: mean 41, standard deviation 6 / sqrt(2).
     assert dsf["valid perplexity"] == "41.00 ± 4.24"
@@ -396,18 +401,18 @@ def test_the_table_counts_seed_by_seed() -> None:
 def test_a_seed_that_diverged_or_is_under_way_spoils_nothing() -> None:
     whole = [result("dsf", seed, [80, 60, 50]) for seed in (1, 2)]
     odd = [result("dsf", 3, [1e6], outcome="diverged"), result("dsf", 4, [70], outcome="unfinished")]
-    headings, ((*row,),) = results.table([*whole, *odd])
+    headings, ((*row,),) = table([*whole, *odd])
     cells = dict(zip(headings, row, strict=True))
     assert (cells["seeds"], cells["valid perplexity"]) == ("4, 1 diverged, 1 unfinished", "50.00 ± 0.00")
-    drawn = figures.against([*whole, *odd], "epochs")
+    drawn = figures.plot_vs([*whole, *odd], "epochs")
     assert drawn is not None
     assert [len(line.get_xdata()) for line in drawn.axes[0].lines] == [3]
-    headings, ((*row,),) = results.table(odd)  # nothing else is there yet
+    headings, ((*row,),) = table(odd)  # nothing else is there yet
     assert dict(zip(headings, row, strict=True))["valid perplexity"] == "70.00"
 
 
 def test_what_was_exact_counts_neither_for_nor_against_a_schedule() -> None:
-    headings, ((*row,),) = results.table([result("dsf@0.3/bptt", 1, [90, 60, 50])])
+    headings, ((*row,),) = table([result("dsf@0.3/bptt", 1, [90, 60, 50])])
     assert dict(zip(headings, row, strict=True))["cosine with BPTT"] == "0.500 (1 of 3)"
 
 
@@ -418,59 +423,59 @@ def test_a_rule_is_one_however_it_is_spelled(flags: list[str], tmp_path: Path) -
         "dsf",
         "bptt",
     ]
-    recipe = config.build(config.parse(config.parser("test"), flags))
+    recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
     with pytest.raises(UsageError, match=r"--feedback must name a rule once, got 0\.5 and 0\.50, which are the same"):
         compare.plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
 
 
 def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:
     compared = [result("bptt", 1, [50, 1e9], outcome="diverged"), result("dsf", 1, [60])]
-    headings, table = results.table(compared)
-    bptt, dsf = (dict(zip(headings, row, strict=True)) for row in table)
+    headings, rules = table(compared)
+    bptt, dsf = (dict(zip(headings, row, strict=True)) for row in rules)
     assert (bptt["seeds"], bptt["valid perplexity"]) == ("1, 1 diverged", "-")
     assert dsf["epochs to bptt"] == "-"
 
 
 def test_records_older_than_a_key_are_those_of_its_default() -> None:
     new = result("dsf", 1, [50])
-    line = json.loads(results.to_line(new))
+    line = json.loads(to_line(new))
     del line["config"]["train"]["device"], line["config"]["train"]["precision"]
-    old = results.from_line(json.dumps(line))
+    old = from_line(json.dumps(line))
     assert old == new
-    assert len(results.tasks([old, result("bptt", 1, [40])])) == 1
+    assert len(tasks([old, result("bptt", 1, [40])])) == 1
 
 
 def test_runs_of_different_devices_are_not_mixed() -> None:
     one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
-    other.facts["device"] = "a GPU"
-    assert [title.partition("device=")[2] for title in results.tasks([one, other])] == ["cpu", "a GPU"]
+    other.metadata["device"] = "a GPU"
+    assert [title.partition("device=")[2] for title in tasks([one, other])] == ["cpu", "a GPU"]
 
 
 def test_runs_of_different_recipes_are_not_mixed() -> None:
     one, other = result("dsf", 1, [50]), result("bptt", 1, [40])
     other.config["train"]["batch"] = 7
-    tasks = results.tasks([one, other, result("bptt", 2, [41])])
-    assert [[r.rule for r in same] for same in tasks.values()] == [["dsf", "bptt"], ["bptt"]]
-    assert [title.partition("train.batch=")[2] for title in tasks] == ["32", "7"]
+    found = tasks([one, other, result("bptt", 2, [41])])
+    assert [[r.rule for r in same] for same in found.values()] == [["dsf", "bptt"], ["bptt"]]
+    assert [title.partition("train.batch=")[2] for title in found] == ["32", "7"]
 
 
 def test_a_text_is_told_by_what_was_read() -> None:
     def of(text: str, path: str, seed: int) -> Result:
         found = result("dsf", seed, [50])
         found.config["data"]["path"] = path
-        return dataclasses.replace(found, facts={**found.facts, "splits": {"train": {"sha256": text}}})
+        return dataclasses.replace(found, metadata={**found.metadata, "splits": {"train": {"sha256": text}}})
 
     compared = [of("a" * 64, "data/ptb", 1), of("a" * 64, "/mnt/ptb", 2), of("b" * 64, "data/ptb", 3)]
-    tasks = results.tasks(compared)
-    assert [[run.get("train.seed") for run in same] for same in tasks.values()] == [[1, 2], [3]]
-    assert [title.partition("text=")[2] for title in tasks] == ["a" * 8, "b" * 8]
+    found = tasks(compared)
+    assert [[run.get("train.seed") for run in same] for same in found.values()] == [[1, 2], [3]]
+    assert [title.partition("text=")[2] for title in found] == ["a" * 8, "b" * 8]
 
 
 def test_a_key_that_only_some_records_have_loses_none() -> None:
     one, other = result("dsf", 1, [50]), result("dsf", 2, [40])
     other.config["train"]["forgotten"] = 7
     for compared in ([one, other], [other, one]):
-        assert sorted(len(same) for same in results.tasks(compared).values()) == [1, 1]
+        assert sorted(len(same) for same in tasks(compared).values()) == [1, 1]
 
 
 def test_cells_are_compared_with_their_equals() -> None:
@@ -489,7 +494,7 @@ def test_cells_are_compared_with_their_equals() -> None:
 @pytest.mark.parametrize(("parameters", "beside"), [(80, True), (133, True), (79, False), (134, False), (0, False)])
 def test_a_model_without_recurrent_cells_stands_beside_those_of_its_size(parameters: int, beside: bool) -> None:
     gru, s4d = result("dsf", 1, [50]), result("bptt", 1, [40])
-    gru.facts["parameters"], s4d.facts["parameters"] = 100, parameters
+    gru.metadata["parameters"], s4d.metadata["parameters"] = 100, parameters
     s4d.config["model"]["cell"] = "s4d"
     assert bool(figures.by_cell([gru, s4d])) == beside
 
@@ -497,47 +502,47 @@ def test_a_model_without_recurrent_cells_stands_beside_those_of_its_size(paramet
 def test_a_rule_at_two_rates_is_two_rows() -> None:
     one, other = result("dsf", 1, [50]), result("dsf", 1, [40])
     other.config["train"]["lr"] = 0.5
-    headings, table = results.table([one, other])
+    headings, rules = table([one, other])
     assert headings[:3] == ["rule", "valid perplexity", "rate"]
-    assert [row[:3] for row in table] == [["dsf at 0.003", "50.00", "0.003"], ["dsf at 0.5", "40.00", "0.5"]]
+    assert [row[:3] for row in rules] == [["dsf at 0.003", "50.00", "0.003"], ["dsf at 0.5", "40.00", "0.5"]]
 
 
 @pytest.mark.parametrize("exact", ["bptt", "fused-bptt"])
 def test_a_rival_at_two_rates_sets_its_target_at_the_better_one(exact: str) -> None:
     better, worse = result(exact, 1, [60, 40]), result(exact, 1, [90, 70])
     worse.config["train"]["lr"] = 0.5
-    headings, table = results.table([better, worse, result("dsf", 1, [70, 50, 40])])
-    assert [dict(zip(headings, row, strict=True))[f"epochs to {exact}"] for row in table] == ["1.0", "never", "1.5"]
+    headings, rules = table([better, worse, result("dsf", 1, [70, 50, 40])])
+    assert [dict(zip(headings, row, strict=True))[f"epochs to {exact}"] for row in rules] == ["1.0", "never", "1.5"]
 
 
 def test_the_step_of_a_schedule_is_that_of_its_rules(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     recipe = (folder / "config.yaml").read_text()
-    before = config.load(folder / "config.yaml").model.feedback
+    before = recipes.load(folder / "config.yaml").model.feedback
     (folder / "config.yaml").write_text(recipe.replace(f"feedback: {before}", "feedback: dsf@0.6/bptt"))
     lines = [
         {"step": step, "epoch": 1, "split": "train", "tokens_per_s": 1.0, "seconds": 1.0}
-        | {f"{phase}_ms": 1.0 if step <= 7 else 10.0 for phase in ("data", "forward", "backward", "optimiser")}
+        | {f"{phase}_ms": 1.0 if step <= 7 else 10.0 for phase in ("data", "forward", "backward", "optimizer")}
         for step in range(1, 13)  # 60% of 12 steps are 7.2: the eighth is the first of the second rule but one
     ]
     for row in lines:
         if row["step"] == 8:
             row["forward_ms"] = 1.0
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = results.of_run(folder)
+    found = read_run(folder)
     assert found.ms["forward"] == pytest.approx((8 * 1.0 + 4 * 10.0) / 12)
 
 
 def test_how_a_run_ended_is_read_from_its_folder(run: Path, tmp_path: Path) -> None:
-    assert results.of_run(run).outcome == "finished"
+    assert read_run(run).outcome == "finished"
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("evaluations: ", "evaluations: 9"))  # more than steps
-    assert results.of_run(folder).outcome == "finished"
-    checkpoint.amend(folder, diverged="training diverged")
-    assert (results.of_run(folder).outcome, results.of_run(folder).best) == ("diverged", None)
+    assert read_run(folder).outcome == "finished"
+    run_metadata.update(folder, diverged="training diverged")
+    assert (read_run(folder).outcome, read_run(folder).best) == ("diverged", None)
 
 
 def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path: Path) -> None:
@@ -545,8 +550,8 @@ def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path
     folder.mkdir()
     for name in ("config.yaml", "record.json"):
         (folder / name).write_text((run / name).read_text())
-    facts = json.loads((folder / "record.json").read_text())
-    phases = {"data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optimiser_ms": 4.0}
+    metadata = json.loads((folder / "record.json").read_text())
+    phases = {"data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optimizer_ms": 4.0}
     lines: list[dict[str, Any]] = []
     for step, scale in ((5, 100), (10, 300)):  # a second a step, then three
         timed = {phase: scale * ms for phase, ms in phases.items()}
@@ -554,10 +559,10 @@ def test_seconds_are_those_of_training_where_steps_are_timed(run: Path, tmp_path
         lines[-1]["peak_bytes"] = scale
         lines.append({"step": step - 1, "epoch": 1, "split": "valid", "perplexity": 9.0, "seconds": 1e6})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = results.of_run(folder)
+    found = read_run(folder)
     assert [row["seconds"] for row in found.valid] == pytest.approx([4.0, 5.0 + 4 * 3.0])
-    assert [row["epochs"] for row in found.valid] == [4 / facts["steps_per_epoch"], 9 / facts["steps_per_epoch"]]
-    assert found.ms == {"data": 200.0, "forward": 400.0, "backward": 600.0, "optimiser": 800.0}
+    assert [row["epochs"] for row in found.valid] == [4 / metadata["steps_per_epoch"], 9 / metadata["steps_per_epoch"]]
+    assert found.ms == {"data": 200.0, "forward": 400.0, "backward": 600.0, "optimizer": 800.0}
     assert found.step_ms == 2000.0
     assert found.outcome == "unfinished"
 
@@ -578,9 +583,9 @@ def test_the_peak_is_that_of_the_steps_before_the_first_evaluation(run: Path, tm
     for split in ("alignment", None):  # with and without
         kept = [line for line in lines if line["split"] != split]
         (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        assert results.of_run(tmp_path / "run").peak_bytes == 200
+        assert read_run(tmp_path / "run").peak_bytes == 200
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder"):
-        results.of_run(tmp_path)
+        read_run(tmp_path)

@@ -13,7 +13,10 @@ import pytest
 
 from statefeed.lm import cli, config
 from statefeed.lm.compare import figures, report, results
-from statefeed.lm.compare.results import Result
+from statefeed.lm.compare.results import Result, from_line, to_line
+from statefeed.lm.compare.run_result import read_run
+from statefeed.lm.compare.sources import read
+from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.config import Config
 
 CHROMIUM = next(
@@ -31,14 +34,14 @@ def result(
     end = scale * ENDS[rule] + seed - 1
     return Result(
         config=dataclasses.asdict(recipe),
-        facts={"corpus": "ptb & <more>", "parameters": 1000, "torch": "2", "threads": 1, "machine": "m"},
+        metadata={"corpus": "ptb & <more>", "parameters": 1000, "torch": "2", "threads": 1, "machine": "m"},
         outcome="finished",
         valid=[
             {"step": 10 * k, "epochs": k / 2, "seconds": 3.0 * k, "perplexity": end * factor}
             for k, factor in enumerate((1.6, 1.3, 1.1, 1.0), 1)
         ],
         alignment=[] if rule == "bptt" else [{"step": 10, "epochs": 0.5, "cosine": 0.7, "norm_ratio": 1.1}],
-        ms={"data": 1.0, "forward": 10.0, "backward": 20.0 + seed, "optimiser": 2.0},
+        ms={"data": 1.0, "forward": 10.0, "backward": 20.0 + seed, "optimizer": 2.0},
         tokens_per_s=1000.0,
         peak_bytes=2.0**30,
         test=None,
@@ -87,20 +90,20 @@ def page(
 
 
 def test_it_reads_runs_comparisons_and_benchmarks_wherever_they_lie(page: Path, run: Path, tmp_path: Path) -> None:
-    everything = report.read([page.parent])
+    everything = read([page.parent])
     assert (len(everything.results), len(everything.benchmarks)) == (24, 2)
-    (alone,) = report.read([run]).results
-    assert (alone.rule, alone.outcome, alone.facts["corpus"]) == ("dsf", "finished", "story.txt")
+    (alone,) = read([run]).results
+    assert (alone.rule, alone.outcome, alone.metadata["corpus"]) == ("dsf", "finished", "story.txt")
     shutil.copytree(run, tmp_path / "runs" / "one")
     shutil.copytree(run, tmp_path / "runs" / "copy")
-    assert len(report.read([tmp_path]).results) == 1
+    assert len(read([tmp_path]).results) == 1
     metrics = tmp_path / "runs" / "copy" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"backward_ms": ', '"backward_ms": 1'))  # another, and slower
-    assert len(report.read([tmp_path]).results) == 2
+    assert len(read([tmp_path]).results) == 2
 
 
 def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
-    assert [results.from_line(results.to_line(one)) for one in compared] == compared
+    assert [from_line(to_line(one)) for one in compared] == compared
 
 
 @pytest.mark.parametrize(
@@ -157,8 +160,8 @@ GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min
         ({**GOOD, "machine": "m"}, "machine must be an object, got 'm'"),
         ({**GOOD, "command": ["x"]}, "command must be text, got ['x']"),
         ({"config": 3}, "config must be an object, got 3"),
-        ({"facts": 3}, "facts must be an object, got 3"),
-        ({"facts": {}}, "facts.parameters must be a whole number, got None"),
+        ({"metadata": 3}, "metadata must be an object, got 3"),
+        ({"metadata": {}}, "metadata.parameters must be a whole number, got None"),
         ({"valid": [{}]}, "valid[0].step must be a whole number, got None"),
         (
             {"valid": [{"step": 1, "epochs": 1, "seconds": 1, "perplexity": float("nan")}]},
@@ -172,7 +175,7 @@ def test_a_record_that_is_none_is_told_with_its_file_and_line(
     record: object, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "records.jsonl"
-    good = json.loads(results.to_line(result("dsf")))
+    good = json.loads(to_line(result("dsf")))
     if isinstance(record, dict) and "bench" not in record:
         record = {**good, **record}
     path.write_text("".join(json.dumps(one) + "\n" for one in (good, GOOD, record)))
@@ -222,7 +225,7 @@ def test_a_gradient_without_a_direction_is_no_damage(tmp_path: Path) -> None:
     """The cosine with a gradient that is zero is NaN."""
     one = result("dsf")
     one.alignment[0]["cosine"] = float("nan")
-    (tmp_path / "compare.jsonl").write_text(results.to_line(one))
+    (tmp_path / "compare.jsonl").write_text(to_line(one))
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
 
 
@@ -231,7 +234,7 @@ def test_a_run_that_was_killed_within_a_row_is_reported_without_it(run: Path, tm
     shutil.copytree(run, folder)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"st')
-    assert results.of_run(folder) == results.of_run(run)
+    assert read_run(folder) == read_run(run)
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -312,11 +315,11 @@ def test_figures_are_those_of_the_paper(page: Path, compared: list[Result]) -> N
 
 
 def test_what_is_drawn_is_what_was_measured(compared: list[Result]) -> None:
-    same = next(iter(results.tasks(compared).values()))
-    lines = {line.get_label(): line for line in figures.against(same, "epochs").axes[0].lines}  # type: ignore[union-attr]
+    same = next(iter(tasks(compared).values()))
+    lines = {line.get_label(): line for line in figures.plot_vs(same, "epochs").axes[0].lines}  # type: ignore[union-attr]
     assert list(lines["dsf"].get_xdata()) == [0.5, 1.0, 1.5, 2.0]
     assert list(lines["dsf"].get_ydata()) == pytest.approx([140.5 * factor for factor in (1.6, 1.3, 1.1, 1.0)])
-    width = figures.over(compared, "model.width", "perplexity against width")
+    width = figures.plot_by(compared, "model.width", "perplexity against width")
     (axes,) = next(iter(width.values())).axes
     points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
     assert points["bptt"] == [pytest.approx([256, 136.5]), pytest.approx([512, 0.9 * 136 + 0.5])]
@@ -335,8 +338,8 @@ def test_every_rule_is_told_apart_and_looks_the_same_in_every_figure() -> None:
         config = {**one.config, "model": {**one.config["model"], "feedback": 0.05 * (k % 20) or "bptt"}}
         more = {"ms": {}} if k % 20 == 1 else {"alignment": []} if k % 20 % 3 == 0 else {}
         compared.append(dataclasses.replace(one, config=config, **more))
-    first = next(iter(results.tasks(compared).values()))
-    drawn = [figures.against(first, "epochs"), figures.frontier(first), figures.alignment(first)]
+    first = next(iter(tasks(compared).values()))
+    drawn = [figures.plot_vs(first, "epochs"), figures.frontier(first), figures.alignment(first)]
     shown: list[dict[str, tuple[object, ...]]] = []
     for figure in drawn:
         assert figure is not None
@@ -350,7 +353,7 @@ def test_every_rule_is_told_apart_and_looks_the_same_in_every_figure() -> None:
     assert [len(looks) for looks in shown] == [20, 19, 13]
     assert all(looks[rule] == shown[0][rule] for looks in shown[1:] for rule in looks)
     assert not drawn[1].axes[0].texts  # type: ignore[union-attr]
-    (wide,) = figures.over(compared, "model.width", "perplexity against width").values()
+    (wide,) = figures.plot_by(compared, "model.width", "perplexity against width").values()
     bars = {str(c.get_label()): c.lines[0] for c in wide.axes[0].containers}
     assert len({(line.get_color(), line.get_linestyle()) for line in bars.values()}) == 20
 

@@ -17,7 +17,7 @@ def test_training_columns_are_continuous_text(count: int, batch: int, context: i
     stream = Stream(np.arange(count, dtype=np.int32), batch, context)
     steps = list(stream.epoch(0))
     assert len(steps) == len(stream) == (count - 1) // batch // context
-    assert [step.fresh for step in steps] == [True] + [False] * (len(steps) - 1)
+    assert [step.is_start for step in steps] == [True] + [False] * (len(steps) - 1)
     inputs, targets = (torch.cat([step[part] for step in steps]) for part in (0, 1))
     assert inputs.dtype == targets.dtype == torch.int64
     assert all(part.shape == (context, batch) for step in steps for part in step[:2])
@@ -103,7 +103,7 @@ def test_an_epoch_is_the_same_from_any_step_on(kind: Literal["sentences", "block
 
     def same(a: Iterator[Batch], b: Iterator[Batch]) -> bool:
         return all(
-            torch.equal(x.inputs, y.inputs) and torch.equal(x.targets, y.targets) and x.fresh == y.fresh
+            torch.equal(x.inputs, y.inputs) and torch.equal(x.targets, y.targets) and x.is_start == y.is_start
             for x, y in zip(a, b, strict=True)
         )
 

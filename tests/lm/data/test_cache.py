@@ -74,7 +74,7 @@ def test_a_broken_entry_is_made_anew_with_a_sentence(
     assert capsys.readouterr().err == ""
     assert cache.encode(words, TEXT).tolist() == words.encode(TEXT).tolist()
     err = capsys.readouterr().err
-    assert err == f"statefeed: {entry} is broken, perhaps by a full disk: the text is tokenised again\n"
+    assert err == f"statefeed: {entry} is broken, perhaps by a full disk: the text is tokenized again\n"
     assert entry.read_bytes() == content
     assert list(folder.iterdir()) == [entry]
 

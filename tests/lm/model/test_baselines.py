@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from statefeed.lm.config import Model
+from statefeed.lm.model import LanguageModel
 from statefeed.lm.model.baselines import S4D, Attention, MinGRU
-from statefeed.lm.model.language_model import LanguageModel
 from statefeed.lm.run.generate import generate
 
 Cell = Literal["rnn", "gru", "lstm", "transformer", "s4d", "mingru"]

@@ -31,30 +31,30 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
 def test_loss_and_gradients_are_those_of_all_logits_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "LOGITS", rows * V)
     x, weight, bias, targets = arguments()
-    found = head.nats(x, weight, bias, targets)
+    found = head.cross_entropy_sum(x, weight, bias, targets)
     expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        torch.testing.assert_close(head.nats(x, weight, bias, targets), expected)
+        torch.testing.assert_close(head.cross_entropy_sum(x, weight, bias, targets), expected)
     grads = torch.autograd.grad(found / 7, (x, weight, bias))
     torch.testing.assert_close(grads, torch.autograd.grad(expected / 7, (x, weight, bias)))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     x, weight, bias, targets = arguments(torch.float64)
-    assert torch.autograd.gradcheck(lambda *a: head.nats(*a, targets), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *a: head.cross_entropy_sum(*a, targets), (x, weight, bias))
 
 
 def test_no_target_costs_nothing() -> None:
     x, weight, bias, targets = arguments()
-    found = head.nats(x[:0], weight, bias, targets[:0])
+    found = head.cross_entropy_sum(x[:0], weight, bias, targets[:0])
     assert found.item() == 0
     assert torch.autograd.grad(found, weight)[0].abs().max() == 0
 
 
 def test_a_row_whose_logits_are_far_apart_has_a_finite_loss() -> None:
     x, weight, bias, targets = arguments()
-    found = head.nats(1e4 * x.detach(), weight, bias, targets)
+    found = head.cross_entropy_sum(1e4 * x.detach(), weight, bias, targets)
     assert torch.isfinite(found)
     assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(found, (weight, bias)))
 
@@ -64,7 +64,7 @@ def test_under_autocast_products_are_narrow_and_sums_wide(training: bool) -> Non
     x, weight, bias, targets = arguments()
     expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
-        found = head.nats(x, weight, bias, targets)
+        found = head.cross_entropy_sum(x, weight, bias, targets)
         assert found.dtype == torch.float32
         assert found.item() != expected.item()
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
@@ -95,7 +95,7 @@ def test_all_logits_never_exist_at_once(path: str, monkeypatch: pytest.MonkeyPat
     targets = torch.randint(40, (500,))
     monkeypatch.setattr(head, "LOGITS", 50 * 40)
     with Watch():
-        head.nats(x, weight, bias.requires_grad_(), targets).backward()  # type: ignore[no-untyped-call]
+        head.cross_entropy_sum(x, weight, bias.requires_grad_(), targets).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            head.nats(x, weight, bias, targets)
+            head.cross_entropy_sum(x, weight, bias, targets)
     assert largest == 2000 == x.numel()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from statefeed.lm.config import Model, UsageError
 from statefeed.lm.data.batches import IGNORED, Batch
-from statefeed.lm.model.language_model import LanguageModel, carried
+from statefeed.lm.model.language_model import LanguageModel, detach_states
 
 V, T, B = 29, 7, 3
 
@@ -21,7 +21,7 @@ def test_a_text_read_in_two_pieces_has_the_logits_of_the_whole(cell: str, block:
     tokens = torch.randint(V, (T, B))
     whole, _ = model(tokens)
     first, states = model(tokens[:3])
-    second, _ = model(tokens[3:], carried(states, torch.ones(B, 1)))
+    second, _ = model(tokens[3:], detach_states(states, torch.ones(B, 1)))
     assert whole.shape == (T, B, V)
     torch.testing.assert_close(torch.cat([first, second]), whole)
 
@@ -31,12 +31,12 @@ def test_some_columns_begin_anew(cell: str) -> None:
     model = LanguageModel(Model(cell=cell, width=8), V)  # type: ignore[arg-type]
     tokens = torch.randint(V, (T, B))
     _, states = model(tokens)
-    after, _ = model(tokens, carried(states, torch.tensor([[True], [False], [True]])))
-    goes_on, _ = model(tokens, carried(states, torch.ones(B, 1)))
+    after, _ = model(tokens, detach_states(states, torch.tensor([[True], [False], [True]])))
+    goes_on, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
     anew, _ = model(tokens)
     torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
     torch.testing.assert_close(after[:, 1], anew[:, 1])
-    assert all(not part.requires_grad for s in carried(states, torch.ones(B, 1)) for part in s)
+    assert all(not part.requires_grad for s in detach_states(states, torch.ones(B, 1)) for part in s)
 
 
 def test_plain_block_is_x_plus_rnn_of_x() -> None:
@@ -94,7 +94,7 @@ def test_loss_counts_the_marked_targets_out() -> None:
     targets[2:, 1] = IGNORED
     logits, _ = model(tokens)
     expected = [-logits[t, b].log_softmax(0)[targets[t, b]] for t in range(T) for b in range(B) if b != 1 or t < 2]
-    loss = model.loss(Batch(tokens, targets, None, fresh=True))
+    loss = model.loss(Batch(tokens, targets, None, is_start=True))
     assert loss.tokens == len(expected)
     torch.testing.assert_close(loss.mean, torch.stack(expected).mean())
 
@@ -120,7 +120,7 @@ def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
     cheap = LanguageModel(Model(width=8, feedback="dsf"), V)
     cheap.load_state_dict(exact.state_dict())
     tokens, targets = torch.randint(V, (2, T, B))
-    losses = [model.loss(Batch(tokens, targets, None, fresh=True)).mean for model in (exact, cheap)]
+    losses = [model.loss(Batch(tokens, targets, None, is_start=True)).mean for model in (exact, cheap)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     for loss in losses:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -138,15 +138,17 @@ def test_padded_sentences_cost_what_each_costs_alone(cell: str, block: str) -> N
     sentences = [torch.randint(1, V, (length,)) for length in (6, 2, 9, 3)]
     inputs = nn.utils.rnn.pad_sequence([sentence[:-1] for sentence in sentences], padding_value=V - 1)
     targets = nn.utils.rnn.pad_sequence([sentence[1:] for sentence in sentences], padding_value=IGNORED)
-    together = model.loss(Batch(inputs, targets, torch.tensor([5, 1, 8, 2]), fresh=True))
+    together = model.loss(Batch(inputs, targets, torch.tensor([5, 1, 8, 2]), is_start=True))
     assert together.tokens == 16
-    assert together.mean.item() == pytest.approx(together.nats.item() / 16)
-    together.nats.backward()  # type: ignore[no-untyped-call]
+    assert together.mean.item() == pytest.approx(together.sum.item() / 16)
+    together.sum.backward()  # type: ignore[no-untyped-call]
     padded = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    alone = torch.stack([model.loss(Batch(s[:-1, None], s[1:, None], None, fresh=True)).nats for s in sentences]).sum()
+    alone = torch.stack(
+        [model.loss(Batch(s[:-1, None], s[1:, None], None, is_start=True)).sum for s in sentences]
+    ).sum()
     alone.backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(together.nats, alone)
+    torch.testing.assert_close(together.sum, alone)
     for (name, parameter), grad in zip(model.named_parameters(), padded, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -155,9 +157,9 @@ def test_a_fresh_batch_begins_without_the_states_it_is_given() -> None:
     model = LanguageModel(Model(width=8), V)
     tokens = torch.randint(V, (2, T, B))
     _, states = model(tokens[0])
-    states = carried(states, torch.ones(B, 1))
-    goes_on, fresh = (model.loss(Batch(*tokens, None, fresh=fresh), states).nats.item() for fresh in (False, True))
-    assert fresh == model.loss(Batch(*tokens, None, fresh=True)).nats.item() != goes_on
+    states = detach_states(states, torch.ones(B, 1))
+    goes_on, fresh = (model.loss(Batch(*tokens, None, is_start=fresh), states).sum.item() for fresh in (False, True))
+    assert fresh == model.loss(Batch(*tokens, None, is_start=True)).sum.item() != goes_on
 
 
 def test_stacked_blocks_are_the_layers_of_torch_on_top_of_each_other() -> None:

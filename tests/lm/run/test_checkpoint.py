@@ -9,10 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from statefeed.lm.config import Config, Model, Run, UsageError
-from statefeed.lm.model.language_model import LanguageModel
-from statefeed.lm.run import checkpoint
-from statefeed.lm.run.checkpoint import Best, Broken
+from statefeed.lm.errors import CorruptFile
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run import tensor_file
+from statefeed.lm.run.best import BestWeights, load_weights
 from statefeed.lm.run.evaluate import Score
+from statefeed.lm.run.folder import check_unused, load
 
 
 def model(seed: int) -> LanguageModel:
@@ -27,9 +29,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_weights_survive(folder: Path) -> None:
-    Best(folder).offer(model(1), 3, 1, Score(2.0, 10, 1.0, 1.0))
+    BestWeights(folder).offer(model(1), 3, 1, Score(2.0, 10, 1.0, 1.0))
     other = model(2)
-    checkpoint.load_weights(other, folder)
+    load_weights(other, folder)
     for name, value in model(1).state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "weights.safetensors"]
@@ -38,16 +40,16 @@ def test_weights_survive(folder: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_file_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "x.safetensors"
-    checkpoint.write(path, folder / "checkpoints", {"x": torch.ones(2)}, {})
+    tensor_file.write(path, folder / "checkpoints", {"x": torch.ones(2)}, {})
     before = path.read_bytes()
 
-    def full(tensors: object, path: Path, facts: object) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="No space left") as failed:
-        checkpoint.write(path, folder / "checkpoints", {"x": torch.zeros(2)}, {})
+        tensor_file.write(path, folder / "checkpoints", {"x": torch.zeros(2)}, {})
     assert (failed.value.errno, failed.value.filename) == (28, path)
     assert path.read_bytes() == before
     assert sorted(path.name for path in folder.rglob("*")) == ["checkpoints", "x.safetensors"]
@@ -64,9 +66,9 @@ TENSORS = {
 
 def test_what_is_written_is_read(folder: Path) -> None:
     path = folder / "x.safetensors"
-    checkpoint.write(path, folder, TENSORS, {"loss": 0.1, "rows": [1.0]})
-    tensors, facts = checkpoint.read(path)
-    assert facts == {"loss": 0.1, "rows": [1.0]}
+    tensor_file.write(path, folder, TENSORS, {"loss": 0.1, "rows": [1.0]})
+    tensors, metadata = tensor_file.read(path)
+    assert metadata == {"loss": 0.1, "rows": [1.0]}
     assert tensors.keys() == TENSORS.keys()
     for name, value in TENSORS.items():
         assert tensors[name].dtype == value.dtype
@@ -75,41 +77,41 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 def test_no_changed_byte_goes_unnoticed(folder: Path) -> None:
     path = folder / "x.safetensors"
-    checkpoint.write(path, folder, TENSORS, {"loss": 0.5})
+    tensor_file.write(path, folder, TENSORS, {"loss": 0.5})
     content = path.read_bytes()
     for place in range(8, len(content)):
         changed = bytearray(content)
         changed[place] ^= 1
         path.write_bytes(changed)
         try:
-            tensors, facts = checkpoint.read(path)
-        except Broken:
+            tensors, metadata = tensor_file.read(path)
+        except CorruptFile:
             continue
-        assert facts == {"loss": 0.5}  # white space between the parts of the header
+        assert metadata == {"loss": 0.5}  # white space between the parts of the header
         assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
 
 
 def test_best_keeps_the_lowest_loss(folder: Path) -> None:
-    best = Best(folder)
+    best = BestWeights(folder)
     assert "no weights" in str(best)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0), (4, 1.5)):
         best.offer(model(step), step, 1, Score(loss, 10, 1.0, 1.0))
     kept = model(9)
-    checkpoint.load_weights(kept, folder)
+    load_weights(kept, folder)
     assert torch.equal(kept.head.weight, model(2).head.weight)
     assert str(best) == "the weights of step 2, the best so far (valid perplexity 2.72)"
-    again = Best(folder)
+    again = BestWeights(folder)
     assert (again.step, again.epoch, again.score) == (2, 1, best.score)
 
 
 def test_a_folder_that_is_taken(tmp_path: Path) -> None:
-    checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path))))
-    checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path / "new"))))
+    check_unused(Config(run=Run(dir=str(tmp_path))))
+    check_unused(Config(run=Run(dir=str(tmp_path / "new"))))
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UsageError, match="already holds a run"):
-        checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path))))
+        check_unused(Config(run=Run(dir=str(tmp_path))))
     with pytest.raises(UsageError, match="is a file, not a folder"):
-        checkpoint.refuse_taken(Config(run=Run(dir=str(tmp_path / "config.yaml"))))
+        check_unused(Config(run=Run(dir=str(tmp_path / "config.yaml"))))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_a_broken_run_is_one_sentence(
     if content is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(UsageError) as refused:
-        checkpoint.load(folder)
+        load(folder)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -145,5 +147,5 @@ def test_weights_of_another_width_are_refused(run: Path, tmp_path: Path) -> None
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("width: 16", "width: 8"))
     with pytest.raises(UsageError, match="does not fit the recipe beside it") as refused:
-        checkpoint.load(folder)
+        load(folder)
     assert "\n" not in str(refused.value)

@@ -9,7 +9,7 @@ from conftest import metrics
 
 from statefeed.lm import cli
 from statefeed.lm.config import UsageError
-from statefeed.lm.run import checkpoint, device
+from statefeed.lm.run import device, tensor_file
 from statefeed.lm.run import train as training
 from statefeed.lm.run.log import Log
 
@@ -17,10 +17,10 @@ from statefeed.lm.run.log import Log
 def test_a_wish_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, taken in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert device.chosen("auto").type == taken
-        assert device.chosen("cpu").type == "cpu"
+        assert device.resolve_device("auto").type == taken
+        assert device.resolve_device("cpu").type == "cpu"
     with pytest.raises(UsageError, match=r"train\.device must be auto or cpu here, where torch sees no GPU, got cuda"):
-        device.chosen("cuda")
+        device.resolve_device("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -56,7 +56,7 @@ def test_the_device_stands_in_the_record_and_the_first_line(
 def test_products_are_narrowed_as_asked() -> None:
     x = torch.randn(3, 3)
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with device.narrowed(precision, torch.device("cpu")):
+        with device.autocast_context(precision, torch.device("cpu")):
             assert (x @ x).dtype == dtype
 
 
@@ -64,8 +64,8 @@ def test_float16_scales_the_loss_and_goes_on_with_its_scale(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU, where it is refused otherwise; its products may be as they like, its scale is what counts."""
-    narrow = torch.autocast("cpu", torch.bfloat16)
-    monkeypatch.setattr(training, "narrowed", lambda precision, where: narrow)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(training, "autocast_context", lambda precision, where: autocast)
     made = torch.amp.GradScaler
 
     def eager(kind: str, enabled: bool) -> torch.amp.GradScaler:
@@ -77,8 +77,8 @@ def test_float16_scales_the_loss_and_goes_on_with_its_scale(
     flags.append("--run.checkpoints=99")
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert cli.main(["train", *flags, f"--run.dir={whole}"]) == 0
-    saved = [checkpoint.read(path) for path in sorted((whole / "checkpoints").iterdir())]
-    scales = [facts["scaler"]["scale"] for _, facts in saved]
+    saved = [tensor_file.read(path) for path in sorted((whole / "checkpoints").iterdir())]
+    scales = [metadata["scaler"]["scale"] for _, metadata in saved]
     assert scales[0] < 2.0**127  # a step that overflowed
     moved = [not torch.equal(saved[k][0]["model.head.bias"], saved[k + 1][0]["model.head.bias"]) for k in range(11)]
     assert moved == [scales[k + 1] >= scales[k] for k in range(11)]  # and was left out
@@ -89,8 +89,8 @@ def test_float16_scales_the_loss_and_goes_on_with_its_scale(
         path.unlink()
     assert cli.main(["train", "--resume", str(again)]) == 0
     assert metrics(again) == metrics(whole)
-    tensors, facts = checkpoint.read(again / "checkpoints" / "step-000000012.safetensors")
-    assert facts["scaler"] == saved[-1][1]["scaler"]
+    tensors, metadata = tensor_file.read(again / "checkpoints" / "step-000000012.safetensors")
+    assert metadata["scaler"] == saved[-1][1]["scaler"]
     assert all(torch.equal(tensors[name], value) for name, value in saved[-1][0].items())
 
 
@@ -114,13 +114,13 @@ def test_a_gpu_is_timed_in_its_own_queue(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     with Log(tmp_path / "m.jsonl", steps=400, device=torch.device("cuda")) as log:
         for step in (1, 2):
-            for phase in ("data", "forward", "backward", "optimiser"):
+            for phase in ("data", "forward", "backward", "optimizer"):
                 clock[0] += 0.25
-                log.lap(phase)
+                log.time_phase(phase)
             assert waited == [0]
             log.step(step, 1, torch.tensor(1.0), tokens=100)
             clock[0] += 1e6  # a score
-            log.lap(None)
+            log.time_phase(None)
     (row,) = (json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines())
     assert waited == [1]
     assert (row["forward_ms"], row["tokens_per_s"]) == (250.0, 100.0)

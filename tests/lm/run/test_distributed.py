@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, metrics
 
 from statefeed.lm.data.batches import IGNORED, Batch
-from statefeed.lm.run import checkpoint
-from statefeed.lm.run.distributed import Group, part_of
+from statefeed.lm.run import tensor_file
+from statefeed.lm.run.distributed import Group, shard_batch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo")
 
@@ -53,7 +53,7 @@ def assert_same_losses(ours: Path, theirs: Path, tolerance: float = SAME_LOSS) -
 def assert_same_files(ours: Path, theirs: Path) -> None:
     """Whole tensors under the same names, however they were held."""
     for name in ("weights.safetensors", "checkpoints/step-000000026.safetensors"):
-        (a, _), (b, _) = (checkpoint.read(folder / name) for folder in (ours, theirs))
+        (a, _), (b, _) = (tensor_file.read(folder / name) for folder in (ours, theirs))
         assert {key: (value.shape, value.dtype) for key, value in a.items()} == {
             key: (value.shape, value.dtype) for key, value in b.items()
         }
@@ -147,7 +147,7 @@ def test_a_dead_process_ends_the_job_with_a_sentence(
     sentence = re.search(r"^statefeed: process \d of 2: another process of the job ended; (.*)$", err, re.MULTILINE)
     assert sentence, err
     assert sentence[1].startswith(f"{folder} keeps the checkpoint of step ")
-    assert "go on with `statefeed train --resume --run.dir=" in sentence[1]
+    assert "resume with `statefeed train --resume --run.dir=" in sentence[1]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(flags: list[str], tmp_path: Path) -> None:
@@ -176,17 +176,17 @@ def test_every_sequence_is_read_once() -> None:
 def test_states_are_cut_and_joined() -> None:
     group = Group()
     states = [torch.randn(1, 6, 3), (torch.randn(1, 6, 3), torch.randn(2, 6, 3))]
-    parts = [group.part(states, part) for part in group.columns(6, 3)]
-    whole = group.whole(parts)
+    parts = [group.shard(states, part) for part in group.columns(6, 3)]
+    whole = group.gather(parts)
     torch.testing.assert_close(whole, states)
 
 
 def test_part_of_a_batch() -> None:
     batch = Batch(torch.arange(6).view(2, 3), torch.full((2, 3), IGNORED), torch.tensor([2, 1, 2]), True)
-    part = part_of(batch, slice(1, 3))
+    part = shard_batch(batch, slice(1, 3))
     assert part.inputs.tolist() == [[1, 2], [4, 5]]
     assert part.lengths is not None
     assert part.lengths.tolist() == [1, 2]
-    nothing = part_of(batch, slice(3, 3))
+    nothing = shard_batch(batch, slice(3, 3))
     assert nothing.inputs.tolist() == [[0], [3]]
     assert nothing.targets.tolist() == [[IGNORED], [IGNORED]]

@@ -15,8 +15,8 @@ from statefeed.lm import cli
 from statefeed.lm.config import Model, UsageError
 from statefeed.lm.data import corpora
 from statefeed.lm.data.batches import Stream
-from statefeed.lm.model.language_model import LanguageModel
-from statefeed.lm.run import checkpoint
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run import folder as run_folder
 from statefeed.lm.run.evaluate import score
 
 
@@ -59,7 +59,7 @@ class Plain(nn.Module):
 def test_trained_weights_in_plain_torch_layers_have_the_same_perplexity(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = checkpoint.load(run)
+    loaded = run_folder.load(run)
     corpus = corpora.read(loaded.config.data)
     plain = Plain(loaded.tokenizer.size, loaded.config.model.width, loaded.config.model.layers)
     plain.load_state_dict(load_file(run / "weights.safetensors"))

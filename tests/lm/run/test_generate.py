@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statefeed.lm import cli
 from statefeed.lm.config import Model
-from statefeed.lm.model.language_model import LanguageModel, State
+from statefeed.lm.model import LanguageModel, State
 from statefeed.lm.run.generate import generate
 
 V = 13

@@ -12,7 +12,7 @@ import torch
 
 from statefeed.lm import cli
 from statefeed.lm.config import UsageError
-from statefeed.lm.run.endings import Diverged
+from statefeed.lm.errors import Diverged
 from statefeed.lm.run.evaluate import Score
 from statefeed.lm.run.log import TRAIN_ROWS, Log
 
@@ -27,7 +27,7 @@ def written(stream: io.StringIO, path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with Log(path, steps=4) as log:
-        log.say("[opening] line")
+        log.print("[opening] line")
         for step in range(1, 5):
             log.step(step, 1, loss=2.5, tokens=100)
         log.score(4, 1, "valid", Score(loss=2.0, tokens=50, tokens_per_byte=0.5, seconds=0.1))
@@ -83,11 +83,11 @@ def test_the_time_of_scores_is_not_training_time(tmp_path: Path, monkeypatch: py
 
     def wait(log: Log, seconds: float, phase: str | None) -> None:
         clock[0] += seconds
-        log.lap(phase)
+        log.time_phase(phase)
 
     with Log(tmp_path / "m.jsonl", steps=2) as log:
         for step in (1, 2):
-            for phase, seconds in (("data", 1.0), ("forward", 2.0), ("backward", 3.0), ("optimiser", 4.0)):
+            for phase, seconds in (("data", 1.0), ("forward", 2.0), ("backward", 3.0), ("optimizer", 4.0)):
                 wait(log, seconds, phase)
             log.step(step, 1, loss=1.0, tokens=50)
             log.score(step, 1, "valid", Score(loss=1.0, tokens=10, tokens_per_byte=1.0, seconds=100.0))
@@ -106,7 +106,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     with Log(tmp_path / "m.jsonl", steps=3 * TRAIN_ROWS) as log:
         for step in range(1, 5):
             log.step(step, 1, step / 7, tokens=1)
-        memory = json.loads(json.dumps(log.memory(4)))
+        memory = json.loads(json.dumps(log.state_dict(4)))
         for step in (5, 6):
             log.step(step, 1, 99.0, tokens=1)
     with Log(tmp_path / "m.jsonl", 3 * TRAIN_ROWS, memory) as log:
@@ -127,7 +127,7 @@ def test_no_row_and_no_memory_of_a_loss_that_is_none(tmp_path: Path) -> None:
         log.step(1, 1, torch.tensor(2.0), tokens=1)
         log.step(2, 1, torch.tensor(math.nan), tokens=1)
         with pytest.raises(Diverged, match="loss nan at step 2"):
-            log.memory(2)
+            log.state_dict(2)
         with pytest.raises(Diverged, match="loss nan at step 2"):
             log.step(3, 1, torch.tensor(2.0), tokens=1)
     assert (tmp_path / "m.jsonl").read_text() == ""
@@ -138,7 +138,7 @@ def test_a_process_that_only_helps_says_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with Log(None, steps=1) as log:
-        log.say("words")
+        log.print("words")
         log.step(1, 1, 1.0, tokens=1)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +167,7 @@ def test_tensorboard_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def close(self) -> None:
             written.append(("closed", 0.0, 0))
 
-    monkeypatch.setattr("statefeed.lm.run.log.board_writer", lambda: Writer)
+    monkeypatch.setattr("statefeed.lm.run.tensorboard.writer_class", lambda: Writer)
     with Log(tmp_path / "m.jsonl", 1, None, tmp_path / "board") as log:
         log.step(1, 1, 2.0, tokens=1)
     assert written[0] == (str(tmp_path / "board"), 0.0, 1)

@@ -16,8 +16,9 @@ from conftest import ROOT, metrics
 
 from statefeed.lm import cli
 from statefeed.lm.config import Run, Train
-from statefeed.lm.run import checkpoint
+from statefeed.lm.run import provenance, tensor_file
 from statefeed.lm.run import train as training
+from statefeed.lm.run.best import BestWeights
 from statefeed.lm.run.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, forks and mounts of POSIX")
@@ -111,10 +112,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert 0 < len(metrics(folder)) < len(metrics(whole))
     assert cli.main(["train", "--resume", f"--run.dir={folder}"]) == 0
     assert metrics(folder) == metrics(whole)
-    ours, theirs = (checkpoint.read(place / "weights.safetensors")[0] for place in (folder, whole))
+    ours, theirs = (tensor_file.read(place / "weights.safetensors")[0] for place in (folder, whole))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     last = max((folder / "checkpoints").iterdir()).name
-    ours, theirs = (checkpoint.read(place / "checkpoints" / last)[0] for place in (folder, whole))
+    ours, theirs = (tensor_file.read(place / "checkpoints" / last)[0] for place in (folder, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     seconds = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -146,8 +147,8 @@ def test_runs_killed_at_many_random_moments_go_on_exactly(case: str, flags: list
 MOMENTS = {
     "half a file": (
         "save = c.save_file\n"
-        "def fatal(tensors, path, facts):\n"
-        "    save(tensors, path, facts); path.write_bytes(path.read_bytes()[:999]); die()\n"
+        "def fatal(tensors, path, metadata):\n"
+        "    save(tensors, path, metadata); path.write_bytes(path.read_bytes()[:999]); die()\n"
         "c.save_file = fatal\n"
     ),
     "a file without its name": "c.os.replace = lambda *paths: die() if 'step' in str(paths[1]) else None\n",
@@ -166,7 +167,7 @@ MOMENTS = {
 def test_killed_while_writing(moment: str, flags: list[str], run: Path, stopped: Callable[..., Path]) -> None:
     folder = stopped()
     code = (
-        "import os, sys; from statefeed.lm import cli; from statefeed.lm.run import checkpoint as c\n"
+        "import os, sys; from statefeed.lm import cli; from statefeed.lm.run import tensor_file as c\n"
         f"def die(): os.kill(os.getpid(), {int(signal.SIGKILL)})\n{MOMENTS[moment]}cli.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "train", "--resume", str(folder)]
@@ -208,7 +209,7 @@ def test_a_signal_ends_a_run_after_its_step(
     assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 128 + number
     assert capsys.readouterr().err == (
         f"statefeed: interrupted after step 6 of 12: {folder} keeps the checkpoint of step 6 and the weights of step "
-        f"4, the best so far (valid perplexity {metrics(folder)[4]['perplexity']:.2f}); go on with "
+        f"4, the best so far (valid perplexity {metrics(folder)[4]['perplexity']:.2f}); resume with "
         f"`statefeed train --resume --run.dir='{folder}'`\n"
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -315,7 +316,7 @@ def test_where_a_run_went_on_is_recorded(stopped: Callable[..., Path], monkeypat
     record = json.loads((folder / "record.json").read_text())
     for machine in (None, "another", "another"):
         if machine is not None:
-            monkeypatch.setattr(checkpoint.origin, "processor", lambda: "another")
+            monkeypatch.setattr(provenance, "processor", lambda: "another")
             monkeypatch.setattr("os.cpu_count", lambda: 7)
         assert cli.main(["train", "--resume", str(folder)]) == 0
     system = record["machine"].split(", ")[-1]
@@ -376,13 +377,13 @@ def test_what_cannot_be_resumed(
     recipe = tmp_path / "moved.yaml"
     recipe.write_text((folder / "config.yaml").read_text().replace("story.txt", "other.txt"))
     for arguments, sentence in (
-        (["--resume", "--run.dir=nowhere"], "nowhere holds no run to go on with"),
+        (["--resume", "--run.dir=nowhere"], "nowhere holds no run to resume"),
         (
             ["--resume", str(folder), "--train.lr=1"],
-            "cannot go on with another recipe: train.lr is 0.003 there, got 1.0",
+            "cannot be resumed with another recipe: train.lr is 0.003 there, got 1.0",
         ),
-        (["--resume", str(folder), f"--data.path={text}"], "cannot go on with another recipe: data.path is"),
-        ([*flags, f"--run.dir={folder}"], "already holds a run: go on with it by --resume"),
+        (["--resume", str(folder), f"--data.path={text}"], "cannot be resumed with another recipe: data.path is"),
+        ([*flags, f"--run.dir={folder}"], "already holds a run: resume it with --resume"),
     ):
         assert cli.main(["train", *arguments]) == 2
         err = capsys.readouterr().err
@@ -391,7 +392,7 @@ def test_what_cannot_be_resumed(
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace(next(f for f in flags if "path" in f).split("=")[1], str(text)))
     assert cli.main(["train", "--resume", str(folder)]) == 2
-    assert " split of other.txt is not the text that it had" in capsys.readouterr().err
+    assert " split of other.txt has changed" in capsys.readouterr().err
 
 
 def truncate(path: Path) -> None:
@@ -461,9 +462,9 @@ def test_a_full_disk(
         assert cli.main(["train", "--resume", str(folder)]) == 2
         err = capsys.readouterr().err
         assert "No space left on device" in err
-        best = checkpoint.Best(folder).step
+        best = BestWeights(folder).step
         assert f"keeps the checkpoint of step {step} and the weights of step {best}" in err
-        assert "go on with `statefeed train --resume" in err
+        assert "resume with `statefeed train --resume" in err
         assert err.count("\n") == 1
         assert kept.read_bytes() == content
         filler.unlink()
@@ -515,8 +516,8 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
     assert err.startswith("statefeed: training diverged (")
     assert err.count("\n") == 1
     for path in (folder / "checkpoints").iterdir():
-        tensors, facts = checkpoint.read(path)
-        assert f"keeps the checkpoint of step {facts['step']}" in err
+        tensors, metadata = tensor_file.read(path)
+        assert f"keeps the checkpoint of step {metadata['step']}" in err
         assert all(bool(value.isfinite().all()) for name, value in tensors.items() if name.startswith("model."))
 
 
@@ -534,9 +535,9 @@ def test_rules_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_checkpoints_hold_plain_tensors(run: Path) -> None:
     (path,) = (run / "checkpoints").iterdir()
-    tensors, facts = checkpoint.read(path)
+    tensors, metadata = tensor_file.read(path)
     assert {name.split(".")[0] for name in tensors} == {"model", "optimizer", "state"}
-    assert facts.keys() == {"step", "log", "scaler"}
+    assert metadata.keys() == {"step", "log", "scaler"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -15,12 +15,15 @@ import torch
 from conftest import metrics
 
 from statefeed import native as kernels
-from statefeed.lm import cli, config
+from statefeed.lm import cli
+from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Train
-from statefeed.lm.run import checkpoint
+from statefeed.lm.run import folder as run_folder
+from statefeed.lm.run import tensor_file
 from statefeed.lm.run import train as training
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.train import learning_rate
+from statefeed.lm.run.learning_rate import learning_rate
+from statefeed.lm.run.setup import prepare
 
 INDUCTOR = pytest.mark.filterwarnings(
     *(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User"))
@@ -35,7 +38,7 @@ def test_a_run_leaves_its_configuration_record_tokenizer_metrics_weights_and_cur
     names = {"config.yaml", "record.json", "tokenizer.json", "metrics.jsonl", "weights.safetensors", "curves.png"}
     assert {path.name for path in run.iterdir()} == {*names, "checkpoints"}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000012.safetensors"]
-    assert config.load(run / "config.yaml").train.steps == 12
+    assert recipes.load(run / "config.yaml").train.steps == 12
     record = json.loads((run / "record.json").read_text())
     assert {len(split["sha256"]) for split in record["splits"].values()} == {64}
     assert record["threads"] == torch.get_num_threads()
@@ -57,7 +60,7 @@ def test_metrics_have_one_row_a_step_and_one_a_score(run: Path) -> None:
         assert {"step", "epoch", "split", "loss", "perplexity", "tokens_per_s", "seconds"} <= row.keys()
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert ("bits_per_byte" in row) == (row["split"] != "train")
-        phases = {f"{phase}_ms" for phase in ("data", "forward", "backward", "optimiser")}
+        phases = {f"{phase}_ms" for phase in ("data", "forward", "backward", "optimizer")}
         assert phases & row.keys() == (phases if row["split"] == "train" else set())
         assert row["peak_bytes"] is None or row["peak_bytes"] > 1 << 20
     seconds = [row["seconds"] for row in found]
@@ -100,7 +103,7 @@ def test_the_weights_kept_are_those_of_the_best_validation(flags: list[str], tmp
     assert best < 60
     (test,) = (row for row in rows(folder) if row["split"] == "test")
     assert test["step"] == best
-    run = checkpoint.load(folder)
+    run = run_folder.load(folder)
     text = (Path(str(run.config.data.path))).read_text()
     assert run.tokenizer.size == len(set(text))
 
@@ -152,7 +155,7 @@ def test_ctrl_c_in_a_real_process(flags: list[str], tmp_path: Path) -> None:
     assert err.startswith("statefeed: interrupted after step ")
     assert f"{folder} keeps the checkpoint of step " in err
     assert err.count("\n") == 1
-    checkpoint.load(folder)
+    run_folder.load(folder)
 
 
 def losses(arguments: list[str], folder: Path) -> torch.Tensor:
@@ -181,14 +184,14 @@ def test_a_batch_in_parts_is_the_same_batch(batches: str, loss: str, flags: list
 def test_the_gradient_is_clipped_as_torch_does(clip: float, flags: list[str], tmp_path: Path) -> None:
     """Plain gradient descent at rate 1: the change of the weights is the gradient."""
     flags = [*flags, "--train.steps=1", "--train.optimizer=sgd", "--train.lr=1", "--train.warmup=0"]
-    recipe = config.build(config.parse(config.parser("test"), flags))
-    before = training.prepare(recipe, False, Group()).model.state_dict()
+    recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
+    before = prepare(recipe, False, Group()).model.state_dict()
     changes = {}
     for name in ("null", str(clip)):
         folder = tmp_path / name
         assert cli.main(["train", *flags, f"--train.clip={name}", f"--run.dir={folder}"]) == 0
         (path,) = (folder / "checkpoints").iterdir()
-        after = checkpoint.read(path)[0]
+        after = tensor_file.read(path)[0]
         changes[name] = {key: after[f"model.{key}"] - value for key, value in before.items()}
     expected = [torch.nn.Parameter(value) for value in before.values()]
     for parameter, change in zip(expected, changes["null"].values(), strict=True):
