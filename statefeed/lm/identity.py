@@ -24,12 +24,15 @@ def keys(*identities: Identity) -> tuple[str, ...]:
     >>> keys("run")
     ('model.feedback', 'train.seed', 'train.lr', 'train.alignment')
     """
-    return tuple(
-        f"{section}.{item.name}"
+    return tuple(key for key, identity in _flags() if identity in identities)
+
+
+def _flags() -> list[tuple[str, Identity]]:
+    return [
+        (f"{section}.{item.name}", item.metadata["identity"])
         for section, kind in SECTIONS.items()
         for item in dataclasses.fields(kind)
-        if item.metadata["identity"] in identities
-    )
+    ]
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -38,9 +41,12 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def select(recipe: Recipe, *identities: Identity) -> dict[str, Any]:
-    """The part of a recipe with one of some flags, by section.key; the rule in its usual spelling."""
-    values = flat(recipe)
-    found = {key: values[key] for key in keys(*identities) if key in values}
+    """The part of a recipe with one of some flags, by section.key; the rule in its usual spelling.
+
+    A key that this version does not know, in a record of another one, counts as a task key.
+    """
+    values, known = flat(recipe), dict(_flags())
+    found = {key: value for key, value in values.items() if known.get(key, "task") in identities}
     if "model.feedback" in found:
         found["model.feedback"] = rule(values["model.cell"], found["model.feedback"])
     return found

@@ -86,9 +86,10 @@ def train(config: Config, resume: bool = False) -> None:
                     report(setup, config, log, best, group.device)
             except BaseException as error:
                 if writes:
-                    with suppress(OSError):  # a full disk that takes no picture must not hide what ended the run
+                    with suppress(Exception):  # a picture that cannot be drawn must not hide what ended the run
                         log.draw(folder / CURVES)
-                        if isinstance(error, Diverged):
+                    if isinstance(error, Diverged):
+                        with suppress(OSError):
                             metadata.update(folder, diverged=str(error))
                 raise
             if writes:

@@ -188,7 +188,7 @@ def test_a_signal_before_a_run_has_begun_is_an_interruption(
     folder = tmp_path / "out"
     assert cli.main(["compare", *flags, "--feedback=dsf", f"--out={folder}"]) == 128 + number
     assert capfd.readouterr().err == (
-        f"statefeed: the comparison was interrupted in {folder / 'dsf-seed1'}: the same command goes on from here\n"
+        f"statefeed: the comparison was interrupted in {folder / 'dsf-seed1'}: the same command resumes it\n"
     )
 
 
@@ -211,7 +211,7 @@ def test_a_signal_that_a_run_did_not_heed_stops_the_comparison_behind_it(
     folder = tmp_path / "out"
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", f"--out={folder}"]) == 130
     behind = folder / "dsf-seed1"
-    sentence = f"the comparison was interrupted behind {behind}: the same command goes on from here"
+    sentence = f"the comparison was interrupted after {behind}: the same command resumes it"
     assert capfd.readouterr().err == f"statefeed: {sentence}\n"
     assert [path.name for path in sorted(folder.iterdir())] == ["compare.jsonl", "dsf-seed1"]
     assert [found.outcome for found in read([folder]).results] == ["finished"]
@@ -245,7 +245,7 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     recipe = recipes.build(recipes.parse(recipes.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
-    with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command goes on"):
+    with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command resumes it"):
         compare._train(recipe)
 
 
@@ -290,14 +290,14 @@ def test_interrupted_and_started_again_it_goes_on(
         assert process.stderr is not None
         err = process.stderr.read()
     assert process.returncode == 130
-    assert "the same command goes on from here" in err
+    assert "the same command resumes it" in err
     assert not (folder / "compare.jsonl").exists()
     assert cli.main(["compare", *arguments]) == 0
     (result,) = (from_line(line) for line in (folder / "compare.jsonl").read_text().splitlines())
     assert result.outcome == "finished"
     train = [row["step"] for row in rows(folder / "0.5-seed1") if row["split"] == "train"]
     assert train == list(range(1, 201))
-    assert "going on after step " in capfd.readouterr().out
+    assert "resuming after step " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

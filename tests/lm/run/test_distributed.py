@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_another_number_of_processes(flags: list[str], tmp_pa
             path.unlink()
         code, out, err = finished(launch("--resume", f"--run.dir={folder}", *more, processes=processes))
         assert code == 0, err
-        assert "going on after step 13\n" in out
+        assert "resuming after step 13\n" in out
         assert_same_losses(folder, tmp_path / begun)
         assert_same_files(folder, tmp_path / begun)
 

@@ -264,7 +264,7 @@ def test_no_two_processes_go_on_with_one_run(
     code = (
         "import sys; from pathlib import Path; from statefeed.lm.run.log import Log\n"
         "path = Path(sys.argv[1])\n"
-        "with Log(path, 12, {'bytes': path.stat().st_size, 'seconds': 0, 'losses': [], 'tokens': 0, 'laps': {}}):\n"
+        "with Log(path, 12, {'bytes': path.stat().st_size, 'seconds': 0, 'losses': [], 'tokens': 0, 'phases': {}}):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(folder / "metrics.jsonl")]
@@ -427,7 +427,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(
     before.write_bytes(backup)
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert f"{last} is broken" in (out := capsys.readouterr().out)
-    assert "going on from the checkpoint of step 6" in out
+    assert "resuming from the checkpoint of step 6" in out
     assert metrics(folder) == metrics(run)
 
 
