@@ -144,11 +144,40 @@ def test_attention_heads_must_fit_the_width() -> None:
         Model(cell="transformer", feedback="bptt", heads=0)
 
 
+def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "common.yaml").write_text("train: {lr: 1.0, steps: 7}\nmodel: {width: 8}\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: bases/common.yaml\ntrain: {lr: 2.0}\nrun: {dir: x}\n")
+    recipe = parsed("--train.steps=9", path=path)
+    assert (recipe.train.lr, recipe.train.steps, recipe.model.width, recipe.run.dir) == (2.0, 9, 8, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("base: nowhere.yaml\n", "nowhere.yaml does not exist"),
+        ("base: 3\n", "base of "),
+        ("base: recipe.yaml\n", "must not have a base itself, got 'recipe.yaml'"),
+        ("train: {lrr: 1}\n", "unknown key train.lrr: did you mean train.lr?"),
+        ("train: {lr: fast}\n", "train.lr must be a number, got fast"),
+        ("train: {restart: 2}\n", "train.state_reset_prob must lie between 0 and 1, got 2"),  # the key of older recipes
+    ],
+)
+def test_a_wrong_base_or_value_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as refused:
+        parsed(path=path)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = recipes.load(path)
     written = yaml.safe_load(recipe.to_yaml())
-    for section, keys in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for section, keys in recipes.read(path).items():
         for key, value in keys.items():
             assert written[section][key] == value
     assert recipe.run.dir == f"runs/{path.stem}"

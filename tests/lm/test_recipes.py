@@ -1,5 +1,6 @@
 """The recipes: what the papers did, what they count, and that each trains, is scored and writes, on a tiny corpus."""
 
+import dataclasses
 import json
 import lzma
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, sentences
 
-from statefeed.lm import cli, config
+from statefeed.lm import cli, config, migration
 from statefeed.lm import recipe as recipes
 from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import train
@@ -114,6 +115,16 @@ def test_a_recipe_says_what_was_published(name: str) -> None:
         expected |= {(section, key): value for section, keys in part.items() for key, value in keys.items()}
     assert {where: getattr(getattr(recipe, where[0]), where[1]) for where in expected} == expected
     assert recipe.run.dir == f"runs/{name}"
+
+
+EFFECTIVE = [json.loads(line) for line in (Path(__file__).parent / "effective_recipes.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("expected", EFFECTIVE, ids=lambda expected: expected["recipe"])
+def test_a_recipe_with_its_base_is_what_the_whole_recipe_was(expected: dict[str, Any]) -> None:
+    """The values are those of commit 634e57b, whose recipes named every key themselves."""
+    name = expected.pop("recipe")
+    assert dataclasses.asdict(recipes.load(FOLDER / f"{name}.yaml")) == migration.recipe(expected)
 
 
 @pytest.mark.parametrize(
