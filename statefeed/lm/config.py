@@ -29,11 +29,11 @@ def option(default: T, help: str, identity: Identity = "task") -> T:
 
 @dataclass(frozen=True)
 class Data:
-    """What is read and into which tokens it is cut."""
+    """The text and its tokens."""
 
     corpus: Literal["pydoc", "ptb", "wikitext", "text"] = option(
         "pydoc",
-        "pydoc: the documentation that every Python carries; ptb: ptb.train.txt and ptb.valid.txt in the folder "
+        "pydoc: the documentation inside every Python; ptb: ptb.train.txt and ptb.valid.txt in the folder "
         "data.path; wikitext: wiki.train.tokens and wiki.valid.tokens there, or .raw; text: the file or folder there",
     )
     path: str | None = option(
@@ -48,11 +48,11 @@ class Data:
     eos: bool = option(True, "word tokens only: the end of each line is a token, <eos>")
     batches: Literal["stream", "blocks", "sentences"] = option(
         "stream",
-        "stream: columns of continuous text, the state carried from step to step; blocks: shuffled pieces of "
+        "stream: columns of continuous text, the state passed from step to step; blocks: shuffled segments of "
         "train.context tokens; sentences: shuffled lines of words, each between <bos> and <eos>",
     )
-    valid: float = option(0.05, "share of the text kept for validation where the corpus comes without splits")
-    test: float = option(0.05, "share of the text kept for the test where the corpus comes without splits")
+    valid: float = option(0.05, "share of the text held out for validation where the corpus comes without splits")
+    test: float = option(0.05, "share of the text held out for the test where the corpus comes without splits")
 
     def __post_init__(self) -> None:
         if self.corpus == "pydoc":
@@ -85,7 +85,7 @@ class Data:
             "data.batches=sentences needs data.tokens=word with data.eos=true, whose lines are its sentences",
             f"data.tokens={self.tokens} with data.eos={str(self.eos).lower()}",
         )
-        require(0 < self.valid < 1, "data.valid must lie between 0 and 1, both excluded", self.valid)
+        require(0 < self.valid < 1, "data.valid must be between 0 and 1, both excluded", self.valid)
         require(0 <= self.test < 1, "data.test must be at least 0 and below 1", self.test)
         require(
             self.valid + self.test < 1,
@@ -151,9 +151,9 @@ class Train:
     batch: int = option(32, "sequences read side by side in one step, by all processes together")
     accumulate: int = option(1, "parts in which a process takes its sequences, one after the other: less memory")
     eval_batch: int | None = option(None, "sequences scored side by side; null for train.batch")
-    context: int = option(64, "tokens of each sequence in one step; the state is carried on to the next step")
+    context: int = option(64, "tokens of each sequence in one step; the state is passed to the next step")
     state_reset_prob: float = option(
-        0.05, "share of the sequences that begin each step without a past, as any new text does"
+        0.05, "share of the sequences whose state is reset before each step, as at the beginning of a new text"
     )
     loss: Literal["mean", "window"] = option(
         "mean", "what is minimized: nats per token, or nats summed over the tokens of a sequence, mean over sequences"
@@ -183,7 +183,7 @@ class Train:
     warmup: float = option(50.0, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
     schedule: Literal["constant", "linear", "cosine", "steps"] = option(
         "cosine",
-        "the learning rate after warmup: stays, falls to train.floor right behind the last step, or is multiplied by "
+        "the learning rate after warmup: stays, falls to train.floor right after the last step, or is multiplied by "
         "train.decay after train.decay_after epochs and every train.decay_every from there",
     )
     floor: float = option(0.0, "linear and cosine: share of train.lr that is left at the end")
@@ -204,12 +204,12 @@ class Train:
         require(0 <= self.seed < 2**63, "train.seed must be at least 0 and below 2^63", self.seed)
         require(self.batch >= 1, "train.batch must be at least 1", self.batch)
         require(
-            1 <= self.accumulate <= self.batch, "train.accumulate must lie between 1 and train.batch", self.accumulate
+            1 <= self.accumulate <= self.batch, "train.accumulate must be between 1 and train.batch", self.accumulate
         )
         require(self.eval_batch is None or self.eval_batch >= 1, "train.eval_batch must be at least 1", self.eval_batch)
         require(self.context >= 1, "train.context must be at least 1", self.context)
         require(
-            0 <= self.state_reset_prob <= 1, "train.state_reset_prob must lie between 0 and 1", self.state_reset_prob
+            0 <= self.state_reset_prob <= 1, "train.state_reset_prob must be between 0 and 1", self.state_reset_prob
         )
         require(0 < self.lr < float("inf"), "train.lr must be a positive number", self.lr)
         require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
@@ -218,7 +218,7 @@ class Train:
             "train.warmup must be a number of steps, or a share of them from 0 and below 1",
             self.warmup,
         )
-        require(0 <= self.floor <= 1, "train.floor must lie between 0 and 1", self.floor)
+        require(0 <= self.floor <= 1, "train.floor must be between 0 and 1", self.floor)
         require(0 < self.decay <= 1, "train.decay must be above 0 and at most 1", self.decay)
         require(self.decay_after >= 1, "train.decay_after must be at least 1", self.decay_after)
         require(self.decay_every >= 1, "train.decay_every must be at least 1", self.decay_every)
@@ -233,7 +233,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Run:
-    """Where the run is kept, and how."""
+    """Where and how the run is saved."""
 
     dir: str = option(
         "runs/default", "folder that is made for the run; one that holds a run needs --resume", identity="place"

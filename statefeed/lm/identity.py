@@ -1,6 +1,6 @@
 """Run identity: which keys of a recipe define the task, which vary between compared runs, which say where it ran.
 
-Every field of a recipe carries one of three flags (`statefeed.lm.config.option`), from which everything else follows:
+Every field of a recipe has one of three flags (`statefeed.lm.config.option`), from which everything else follows:
 
 - task: what is learned from what. Runs with equal task keys are compared with each other.
 - run: what differs between the runs of a comparison: the rule, the learning rate, the seed.

@@ -63,12 +63,12 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.epochs=0", "train.epochs must be at least 1, got 0"),
         ("--train.batch=-1", "train.batch must be at least 1, got -1"),
         ("--train.context=0", "train.context must be at least 1, got 0"),
-        ("--train.state_reset_prob=1.5", "train.state_reset_prob must lie between 0 and 1, got 1.5"),
+        ("--train.state_reset_prob=1.5", "train.state_reset_prob must be between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
         ("--train.warmup=-1", "train.warmup must be a number of steps, or a share of them from 0"),
         ("--train.warmup=1.5", "train.warmup must be a number of steps, or a share of them from 0"),
-        ("--train.floor=2", "train.floor must lie between 0 and 1, got 2.0"),
+        ("--train.floor=2", "train.floor must be between 0 and 1, got 2.0"),
         ("--train.decay=0", "train.decay must be above 0 and at most 1, got 0.0"),
         ("--train.decay_after=0", "train.decay_after must be at least 1, got 0"),
         ("--train.decay_every=0", "train.decay_every must be at least 1, got 0"),
@@ -85,7 +85,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--model.layers=0", "model.layers must be at least 1, got 0"),
         ("--model.width=0", "model.width must be at least 1, got 0"),
         ("--model.dropout=1", "model.dropout must be at least 0 and below 1, got 1.0"),
-        ("--data.valid=0", "data.valid must lie between 0 and 1, both excluded, got 0.0"),
+        ("--data.valid=0", "data.valid must be between 0 and 1, both excluded, got 0.0"),
         ("--data.test=1", "data.test must be at least 0 and below 1, got 1.0"),
         ("--data.valid=0.96", "data.valid + data.test must leave text to train on"),
         ("--data.vocabulary=256", "data.vocabulary must be at least 257 for bpe tokens"),
@@ -161,7 +161,7 @@ def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
         ("base: recipe.yaml\n", "must not have a base itself, got 'recipe.yaml'"),
         ("train: {lrr: 1}\n", "unknown key train.lrr: did you mean train.lr?"),
         ("train: {lr: fast}\n", "train.lr must be a number, got fast"),
-        ("train: {restart: 2}\n", "train.state_reset_prob must lie between 0 and 1, got 2"),  # the key of older recipes
+        ("train: {restart: 2}\n", "train.state_reset_prob must be between 0 and 1, got 2"),  # the key of older recipes
     ],
 )
 def test_a_wrong_base_or_value_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:

@@ -69,8 +69,8 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         folder: of the comparison.
 
     Raises:
-        UsageError: when the folder of a planned run holds one of another config, or a run cannot be carried out.
-        Interrupted: when a signal came during a run, which is recorded if it was carried out all the same.
+        UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
+        Interrupted: when a signal came during a run, which is recorded if it finished nevertheless.
     """
     records = folder / COMPARISON
     found = read([records]).results if records.exists() and records.stat().st_size else []

@@ -17,7 +17,7 @@ from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, setti
 from statefeed.lm.config import RECURRENT
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
-# The curves are shown up to this many times the lowest perplexity: what lies above tells the rules not apart.
+# The curves are shown up to this many times the lowest perplexity: above, the rules cannot be told apart.
 REACH = 2.0
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
@@ -45,7 +45,7 @@ def draw(results: Sequence[Result]) -> dict[str, Figure]:
 
 
 def save(drawn: Mapping[str, Figure], folder: Path) -> list[str]:
-    """Write figures as SVG files, made anew where they are there; returns their names."""
+    """Write figures as SVG files, replacing existing ones; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for title, figure in drawn.items():
@@ -120,11 +120,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     >>> pareto_front([(2, 5), (1, 9), (3, 6), (4, 4)])
     [(1, 9), (2, 5), (4, 4)]
     """
-    kept: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for point in sorted(points):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return kept
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
 
 
 def alignment(results: Sequence[Result]) -> Figure | None:
@@ -171,16 +171,18 @@ def plot_by(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]
         _legend(figure, axes)
         first = same[0]
         layers, width = first.get("model.layers"), first.get("model.width")
-        kept = f"layers {layers}" if key == "model.width" else f"width {width}"
-        figures[_fresh(figures, f"{first.metadata.get('corpus')}, {first.get('model.cell')}, {kept}: {form}")] = figure
+        fixed = f"layers {layers}" if key == "model.width" else f"width {width}"
+        figures[_numbered(figures, f"{first.metadata.get('corpus')}, {first.get('model.cell')}, {fixed}: {form}")] = (
+            figure
+        )
     return figures
 
 
 def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
     """Bars of the best validation perplexity by cell, for every size of a corpus at which several cells were trained.
 
-    Models without recurrent cells stand beside those that have about as many parameters. Every rule has the rate that
-    was best for it, and a cell may have its own limit of the gradient's norm.
+    Models without recurrent cells are compared with those that have about as many parameters. Every rule has the rate
+    that was best for it, and a cell may have its own limit of the gradient's norm.
     """
     figures: dict[str, Figure] = {}
     drawn = styles(result.rule for result in results)
@@ -194,12 +196,12 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].metadata.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
-                figures[_fresh(figures, title)] = _bars(cells, drawn)
+                figures[_numbered(figures, title)] = _bars(cells, drawn)
     return figures
 
 
 def _equals(parameters: int, budget: int) -> bool:
-    """Whether a model without recurrent cells stands beside one of some budget."""
+    """Whether a model without recurrent cells is compared with one of some number of parameters."""
     return abs(budget - parameters) <= BUDGET * parameters
 
 
@@ -267,7 +269,7 @@ def _panel(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _fresh(taken: dict[str, Figure], title: str) -> str:
+def _numbered(taken: dict[str, Figure], title: str) -> str:
     """The title, numbered where there is one like it."""
     count = sum(other == title or other.startswith(f"{title} (") for other in taken)
     return title if not count else f"{title} ({count + 1})"

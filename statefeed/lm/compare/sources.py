@@ -66,7 +66,7 @@ def _folder(folder: Path, found: Found) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix == ".jsonl":
             _file(path, found)
-        elif path.is_dir() and not (folder / COMPARISON).is_file():  # whose runs its records tell of
+        elif path.is_dir() and not (folder / COMPARISON).is_file():  # its records hold its runs
             _folder(path, found)
 
 

@@ -50,8 +50,8 @@ def setting(result: Result, *varied: str) -> dict[str, Any]:
     splits = result.metadata.get("splits")
     text = "/".join(found["sha256"][:8] for found in splits.values()) if splits else result.metadata.get("corpus")
     left_out = (*varied, *(["data.path"] if splits else []))
-    kept = {key: value for key, value in identity.select(result.config, "task").items() if key not in left_out}
-    return {"text": text, "device": result.metadata.get("device", "cpu"), **kept}
+    shared = {key: value for key, value in identity.select(result.config, "task").items() if key not in left_out}
+    return {"text": text, "device": result.metadata.get("device", "cpu"), **shared}
 
 
 def size(result: Result) -> str:

@@ -106,7 +106,7 @@ def _documents() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.is_file():
-        raise UsageError(f"this Python carries no documentation ({topics} is missing): use --data.corpus=text")
+        raise UsageError(f"this Python has no documentation ({topics} is missing): use --data.corpus=text")
     for statement in ast.parse(topics.read_bytes()).body:
         if isinstance(statement, ast.Assign):
             for name, text in ast.literal_eval(statement.value).items():
@@ -128,7 +128,7 @@ def _docstrings(source: bytes) -> Iterator[str]:
 
 
 def _place(name: str) -> float:
-    """Where in [0, 1) a document lies: the hash of its name as a fraction."""
+    """The position of a document in [0, 1): the hash of its name as a fraction."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 

@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
 
         Args:
             batch: of any source, on the CPU: what counts is found there, so that no step waits for a GPU.
-            states: as for `forward`; a fresh batch begins without them.
+            states: as for `forward`; a batch with `is_start` begins without them.
         """
         inputs, targets, packing = batch.inputs, batch.targets, None
         device = self.head.weight.device

@@ -25,7 +25,7 @@ class Checkpoints:
 
     Args:
         folder: the run folder.
-        recipe: how often, and how many are kept.
+        recipe: how often, and how many.
         writes: whether this process is the one that writes.
     """
 
@@ -64,7 +64,7 @@ class Checkpoints:
             metadata = {"step": step, "log": log, "scaler": scaler.state_dict()}
             tensor_file.write(self._path(step), self._folder, tensors, metadata)
             newest = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
-            # What a user has put beside them stays; what was unfinished when a process was killed goes.
+            # Other files of the user stay; files that were unfinished when a process was killed are removed.
             for path in [*self._paths(), *self._folder.glob("*.unfinished")]:
                 if path not in newest:
                     path.unlink()

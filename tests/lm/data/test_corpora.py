@@ -158,7 +158,7 @@ def test_pydoc_keeps_a_document_in_its_split_whatever_else_there_is(library: Pat
 
 def test_pydoc_of_a_python_without_documentation(library: Path) -> None:
     (library / "pydoc_data" / "topics.py").unlink()
-    with pytest.raises(UsageError, match="this Python carries no documentation"):
+    with pytest.raises(UsageError, match="this Python has no documentation"):
         corpora.read(Data())
 
 
