@@ -129,9 +129,9 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a checkpoint into the model and the optimizer.
 
-    They are copied into memory that torch has allocated, since results may depend on the alignment of a tensor.
-    `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` would do neither: it keeps the tensors that it is
-    given, and makes a step of the optimizer first to create its state.
+    They are copied into memory that torch has allocated, since results may depend on the alignment of a tensor. That is
+    why `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` is not used: it keeps a tensor that has the
+    right device and dtype without copying it, and it makes a step of the optimizer first, to create its state.
     """
     for name, value in _model_state(model).items():
         value.copy_(distribute_like(tensors[name], value))
