@@ -1,4 +1,4 @@
-"""The command line: what works, and every mistake as one sentence, exit code 2, nothing written."""
+"""The command line: what works, and every user error as one sentence, exit code 2, nothing written."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("usage: statefeed")
 
 
-MISTAKES = {
+USER_ERRORS = {
     "no command": ([], ", got none"),
     "unknown command": (["trian"], "expected a command (train, evaluate, generate, "),
     "unknown key": (["train", "--train.stepz=5"], "unknown key train.stepz: did you mean train.steps?"),
@@ -97,14 +97,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    mistake: str, flags: list[str], run: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", USER_ERRORS)
+def test_a_user_error_is_one_sentence_and_leaves_nothing(
+    error: str, flags: list[str], run: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     places = {"run": run, "empty": tmp_path / "empty.txt", "latin": tmp_path / "latin.txt"}
-    template, sentence = MISTAKES[mistake]
+    template, sentence = USER_ERRORS[error]
     arguments = []
     for word in template:
         arguments += flags if word == "{flags}" else [word.format(**places)]
@@ -149,7 +149,7 @@ def test_a_corpus_is_counted(capsys: pytest.CaptureFixture[str], here: Path) -> 
 
 
 @pytest.mark.parametrize("command", [["corpora"], ["generate", "{run}", "--tokens=20"]])
-def test_a_reader_that_went_away_is_no_mistake(command: list[str], run: Path) -> None:
+def test_a_reader_that_closed_the_output_is_no_error(command: list[str], run: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     words = [word.format(run=run) for word in command]

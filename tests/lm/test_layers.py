@@ -51,5 +51,5 @@ def test_imports_go_down_and_files_are_short(path: Path) -> None:
         ("cli.py", "from statefeed.lm.compare import report", set()),
     ],
 )
-def test_the_rule_tells_up_from_down(path: str, line: str, refused: set[str]) -> None:
+def test_the_check_rejects_imports_that_go_up(path: str, line: str, refused: set[str]) -> None:
     assert above(PACKAGE / path, line) == refused

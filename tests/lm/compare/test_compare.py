@@ -192,7 +192,7 @@ def test_a_signal_before_a_run_has_begun_is_an_interruption(
     )
 
 
-def test_a_signal_that_a_run_did_not_heed_stops_the_comparison_behind_it(
+def test_a_signal_that_a_run_ignored_stops_the_comparison_after_it(
     run: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends as if nothing had been, as where the signal comes behind its last step."""
@@ -225,7 +225,7 @@ def test_a_signal_that_a_run_did_not_heed_stops_the_comparison_behind_it(
         (["--out=/proc/none"], "/proc/none"),
     ],
 )
-def test_a_mistake_that_only_the_run_sees_is_one_sentence(
+def test_a_user_error_that_only_the_run_sees_is_one_sentence(
     more: list[str], sentence: str, flags: list[str], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [word.format(folder=tmp_path / "out", text=text) for word in more]
@@ -249,7 +249,7 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
         compare._train(recipe)
 
 
-def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
+def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_this_process(recipe: Config) -> tuple[str, None]:
@@ -275,7 +275,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_go_on(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_interrupted_and_started_again_it_goes_on(
+def test_interrupted_and_started_again_it_is_resumed(
     flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -322,7 +322,7 @@ def test_interrupted_and_started_again_it_goes_on(
         ([], "feedback"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_nothing_is_written(
+def test_a_user_error_is_one_sentence_and_nothing_is_written(
     arguments: list[str],
     sentence: str,
     tmp_path: Path,
@@ -459,7 +459,7 @@ def test_runs_of_different_recipes_are_not_mixed() -> None:
     assert [title.partition("train.batch=")[2] for title in found] == ["32", "7"]
 
 
-def test_a_text_is_told_by_what_was_read() -> None:
+def test_a_text_is_identified_by_what_was_read() -> None:
     def of(text: str, path: str, seed: int) -> Result:
         found = result("dsf", seed, [50])
         found.config["data"]["path"] = path

@@ -204,7 +204,7 @@ def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -
     assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
 
 
-def test_recall_is_told_over_the_seeds_best_first(tmp_path: Path) -> None:
+def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
     record = {"bench": "recall", "delay": 50, "steps": 1500, **common()}
     found = {"gate": [(0.2, None), (0.9, 700)], "ramp(0.9)": [(1.0, 500), (0.96, 600)], "ft-bptt": [(0.1, None)]}
     lines = [

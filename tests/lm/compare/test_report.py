@@ -120,7 +120,7 @@ def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
         ({"metrics.jsonl": ""}, "is not a run folder"),
     ],
 )
-def test_a_mistake_is_one_sentence(
+def test_a_user_error_is_one_sentence(
     made: dict[str, str] | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "given"
@@ -171,7 +171,7 @@ GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min
         ({"config": {"model": {"feedback": "nothing"}}}, "feedback must be"),
     ],
 )
-def test_a_record_that_is_none_is_told_with_its_file_and_line(
+def test_an_invalid_record_is_reported_with_its_file_and_line(
     record: object, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "records.jsonl"
@@ -208,7 +208,7 @@ def test_a_record_that_is_none_is_told_with_its_file_and_line(
         ),
     ],
 )
-def test_a_damaged_run_is_told_with_its_file(
+def test_a_damaged_run_is_reported_with_its_file(
     name: str, content: str, sentence: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -276,7 +276,7 @@ def test_the_page_needs_nothing_from_outside_and_its_names_are_its_own(page: Pat
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in reader.tags
 
 
-def test_the_page_tells_every_task_and_benchmark(page: Path) -> None:
+def test_the_page_has_every_task_and_benchmark(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     assert titles == [
@@ -330,7 +330,7 @@ def test_what_is_drawn_is_what_was_measured(compared: list[Result]) -> None:
     )
 
 
-def test_every_rule_is_told_apart_and_looks_the_same_in_every_figure() -> None:
+def test_every_rule_has_its_own_style_in_every_figure() -> None:
     """Of twenty rules one has no time of a step and some are exact, so that the figures do not show the same ones."""
     made = [result("dsf", width=width) for width in (256, 512) for _ in range(20)]
     compared = []
@@ -366,7 +366,7 @@ def test_every_rule_is_told_apart_and_looks_the_same_in_every_figure() -> None:
 def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int, tmp_path: Path) -> None:
     """In a frame as wide as a phone's screen or a desk's, since no window of Chromium is narrower than 500."""
     window = f"--window-size={max(width, 500)},1500"
-    told = measured(
+    found = measured(
         page.read_text(encoding="utf-8"),
         "(boxes => [innerWidth, document.documentElement.scrollWidth, Math.max(...boxes.map(b => b.right)),"
         "Math.min(...boxes.map(b => b.width)), boxes.length])"
@@ -374,7 +374,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int, t
         width,
         tmp_path,
     )
-    inner, wide, right, narrowest, boxes = told
+    inner, wide, right, narrowest, boxes = found
     assert inner == width
     assert wide <= width
     assert right <= width
@@ -406,8 +406,8 @@ def measured(text: str, script: str, width: int, folder: Path) -> list[float]:
         f"<iframe src='page.html' style='border:0;width:{width}px;height:1500px'></iframe></body>"
     )
     window = f"--window-size={max(width, 500)},1500"
-    told = browse(frame, folder, window, "--virtual-time-budget=5000", "--dump-dom")
-    return [float(number) for number in re.findall(r"<title>(.*?)</title>", told)[0].split()]
+    page = browse(frame, folder, window, "--virtual-time-budget=5000", "--dump-dom")
+    return [float(number) for number in re.findall(r"<title>(.*?)</title>", page)[0].split()]
 
 
 def browse(path: Path, folder: Path, *flags: str) -> str:

@@ -1,4 +1,4 @@
-"""The cache of tokens: the same ids as without it, mapped from disk, whole or made anew, whoever else is writing."""
+"""The cache of tokens: the same ids as without it, mapped from disk, whole or made again, whoever else is writing."""
 
 import multiprocessing
 import os

@@ -33,9 +33,9 @@ def test_some_columns_begin_anew(cell: str) -> None:
     _, states = model(tokens)
     after, _ = model(tokens, detach_states(states, torch.tensor([[True], [False], [True]])))
     goes_on, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
-    anew, _ = model(tokens)
+    from_zero, _ = model(tokens)
     torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
-    torch.testing.assert_close(after[:, 1], anew[:, 1])
+    torch.testing.assert_close(after[:, 1], from_zero[:, 1])
     assert all(not part.requires_grad for s in detach_states(states, torch.ones(B, 1)) for part in s)
 
 

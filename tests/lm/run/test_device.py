@@ -14,7 +14,7 @@ from statefeed.lm.run import train as training
 from statefeed.lm.run.log import Log
 
 
-def test_a_wish_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_resolved_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, taken in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert device.resolve_device("auto").type == taken
@@ -24,7 +24,7 @@ def test_a_wish_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nobody_takes_the_cpu_in_silence(
+def test_without_a_gpu_there_is_no_silent_fallback_to_the_cpu(
     flags: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -53,14 +53,14 @@ def test_the_device_stands_in_the_record_and_the_first_line(
     assert (record["device"], record["processes"]) == ("cpu", 1)
 
 
-def test_products_are_narrowed_as_asked() -> None:
+def test_products_have_the_dtype_of_the_precision() -> None:
     x = torch.randn(3, 3)
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with device.autocast_context(precision, torch.device("cpu")):
             assert (x @ x).dtype == dtype
 
 
-def test_float16_scales_the_loss_and_goes_on_with_its_scale(
+def test_float16_scales_the_loss_and_resumes_with_its_scale(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU, where it is refused otherwise; its products may be as they like, its scale is what counts."""
@@ -153,7 +153,7 @@ def test_a_gpu_has_the_losses_of_the_cpu(cell: str, flags: list[str], tmp_path: 
         pytest.param("--train.compile=reduce-overhead", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_on_a_gpu_goes_on_where_it_was(how: str, flags: list[str], tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_is_resumed(how: str, flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, how, "--train.device=cuda", "--run.checkpoint_minutes=0", "--run.checkpoints=99"]
     for name in ("whole", "again"):
         assert cli.main(["train", *flags, f"--run.dir={tmp_path / name}"]) == 0

@@ -106,7 +106,7 @@ def test_two_processes_have_the_losses_of_one_and_resume_exactly(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(flags: list[str], tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_another_number_of_processes(flags: list[str], tmp_path: Path) -> None:
     """One checkpoint for all: begun sharded over two, gone on in one, and the other way round."""
     flags = [*flags, "--train.steps=26", "--run.checkpoint_minutes=0", "--run.checkpoints=99"]
     assert finished(launch(*flags, f"--run.dir={tmp_path / 'one'}", processes=1))[0] == 0

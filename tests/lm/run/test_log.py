@@ -1,4 +1,4 @@
-"""What a run tells: a bar on a terminal, plain lines elsewhere, rows that are on disk at once."""
+"""What a run prints: a bar on a terminal, plain lines elsewhere, rows that are on disk at once."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def test_rows_are_on_disk_at_once_and_few(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 5.5), (20, 15.5)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts from where it is told")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux can reset its count")
 def test_the_peak_of_memory_is_that_since_the_log_was_entered(tmp_path: Path) -> None:
     much = 1 << 28
     torch.zeros(much, dtype=torch.uint8).fill_(1)
@@ -98,8 +98,8 @@ def test_the_time_of_scores_is_not_training_time(tmp_path: Path, monkeypatch: py
     assert [row["backward_ms"] for row in train] == [3000.0, 3000.0]
 
 
-def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Rows behind the checkpoint are dropped, the steps since the last row remembered."""
+def test_it_resumes_where_it_was(tmp_path: Path) -> None:
+    """Rows after the checkpoint are dropped, the steps since the last row remembered."""
     with Log(tmp_path / "whole.jsonl", steps=3 * TRAIN_ROWS) as whole:
         for step in range(1, 7):
             whole.step(step, 1, step / 7, tokens=1)
@@ -122,7 +122,7 @@ def metrics_of(path: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in map(json.loads, path.read_text().splitlines())]
 
 
-def test_no_row_and_no_memory_of_a_loss_that_is_none(tmp_path: Path) -> None:
+def test_no_row_and_no_state_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     with Log(tmp_path / "m.jsonl", steps=3 * TRAIN_ROWS) as log:
         log.step(1, 1, torch.tensor(2.0), tokens=1)
         log.step(2, 1, torch.tensor(math.nan), tokens=1)

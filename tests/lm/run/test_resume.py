@@ -1,4 +1,4 @@
-"""A run that cannot be lost: killed at any moment, on a full disk, with broken files, it goes on exactly."""
+"""A run that cannot be lost: killed at any moment, on a full disk, with broken files, it is resumed bit for bit."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+def test_a_run_that_was_stopped_is_resumed_bit_for_bit(
     case: str, flags: list[str], stopped: Callable[..., Path], tmp_path: Path
 ) -> None:
     flags = [*flags, *CASES[case]]
@@ -134,13 +134,15 @@ def killed(flags: list[str], kills: int, seed: int, folder: Path) -> None:
         assert metrics(folder / f"killed-{run}") == metrics(folder / "whole")
 
 
-def test_a_run_killed_at_random_moments_goes_on_exactly(flags: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_is_resumed_bit_for_bit(flags: list[str], tmp_path: Path) -> None:
     killed([*flags, *CASES["schedule"]], kills=8, seed=random.randrange(2**32), folder=tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_runs_killed_at_many_random_moments_go_on_exactly(case: str, flags: list[str], tmp_path: Path) -> None:
+def test_runs_killed_at_many_random_moments_are_resumed_bit_for_bit(
+    case: str, flags: list[str], tmp_path: Path
+) -> None:
     killed([*flags, *CASES[case]], kills=30, seed=random.randrange(2**32), folder=tmp_path)
 
 
@@ -227,7 +229,7 @@ def test_a_second_interruption_ends_it_at_once(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("phase", ["prepare", "report"])
-def test_a_signal_before_or_behind_the_steps_is_told(
+def test_a_signal_before_or_after_the_steps_is_reported(
     phase: str,
     number: int,
     code: int,
@@ -255,7 +257,7 @@ def test_a_signal_before_or_behind_the_steps_is_told(
     assert metrics(folder) == metrics(run)
 
 
-def test_no_two_processes_go_on_with_one_run(
+def test_no_two_processes_resume_one_run(
     stopped: Callable[..., Path], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stopped()
@@ -281,7 +283,7 @@ def test_no_two_processes_go_on_with_one_run(
 
 
 @pytest.mark.parametrize("damage", ["\0", "{}", "[]", '{"split": "train"}'])
-def test_metrics_that_were_damaged_are_told(
+def test_damaged_metrics_are_reported(
     damage: str, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = stopped() / "metrics.jsonl"
@@ -297,7 +299,7 @@ def test_metrics_that_were_damaged_are_told(
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"splits": 3}'])
-def test_a_record_that_was_damaged_is_told(
+def test_a_damaged_record_is_reported(
     content: str, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stopped()
