@@ -1,4 +1,4 @@
-"""Adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder; otherwise the wheel is pure Python."""
+"""Adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder; otherwise the wheel is pure."""
 
 import importlib.util
 import os
