@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# cuBLAS reads it when CUDA starts; without it deterministic mode refuses every product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Triton decides at its own import whether it compiles or interprets: without a GPU, its interpreter runs the kernels.
 if not torch.cuda.is_available():
@@ -19,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 collect_ignore = ["compile_triton.py"]  # a script that a test runs
 
+ROOT = Path(__file__).parent.parent  # of the repository
+
 # Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "house")
 
@@ -28,6 +34,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture
+def ieee_float32() -> Iterator[None]:
+    """Float32 products on a GPU are computed in float32, where torch as shipped lets cuDNN use TF32."""
+    from statefeed.bench.precision import tf32
+
+    with tf32(False):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _ieee_float32_on_a_gpu(request: pytest.FixtureRequest) -> None:
+    """Tests marked gpu compare with float32 or better."""
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("ieee_float32")
 
 
 def sentences(count: int) -> str:

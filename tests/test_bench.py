@@ -1,10 +1,6 @@
 """statefeed bench: its baseline computes what it stands for, parity comes first, and the numbers mean what they say."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from torch import nn
 import statefeed as sf
 from statefeed.bench import layers, main, measure, memory, scan
 from statefeed.bench.options import OptionError, Shape
+from statefeed.bench.precision import flags
 from statefeed.bench.published import published
 
 CELLS = ["rnn", "gru", "lstm"]
@@ -195,10 +192,10 @@ GPU = {dtype: measure.usual("cuda", dtype) for dtype in layers.DTYPES["cuda"]}
 
 
 @pytest.mark.parametrize("setting", [measure.SHIPPED, measure.ONEDNN_MATMUL, measure.NO_ONEDNN, *GPU.values()])
-def test_settings_are_put_back(setting):
+def test_settings_are_restored(setting):
     def state():
-        cpu, gpu = torch.backends.mkldnn, (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
-        return cpu.enabled, cpu.matmul.fp32_precision, *(library.fp32_precision for library in gpu)
+        cpu = torch.backends.mkldnn
+        return cpu.enabled, cpu.matmul.fp32_precision, *flags().values()
 
     before = state()
     with measure.applied(setting):
@@ -209,7 +206,7 @@ def test_settings_are_put_back(setting):
 def test_on_a_gpu_float32_is_float32_and_tf32_is_a_dtype_of_its_own():
     for dtype, setting in GPU.items():
         with measure.applied(setting):
-            found = {library.fp32_precision for library in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)}
+            found = {value for name, value in flags().items() if name.endswith("fp32_precision")}
         assert found == {"tf32" if dtype == "tf32" else "ieee"}
         case = layers.Case("gru", Shape(3, 2, 4), dtype, "cuda")
         assert layers._tried(case, measure.float32_settings("cuda")) == [setting]
@@ -248,7 +245,7 @@ def test_a_scan_that_would_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(scan, "_free_bytes", lambda _: 99 * 8 * 3)
     records = list(scan.run(scan.Options(steps="8", widths="3")))
     assert [r["method"] for r in records if "not_run" in r] == ["fft"]
-    assert len(scan.table(records).rows) == len(records) == 5
+    assert len(scan.table(records).rows) == len(records) == 7
 
 
 def test_the_published_procedure_holds_more_memory_than_the_outputs():
@@ -367,16 +364,3 @@ def test_a_missing_dependency_is_one_sentence(package, capsys, monkeypatch):
     assert capsys.readouterr().err == (
         f'statefeed bench: the benchmarks need {package}, which is not installed: pip install "statefeed[lm]"\n'
     )
-
-
-@pytest.mark.slow
-def test_the_script_for_a_gpu_runs_without_one(tmp_path):
-    script = Path(__file__).parent.parent / "bench" / "gpu.sh"
-    environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(
-        [script, "--smoke", "--threads=1"], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    for bench in ("layers", "scan", "training"):
-        records = [json.loads(line) for line in (tmp_path / f"gpu-{bench}.jsonl").read_text().splitlines()]
-        assert {record["bench"] for record in records} == {bench}

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import statefeed as sf
+from statefeed.bench.precision import onednn_bfloat16, tf32
 from statefeed.lm import origin
 
 Seconds = tuple[float, ...]
@@ -58,26 +59,21 @@ NO_ONEDNN = Setting("no oneDNN", onednn=False)
 
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
-    """torch as the setting says; what it was is put back. ``SHIPPED`` touches nothing."""
+    """torch as the setting says; what it was is restored. ``SHIPPED`` touches nothing."""
     onednn: Any = torch.backends.mkldnn
-    enabled, precision = onednn.enabled, onednn.matmul.fp32_precision
-    gpu: list[Any] = [] if setting.tf32 is None else [torch.backends.cuda.matmul, torch.backends.cudnn.rnn]
-    before = [library.fp32_precision for library in gpu]
-    try:
-        for library in gpu:
-            library.fp32_precision = "tf32" if setting.tf32 else "ieee"
-        if not setting.onednn:
-            onednn.enabled = False
+    enabled = onednn.enabled
+    with contextlib.ExitStack() as settings:
         if setting.onednn_matmul:
-            onednn.matmul.fp32_precision = "bf16"
-        yield
-    finally:
-        if not setting.onednn:
-            onednn.enabled = enabled
-        if setting.onednn_matmul:
-            onednn.matmul.fp32_precision = precision
-        for library, was in zip(gpu, before, strict=True):
-            library.fp32_precision = was
+            settings.enter_context(onednn_bfloat16())
+        if setting.tf32 is not None:
+            settings.enter_context(tf32(setting.tf32))
+        try:
+            if not setting.onednn:
+                onednn.enabled = False
+            yield
+        finally:
+            if not setting.onednn:
+                onednn.enabled = enabled
 
 
 def product_error(setting: Setting) -> float:

@@ -35,7 +35,7 @@ class Options(Common):
 
     steps: str = option("64,256,1024,4096,16384,65536", "values of T, separated by commas")
     widths: str = option("64,256,512,2048", "values of S, separated by commas")
-    methods: str = option("sequential,prefix,fft", f"among {', '.join(METHODS)}, separated by commas")
+    methods: str = option("auto,sequential,prefix,fft", f"among {', '.join(METHODS)}, separated by commas")
     output: str = option("scan.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Measures one GPU in five stages: preflight, parity, layers, scan, training. Needs torch, triton and numpy only.
+#
+#     statefeed/bench/gpu.sh                              all stages, each under four minutes
+#     statefeed/bench/gpu.sh parity layers                the stages that are named
+#     DEVICE=cpu statefeed/bench/gpu.sh --smoke           the same path on tiny shapes: shows that it runs, not how fast
+#
+# PYTHON names the interpreter (.venv/bin/python, else python3), OUT the folder of the records.
+set -eu
+cd "$(dirname "$0")/../.."
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if [ -x .venv/bin/python ]; then
+        PYTHON=.venv/bin/python
+    fi
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m statefeed.bench.gpu --device="${DEVICE:-cuda}" ${OUT:+"--output=$OUT"} "$@"

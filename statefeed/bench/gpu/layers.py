@@ -1,0 +1,161 @@
+"""Stage "layers": forward and backward of a layer under every rule against torch.nn, which is cuDNN's BPTT."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import statefeed as sf
+from statefeed.bench.gpu import rivals
+from statefeed.bench.gpu.stage import Options
+from statefeed.bench.gpu.timing import Work, measure
+from statefeed.bench.measure import SHIPPED, Setting, applied
+from statefeed.bench.precision import flags
+
+RULES = ("bptt", "dsf", "gate", "gate+1")
+# "shipped" is float32 as torch is installed: cuDNN in TF32, other products in float32.
+SETTINGS = {
+    "shipped": SHIPPED,
+    "bfloat16": SHIPPED,
+    "float32": Setting("float32", tf32=False),
+    "tf32": Setting("tf32", tf32=True),
+}
+DTYPES = {"cpu": ("shipped", "bfloat16"), "cuda": tuple(SETTINGS)}
+
+
+class Case(NamedTuple):
+    """One layer on one input; I = H.
+
+    Attributes:
+        cell: gru or lstm.
+        T: steps, of the longest sequence.
+        B: sequences.
+        H: hidden units.
+        layers: L.
+        bidirectional: both directions.
+        packed: sequences of T to T / 4 steps, as a PackedSequence.
+    """
+
+    cell: str
+    T: int
+    B: int
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    packed: bool = False
+
+    def layer(self, package: Any, device: str) -> nn.RNNBase:
+        """The layer out of torch.nn or statefeed, always with the same weights."""
+        torch.manual_seed(0)
+        kind = getattr(package, self.cell.upper())
+        layer: nn.RNNBase = kind(self.H, self.H, self.layers, bidirectional=self.bidirectional, device=device)
+        return layer
+
+    def data(self, device: str) -> tuple[Tensor | PackedSequence, Tensor]:
+        """An input that requires a gradient, and the gradient of the outputs."""
+        torch.manual_seed(1)
+        x = torch.randn(self.T, self.B, self.H, device=device)
+        grad = torch.randn(self.T, self.B, self.H * (2 if self.bidirectional else 1), device=device)
+        if not self.packed:
+            return x.requires_grad_(), grad
+        lengths = torch.linspace(self.T, max(1, self.T // 4), self.B).long()
+        packed, packed_grad = pack_padded_sequence(x, lengths), pack_padded_sequence(grad, lengths)
+        return packed._replace(data=packed.data.detach().requires_grad_()), packed_grad.data
+
+
+# What decides between the methods: widths above those for which cuDNN has persistent kernels (128 backward, 192
+# forward), and packed input, which never gets them.
+DECIDING = (
+    Case("gru", 256, 128, 512),
+    Case("gru", 4096, 8, 512),
+    Case("gru", 1024, 8, 256),
+    Case("gru", 256, 128, 512, packed=True),
+    Case("lstm", 256, 128, 512),
+    Case("gru", 256, 128, 512, layers=3),
+    Case("gru", 256, 64, 512, bidirectional=True),
+)
+BROAD = (
+    Case("gru", 64, 256, 512),
+    Case("gru", 1024, 32, 1024),
+    Case("gru", 256, 64, 2048),
+    Case("gru", 1024, 1, 128),
+    Case("gru", 4096, 1, 128),
+    Case("lstm", 1024, 8, 256),
+    Case("lstm", 256, 128, 512, packed=True),
+    Case("lstm", 256, 64, 512, layers=3, bidirectional=True),
+    Case("gru", 256, 64, 512, layers=3, bidirectional=True, packed=True),
+)
+SMOKE = (
+    Case("gru", 5, 2, 16),
+    Case("lstm", 7, 3, 8, packed=True),
+    Case("gru", 5, 4, 8, layers=3, bidirectional=True, packed=True),
+)
+
+
+def work(layer: Callable[[Any], Any], parameters: list[Tensor], x: Any, grad: Tensor, bfloat16: bool) -> Work:
+    """Outputs of a layer, and the gradients of its input and parameters."""
+    leaf = x.data if isinstance(x, PackedSequence) else x
+    grads = {grad.dtype: grad}
+
+    def forward() -> Tensor:
+        with torch.autocast(leaf.device.type, torch.bfloat16, enabled=bfloat16):
+            y = layer(x)[0]
+        outputs: Tensor = y.data if isinstance(y, PackedSequence) else y
+        if outputs.dtype not in grads:
+            grads[outputs.dtype] = grad.to(outputs.dtype)
+        return outputs
+
+    def backward(y: Tensor) -> Any:
+        return torch.autograd.grad(y, [leaf, *parameters], grads[y.dtype])
+
+    return Work(forward, backward)
+
+
+def contenders(case: Case, dtype: str, device: str) -> tuple[dict[str, Work], dict[str, dict[str, Any]]]:
+    """torch.nn first, then every rule of ours; and what ``explain`` says of each rule."""
+    bfloat16 = dtype == "bfloat16"
+    x, grad = case.data(device)
+    plain = case.layer(nn, device)
+    found = {"torch.nn": work(plain, list(plain.parameters()), x, grad, bfloat16)}
+    said = {}
+    for rule in RULES:
+        layer: Any = case.layer(sf, device)
+        layer.feedback = rule
+        found[rule] = work(layer, list(layer.parameters()), x, grad, bfloat16)
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            explanation = sf.explain(layer, x)
+        said[rule] = {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
+    return found, said
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Time every case in every precision, the deciding ones first.
+
+    Yields:
+        one record for each contender, with the times, or ``failed`` or ``not_run``.
+    """
+    groups = (SMOKE,) if options.smoke else (DECIDING, BROAD)
+    for case, dtype in ((case, dtype) for group in groups for dtype in DTYPES[options.device] for case in group):
+        record: dict[str, Any] = {**case._asdict(), "dtype": dtype, "device": options.device, "repeats": options.rounds}
+        if options.time_left() <= 0:
+            yield {**record, "not_run": "no time left"}
+            continue
+        try:
+            with applied(SETTINGS[dtype]):
+                record["tf32"] = flags()
+                timed, said = contenders(case, dtype, options.device)
+                times = measure(timed, options.rounds, options.device)
+        except Exception as error:  # as where memory is too small
+            yield {**record, "failed": f"{type(error).__name__}: {error}"}
+            continue
+        for name, found in times.items():
+            yield {**record, "contender": name, "kernels": said.get(name), **found}
+        del timed, times
+        gc.collect()
+    if options.device == "cuda" and options.time_left() > 0:
+        yield from rivals.flashrnn(options)

@@ -1,0 +1,201 @@
+"""Stage "parity": every cell, rule and dtype, dense and packed, against the equations in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import statefeed as sf
+from statefeed.bench.gpu import truth
+from statefeed.bench.gpu.stage import Options
+from statefeed.bench.measure import ParityError, Setting, applied
+from statefeed.bench.precision import flags
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+RULES = ("bptt", "dsf", "gate", "gate+1", "jacobian+1", "calibrated")
+# Allowed error as a part of the largest value, of outputs and of gradients. A wrong sign, step or factor is a tenth.
+ALLOWED = {
+    "float64": (1e-10, 1e-9),
+    "float32": (2e-5, 2e-4),
+    "tf32": (1e-2, 3e-2),
+    "bfloat16": (4e-2, 1e-1),
+    "float16": (1e-2, 3e-2),
+}
+DTYPES = {"cpu": ("float64", "float32", "bfloat16"), "cuda": tuple(ALLOWED)}
+
+
+class Case(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        cell: rnn_tanh, rnn_relu, gru or lstm.
+        rule: of the backward pass.
+        dtype: bfloat16 and float16 are those of autocast.
+        packed: sequences of different lengths, as a PackedSequence.
+        T: steps, of the longest sequence.
+        B: sequences.
+        H: hidden units; the input has H + 1 features.
+        layers: L.
+        bidirectional: both directions.
+    """
+
+    cell: str
+    rule: str
+    dtype: str
+    packed: bool
+    T: int = 37
+    B: int = 5
+    H: int = 33
+    layers: int = 1
+    bidirectional: bool = False
+
+    def layer(self, package: Any) -> nn.RNNBase:
+        """The layer in float64 on the CPU, out of torch.nn or statefeed, always with the same weights."""
+        torch.manual_seed(0)
+        name, _, nonlinearity = self.cell.partition("_")
+        special: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
+        kind = getattr(package, name.upper())
+        layer: nn.RNNBase = kind(
+            self.H + 1, self.H, self.layers, bidirectional=self.bidirectional, dtype=torch.float64, **special
+        )
+        return layer
+
+
+def cases(device: str, smoke: bool = False) -> list[Case]:
+    """Every cell, rule and dtype, dense and packed; then two layers in both directions, and long sequences."""
+    size: dict[str, Any] = {"T": 7, "B": 3, "H": 5} if smoke else {}
+    found = [
+        Case(cell, rule, dtype, packed, **size)
+        for dtype in DTYPES[device]
+        for cell in CELLS
+        for rule in RULES
+        for packed in (False, True)
+        if not (rule.startswith("gate") and cell.startswith("rnn")) and not (rule == "calibrated" and packed)
+    ]
+    stacked = {**size, "layers": 2, "bidirectional": True}
+    found += [Case(cell, "dsf", "float32", packed, **stacked) for cell in CELLS for packed in (False, True)]
+    if not smoke:  # time in several chunks
+        found += [
+            Case(cell, rule, "float32", False, T=600, B=2) for cell in ("gru", "lstm") for rule in ("dsf", "gate")
+        ]
+    return found
+
+
+def check(case: Case, device: str) -> dict[str, float]:
+    """Compare outputs, final states and all gradients of a layer with the truth.
+
+    Args:
+        case: the comparison.
+        device: where the layer runs.
+
+    Returns:
+        The largest error of ``"output"`` and of ``"gradient"``, as a part of the largest value.
+
+    Raises:
+        ParityError: an error above what is allowed.
+    """
+    layer = case.layer(sf)
+    expected = _expected(case, layer)
+    layer.feedback = case.rule
+    return compare(case, _found(case, layer, device), expected)
+
+
+def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The largest errors; raises ParityError where they are above what is allowed."""
+    errors = {"output": 0.0, "gradient": 0.0}
+    for name, value in expected.items():
+        kind = "output" if name in ("y", "final") else "gradient"
+        error = float((found[name] - value).abs().max() / value.abs().max())
+        allowed = ALLOWED[case.dtype][kind == "gradient"]
+        if not error <= allowed:
+            raise ParityError(
+                f"{name} must agree with float64 within {allowed:.0e} of its largest value, got {error:.1e}"
+            )
+        errors[kind] = max(errors[kind], error)
+    return errors
+
+
+def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Sequences (T_b, I), the gradients of their outputs, and that of the final states (L * directions, B, S)."""
+    generator = torch.Generator().manual_seed(1)
+    directions = 2 if case.bidirectional else 1
+    lengths = [max(1, case.T - 3 * b * case.packed) for b in range(case.B)]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = [normal(n, case.H + 1) for n in lengths]
+    grads = [normal(n, case.H * directions) for n in lengths]
+    S = case.H * (2 if case.cell == "lstm" else 1)
+    return x, grads, normal(case.layers * directions, case.B, S)
+
+
+def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
+    """The truth: dense sequences together, those of different lengths one by one."""
+    sequences, grads, final_grad = _data(case)
+    groups = [[b] for b in range(case.B)] if case.packed else [list(range(case.B))]
+    y, final = [], []
+    loss = torch.zeros((), dtype=torch.float64)
+    x = [sequence.requires_grad_() for sequence in sequences]
+    for group in groups:
+        outputs, states = truth.outputs(layer, case.rule, torch.stack([x[b] for b in group], 1))
+        loss = loss + (outputs * torch.stack([grads[b] for b in group], 1)).sum()
+        loss = loss + (states * final_grad[:, group]).sum()
+        y += list(outputs.detach().unbind(1))
+        final.append(states.detach())
+    found = torch.autograd.grad(loss, [*x, *layer.parameters()])
+    named = dict(zip((name for name, _ in layer.named_parameters()), found[len(x) :], strict=True))
+    return {"y": torch.cat(y), "final": torch.cat(final, 1), "x": torch.cat(found[: len(x)]), **named}
+
+
+def _found(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
+    """The same of the layer on the device, in float64 on the CPU."""
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype)
+    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    layer = copy.deepcopy(layer).to(device, dtype)
+    sequences, grads, final_grad = _data(case)
+    x = [sequence.to(device, dtype).requires_grad_() for sequence in sequences]
+    given: Any = pack_sequence(x) if case.packed else torch.stack(x, 1)
+    with torch.autocast(device, half or torch.bfloat16, enabled=half is not None):
+        outputs, states = layer(given)
+    y = _sequences(outputs)
+    final = torch.cat(states, -1) if isinstance(states, tuple) else states
+    loss = (final.double() * final_grad.to(device)).sum()
+    for output, grad in zip(y, grads, strict=True):
+        loss = loss + (output.double() * grad.to(device)).sum()
+    found = [value.double().cpu() for value in torch.autograd.grad(loss, [*x, *layer.parameters()])]
+    named = dict(zip((name for name, _ in layer.named_parameters()), found[len(x) :], strict=True))
+    ends = {"y": torch.cat(y).detach().double().cpu(), "final": final.detach().double().cpu()}
+    return {**ends, "x": torch.cat(found[: len(x)]), **named}
+
+
+def _sequences(outputs: Tensor | PackedSequence) -> list[Tensor]:
+    if isinstance(outputs, PackedSequence):
+        padded, lengths = nn.utils.rnn.pad_packed_sequence(outputs)
+        return [padded[:n, b] for b, n in enumerate(lengths.tolist())]
+    return list(outputs.unbind(1))
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Check every case; what fails is recorded, and the rest goes on.
+
+    Yields:
+        one record for each case, with ``errors``, or ``failed`` or ``not_run``.
+    """
+    for case in cases(options.device, options.smoke):
+        record: dict[str, Any] = case._asdict()
+        if options.time_left() <= 0:
+            yield {**record, "not_run": "no time left"}
+            continue
+        setting = Setting(case.dtype, tf32=case.dtype == "tf32") if options.device == "cuda" else Setting("as shipped")
+        try:
+            with applied(setting):
+                found = {"errors": check(case, options.device), "tf32": flags()}
+            yield {**record, **found}
+        except Exception as error:  # the other cases say more about it
+            yield {**record, "failed": f"{type(error).__name__}: {error}"}

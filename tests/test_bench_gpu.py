@@ -1,0 +1,429 @@
+"""The measurements of a GPU, as far as a machine without one can show: stages, parity, timing, and their records."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from tolerances import SAME_BY_CANCELLATION, assert_different, assert_same
+
+import statefeed as sf
+from statefeed.bench.gpu import __main__ as command
+from statefeed.bench.gpu import layers, parity, records, rivals, stage, timing, training, truth
+from statefeed.bench.measure import ParityError, Setting, applied
+
+ROOT = Path(__file__).parent.parent
+HAS_GPU = torch.cuda.is_available()
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"gpu-{name}.jsonl").read_text().splitlines()]
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+FAILING = """
+import sys
+from statefeed.bench.gpu import stage
+import statefeed.bench.gpu.{module} as module
+
+def run(options):
+    yield {{"fine": 1}}
+    {body}
+
+module.run = run
+sys.exit(stage.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Replaces what a stage does by some lines of Python, in the process that the runner starts."""
+    real, bodies = subprocess.Popen, {}
+
+    def start(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        if "statefeed.bench.gpu.stage" in arguments and (name := arguments[3]) in bodies:
+            arguments = [arguments[0], "-c", FAILING.format(module=name, body=bodies[name]), *arguments[3:]]
+        return real(arguments, **options)
+
+    monkeypatch.setattr(command.subprocess, "Popen", start)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return bodies
+
+
+def run(tmp_path: Path, *flags: str) -> int:
+    return command.main(["--device=cpu", "--smoke", f"--output={tmp_path}", *flags])
+
+
+def test_a_stage_that_fails_does_not_stop_the_others(planted: dict[str, str], tmp_path: Path, capfd) -> None:
+    planted |= {
+        "preflight": "raise ValueError('planted')",
+        "parity": "yield {'failed': 'planted'}",
+        "layers": "import os; os.abort()",
+        "scan": "yield {'fine': 2}",
+    }
+    assert run(tmp_path, "scan", "preflight", "parity", "layers") == 1
+    assert capfd.readouterr().out.splitlines()[-1] == "failed: preflight, parity, layers"
+    assert [r.get("failed") for r in read(tmp_path, "preflight")] == [None, "ValueError: planted"]
+    assert [r.get("failed") for r in read(tmp_path, "parity")] == [None, "planted"]
+    assert [r.get("failed") for r in read(tmp_path, "layers")] == [None, "the process ended with exit code -6"]
+    assert [r.get("fine") for r in read(tmp_path, "scan")] == [1, 2]
+    assert not (tmp_path / "gpu-training.jsonl").exists()
+
+
+def test_a_stage_that_does_not_end_is_ended(planted: dict[str, str], tmp_path: Path) -> None:
+    planted["scan"] = "import subprocess; subprocess.run(['sleep', '600'])"
+    start = time.monotonic()
+    assert not command.run_stage("scan", "cpu", True, tmp_path, limit=20.0)
+    assert time.monotonic() - start < 300, "ended long before it would have ended"
+    assert [r.get("failed") for r in read(tmp_path, "scan")] == [None, "not finished after 20 s; ended"]
+
+
+def test_a_second_run_appends_its_records(planted: dict[str, str], tmp_path: Path) -> None:
+    planted["scan"] = "pass"
+    assert run(tmp_path, "scan") == run(tmp_path, "scan") == 0
+    assert [r["fine"] for r in read(tmp_path, "scan")] == [1, 1]
+
+
+def test_every_stage_ends_before_four_minutes() -> None:
+    assert command.BUDGET < command.LIMIT < 240
+    assert stage.STAGES == ("preflight", "parity", "layers", "scan", "training")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--device=cpu", "memory"], "STAGE must be among preflight, parity, layers, scan, training, got memory"),
+        pytest.param(
+            [], "device must be cpu here, got cuda: torch sees no GPU", marks=pytest.mark.skipif(HAS_GPU, reason="GPU")
+        ),
+    ],
+)
+def test_a_user_error_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(flags)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_work_that_no_time_is_left_for_is_recorded() -> None:
+    late = stage.Options("cpu", True, time.monotonic() - 1)
+    for module in (parity, layers, training):
+        found = list(module.run(late))
+        assert found
+        assert {record["not_run"] for record in found} == {"no time left"}
+
+
+# Records --------------------------------------------------------------------------------------------------------------
+
+
+class Properties:
+    name, major, minor, multi_processor_count, total_memory, uuid = "Fake GPU", 9, 0, 132, 80, "abc"
+
+
+def test_a_record_says_what_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "nvidia-smi"
+    asked.write_text(
+        '#!/bin/sh\ncase "$1" in *clocks*) echo "1 MHz, 2 MHz, 3 MHz, 4 MHz, 50, 6 W, 7 W";; *) echo 550.1;; esac\n'
+    )
+    asked.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
+    records.Records("layers", "cuda", tmp_path).append({"ms": 1.0})
+    (found,) = read(tmp_path, "layers")
+    assert found["command"] == "statefeed/bench/gpu.sh layers"
+    assert found["gpu"]["driver"] == "550.1"
+    assert found["gpu"]["clocks"]["clocks.sm"] == "1 MHz"
+    assert {"cuda", "cudnn", "triton", "torch", "python"} <= found["versions"].keys()
+    assert found["tf32"] == {
+        "cuda.matmul.fp32_precision": "none",
+        "cuda.matmul.allow_tf32": False,
+        "cudnn.rnn.fp32_precision": "tf32",
+        "cudnn.conv.fp32_precision": "tf32",
+        "cudnn.allow_tf32": True,
+        "float32_matmul_precision": "highest",
+    }
+    assert {"commit", "date", "machine"} <= found.keys()
+
+
+# Parity ---------------------------------------------------------------------------------------------------------------
+
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "gru": "GRU", "lstm": "LSTM"}
+
+
+@pytest.mark.parametrize("cell", MODES)
+def test_the_truth_is_that_of_the_equations(cell: str) -> None:
+    """Two implementations of the equations, neither of which knows of the other or of the package's."""
+    name = "rnn" if MODES[cell].startswith("RNN") else cell
+    special = {"nonlinearity": cell} if name == "rnn" else {}
+    torch.manual_seed(0)
+    plain = getattr(torch.nn, name.upper())(4, 3, dtype=torch.float64, **special)
+    weights = oracles.weights_of(dict(plain.named_parameters()), "_l0")
+    x, S = torch.randn(6, 2, 4, dtype=torch.float64), 6 if cell == "lstm" else 3
+    e = torch.randn(6, 2, S, dtype=torch.float64)
+    for rule in ("bptt", "dsf", "dsf+2", "jacobian+1", *(("gate", "gate+1") if name in ("gru", "lstm") else ())):
+        leaf = x.clone().requires_grad_()
+        y, final = truth.outputs(plain, rule, leaf)
+        # The outputs show h alone: c gets its gradient at the last step, and zero before.
+        e[:-1, :, 3:] = 0
+        loss = (y * e[..., :3]).sum() + (final[0, :, 3:] * e[-1, :, 3:]).sum()
+        found = dict(zip(["x", *weights], torch.autograd.grad(loss, [leaf, *plain.parameters()]), strict=True))
+        diagonal, _, k = rule.partition("+")
+        detached = {name: value.detach() for name, value in weights.items()}
+        initial = torch.zeros(2, S, dtype=torch.float64)
+        known = None if rule == "bptt" else (diagonal, int(k or 0))
+        expected = oracles.layer_gradients(cell, detached, x, initial, e, known)
+        del expected["initial"]
+        assert_same(found, expected, SAME_BY_CANCELLATION)
+        other = oracles.layer_gradients(cell, detached, x, initial, e, (0.9, 0))
+        del other["initial"]
+        assert_different(found, other)
+
+
+@pytest.mark.parametrize("case", parity.cases("cpu", smoke=True), ids=lambda c: "-".join(map(str, c[:4] + c[7:])))
+def test_parity_holds_on_a_cpu(case: parity.Case) -> None:
+    assert parity.check(case, "cpu").keys() == {"output", "gradient"}
+
+
+@pytest.mark.parametrize("planted", ["another rule", "another weight", "a correction less"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_parity_finds_a_planted_error(planted: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = parity.Case("gru", "gate+1", "bfloat16", packed, T=9, B=3, H=5)  # bfloat16 has the widest bounds
+    right = parity._found
+
+    def wrong(case: parity.Case, layer: Any, device: str) -> dict[str, torch.Tensor]:
+        if planted == "another rule":
+            layer.feedback = "ft-bptt"
+        elif planted == "a correction less":
+            layer.feedback = case.rule.partition("+")[0]
+        else:
+            with torch.no_grad():
+                layer.weight_hh_l0[:, 0] += 1.0
+        return right(case, layer, device)
+
+    monkeypatch.setattr(parity, "_found", wrong)
+    with pytest.raises(ParityError, match="must agree with float64 within"):
+        parity.check(case, "cpu")
+    found = list(parity.run(stage.Options("cpu", True, time.monotonic() + 60)))
+    assert len(found) == len(parity.cases("cpu", smoke=True)), "the others are compared all the same"
+    wrongs = [record for record in found if "failed" in record]
+    assert wrongs
+    assert all(record["failed"].startswith("ParityError: ") for record in wrongs)
+
+
+def test_every_cell_rule_and_dtype_is_compared_dense_and_packed() -> None:
+    cases = parity.cases("cuda")
+    for cell in parity.CELLS:
+        for dtype in ("float64", "float32", "tf32", "bfloat16", "float16"):
+            for packed in (False, True):
+                rules = {c.rule for c in cases if (c.cell, c.dtype, c.packed, c.layers) == (cell, dtype, packed, 1)}
+                gates = {"gate", "gate+1"} if cell in ("gru", "lstm") else set()
+                assert rules == {"bptt", "dsf", "jacobian+1", *gates, *(() if packed else ["calibrated"])}
+    assert any(case.layers == 2 and case.bidirectional and case.packed for case in cases)
+    assert any(case.T > 512 for case in cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", parity.cases("cuda"), ids=lambda c: "-".join(map(str, c)))
+def test_parity_holds_on_a_gpu(case: parity.Case) -> None:
+    with applied(Setting(case.dtype, tf32=case.dtype == "tf32")):
+        parity.check(case, "cuda")
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """Stands for a GPU: a pass takes it two seconds, the host one, and events note its clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host, self.device, self.replays, self.captures = 0.0, 0.0, 0, True
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.device, gpu.host)
+
+            def elapsed_time(self, other: "Event") -> float:
+                return 1e3 * (other.at - self.at)
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.replays += 1
+                gpu.device += 2.0
+
+        class Context:
+            def __init__(self, *_: Any) -> None:
+                if _ and isinstance(_[0], Graph) and not gpu.captures:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+
+            def __enter__(self) -> None: ...
+
+            def __exit__(self, *_: Any) -> None: ...
+
+        class Stream:
+            def wait_stream(self, _: Any) -> None: ...
+
+        def synchronize() -> None:
+            gpu.host = gpu.device = max(gpu.host, gpu.device)
+
+        stubs = {"Event": Event, "CUDAGraph": Graph, "graph": Context, "stream": Context, "Stream": Stream}
+        stubs |= {"current_stream": Stream, "synchronize": synchronize, "reset_peak_memory_stats": lambda: None}
+        stubs |= {"memory_allocated": lambda: 100, "max_memory_allocated": lambda: 350}
+        for name, stub in stubs.items():
+            monkeypatch.setattr(torch.cuda, name, stub)
+        monkeypatch.setattr(time, "perf_counter", lambda: gpu.host)
+
+    def work(self, slower: float = 1.0) -> timing.Work:
+        def half(_: Any = None) -> torch.Tensor:
+            self.host += 0.5
+            self.device = max(self.device, self.host - 0.5) + slower
+            return torch.zeros(())
+
+        return timing.Work(half, half)
+
+
+def test_a_pass_is_timed_pipelined_alone_on_the_host_and_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    found = timing.measure({"torch.nn": gpu.work(2.0), "dsf": gpu.work()}, 5, "cuda")
+    assert found["torch.nn"]["ms"]["median"] == pytest.approx(4000.0)
+    assert found["dsf"]["ms"]["median"] == pytest.approx(2000.0)
+    assert found["dsf"]["times_faster_than"]["torch.nn"]["median"] == pytest.approx(2.0)
+    assert found["dsf"]["host_ms"]["median"] == pytest.approx(1000.0)
+    assert found["dsf"]["graph_ms"]["median"] == pytest.approx(2000.0)
+    assert found["dsf"]["peak_bytes"] == 250
+    assert gpu.replays == 2 * (1 + 5)
+
+
+def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    gpu.captures = False
+
+    def broken() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = timing.measure({"torch.nn": timing.Work(broken, lambda y: None), "dsf": gpu.work()}, 5, "cuda")
+    assert found["torch.nn"] == {"failed": "OutOfMemoryError: CUDA out of memory"}
+    assert "not permitted" in found["dsf"]["graph_failed"]
+    assert "graph_ms" not in found["dsf"]
+    assert found["dsf"]["ms"]["median"] == pytest.approx(2000.0)
+
+
+def test_the_cases_are_those_that_decide() -> None:
+    """Widths for which cuDNN has no persistent kernels, or packed input, come first; the sizes span those asked for."""
+    assert all(case.H > 192 or case.packed for case in layers.DECIDING)
+    cases = (*layers.DECIDING, *layers.BROAD)
+    assert {64, 4096} <= {case.T for case in cases}
+    assert {1, 256} <= {case.B for case in cases}
+    assert {128, 2048} <= {case.H for case in cases}
+    assert {1, 3} <= {case.layers for case in cases}
+    assert any(case.bidirectional for case in cases)
+    assert any(case.packed for case in cases)
+    assert layers.RULES == ("bptt", "dsf", "gate", "gate+1")
+    assert layers.DTYPES["cuda"] == ("shipped", "bfloat16", "float32", "tf32")
+
+
+def test_another_package_cannot_take_all_the_time() -> None:
+    with pytest.raises(TimeoutError), rivals.time_limit(0.05):
+        time.sleep(60)
+
+
+def test_the_model_is_that_of_the_trainer() -> None:
+    from statefeed.lm import config
+    from statefeed.lm.model import LanguageModel
+
+    sizes = training.Sizes(2, 8, 50, 3, 5)
+    ours = training.Model(sizes, "dsf")
+    theirs = LanguageModel(config.Model(cell="gru", layers=2, width=8, block="prenorm", feedback="dsf"), 50)
+    theirs.load_state_dict(ours.state_dict())
+    inputs, targets = training.tokens(sizes, "cpu")
+    assert (inputs[1:] == targets[:-1]).all()
+    torch.testing.assert_close(ours(inputs), theirs(inputs)[0])
+    recipe = (ROOT / "recipes" / "wikitext103-gru-3x512.yaml").read_text()
+    for name, value in zip(("layers", "width", "vocabulary", "batch", "context"), training.Sizes(), strict=True):
+        assert f"  {name}: {value}\n" in recipe
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+# What an environment with torch, triton and numpy alone has not.
+BARE = """
+import sys
+
+for name in ("pytest", "jsonargparse", "rich", "matplotlib", "safetensors", "tokenizers", "yaml", "hypothesis"):
+    sys.modules[name] = None
+"""
+
+
+@pytest.mark.slow
+def test_the_command_runs_without_a_gpu_and_with_torch_triton_and_numpy_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    output = tmp_path / "records"
+    environment = {
+        **os.environ, "DEVICE": "cpu", "OUT": str(output), "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)
+    }  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "statefeed" / "bench" / "gpu.sh", "--smoke"],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "5 stages passed"
+    for name in stage.STAGES:
+        found = read(output, name)
+        assert found
+        assert {record["stage"] for record in found} == {name}
+        assert not any("failed" in record for record in found)
+    assert {record["contender"] for record in read(output, "layers")} == {"torch.nn", *layers.RULES}
+    assert {record.get("method") for record in read(output, "scan")} == {"auto", "sequential", "prefix", "fft"}
+    assert {record["check"]: "found" in record for record in read(output, "preflight")}["launch"]
+
+
+def test_the_command_finds_an_interpreter(tmp_path: Path) -> None:
+    """$PYTHON, else .venv/bin/python, else python3: never "python", which need not be there."""
+    script = tmp_path / "statefeed" / "bench" / "gpu.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text((ROOT / "statefeed" / "bench" / "gpu.sh").read_text())
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "OUT", "DEVICE")}
+    environment["PATH"] = f"{tmp_path}:/usr/bin:/bin"
+
+    def interpreter(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#!/bin/sh\necho "$0 $@"\n')
+        path.chmod(0o755)
+
+    def said(**more: str) -> str:
+        return subprocess.run(
+            ["sh", script, "scan"], capture_output=True, text=True, check=True, env={**environment, **more}
+        ).stdout.strip()
+
+    rest = "-m statefeed.bench.gpu --device=cuda scan"
+    interpreter(tmp_path / "python3")
+    assert said() == f"{tmp_path}/python3 {rest}"
+    interpreter(tmp_path / ".venv" / "bin" / "python")
+    assert said() == f".venv/bin/python {rest}"
+    interpreter(tmp_path / "other")
+    expected = f"{tmp_path}/other -m statefeed.bench.gpu --device=cpu --output=/x scan"
+    assert said(PYTHON=str(tmp_path / "other"), DEVICE="cpu", OUT="/x") == expected
+
+
+def test_the_layers_are_ours_and_torchs() -> None:
+    timed, said = layers.contenders(layers.Case("gru", 4, 3, 5, packed=True), "shipped", "cpu")
+    assert list(timed) == ["torch.nn", *layers.RULES]
+    assert said.keys() == set(layers.RULES)
+    gradients = {name: work.backward(work.forward()) for name, work in timed.items()}
+    for a, b, other in zip(gradients["torch.nn"], gradients["bptt"], gradients["dsf"], strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.shape == other.shape
+    assert not torch.allclose(gradients["torch.nn"][0], gradients["dsf"][0], rtol=1e-2, atol=1e-3)
+    assert isinstance(layers.Case("lstm", 4, 3, 5).layer(sf, "cpu"), sf.LSTM)
