@@ -188,6 +188,11 @@ def test_under_autocast_the_layer_runs_in_its_dtype(stub: Stub) -> None:
     torch.testing.assert_close(y.float(), rnn(x)[0], atol=0.05, rtol=0.05)
 
 
+def test_another_dtype_raises() -> None:
+    with pytest.raises(ValueError, match=r"dtype of the weights, torch.float32, got torch.float64"):
+        run(module("gru"), "gru", torch.randn(5, 2, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_graph_of_a_compiled_layer_does_not_depend_on_the_length(packed: bool) -> None:
     """Without the stub: what counts is the operator."""

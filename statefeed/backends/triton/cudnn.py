@@ -43,8 +43,13 @@ def layer(
 
     Gradient: none; the backward pass of a rule follows it. ``exact`` is torch's own, differentiable.
 
+    Raises:
+        ValueError: x in another dtype than the weights, without autocast.
+
     Cost: one call of cuDNN, without its reserve space; one copy of the weights where they are in another layout.
     """
+    if dtype is None and x.dtype != weights[0].dtype:
+        raise ValueError(f"x must have the dtype of the weights, {weights[0].dtype}, got {x.dtype}: cast one of them")
     if dtype is not None and weights[0].dtype != torch.float64:
         x, state = x.to(dtype), [s.to(dtype) for s in state]
     y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
