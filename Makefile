@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow wheel interop format dist clean
+.PHONY: train test slow wheel interop measured format dist clean
 
 train: .venv/.installed-lm
 	$(BIN)/statefeed train recipes/quickstart.yaml
@@ -21,6 +21,14 @@ interop: .venv/.installed-interop
 
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
+
+# docs/measured.md, the figures in README.md, and the pictures that results/README.md shows, from the records alone.
+measured: .venv/.installed-lm
+	$(BIN)/statefeed report results --markdown=docs/measured.md
+	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md
+	mkdir -p build
+	$(BIN)/statefeed report results/runs --output=build/report.html --figures=build/figures
+	for figure in results/figures/*.svg; do cp build/figures/$${figure##*/} $$figure; done
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Puts the compiled kernels into the wheel where STATEFEED_WHEEL_TORCH names torch's folder; else the wheel is pure."""
+"""Adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder; otherwise the wheel is pure."""
 
 import importlib.util
 import os
@@ -17,17 +17,17 @@ class CustomBuildHook(BuildHookInterface):
         if not torch or version != "standard":
             return
         spec = importlib.util.spec_from_file_location("compile", Path(self.root) / "statefeed/native/compile.py")
-        compiling = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(compiling)
-        self.built = tempfile.TemporaryDirectory()
-        for variant in compiling.VARIANTS:
+        compile_module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(compile_module)
+        self.libraries = tempfile.TemporaryDirectory()
+        for variant in compile_module.VARIANTS:
             if variant.machine == platform.machine():
-                library = Path(self.built.name) / f"{variant.name}.so"
-                compiling.compile_library(library, Path(torch), [*variant.flags, "-s"])
+                library = Path(self.libraries.name) / f"{variant.name}.so"
+                compile_module.compile_library(library, Path(torch), [*variant.flags, "-s"])
                 build_data["force_include"][str(library)] = f"statefeed/native/prebuilt/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def finalize(self, *_: Any) -> None:
-        if hasattr(self, "built"):
-            self.built.cleanup()
+        if hasattr(self, "libraries"):
+            self.libraries.cleanup()

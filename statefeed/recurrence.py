@@ -228,9 +228,10 @@ def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tenso
     d_x = None
     for gradients in found:
         if gradients.x is not None:
-            d_x = gradients.x if d_x is None else d_x + gradients.x
+            # In the dtype of x, as autograd adds the gradients of two uses.
+            d_x = gradients.x.to(x.dtype) if d_x is None else d_x + gradients.x.to(x.dtype)
     d_tensors = [g for gradients in found for g in (*gradients.state, *gradients.weights)]
-    return None if d_x is None else d_x.to(x.dtype).view(x.shape), *d_tensors
+    return None if d_x is None else d_x.view(x.shape), *d_tensors
 
 
 def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: Upstream, needs_x: bool) -> Gradients:

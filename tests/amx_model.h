@@ -91,7 +91,9 @@ inline void store(int number, void* to, int64_t stride) {
 }
 
 // Denormals count as zero and become zero, whatever the thread's mode is.
-inline float flushed(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+inline float flushed(float value) {
+  return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
+}
 
 inline float number(const Tile& t, int row, int at) {  // a bfloat16 is the upper half of a float32
   uint16_t half;

@@ -1,11 +1,12 @@
-// Products of odd sizes, through the tiles of this CPU or their model, against loops in double over the same rounded numbers.
+// Products of odd sizes, through the tiles of this CPU or their model, against loops in double over the same bfloat16
+// values.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
 
-#include "../statefeed/backends/cpu/tiles.cc"
 #include "../statefeed/backends/cpu/bulk.h"
+#include "../statefeed/backends/cpu/tiles.cc"
 
 #if !defined(STATEFEED_AMX_MODEL)
 #include <sys/syscall.h>
@@ -31,7 +32,7 @@ Matrix normal(int64_t rows, int64_t columns) {
 }
 
 // To bfloat16, nearest even, by arithmetic.
-double rounded(float value) {
+double to_bf16(float value) {
   int power;
   const double part = std::frexp(static_cast<double>(value), &power);
   return std::ldexp(std::nearbyint(std::ldexp(part, 8)), power - 8);
@@ -39,17 +40,17 @@ double rounded(float value) {
 
 // What lies in memory must not matter: every buffer is full of NaN before it is used.
 Matrix nothing(int64_t count) { return Matrix(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
-template <class In, Use U>
-In* spoilt(int64_t count) {
-  In* memory = scratch<In, U>(count);
-  std::fill(memory, memory + count, static_cast<In>(0x7fc07fc0));
+template <class packed_t, Tag tag>
+packed_t* poisoned(int64_t count) {
+  packed_t* memory = workspace<packed_t, tag>(count);
+  std::fill(memory, memory + count, static_cast<packed_t>(0x7fc07fc0));
   return memory;
 }
 
 int failures = 0;
 
-void compare(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found, const std::vector<double>& sums,
-             const std::vector<double>& sizes) {
+void compare(const char* what, int64_t rows, int64_t depth, int64_t units, const Matrix& found,
+             const std::vector<double>& sums, const std::vector<double>& sizes) {
   for (size_t i = 0; i < sums.size(); ++i)
     if (!(std::abs(found[i] - sums[i]) <= 1e-6 * (1 + sizes[i]))) {
       std::printf("%s of %ld rows, depth %ld, %ld units: [%zu] is %.9g, not %.9g\n", what, static_cast<long>(rows),
@@ -66,7 +67,7 @@ void check(const char* what, int64_t rows, int64_t depth, int64_t units, const M
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < units; ++j)
       for (int64_t k = 0; k < depth; ++k) {
-        const double term = rounded(left(i, k)) * rounded(right(k, j));
+        const double term = to_bf16(left(i, k)) * to_bf16(right(k, j));
         sums[static_cast<size_t>(i * units + j)] += term, sizes[static_cast<size_t>(i * units + j)] += std::abs(term);
       }
   compare(what, rows, depth, units, found, sums, sizes);
@@ -80,20 +81,33 @@ void run(const Task& task) {
 template <class P>
 void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns) {
   const Matrix a = normal(rows, depth), w = normal(units, depth), bias = normal(1, units), start = normal(rows, units);
-  Packing<P> weights{w.data(), 1, units, depth, bulk_vectors, columns, nullptr};
-  weights.to = spoilt<typename P::In, Use::input_weights>(weights.size());
+  PackedWeights<P> weights{
+      .w = w.data(), .gates = 1, .units = units, .depth = depth, .vectors = bulk_vectors, .by_columns = columns};
+  weights.to = poisoned<typename P::packed_t, Tag::input_weights>(weights.size());
   run(weights);
-  spoilt<typename P::In, Use::rounded>((rows + 32) * (depth + 64));
+  poisoned<typename P::packed_t, Tag::packed_rows>((rows + 32) * (depth + 64));
   auto left = [&](int64_t i, int64_t k) { return a[i * depth + k]; };
   auto right = [&](int64_t k, int64_t j) { return columns ? w[k * units + j] : w[j * depth + k]; };
   Matrix out = nothing(rows * units);
-  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, nullptr, out.data(), false});
+  auto multiply = [&](const float* row, bool add) {
+    run(Product<P>{.rows = rows,
+                   .depth = depth,
+                   .units = units,
+                   .a_stride = depth,
+                   .out_stride = units,
+                   .a = a.data(),
+                   .packed = weights.to,
+                   .bias = row,
+                   .out = out.data(),
+                   .add = add});
+  };
+  multiply(nullptr, false);
   check(columns ? "product with columns" : "product", rows, depth, units, out, left, right);
-  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, bias.data(), out.data(), false});
+  multiply(bias.data(), false);
   for (int64_t i = 0; i < rows * units; ++i) out[i] -= bias[i % units];
   check("product and a bias", rows, depth, units, out, left, right);
   out = start;
-  run(Product<P>{rows, depth, units, depth, units, a.data(), weights.to, nullptr, out.data(), true});
+  multiply(nullptr, true);
   for (int64_t i = 0; i < rows * units; ++i) out[i] -= start[i];
   check("product added", rows, depth, units, out, left, right);
 }
@@ -101,17 +115,19 @@ void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns)
 template <class P>
 void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
   const Matrix d = normal(rows, units), x = normal(rows, inputs);
-  Matrix turned = nothing(inputs * units), out = nothing(units * inputs);
-  RowTiles<P> left{rows, inputs, x.data(), nullptr};
-  RowPanels<P> right{rows, units, units, d.data(), nullptr};
-  left.to = spoilt<typename P::In, Use::inputs>(left.size());
-  right.to = spoilt<typename P::In, Use::panels>(right.size());
+  Matrix transposed = nothing(inputs * units), out = nothing(units * inputs);
+  RowTiles<P> left{.rows = rows, .units = inputs, .from = x.data()};
+  RowPanels<P> right{.rows = rows, .units = units, .row_stride = units, .from = d.data()};
+  left.to = poisoned<typename P::packed_t, Tag::inputs>(left.size());
+  right.to = poisoned<typename P::packed_t, Tag::panels>(right.size());
   run(left);
   run(right);
-  run(RowProducts<P>{left, right, turned.data(), units, false});
-  run(Turning<float>{units, inputs, units, turned.data(), out.data()});
-  check("product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
-        [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
+  run(RowProducts<P>{.left = left, .right = right, .out = transposed.data(), .out_stride = units, .add = false});
+  run(Transpose<float>{
+      .units = units, .inputs = inputs, .stride = units, .from = transposed.data(), .out = out.data()});
+  check(
+      "product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
+      [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
 }
 
 // One tile as a step takes it: N gates of a vector of units.
@@ -120,25 +136,28 @@ void step(int64_t rows, int64_t depth) {
   constexpr int L = lanes<float>;
   const int64_t units = 2 * L - 3;
   const Matrix h = normal(rows, depth), w = normal(N * units, depth);
-  Packing<P> weights{w.data(), N, units, depth, 1, false, nullptr};
-  weights.to = spoilt<typename P::In, Use::hidden_weights>(weights.size());
+  PackedWeights<P> weights{
+      .w = w.data(), .gates = N, .units = units, .depth = depth, .vectors = 1, .by_columns = false};
+  weights.to = poisoned<typename P::packed_t, Tag::hidden_weights>(weights.size());
   run(weights);
-  spoilt<typename P::In, Use::rounded>((rows + 32) * (depth + 64));
+  poisoned<typename P::packed_t, Tag::packed_rows>((rows + 32) * (depth + 64));
   Matrix out = nothing(rows * N * units);
   alignas(64) float sum[tile_size<P, N>];
   int64_t stride = depth;
-  const typename P::In* from = P::rows(h.data(), rows, depth, stride);
+  const typename P::packed_t* from = P::pack_rows(h.data(), rows, depth, stride);
   for (int64_t p = 0; p < 2; ++p)
     for (int64_t first = 0, count; first < rows; first += count) {
       count = std::min<int64_t>(max_rows<P, N>, rows - first);
-      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel(), packed_depth<P>(depth), {sum, N * L});
+      tile_of<P, N>(count, from + first * stride, stride, weights.to + p * weights.panel_size(), packed_depth<P>(depth),
+                    {sum, N * L});
       for (int64_t i = 0; i < count; ++i)
         for (int g = 0; g < N; ++g)
           for (int64_t u = p * L; u < std::min<int64_t>(units, (p + 1) * L); ++u)
             out[(first + i) * N * units + g * units + u] = sum[(i * N + g) * L + u - p * L];
     }
-  check("step", rows, depth, N * units, out, [&](int64_t i, int64_t k) { return h[i * depth + k]; },
-        [&](int64_t k, int64_t j) { return w[j * depth + k]; });
+  check(
+      "step", rows, depth, N * units, out, [&](int64_t i, int64_t k) { return h[i * depth + k]; },
+      [&](int64_t k, int64_t j) { return w[j * depth + k]; });
 }
 
 }  // namespace
@@ -146,13 +165,13 @@ void step(int64_t rows, int64_t depth) {
 
 int main() {
   using namespace statefeed;
-  using P = RoundedFor<float>;
+  using P = Bf16For<float>;
 #if !defined(STATEFEED_AMX_MODEL)
   if (syscall(SYS_arch_prctl, 0x1023, 18)) return std::printf("Linux refuses the tiles\n");
   [[maybe_unused]] constexpr long amx_products = 0, amx_held = 0;
 #endif
   {
-    P::Held held;
+    P::TileConfigGuard guard;
     for (int64_t rows : {1, 15, 16, 17, 33, 70})
       for (int64_t depth : {1, 2, 31, 32, 33, 95}) {
         step<P, 2>(rows, depth), step<P, 3>(rows, depth), step<P, 4>(rows, depth);
@@ -163,6 +182,7 @@ int main() {
       for (int64_t rows : {1, 2, 31, 33, 383, 385, 800})
         for (int64_t inputs : {1, 17, 33}) rows_by_rows<P>(units, rows, inputs);
   }
-  std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products), static_cast<long>(amx_held));
+  std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products),
+              static_cast<long>(amx_held));
   return failures != 0;
 }

@@ -6,7 +6,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from statefeed.backends.triton import layer
+import statefeed.backends.triton.operators  # noqa: F401
+from statefeed.backends.triton.rules import RULES
 from statefeed.scan import chunks
 from statefeed.scan.triton import scan
 
@@ -34,34 +35,38 @@ def compiled(kernel, *args, grid, warmup, **constants):
 
 
 JITFunction.run = compiled
+operators = torch.ops.statefeed
 whole, GATES = chunks.steps, {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
-def backward(cell, rule, dtype, corrections=0, packed=True, cut=True, H=16):
+def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, reverse=False):
     """One backward pass on small tensors; nothing is computed but torch's products."""
-    chunks.steps = (lambda *_: 2) if cut else whole
+    chunks.steps = (lambda *_: 2) if chunked else whole
     T, B, states = 4, 2, 2 if cell == "lstm" else 1
     sizes = torch.tensor([2, 2, 1, 1]) if packed else None
-    shape = (6,) if packed else (T, B)
-    x, y, e = (torch.zeros(*shape, H, dtype=dtype) for _ in range(3))
+    x, y, e = (torch.zeros(6 if packed else T * B, H, dtype=dtype) for _ in range(3))
     state = tuple(torch.zeros(B, H, dtype=dtype) for _ in range(states))
     weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (H,), (), ())]
-    tape = layer.tape(cell, x, y, state, weights, sizes)
+    offsets = None if sizes is None else torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    saved = operators.triton_recompute(cell, x, y, state, weights, offsets, reverse, "ieee")
     if rule == "jacobian":
-        layer.mean_jacobian(cell, tape, y, weights[1])
-    D = torch.zeros(states * H) if rule == "stationary" else rule
-    layer.backward(cell, tape, x, y, state, weights, (e, *state), D, corrections)
+        operators.triton_mean_jacobian(cell, *saved, y, weights[1], B, offsets)
+    D = {"stationary": torch.zeros(states * H), "per_row": torch.zeros(saved[0].shape[0], states * H)}.get(rule)
+    operators.triton_backward(
+        cell, rule, *saved, x, y, state, weights, [e, *state], D, offsets, corrections, reverse, True, "ieee"
+    )
 
 
 for cell in GATES:
-    for rule in ("stationary", "gate", "jacobian")[:: 1 if cell in ("gru", "lstm") else 2]:
-        backward(cell, rule, torch.float32)
+    for rule in RULES if cell in ("gru", "lstm") else ("stationary", "jacobian"):
+        backward(cell, rule, torch.float32, reverse=rule == "per_row")
 for cell in ("rnn_tanh", "gru", "lstm"):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         backward(cell, "jacobian", dtype)
-    backward(cell, "jacobian", torch.bfloat16, packed=False, cut=False, H=3)
+    backward(cell, "jacobian", torch.bfloat16, packed=False, chunked=False, H=3)
+    backward(cell, "stationary", torch.bfloat16, packed=False, H=26)
 for cell in ("gru", "lstm"):
-    backward(cell, "gate", torch.float32, corrections=2, packed=False)
+    backward(cell, "direct", torch.float32, corrections=2, packed=False)
 for dtype in (torch.float32, torch.float64):
     chunks.steps = lambda *_: 2
     x = torch.zeros(4, 2, 16, dtype=dtype)

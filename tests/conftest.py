@@ -23,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 collect_ignore = ["compile_triton.py"]  # a script that a test runs
 
+ROOT = Path(__file__).parent.parent  # of the repository
+
 # Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "house")
 

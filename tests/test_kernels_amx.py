@@ -13,8 +13,7 @@ from test_kernels_layer import CELLS, Case
 from tolerances import largest_error
 from torch import Tensor
 
-from statefeed import native as kernels
-from statefeed.backends.cpu import layer
+from statefeed import native
 from statefeed.native import build, head
 from statefeed.native.compile import VARIANTS, compile_library
 
@@ -24,7 +23,7 @@ TORCH = Path(torch.__file__).parent
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
     pytest.skip("needs g++ on Linux for x86-64", allow_module_level=True)
-runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu(), reason="the model needs AVX512-BF16")
+runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu_flags(), reason="the model needs AVX512-BF16")
 
 
 @runs_the_model
@@ -38,7 +37,7 @@ def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> No
     assert products > 10_000
 
 
-@pytest.mark.skipif("amx_bf16" not in build._cpu(), reason="this CPU has no tiles")
+@pytest.mark.skipif("amx_bf16" not in build._cpu_flags(), reason="this CPU has no tiles")
 def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     program = tmp_path / "products"
     source = str(HERE / "amx_products.cc")
@@ -96,13 +95,13 @@ def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
 
 def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
     """A CPU that has all instruction sets, under a Linux that gives a process the tiles or refuses them."""
-    flags, read = " ".join(sorted(frozenset().union(*(v.needs for v in VARIANTS)))), Path.read_text
+    flags, read = " ".join(sorted(frozenset().union(*(v.required for v in VARIANTS)))), Path.read_text
 
     def read_text(path: Path, *arguments: str) -> str:
         return f"flags\t\t: {flags}\n" if path == Path("/proc/cpuinfo") else read(path, *arguments)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(build, "_may_use_tiles", lambda: permitted)
+    monkeypatch.setattr(build, "_tiles_permitted", lambda: permitted)
 
 
 @pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
@@ -115,7 +114,7 @@ def test_tiles_are_used_where_linux_gives_them(
     on_a_machine_with_tiles(monkeypatch, permitted)
     assert build._instruction_set() == best
     assert build._prebuilt() == tmp_path / f"{best}.so"
-    assert ("-U__AMX_BF16__" in build._native()) == (not permitted)
+    assert ("-U__AMX_BF16__" in build._machine_flags()) == (not permitted)
 
 
 def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +122,14 @@ def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch)
     for permitted in (True, False):
         with monkeypatch.context() as patch:
             on_a_machine_with_tiles(patch, permitted)
-            keys.add(build._key())
+            keys.add(build._cache_key())
     assert len(keys) == 2
 
 
 def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
     if "amx_tile" in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has tiles")
-    assert not build._may_use_tiles()
+    assert not build._tiles_permitted()
 
 
 # Whole layers ---------------------------------------------------------------------------------------------------------
@@ -141,9 +140,9 @@ import ctypes, sys, torch
 from pathlib import Path
 from statefeed.native import build
 build._prebuilt = lambda: Path(sys.argv[1])
-from test_kernels_amx import answers, kernels
+from test_kernels_amx import answers, native
 torch.save(answers(), sys.argv[2])
-assert kernels.described().startswith("the wheel's model")
+assert native.described().startswith("the wheel's model")
 loaded = ctypes.CDLL(sys.argv[1])
 print(*(ctypes.c_int64.in_dll(loaded, name).value for name in ("amx_products", "amx_held")))
 """
@@ -166,13 +165,13 @@ def answers() -> dict[str, Tensor]:
             ]:
                 case = Case(cell, 5, B, I, H, torch.float32)
                 fixed = torch.linspace(0, 0.9, H * case.states)
-                for rule, corrections in (("bptt", 0), (fixed, 0), ("gate", 1), ("jacobian", 2)):
+                for rule, corrections in (("exact", 0), (fixed, 0), ("direct", 1), ("jacobian", 2)):
                     name = rule if isinstance(rule, str) else "fixed"
-                    for key, value in case.run(rule, corrections, rounded=True).items():
+                    for key, value in case.run(rule, corrections, bf16=True).items():
                         found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
             found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
         for shape in SHAPES:
-            losses, grads = head.losses_and_gradients(*arguments(*shape), rounded=True)
+            losses, grads = head.losses_and_gradients(*arguments(*shape), bf16=True)
             for key, value in {"losses": losses, **grads._asdict()}.items():
                 found[f"head {shape}, {threads} threads: {key}"] = value.clone()
     return found
@@ -180,14 +179,8 @@ def answers() -> dict[str, Tensor]:
 
 def packed(cell: str) -> dict[str, Tensor]:
     """Sequences of many lengths, in several chunks."""
-    lengths = torch.tensor([60, 60, *range(45, 5, -1), 1, 1])
-    sizes = (lengths[None] > torch.arange(60)[:, None]).sum(1)
-    case = Case(cell, 60, len(lengths), 5, 35, torch.float32)
-    x, e = (torch.cat([v[t, :n] for t, n in enumerate(sizes)]) for v in (case.x, case.e))
-    y, final, tape = layer.forward(cell, x, case.state, case.weights, sizes, rounded=True)
-    grads = (e, *case.final_e)
-    d = layer.backward(cell, tape, x, y, case.state, case.weights, grads, "gate", 1, sizes, rounded=True)
-    return case.named(y, final, d.x, d.state, d.weights)
+    lengths = [60, 60, *range(45, 5, -1), 1, 1]
+    return Case(cell, 60, len(lengths), 5, 35, torch.float32).run_packed(lengths, "direct", 1, bf16=True)
 
 
 def objects(library: Path) -> set[str]:
@@ -198,7 +191,7 @@ def objects(library: Path) -> set[str]:
 
 @pytest.mark.slow
 @runs_the_model
-@pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 def test_layers_in_tiles_are_those_without(tmp_path: Path) -> None:
     """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
     library = tmp_path / "model.so"
@@ -222,5 +215,5 @@ def test_one_variant_holds_tile_instructions(tmp_path: Path) -> None:
         if variant.machine == "x86_64":
             library = tmp_path / f"{variant.name}.so"
             compile_library(library, TORCH, list(variant.flags))
-            expected = {"ldtilecfg", "tdpbf16ps", "tilerelease"} if "amx_bf16" in variant.needs else set()
+            expected = {"ldtilecfg", "tdpbf16ps", "tilerelease"} if "amx_bf16" in variant.required else set()
             assert objects(library) == expected, variant.name

@@ -10,10 +10,10 @@ import pytest
 PROGRAM = """
 import warnings
 import torch
-from statefeed import native as kernels
+from statefeed import native
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    first, second = kernels.available(), kernels.available()
+    first, second = native.available(), native.available()
 assert first == second
 print(first, len(caught), *(w.message for w in caught))
 """

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statefeed import native as kernels
+from statefeed import native
 from statefeed.native import head
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (48, 16, 32), (50, 17, 33), (385, 20, 600), (800, 65, 1031)]
 
@@ -26,25 +26,25 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> dict[str,
     return dict(zip(("losses", "x", "weight", "bias"), (losses.detach(), *grads), strict=True))
 
 
-def found(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rounded: bool = False) -> dict[str, Tensor]:
+def found(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool = False) -> dict[str, Tensor]:
     """Into memory full of NaN."""
     outputs = [torch.full_like(t, float("nan")) for t in (x[:, 0], x, weight, bias)]
-    torch.ops.statefeed.head_loss(rounded, x, weight, bias, targets, *outputs)
+    torch.ops.statefeed.head_loss(bf16, x, weight, bias, targets, *outputs)
     return dict(zip(("losses", "x", "weight", "bias"), outputs, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("rounded", "allowed"), [(False, 5e-6), (True, 2e-2)])
+@pytest.mark.parametrize(("bf16", "allowed"), [(False, 5e-6), (True, 2e-2)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_losses_and_gradients_are_those_of_all_logits_at_once(
-    shape: tuple[int, int, int], rounded: bool, allowed: float, threads: int
+    shape: tuple[int, int, int], bf16: bool, allowed: float, threads: int
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = found(*arguments(*shape), rounded)
-        again = found(*arguments(*shape), rounded)
-        alone = head.losses(*arguments(*shape), rounded)
+        result = found(*arguments(*shape), bf16)
+        again = found(*arguments(*shape), bf16)
+        alone = head.losses(*arguments(*shape), bf16)
     finally:
         torch.set_num_threads(before)
     for name, truth in exact(*arguments(*shape)).items():
@@ -86,7 +86,7 @@ def test_a_logit_that_is_no_number_makes_its_row_none() -> None:
 def test_a_target_outside_the_classes_is_named(wrong: int) -> None:
     x, weight, bias, targets = arguments(5, 3, 7)
     targets[2] = wrong
-    with pytest.raises(IndexError, match=f"7 classes, got .*{wrong}"):
+    with pytest.raises(IndexError, match=f"7 classes, got {wrong}"):
         head.losses(x, weight, bias, targets)
 
 

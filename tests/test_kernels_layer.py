@@ -1,4 +1,4 @@
-"""The fused kernels against the equations (oracles, float64) and against torch.nn."""
+"""The CPU backend against the equations (oracles, float64) and against torch.nn."""
 
 import os
 import subprocess
@@ -8,16 +8,20 @@ from collections.abc import Iterator
 import oracles
 import pytest
 import torch
-from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_same, largest_error
+from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, largest_error
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from statefeed import native as kernels
-from statefeed.backends.cpu import layer
+from statefeed import native
+from statefeed.backends import cpu
+from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream
+from statefeed.cells import CELLS as TABLE
+from statefeed.feedback.protocol import KernelRule
+from statefeed.layout import Layout
 from statefeed.native.memory import empty
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm"]
 ORACLE = {"rnn_tanh": "tanh", "rnn_relu": "relu", "gru": "gru", "lstm": "lstm"}
@@ -31,6 +35,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+def rule_of(diagonal: str | Tensor, corrections: int) -> KernelRule:
+    """From a kernel's name of a rule, a stationary diagonal (S,) or one per row (..., S)."""
+    if isinstance(diagonal, str):
+        return KernelRule(diagonal, None, corrections)
+    if diagonal.dim() == 1:
+        return KernelRule("stationary", diagonal, corrections)
+    return KernelRule("per_row", diagonal.flatten(0, -2), corrections)
 
 
 class Case:
@@ -73,13 +86,44 @@ class Case:
             y.detach(), tuple(f.detach() for f in final), d[0], d[1 : 1 + self.states], list(d[1 + self.states :])
         )
 
-    def run(self, diagonal: str | Tensor, corrections: int = 0, rounded: bool = False) -> dict[str, Tensor]:
-        y, final, tape = layer.forward(self.cell, self.x, self.state, self.weights, rounded=rounded)
-        found = layer.backward(
-            self.cell, tape, self.x, y, self.state, self.weights, (self.e, *self.final_e), diagonal, corrections,
-            rounded=rounded,
-        )  # fmt: skip
-        return self.named(y, final, found.x, found.state, found.weights)
+    def problem(self, x: Tensor | None = None, batch_sizes: Tensor | None = None, bf16: bool = False) -> Problem:
+        x, B = self.x if x is None else x, len(self.state[0])
+        layout = Layout(len(x), B) if batch_sizes is None else Layout(len(batch_sizes), B, batch_sizes)
+        dtype = torch.bfloat16 if bf16 else None
+        return Problem(TABLE[self.cell], x.flatten(0, -2), self.state, tuple(self.weights), layout, False, dtype)
+
+    def forward(self, bf16: bool = False) -> Forward:
+        return cpu.forward([self.problem(bf16=bf16)], True)[0]
+
+    def backward(self, done: Forward, rule: KernelRule, bf16: bool = False) -> Gradients:
+        upstream = Upstream(self.e.flatten(0, 1), self.final_e)
+        return cpu.backward(self.problem(bf16=bf16), done, upstream, rule, True)
+
+    def run(self, diagonal: str | Tensor, corrections: int = 0, bf16: bool = False) -> dict[str, Tensor]:
+        done = self.forward(bf16)
+        found = self.backward(done, rule_of(diagonal, corrections), bf16)
+        return self.named(done.y.view_as(self.e), done.final, found.x.view_as(self.x), found.state, list(found.weights))
+
+    def run_packed(
+        self, lengths: list[int], diagonal: str | Tensor, corrections: int, bf16: bool = False
+    ) -> dict[str, Tensor]:
+        """The same for sequences of these lengths, longest first; results in packed order."""
+        rows = [pack_sequence([v[:n, b] for b, n in enumerate(lengths)]) for v in (self.x, self.e)]
+        x, e = (packed.data for packed in rows)
+        if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
+            diagonal = pack_sequence([diagonal[:n, b] for b, n in enumerate(lengths)]).data[None]
+        problem = self.problem(x, rows[0].batch_sizes, bf16)
+        [done] = cpu.forward([problem], True)
+        found = cpu.backward(problem, done, Upstream(e, self.final_e), rule_of(diagonal, corrections), True)
+        return self.named(done.y, done.final, found.x, found.state, list(found.weights))
+
+    def alone(self, b: int, length: int) -> "Case":
+        """One sequence of the batch as a case of its own."""
+        case = object.__new__(Case)
+        case.cell, case.states, case.weights = self.cell, self.states, self.weights
+        case.x, case.e = self.x[:length, b : b + 1], self.e[:length, b : b + 1]
+        case.state, case.final_e = (tuple(v[b : b + 1] for v in p) for p in (self.state, self.final_e))
+        return case
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -90,14 +134,14 @@ class Case:
 @pytest.mark.usefixtures("threads")
 def test_exact_backward_is_as_accurate_as_torch(cell: str, T: int, B: int, I: int, H: int) -> None:
     case = Case(cell, T, B, I, H, torch.float32)
-    reference, found = case.exact(), case.run("bptt")
+    reference, found = case.exact(), case.run("exact")
     exact = case.cast(torch.float64).exact()
     assert_as_accurate(found, reference, exact)
-    assert_same(case.run("bptt"), exact)
+    assert_same(case.run("exact"), exact)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("diagonal", ["gate", "jacobian", "stationary"])
+@pytest.mark.parametrize("diagonal", ["direct", "jacobian", "stationary"])
 @pytest.mark.usefixtures("threads")
 def test_as_many_corrections_as_steps_are_exact(cell: str, diagonal: str) -> None:
     case = Case(cell, 9, 3, 5, 17, torch.float64)
@@ -119,21 +163,70 @@ def test_a_sequence_of_several_chunks_follows_the_equations(cell: str) -> None:
     compare_with_oracle(Case(cell, 41, 20, 1, 2, torch.float64), "dsf", 1)
 
 
+def expected_of(case: Case, diagonal: str | Tensor, corrections: int) -> dict[str, Tensor]:
+    """The oracle's gradients; ``diagonal`` as the oracle takes it."""
+    w = dict(zip(NAMES, case.weights, strict=False))
+    # The oracle takes one gradient per state and step; the final state's is that of the last.
+    e = torch.cat([case.e, torch.zeros_like(case.e)], -1)[..., : case.states * case.e.shape[-1]].clone()
+    e[-1] += torch.cat(case.final_e, -1)
+    return oracles.layer_gradients(ORACLE[case.cell], w, case.x, torch.cat(case.state, -1), e, (diagonal, corrections))
+
+
+def comparable(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    found["initial"] = torch.cat([found[f"initial {i}"] for i in range(case.states)], -1)
+    return {name: found[name] for name in expected}
+
+
 def compare_with_oracle(case: Case, diagonal: str, corrections: int) -> None:
     if diagonal == "gate" and case.cell.startswith("rnn"):
         pytest.skip("an RNN has no gate")
-    w = dict(zip(NAMES, case.weights, strict=False))
-    H = case.weights[1].shape[1]
-    # The oracle takes one gradient per state and step; the final state's is that of the last.
-    e = torch.cat([case.e, torch.zeros_like(case.e)], -1)[..., : case.states * H].clone()
-    e[-1] += torch.cat(case.final_e, -1)
-    expected = oracles.layer_gradients(
-        ORACLE[case.cell], w, case.x, torch.cat(case.state, -1), e, (diagonal, corrections)
-    )
-    rule = torch.linspace(0, 1, case.states * H, dtype=torch.float64) if diagonal == "dsf" else diagonal
-    found = case.run(rule, corrections)
-    found["initial"] = torch.cat([found[f"initial {i}"] for i in range(case.states)], -1)
-    assert_same({name: found[name] for name in expected}, expected, SAME_BY_CANCELLATION)
+    S = case.states * case.weights[1].shape[1]
+    expected = expected_of(case, diagonal, corrections)
+    rule = {"dsf": torch.linspace(0, 1, S, dtype=torch.float64), "gate": "direct"}.get(diagonal, diagonal)
+    assert_same(comparable(case, case.run(rule, corrections), expected), expected, SAME_BY_CANCELLATION)
+
+
+def rows_of_D(case: Case) -> Tensor:
+    """A diagonal that differs at every step, row and unit: (T, B, S)."""
+    shape = (*case.e.shape[:2], case.states * case.e.shape[2])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("corrections", [0, 1])
+@pytest.mark.usefixtures("threads")
+def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int) -> None:
+    case = Case(cell, 6, 4, 2, 3, torch.float64)
+    D = rows_of_D(case)
+    found, expected = case.run(D, corrections), expected_of(case, D, corrections)
+    assert_same(comparable(case, found, expected), expected, SAME_BY_CANCELLATION)
+    # One step too early, as an off-by-one in the kernel would have it.
+    assert_different(comparable(case, case.run(D.roll(-1, 0), corrections), expected), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("corrections", [0, 1])
+@pytest.mark.usefixtures("threads")
+def test_a_diagonal_per_row_follows_its_equations_where_sequences_end(cell: str, corrections: int) -> None:
+    case, lengths = Case(cell, 7, 4, 2, 3, torch.float64), [7, 4, 4, 1]
+    D = rows_of_D(case)
+    found = case.run_packed(lengths, D, corrections)
+    each = [expected_of(case.alone(b, n), D[:n, b : b + 1], corrections) for b, n in enumerate(lengths)]
+    expected = {name: sum(one[name] for one in each) for name in NAMES}
+    expected["x"] = pack_sequence([one["x"][:, 0] for one in each]).data
+    expected["initial"] = torch.cat([one["initial"] for one in each])
+    assert_same(comparable(case, found, expected), expected, SAME_BY_CANCELLATION)
+    # The rows of another sequence, as an offset of the dense layout would have it.
+    assert_different(comparable(case, case.run_packed(lengths, D.roll(1, 1), corrections), expected), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("threads")
+def test_a_diagonal_per_row_in_several_chunks_is_the_stationary_one(cell: str) -> None:
+    case = Case(cell, 60, 17, 5, 19, torch.float32)
+    D = torch.linspace(0, 0.9, 19 * case.states)
+    expected, found = case.run(D, 1), case.run(D.expand(60, 17, -1), 1)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -142,44 +235,34 @@ def test_mean_jacobian(cell: str) -> None:
     w = dict(zip(NAMES, case.weights, strict=False))
     states = oracles.run(ORACLE[cell], w, case.x, torch.cat(case.state, -1))
     expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
-    y, _, tape = layer.forward(cell, case.x, case.state, case.weights)
-    found = layer.mean_jacobian(cell, tape, y, case.state, case.weights[1])
-    assert_same({"mean": found}, {"mean": expected})
+    assert_same({"mean": cpu.mean_jacobian(case.problem(), case.forward())}, {"mean": expected})
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("diagonal", ["gate", "bptt", "stationary"])
+@pytest.mark.parametrize("diagonal", ["direct", "exact", "stationary"])
 @pytest.mark.usefixtures("threads")
 def test_packed_rows_are_their_sequences(cell: str, diagonal: str) -> None:
     lengths, H = [200, 90, 90, 3, 1], 6
     case = Case(cell, 200, 5, 4, H, torch.float64)
     rule = torch.linspace(0, 0.9, H * case.states, dtype=torch.float64) if diagonal == "stationary" else diagonal
-    packed, e = (pack_sequence([v[:n, b] for b, n in enumerate(lengths)]) for v in (case.x, case.e))
-    y, final, tape = layer.forward(cell, packed.data, case.state, case.weights, packed.batch_sizes)
-    grads, k = (e.data, *case.final_e), 1 if diagonal == "gate" else 0
-    found = layer.backward(
-        cell, tape, packed.data, y, case.state, case.weights, grads, rule, k, packed.batch_sizes
-    )  # fmt: skip
-    x, outputs, initial, ends, total = [], [], [], [], [torch.zeros_like(w) for w in case.weights]
-    for b, n in enumerate(lengths):
-        state = tuple(s[b : b + 1] for s in case.state)
-        alone = case.x[:n, b : b + 1]
-        y_b, final_b, tape_b = layer.forward(cell, alone, state, case.weights)
-        e_b = (case.e[:n, b : b + 1], *(g[b : b + 1] for g in case.final_e))
-        d = layer.backward(cell, tape_b, alone, y_b, state, case.weights, e_b, rule, k)
-        x.append(d.x[:, 0]), outputs.append(y_b[:, 0]), initial.append(d.state), ends.append(final_b)
-        total = [a + v for a, v in zip(total, d.weights, strict=True)]
-    expected = case.named(
-        pack_sequence(outputs).data, tuple(map(torch.cat, zip(*ends, strict=True))), pack_sequence(x).data,
-        tuple(map(torch.cat, zip(*initial, strict=True))), total,
-    )  # fmt: skip
-    assert_same(case.named(y, final, found.x, found.state, found.weights), expected, SAME_BY_CANCELLATION)
+    k = 1 if diagonal == "direct" else 0
+    found = case.run_packed(lengths, rule, k)
+    each = [case.alone(b, n).run(rule, k) for b, n in enumerate(lengths)]
+    expected = {
+        name: pack_sequence([one[name][:, 0] for one in each]).data
+        if name in ("x", "y")
+        else sum(one[name] for one in each)
+        if name in NAMES
+        else torch.cat([one[name] for one in each])
+        for name in found
+    }
+    assert_same(found, expected, SAME_BY_CANCELLATION)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0)])
 def test_nothing_in_nothing_out(cell: str, T: int, B: int) -> None:
-    found = Case(cell, T, B, 2, 3, torch.float32).run("gate", 1)
+    found = Case(cell, T, B, 2, 3, torch.float32).run("direct", 1)
     assert found["y"].shape == (T, B, 3)
     assert all(not found[name].any() for name in NAMES)
     assert found["final 0"].shape == (B, 3)
@@ -188,33 +271,33 @@ def test_nothing_in_nothing_out(cell: str, T: int, B: int) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_strided_inputs(cell: str) -> None:
     case = Case(cell, 5, 3, 4, 7, torch.float64)
-    expected = case.run("gate", 1)
+    expected = case.run("direct", 1)
     case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
     case.e = torch.stack([case.e, case.e], -1)[..., 0]
     case.weights = [torch.stack([w, w])[1] if w.dim() == 1 else w.T.contiguous().T for w in case.weights]
-    assert_same(case.run("gate", 1), expected)
+    assert_same(case.run("direct", 1), expected)
 
 
 def test_what_lies_in_memory_does_not_matter() -> None:
     case = Case("gru", 64, 32, 64, 64, torch.float32)
-    expected = case.run("gate", 1)
+    expected = case.run("direct", 1)
     buffers = [empty(64 * 32, width, case.x) for width in (64, 64, 64, 64, 192, 192)]
     for buffer in buffers:
         buffer.fill_(float("nan"))
     del buffers, buffer
-    assert_same(case.run("gate", 1), expected, 1e-5)
+    assert_same(case.run("direct", 1), expected, 1e-5)
 
 
 @pytest.mark.usefixtures("threads")
 def test_denormals_count_outside() -> None:
-    Case("gru", 4, 64, 64, 64, torch.float32).run("gate")
+    Case("gru", 4, 64, 64, 64, torch.float32).run("direct")
     assert (torch.full((100_000,), 1e-39) * 1.0).count_nonzero() == 100_000
 
 
 def test_nan_reaches_the_output() -> None:
     case = Case("lstm", 3, 2, 4, 5, torch.float32)
     case.x[1, 0, 0] = float("nan")
-    y, _, _ = layer.forward("lstm", case.x, case.state, case.weights)
+    y = case.forward().y.view_as(case.e)
     assert y[1:, 0].isnan().all()
     assert not y[:, 1].isnan().any()
 
@@ -223,7 +306,7 @@ def test_nan_reaches_the_output() -> None:
 def test_extreme_activations(cell: str) -> None:
     case = Case(cell, 3, 2, 4, 5, torch.float32)
     case.x *= 1e4
-    reference, found = case.exact(), case.run("bptt")
+    reference, found = case.exact(), case.run("exact")
     assert all(v.isfinite().all() for v in found.values())
     exact = case.cast(torch.float64).exact()
     assert_as_accurate({"y": found["y"]}, {"y": reference["y"]}, {"y": exact["y"]})
@@ -234,7 +317,7 @@ def test_extreme_activations(cell: str) -> None:
 @pytest.mark.usefixtures("threads")
 def test_bfloat16_products_lose_no_more_than_bfloat16_does(cell: str, H: int) -> None:
     case = Case(cell, 17, 19, 5, H, torch.float32)
-    found, exact = case.run("gate", 1, rounded=True), case.run("gate", 1)
+    found, exact = case.run("direct", 1, bf16=True), case.run("direct", 1)
     names = ["y"] if cell == "rnn_relu" else list(exact)  # a slope of 0 or 1 may flip
     worst, name = largest_error({n: found[n] for n in names}, {n: exact[n] for n in names})
     assert worst < (0.1 if cell == "rnn_relu" else 0.05), f"{name}: {worst:.1e}"
@@ -243,32 +326,32 @@ def test_bfloat16_products_lose_no_more_than_bfloat16_does(cell: str, H: int) ->
 def test_operators_pass_opcheck() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     rows, h0, hidden = case.x.reshape(6, 4), case.state[0], torch.zeros(5)
-    tape, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
-    arguments = (False, rows, *case.weights[:2], torch.zeros(15), hidden, h0, None, *tape, y, None)
-    torch.library.opcheck(torch.ops.statefeed.layer_forward.default, (0, *arguments))
+    saved, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
+    arguments = (False, rows, *case.weights[:2], torch.zeros(15), hidden, h0, None, *saved, y, None)
+    torch.library.opcheck(torch.ops.statefeed.layer_forward.default, ("gru", *arguments))
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,
-        (0, False, 0, False, 0, rows, *case.weights[:2], *tape, y, h0, None, case.e.reshape(6, 5), torch.zeros(2, 5),
-         hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
+        ("gru", "stationary", 0, False, rows, *case.weights[:2], *saved, y, h0, None, case.e.reshape(6, 5),
+         torch.zeros(2, 5), hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
          torch.zeros(4, 5), None),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.statefeed.sum_jacobians.default,
-        (0, *tape, y, h0, None, torch.zeros(3, 5), None, torch.zeros(5)),
+        ("gru", *saved, y, h0, None, torch.zeros(3, 5), None, torch.zeros(5)),
     )
 
 
 class Outputs(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         case = Case("gru", 4, 64, 64, 64, torch.float32)
-        return layer.forward("gru", case.x, case.state, case.weights)[0]
+        return case.forward().y
 
     def __len__(self) -> int:
         return 2
 
 
 def test_a_forked_worker_does_not_hang() -> None:
-    Case("gru", 4, 64, 64, 64, torch.float32).run("gate")
+    Case("gru", 4, 64, 64, 64, torch.float32).run("direct")
     here = Outputs()[0]
     for there in DataLoader(Outputs(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=30):
         assert_same({"y": there}, {"y": here}, 1e-5)
@@ -281,7 +364,7 @@ if sys.argv[1] == "late":
 torch.set_num_threads(2)
 torch.manual_seed(0)
 layer, x = sf.GRU(96, 96, feedback="gate+1"), torch.randn(40, 32, 96)
-for _ in range(20):  # past the point where the kernels take the machine for crowded
+for _ in range(20):  # past the point where the guard takes the machine for oversubscribed
     layer.zero_grad()
     layer(x)[0].square().sum().backward()
     print(hashlib.sha256(b"".join(p.grad.numpy().tobytes() for p in layer.parameters())).hexdigest())

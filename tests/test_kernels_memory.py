@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
-from statefeed import native as kernels
+from statefeed import native
 from statefeed.native import memory
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 
 def results() -> list[Tensor]:

@@ -25,10 +25,12 @@ from statefeed.layout import Layout
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from statefeed.backends.triton import layer, reverse  # noqa: E402
+from statefeed.backends.triton import reverse  # noqa: E402
+from statefeed.backends.triton.cells import CELLS as KERNELS  # noqa: E402
 from statefeed.scan import chunks  # noqa: E402
-from statefeed.scan.triton import cell_states, scan  # noqa: E402
+from statefeed.scan.triton import scan  # noqa: E402
 
+BACKEND = BACKENDS["triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Only the interpreter takes another function in the place of a kernel's, and CPU tensors.
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="in Triton's interpreter alone")
@@ -37,6 +39,9 @@ pytestmark = [
     pytest.mark.usefixtures("ieee_float32"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
+
+# The interpreter computes with NumPy, which warns where a GPU does not.
+OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture
@@ -68,18 +73,26 @@ class Case(test_kernels_layer.Case):
         diagonal: str | Tensor,
         corrections: int = 0,
         batch_sizes: Tensor | None = None,
+        reverse: bool = False,
     ) -> dict[str, Tensor]:
+        problem, e, final_e = self.problem(batch_sizes, reverse)
+        D = diagonal.to(DEVICE) if isinstance(diagonal, Tensor) else None
+        name = "direct" if diagonal == "gate" else diagonal
+        rule = KernelRule(str(name) if D is None else ("stationary", "per_row")[D.dim() - 1], D, corrections)
+        done = BACKEND.recompute(problem, BACKEND.forward([problem], True)[0])
+        found = BACKEND.backward(problem, done, Upstream(e.reshape(-1, e.shape[-1]), final_e), rule, True)
+        y, d_x = done.y.view(e.shape), found.x.view(self.x.shape)
+        named = self.named(y, done.final, d_x, found.state, list(found.weights))
+        return {name: value.cpu() for name, value in named.items()}
+
+    def problem(
+        self, batch_sizes: Tensor | None = None, reverse: bool = False
+    ) -> tuple[Problem, Tensor, tuple[Tensor, ...]]:
         x, e, *rest = (v.to(DEVICE) for v in (self.x, self.e, *self.state, *self.final_e, *self.weights))
         state, final_e, w = rest[: self.states], rest[self.states : 2 * self.states], rest[2 * self.states :]
         layout = Layout(len(x) if batch_sizes is None else len(batch_sizes), len(state[0]), batch_sizes)
-        rows, contiguous = x.reshape(-1, x.shape[-1]), tuple(s.contiguous() for s in state)  # cuDNN takes no others
-        y, final, _ = reference.forward([Problem(TABLE[self.cell], rows, contiguous, tuple(w), layout)], True)[0]
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        tape = layer.tape(self.cell, x, y, tuple(state), w, batch_sizes)
-        D = diagonal.to(DEVICE) if isinstance(diagonal, Tensor) else diagonal
-        found = layer.backward(self.cell, tape, x, y, tuple(state), w, (e, *final_e), D, corrections)
-        named = self.named(y, final, found.x, found.state, found.weights)
-        return {name: value.cpu() for name, value in named.items()}
+        rows = x.reshape(-1, x.shape[-1])
+        return Problem(TABLE[self.cell], rows, tuple(state), tuple(w), layout, reverse), e, tuple(final_e)
 
     def reference(self, rule: str, corrections: int) -> dict[str, Tensor]:
         T, B = self.x.shape[:2]
@@ -114,6 +127,62 @@ def ramp(case: Case) -> Tensor:
 def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: bool) -> None:
     for rule in rules_of(cell):
         compare_with_oracle(Case(cell, 5, 2, 2, 3, torch.float64, bias), rule, corrections)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("corrections", [0, 1])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("either", "nan_in_new_memory")
+def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, reverse: bool) -> None:
+    case = Case(cell, 5, 2, 2, 3, torch.float64)
+    D = torch.rand(5, 2, 3 * case.states, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w, order = dict(zip(NAMES, case.weights, strict=False)), (lambda rows: rows.flip(0)) if reverse else (lambda r: r)
+    e = torch.cat([order(case.e), torch.zeros_like(case.e)], -1)[..., : 3 * case.states].clone()
+    e[-1] += torch.cat(case.final_e, -1)
+    initial = torch.cat(case.state, -1)
+    expected = oracles.layer_gradients(ORACLE[cell], w, order(case.x), initial, e, (order(D), corrections))
+    expected["x"] = order(expected["x"])
+    found = case.run(D.flatten(0, 1), corrections, reverse=reverse)
+    found["initial"] = torch.cat([found[f"initial {i}"] for i in range(case.states)], -1)
+    assert_same({name: found[name] for name in expected}, expected, SAME_BY_CANCELLATION)
+    shifted = oracles.layer_gradients(ORACLE[cell], w, order(case.x), initial, e, (order(D).roll(1, 0), corrections))
+    assert_different({"x": found["x"]}, {"x": order(shifted["x"])})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.usefixtures("either", "nan_in_new_memory")
+def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, packed: bool) -> None:
+    case = Case(cell, 6, 3, 2, 3, torch.float64)
+    batch_sizes = torch.tensor([3, 3, 2, 1, 1, 1]) if packed else None
+    if packed:
+        case.x, case.e = case.x.flatten(0, 1)[:11], case.e.flatten(0, 1)[:11]
+    layout = Layout(6, 3, batch_sizes)
+    rule = "gate" if cell in GATES else "jacobian"
+    found = case.run(rule, 1, batch_sizes, reverse=True)
+    for name in ("x", "e"):
+        rows = getattr(case, name)
+        setattr(case, name, layout.reverse(rows.reshape(-1, rows.shape[-1])).view(rows.shape))
+    expected = case.run(rule, 1, batch_sizes)
+    for name in ("x", "y"):
+        rows = expected[name]
+        expected[name] = layout.reverse(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("cut")
+@OVERFLOWS
+def test_a_chunk_whose_product_overflows_passes_a_carry_of_zero(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(cell, 7, 2, 2, 3, torch.float32)
+    # Two steps of a chunk multiply to infinity; no step before the last one that is processed has a gradient.
+    case.e[1:], case.final_e = 0, tuple(torch.zeros_like(v) for v in case.final_e)
+    D = torch.full((3 * case.states,), 1e20)
+    found = case.run(D)
+    monkeypatch.setattr(chunks, "steps", lambda T, *_: T)
+    expected = case.run(D)
+    assert all(v.isfinite().all() for v in expected.values())
+    assert_same(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -207,11 +276,8 @@ def test_mean_jacobian(cell: str) -> None:
     w = dict(zip(NAMES, case.weights, strict=False))
     states = oracles.run(ORACLE[cell], w, case.x, torch.cat(case.state, -1))
     expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
-    x, *rest = (v.to(DEVICE) for v in (case.x, *case.state, *case.weights))
-    state, weights = tuple(rest[: case.states]), rest[case.states :]
-    problem = Problem(TABLE[cell], x.flatten(0, 1), state, tuple(weights), Layout(*x.shape[:2]))
-    y = reference.forward([problem], True)[0].y.view(*x.shape[:2], -1)
-    found = layer.mean_jacobian(cell, layer.tape(cell, x, y, state, weights), y, weights[1])
+    problem, *_ = case.problem()
+    found = BACKEND.mean_jacobian(problem, BACKEND.recompute(problem, BACKEND.forward([problem], True)[0]))
     assert_same({"mean": found.cpu()}, {"mean": expected})
 
 
@@ -220,10 +286,11 @@ def test_mean_jacobian(cell: str) -> None:
 @pytest.mark.usefixtures("cut")
 def test_planted_errors_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong.startswith("the carries"):
-        monkeypatch.setattr(reverse, "summarise", {(1, 3): lambda *arguments, **_: arguments[7].zero_()})
+        monkeypatch.setattr(reverse, "summarize", {(1, 3): lambda *arguments, **_: arguments[10].zero_()})
     elif wrong.startswith("a local"):
-        right = reverse.factors
-        monkeypatch.setattr(reverse, "factors", lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+        right = KERNELS["gru"].local
+        halved = KERNELS["gru"]._replace(local=lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+        monkeypatch.setitem(KERNELS, "gru", halved)
     else:
         right = reverse.row_at
         monkeypatch.setattr(
@@ -250,6 +317,25 @@ def test_scan_solves_the_recurrence(reverse: bool, varying: bool) -> None:
         assert_same({"y": found.cpu()}, {"y": oracles.scan(x, a, reverse, start)})
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("cut")
+@OVERFLOWS
+def test_a_scan_whose_products_overflow_is_finite_where_the_states_are(
+    reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, a = torch.zeros(9, 2, 3, device=DEVICE), torch.full((9, 2, 3), 1e20, device=DEVICE)
+    x[0 if reverse else -1] = 1.0
+    assert_same({"y": scan(x, a, None, reverse).cpu()}, {"y": x.cpu()})
+    # A product that overflowed and then meets a factor of zero is zero: steps three to five are one chunk.
+    monkeypatch.setattr(chunks, "steps", lambda *_: 3)
+    order = (lambda rows: rows.flip(0)) if reverse else (lambda rows: rows)
+    x[:], a[:] = 0, 1
+    order_of_a = torch.tensor([1, 1, 1, 1e20, 1e20, 0, 1, 1, 1], device=DEVICE)
+    a[:], x[8 if reverse else 0] = order(order_of_a)[:, None, None], 1e-30
+    expected = oracles.scan(x.double().cpu(), a.double().cpu(), reverse)
+    assert_same({"y": scan(x, a, None, reverse).cpu()}, {"y": expected.float()}, 1e-6)
+
+
 @pytest.mark.usefixtures("cut")
 def test_scan_tells_wrong_recurrences_apart() -> None:
     x, a = torch.ones(7, 2, 3, device=DEVICE, dtype=torch.float64), torch.full((3,), 0.9, device=DEVICE)
@@ -263,9 +349,8 @@ def test_an_lstms_cell_states_are_recovered() -> None:
     case = Case("lstm", 5, 3, 2, 4, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
     states = oracles.run("lstm", w, case.x, torch.cat(case.state, -1))
-    h = states[:-1, :, :4]
-    gates = case.x @ w["weight_ih"].T + w["bias_ih"] + h @ w["weight_hh"].T + w["bias_hh"]
-    found = cell_states(gates.flatten(0, 1).to(DEVICE), case.state[1].to(DEVICE), None)
+    problem, *_ = case.problem()
+    found = BACKEND.recompute(problem, BACKEND.forward([problem], True)[0]).saved[2]
     assert_same({"c": found.cpu().view(5, 3, 4)}, {"c": states[:-1, :, 4:]})
 
 
@@ -329,20 +414,24 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
     torch.testing.assert_close(found, expected)
 
 
-def test_operators_pass_opcheck() -> None:
-    rows, gates, state = (torch.randn(6, width, device=DEVICE) for width in (4, 12, 4))
-    own, final, first, sums = (torch.zeros(n, 4, device=DEVICE) for n in (4, 2, 2, 8))
-    scanned = (rows.view(3, 2, 4), rows[0], None, None, torch.zeros(3, 2, 4, device=DEVICE), 3, 4, False, False)
-    torch.library.opcheck(torch.ops.statefeed.triton_scan.default, scanned)
-    pass_of = (gates, rows, state, None, own)
-    written = (torch.empty(6, 4, device=DEVICE), False, True, torch.empty_like(gates), torch.empty_like(rows))
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_pass_opcheck(cell: str) -> None:
+    case = Case(cell, 3, 2, 4, 4, torch.float32)
+    shapes = (case.x.flatten(0, 1), case.e.flatten(0, 1), *case.state, *case.weights)
+    x, e, *rest = (v.to(DEVICE) for v in shapes)
+    state, weights = rest[: case.states], rest[case.states :]
+    y = torch.tanh(e)
+    operators = torch.ops.statefeed
+    inputs = (cell, x, y, state, weights, None, False, "ieee")
+    torch.library.opcheck(operators.triton_recompute.default, inputs)
+    saved = operators.triton_recompute(*inputs)
+    torch.library.opcheck(operators.triton_mean_jacobian.default, (cell, *saved, y, weights[1], 2, None))
+    D = torch.zeros(4 * case.states, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.statefeed.triton_reverse.default,
-        ("gru", "gate", *pass_of, rows, final, *written, sums.view(2, 4, 4), first, 3, 2),
+        operators.triton_backward.default,
+        (cell, "stationary", *saved, x, y, state, weights, [e, *state], D, None, 1, False, True, "ieee"),
     )
-    torch.library.opcheck(
-        torch.ops.statefeed.triton_sum_jacobians.default, ("gru", *pass_of, sums[:2].view(2, 1, 4), 3, 2)
-    )
+    torch.library.opcheck(operators.triton_scan.default, (x, x[0], None, False))
 
 
 @pytest.mark.gpu
@@ -389,5 +478,7 @@ def test_every_launch_compiles_for_a100_and_h100() -> None:
     assert done.returncode == 0, done.stderr
     kernels = set(done.stdout.split())
     assert {
-        f"{name}:sm_{arch}" for name in ("run", "summarise", "add_jacobians", "_run", "_summarise") for arch in (80, 90)
+        f"{name}:sm_{arch}"
+        for name in ("run", "summarize", "add_jacobians", "_run", "_summarize", "_gather")
+        for arch in (80, 90)
     } <= kernels

@@ -1,4 +1,4 @@
-"""Owns the command line: its commands by name; every mistake is one sentence and exit code 2."""
+"""The command line: its commands by name; every user error is one sentence and exit code 2."""
 
 import ctypes
 import os
@@ -13,18 +13,21 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from statefeed.lm import batches, cache, checkpoint, compare, config, corpora, report
-from statefeed.lm.config import UsageError, require
-from statefeed.lm.device import chosen
-from statefeed.lm.endings import Diverged, Interrupted, Lost, Refused
-from statefeed.lm.evaluate import score
-from statefeed.lm.generate import generate
-from statefeed.lm.train import train
+from statefeed.lm import recipe as recipes
+from statefeed.lm.compare import compare, report
+from statefeed.lm.data import batches, cache, corpora
+from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError, require
+from statefeed.lm.run import folder as run_folder
+from statefeed.lm.run.device import resolve_device
+from statefeed.lm.run.evaluate import score
+from statefeed.lm.run.files import CONFIG
+from statefeed.lm.run.generate import generate
+from statefeed.lm.run.train import train
 
 USAGE = """usage: statefeed COMMAND ...
 
   statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
-  statefeed train [RECIPE.yaml|RUN] --resume [...]            go on with the run in run.dir, or in the folder RUN
+  statefeed train [RECIPE.yaml|RUN] --resume [...]            resume the run in run.dir, or in the folder RUN
   statefeed evaluate RUN [--split=test]                       score a run on a split
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
   statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
@@ -43,9 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the words after `statefeed`.
 
     Returns:
-        The exit code: 0; 1 when training diverged or another process of the job ended; 2 for a mistake of the user's,
-        a full disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C, or when nobody reads
-        what it prints.
+        The exit code: 0; 1 when training diverged or another process of the job ended; 2 for a user error, a full
+        disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C, or when the reader of its
+        output has closed it.
     """
     commands = {
         "train": _train,
@@ -66,23 +69,21 @@ def main(arguments: Sequence[str]) -> int:
             commands[arguments[0]](arguments[1:])
         sys.stdout.flush()
     except UsageError as error:
-        return _tell(str(error), 2)
-    except Refused:
-        return 2
-    except BrokenPipeError:  # as in `statefeed corpora | head`: nobody reads on, which is no mistake
+        return 2 if error.reported else _report(str(error), 2)
+    except BrokenPipeError:  # as in `statefeed corpora | head`: the reader has closed it, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         return 128 + signal.SIGPIPE
     except OSError as error:
-        return _tell(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
+        return _report(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
     except Diverged as error:
-        return _tell(str(error), 1)
-    except Lost as error:
+        return _report(str(error), 1)
+    except PeerLost as error:
         print(f"statefeed: {error}", file=sys.stderr)  # by every process that is left
         return 1
     except Interrupted as error:
-        return _tell(str(error), 128 + error.number)
+        return _report(str(error), 128 + error.number)
     except KeyboardInterrupt as error:
-        return _tell(str(error) or "interrupted", 130)
+        return _report(str(error) or "interrupted", 130)
     return 0
 
 
@@ -90,7 +91,8 @@ def own_process() -> None:
     """Set this process up for training; for the command line alone, since it changes the whole process.
 
     Denormals become zero: weights that decay without ever being used would slow every product they enter. Under glibc
-    large blocks stay in the heap: by default every large temporary is mapped and unmapped anew, one page fault a page.
+    large blocks stay in the heap: by default every large temporary is mapped and unmapped each time, with a
+    fault for every page.
     """
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
@@ -99,39 +101,39 @@ def own_process() -> None:
             libc.mallopt(parameter, 1 << 30)
 
 
-def _tell(sentence: str, code: int) -> int:
-    """Say why, once for all processes of a job, since what stops one stops all."""
+def _report(sentence: str, code: int) -> int:
+    """Print why, once for all processes of a job, since what stops one stops all."""
     if os.environ.get("RANK", "0") == "0":
         print(f"statefeed: {sentence}", file=sys.stderr)
     return code
 
 
 def _train(arguments: Sequence[str]) -> None:
-    flags = config.parser("statefeed train")
+    flags = recipes.parser("statefeed train")
     flags.add_argument(
         "recipe", nargs="?", help="YAML file of these keys; flags override it; with --resume it may be a run folder"
     )
-    flags.add_argument("--resume", action="store_true", help="go on with the run in run.dir as if it had never stopped")
+    flags.add_argument("--resume", action="store_true", help="resume the run in run.dir, bit for bit")
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
-    values = config.parse(flags, arguments)
+    values = recipes.parse(flags, arguments)
     path = None if values.recipe is None else Path(values.recipe)
     if values.resume and (path is None or path.is_dir()):
         folder = path or Path(values.run.dir)
-        if not (folder / checkpoint.CONFIG).is_file():
-            raise UsageError(f"{folder} holds no run to go on with: name its folder, or the recipe to begin with")
-        here = [f"--run.dir={folder}"]  # the folder may have been moved
-        values = config.parse(flags, [*config.recipe_flags(folder / checkpoint.CONFIG), *arguments, *here])
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"{folder} holds no run to resume: name its folder, or the recipe to begin with")
+        # The folder may have been moved since.
+        values = recipes.parse(flags, [*arguments, f"--run.dir={folder}"], folder / CONFIG)
     elif path is not None:
         if values.resume and not path.exists():
-            raise UsageError(f"there is no run folder or recipe {path} to go on with")
-        if (path / checkpoint.CONFIG).is_file():
-            raise UsageError(f"{path} is the folder of a run: go on with it by --resume")
-        values = config.parse(flags, [*config.recipe_flags(path), *arguments])
-    recipe = config.build(values)
+            raise UsageError(f"there is no run folder or recipe {path} to resume")
+        if (path / CONFIG).is_file():
+            raise UsageError(f"{path} is the folder of a run: resume it with --resume")
+        values = recipes.parse(flags, arguments, path)
+    config = recipes.build(values)
     if values.print_config:
-        print(recipe.to_yaml(), end="")
+        print(config.to_yaml(), end="")
     else:
-        train(recipe, values.resume)
+        train(config, values.resume)
 
 
 def _run_parser(command: str) -> ArgumentParser:
@@ -144,13 +146,13 @@ def _run_parser(command: str) -> ArgumentParser:
 def _evaluate(arguments: Sequence[str]) -> None:
     flags = _run_parser("evaluate")
     flags.add_argument("--split", type=Literal["train", "valid", "test"], default="valid", help="what to score")
-    values = config.parse(flags, arguments)
-    device = chosen(values.device, "--device")
-    run = checkpoint.load(Path(values.run))
+    values = recipes.parse(flags, arguments)
+    device = resolve_device(values.device, "--device")
+    run = run_folder.load(Path(values.run))
     corpus = corpora.read(run.config.data)
     if values.split not in corpus.splits:
         raise UsageError(f"{corpus.name} has no {values.split} split, only {' and '.join(corpus.splits)}")
-    recorded = run.record["splits"].get(values.split, {}).get("sha256")
+    recorded = run.metadata["splits"].get(values.split, {}).get("sha256")
     if recorded not in (None, corpus.digests[values.split]):
         raise UsageError(
             f"the {values.split} split of {corpus.name} is not the text of the run: expected sha256 "
@@ -163,22 +165,22 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _generate(arguments: Sequence[str]) -> None:
     flags = _run_parser("generate")
-    flags.add_argument("--prompt", type=str, default="\n", help="text to go on from")
+    flags.add_argument("--prompt", type=str, default="\n", help="text to continue")
     flags.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
-    flags.add_argument("--temperature", type=float, default=1.0, help="below 1 is safer, above 1 wilder")
+    flags.add_argument("--temperature", type=float, default=1.0, help="lower: more deterministic; higher: more diverse")
     flags.add_argument("--top-k", type=int | None, default=None, help="sample from the k likeliest tokens only")
     flags.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
     flags.add_argument("--seed", type=int, default=1, help="the same seed gives the same text")
-    values = config.parse(flags, arguments)
+    values = recipes.parse(flags, arguments)
     require(values.tokens >= 1, "--tokens must be at least 1", values.tokens)
     require(0 < values.temperature < float("inf"), "--temperature must be positive", values.temperature)
     require(values.top_k is None or values.top_k >= 1, "--top-k must be at least 1", values.top_k)
     require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
     require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
-    device = chosen(values.device, "--device")
-    run = checkpoint.load(Path(values.run))
+    device = resolve_device(values.device, "--device")
+    run = run_folder.load(Path(values.run))
     outside = run.tokenizer.unknown(values.prompt)
     if outside is not None:
         kind = run.config.data.tokens
@@ -204,12 +206,11 @@ def _corpora(arguments: Sequence[str]) -> None:
             print(textwrap.fill(what, 100, initial_indent=f"{name:10}", subsequent_indent=10 * " "))
         print("\nFiles may be plain, .gz or .xz. `statefeed corpora --data.corpus=ptb --data.path=FOLDER` reads one.")
         return
-    flags = config.parser("statefeed corpora")
+    flags = recipes.parser("statefeed corpora")
     flags.add_argument("recipe", nargs="?", help="YAML file of these keys, of which data counts; flags override it")
-    values = config.parse(flags, arguments)
-    if values.recipe is not None:
-        values = config.parse(flags, [*config.recipe_flags(values.recipe), *arguments])
-    data = config.build(values).data
+    values = recipes.parse(flags, arguments)
+    values = recipes.parse(flags, arguments, values.recipe)
+    data = recipes.build(values).data
     corpus = corpora.read(data)
     tokenizer = cache.tokenizer(data, corpus.splits)
     print(f"{corpus.name}: {tokenizer.size:,} types of {data.tokens} tokens")

@@ -1,41 +1,6 @@
-"""Owns what a record says of where it comes from: the commit of the package and the processor."""
+"""The name by which the benchmarks still import statefeed.lm.run.provenance."""
 
-import platform
-import subprocess
-from pathlib import Path
-from typing import Any
+from statefeed.lm.run.provenance import commit, processor
+from statefeed.lm.run.provenance import cpuinfo as described
 
-import statefeed as sf
-
-
-def commit() -> dict[str, Any]:
-    """The commit that the package is checked out from and whether it was changed since; None outside a checkout."""
-    package = Path(sf.__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
-            return {"commit": None, "dirty": None}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-
-
-def processor() -> str:
-    """Its name and, on x86, its family: the name that a cloud machine gives does not tell the generation."""
-    name = described("model name") or platform.processor() or platform.machine()
-    family = described("cpu family")
-    return f"{name}, family {family}" if family else name
-
-
-def described(key: str) -> str | None:
-    """One line of Linux' description of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), None)
+__all__ = ["commit", "described", "processor"]

@@ -1,7 +1,7 @@
-"""Compile, cache and load the C++ of ``cpu/``: one shared library against torch's stable ABI.
+"""Loads the C++ kernels: a wheel's library, or one compiled for this machine and cached.
 
-The cache knows the sources, torch, the compiler and the CPU, so that a home shared by unlike machines serves each of
-them; a lock makes processes that start together build once, and a rename makes the result appear whole.
+The cache key covers the sources, torch, the compiler, its flags and the CPU, so that one home folder serves different
+machines. A lock makes processes that start together build once; a rename makes the library appear whole.
 """
 
 from __future__ import annotations
@@ -25,79 +25,87 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 
 
 def load() -> str:
-    """Make ``torch.ops.statefeed`` usable; returns what was loaded, OSError or RuntimeError if that cannot be."""
+    """Load the operators of ``torch.ops.statefeed``; compile them first if neither wheel nor cache has them.
+
+    Returns:
+        What was loaded, for ``sf.explain``.
+
+    Raises:
+        OSError, RuntimeError: the library cannot be compiled, cached or loaded.
+    """
     prebuilt = _prebuilt()
-    torch.ops.load_library(str(prebuilt or _built()))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(prebuilt or _compiled()))  # type: ignore[no-untyped-call]
     from statefeed.native import fakes  # noqa: F401
 
     return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
 
 
 def _instruction_set() -> str:
-    """The best of the variants that this CPU has all of, by name."""
-    flags = set(_cpu().split())
+    """The name of the best variant that this CPU can run."""
+    flags = set(_cpu_flags().split())
     for variant in VARIANTS:
-        if variant.machine == platform.machine() and variant.needs <= flags:
+        if variant.machine == platform.machine() and variant.required <= flags:
             return variant.name
     return platform.machine()
 
 
 def _prebuilt() -> Path | None:
-    """The best library of a wheel that this CPU can run."""
-    flags = set(_cpu().split())
+    """The best library of the wheel that this CPU can run."""
+    flags = set(_cpu_flags().split())
     for variant in VARIANTS:
         library = PREBUILT / f"{variant.name}.so"
-        if variant.machine == platform.machine() and variant.needs <= flags and library.exists():
+        if variant.machine == platform.machine() and variant.required <= flags and library.exists():
             return library
     return None
 
 
-def _built() -> Path:
-    """The library for this very machine, compiled unless the cache has it."""
+def _compiled() -> Path:
+    """The library for this machine, from the cache or compiled into it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statefeed"
-    target = cache / f"kernels-{_key()}.so"
+    target = cache / f"kernels-{_cache_key()}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock"):
             if not target.exists():
-                compile_library(target, Path(torch.__file__).parent, _native())
+                compile_library(target, Path(torch.__file__).parent, _machine_flags())
     return target
 
 
-def _native() -> list[str]:
-    """The flags for this very machine; a compiler asks the CPU alone, and Linux may refuse what the CPU has."""
+def _machine_flags() -> list[str]:
+    """The compiler flags for this CPU."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["-mcpu=native"]
-    # Tuned for some CPUs, GCC reads a product's weights from memory once for every row instead of once for all.
-    return ["-march=native", "-mtune=generic", *([] if "amx_bf16" in _cpu().split() else ["-U__AMX_BF16__"])]
+    # Tuned for some CPUs, GCC reads a product's weights from memory once for every row instead of once for all. The
+    # compiler asks the CPU alone, but Linux may refuse the tiles that the CPU has.
+    tiles = "amx_bf16" in _cpu_flags().split()
+    return ["-march=native", "-mtune=generic", *([] if tiles else ["-U__AMX_BF16__"])]
 
 
-def _key() -> str:
+def _cache_key() -> str:
     asked = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
     if asked.returncode:
         raise RuntimeError(f"{compiler()} --version failed with exit code {asked.returncode}: is CXX a compiler?")
-    version = asked.stdout
-    parts = [torch.__version__, sys.platform, platform.machine(), _cpu(), compiler(), version, *FLAGS, *_native()]
-    digest = hashlib.sha256("\n".join(parts).encode())
+    parts = [torch.__version__, sys.platform, platform.machine(), _cpu_flags(), compiler(), asked.stdout]
+    digest = hashlib.sha256("\n".join([*parts, *FLAGS, *_machine_flags()]).encode())
     for source in sources(".cc", ".h"):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _cpu() -> str:
-    """The instruction sets of this CPU that this process may use, as one line."""
+def _cpu_flags() -> str:
+    """The instruction sets of this CPU that this process may use, separated by spaces."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
                 flags = line.partition(":")[2].split()
-                tiles = "amx_tile" in flags and _may_use_tiles()
+                tiles = "amx_tile" in flags and _tiles_permitted()
                 return " ".join(flag for flag in flags if tiles or not flag.startswith("amx"))
     return platform.processor()
 
 
 @functools.cache
-def _may_use_tiles() -> bool:
-    """Ask Linux for the registers of AMX, which a process has only on request: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
+def _tiles_permitted() -> bool:
+    """Ask Linux for the AMX registers, which a process has only on request: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
     return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (158, 0x1023, 18))) == 0)
 
 

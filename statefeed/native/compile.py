@@ -1,4 +1,4 @@
-"""Call the C++ compiler on ``cpu/``; of torch it knows the folder only, so that any Python can build a wheel."""
+"""Runs the C++ compiler; needs torch's folder only, not torch, so that any Python can build a wheel."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 NATIVE = Path(__file__).parent
-SOURCES = (NATIVE, NATIVE.parent / "backends" / "cpu")
-# Torch 2.10, the first stable ABI that carries what is used here.
+PACKAGE = NATIVE.parent
+SOURCE_FOLDERS = (NATIVE, PACKAGE / "backends" / "cpu")
+# Torch 2.10 is the first whose stable ABI has everything that register.cc uses.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 class Variant(NamedTuple):
-    """One library of a wheel: the machine it is for, what it needs of the CPU, and what the compiler is told."""
+    """One library of a wheel.
+
+    Attributes:
+        name: of the file, without its ending.
+        machine: as ``platform.machine()`` names it.
+        required: the CPU flags that it needs.
+        flags: what selects the instruction set at compile time.
+    """
 
     name: str
     machine: str
-    needs: frozenset[str]
+    required: frozenset[str]
     flags: tuple[str, ...]
 
 
@@ -42,50 +50,58 @@ VARIANTS = [
 
 
 def compiler() -> str:
-    """The path of the C++ compiler: ``CXX``, else the first of the usual names."""
+    """The path of the C++ compiler: ``CXX``, else g++, clang++ or c++.
+
+    Raises:
+        OSError: there is none.
+    """
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and (path := shutil.which(name)):
             return path
-    raise OSError("there is no C++ compiler")
+    raise OSError("there is no C++ compiler: install g++ or clang++, or set CXX")
 
 
-def sources(*endings: str) -> list[Path]:
-    """The C++ files of the library with one of these endings."""
-    return sorted(file for folder in SOURCES for file in folder.rglob("*") if file.suffix in endings)
+def sources(*suffixes: str) -> list[Path]:
+    """The C++ files of the library with one of these suffixes."""
+    return sorted(file for folder in SOURCE_FOLDERS for file in folder.rglob("*") if file.suffix in suffixes)
 
 
 def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None:
-    """Compile every source file at once and link them to ``target``; RuntimeError with the compiler's words."""
-    program = compiler()
-    include = [f"-I{torch / 'include'}", *(f"-I{folder}" for folder in SOURCES)]
+    """Compile every source file, all at once, and link them to ``target``.
+
+    Args:
+        target: the library, replaced as a whole.
+        torch: the folder of the torch package.
+        machine_flags: further flags, as the instruction set.
+
+    Raises:
+        RuntimeError: the compiler fails; with its first error.
+    """
+    command = [compiler(), *FLAGS, *machine_flags]
+    # Not -I: warnings are for the kernels, not for torch's headers. Error messages name files from the package on.
+    include = [f"-isystem{torch / 'include'}", *(f"-I{folder}" for folder in SOURCE_FOLDERS)]
+    include.append(f"-fmacro-prefix-map={PACKAGE.parent}/=")
     with tempfile.TemporaryDirectory() as directory:
-        jobs = []
-        for source in sources(".cc"):
-            made = str(Path(directory) / f"{source.stem}.o")
-            command = [program, *FLAGS, *machine_flags, *include, "-c", str(source), "-o", made]
-            jobs.append((made, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        # Every job is waited for before any is judged.
-        for (_, job), error in [(job, job[1].communicate()[1]) for job in jobs]:
-            _judge(program, job.returncode, error)
-        library = Path(directory) / "library.so"
-        command = [
-            program,
-            "-shared",
-            *(made for made, _ in jobs),
-            f"-L{torch / 'lib'}",
-            "-ltorch_cpu",
-            "-o",
-            str(library),
+        objects = {source: str(Path(directory) / f"{source.stem}.o") for source in sources(".cc")}
+        jobs = [
+            subprocess.Popen([*command, *include, "-c", str(source), "-o", made], stderr=subprocess.PIPE, text=True)
+            for source, made in objects.items()
         ]
-        linked = subprocess.run(command, capture_output=True, text=True, check=False)
-        _judge(program, linked.returncode, linked.stderr)
-        # Another file system may lie between: copy beside the target, then rename.
+        errors = [job.communicate()[1] for job in jobs]  # of all jobs, before any is judged
+        for job, error in zip(jobs, errors, strict=True):
+            _check(command[0], job.returncode, error)
+        library = Path(directory) / "library.so"
+        link = [command[0], "-shared", *command[1:]]  # the flags again: a sanitizer is linked, too
+        link += [*objects.values(), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+        linked = subprocess.run(link, capture_output=True, text=True, check=False)
+        _check(command[0], linked.returncode, linked.stderr)
+        # The temporary folder may be on another file system: copy beside the target, then rename.
         beside = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, beside)
         os.replace(beside, target)
 
 
-def _judge(program: str, status: int, words: str) -> None:
+def _check(program: str, status: int, messages: str) -> None:
     if status:
-        lines = words.strip().splitlines() or ["no message"]
+        lines = messages.strip().splitlines() or ["no message"]
         raise RuntimeError(f"{program} failed: {next((line for line in lines if 'error' in line), lines[0])}")

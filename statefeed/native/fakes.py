@@ -1,4 +1,4 @@
-"""What torch.compile and torch.export need to know of the operators: shapes, without data."""
+"""Fake implementations of the operators, for torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 
-def _writes_in_place(*_: Any) -> None:
-    """Every result is an argument."""
+def _no_results(*_: Any) -> None:
+    """Every operator writes into its arguments."""
 
 
 for _name in ("layer_forward", "layer_backward", "sum_jacobians", "head_loss"):
-    torch.library.register_fake(f"statefeed::{_name}", _writes_in_place)
+    torch.library.register_fake(f"statefeed::{_name}", _no_results)

@@ -5,15 +5,15 @@
 
 namespace statefeed {
 
-struct HeadLoss {
+struct HeadLossArgs {
   int64_t rows, inputs, classes;
-  bool rounded;  // products of bfloat16
-  const float *x, *w, *bias;  // (rows, inputs), (classes, inputs), (classes)
-  const int64_t* targets;     // (rows)
-  float *losses;              // out: (rows)
-  float *d_x, *d_w, *d_bias;  // out, shaped as x, w and bias; all null if no gradient is wanted
+  bool bf16;                           // products of operands converted to bfloat16
+  const float *x, *w, *bias;           // (rows, inputs), (classes, inputs), (classes)
+  const int64_t* targets;              // (rows), from 0 to classes - 1
+  float* losses;                       // out: (rows)
+  float *grad_x, *grad_w, *grad_bias;  // out, shaped as x, w and bias; all null if no gradient is wanted
 };
 
-void run_head_loss(const HeadLoss&);
+void run_head_loss(const HeadLossArgs&);
 
 }  // namespace statefeed

@@ -2,8 +2,8 @@
 
     p = softmax(x W^T + b),   loss = -log p[target],   e = p - onehot(target),   dx = e W,   dW = e^T x,   db = sum e
 
-Logits are made for some two hundred rows and a strip of classes at a time, and become exponentials while they are in
-cache.
+Logits are computed for some two hundred rows and a strip of classes at a time, and become exponentials while they are
+in cache.
 """
 
 from __future__ import annotations
@@ -22,48 +22,46 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
-def losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rounded: bool = False) -> Tensor:
+def losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool = False) -> Tensor:
     """The cross-entropy of every row.
 
     Args:
         x: (N, H), float32 like everything but the targets.
         weight: (V, H).
         bias: (V,).
-        targets: ids, int64 (N,).
-        rounded: round what enters a product to bfloat16, as autocast does, where the CPU gains by it; sums and
-            exponentials stay float32.
+        targets: class ids, int64 (N,).
+        bf16: convert the operands of products to bfloat16, as autocast does, where the CPU has instructions for it;
+            sums and exponentials stay float32.
 
     Returns:
         Losses in nats (N,).
 
+    Gradient: none; ``losses_and_gradients`` computes it.
+
     Raises:
-        IndexError: a target is not among the V classes.
+        IndexError: a target is not an id of the V classes.
 
-    Gradient: none; ``losses_and_gradients`` makes it.
-
-    Cost: one product over all rows; some 100,000 numbers of scratch and the weights once more.
+    Cost: one product over all rows; about 100,000 values of workspace and a packed copy of the weights.
     """
-    return _run(x, weight, bias, targets, rounded, None)
+    return _run(x, weight, bias, targets, bf16, None)
 
 
 def losses_and_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rounded: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool = False
 ) -> tuple[Tensor, Gradients]:
-    """The same with the gradients of the sum of all losses, which lie on memory that must not leave the package.
+    """The cross-entropy of every row, and the gradients of the sum of all losses; arguments as for ``losses``.
 
-    Cost: three products over all rows; 384 V numbers of scratch, 192 V for each thread, and the weights three
-    times more.
+    The gradient of the weight lies on reused memory and must not leave the package.
+
+    Cost: three products over all rows; 384 V values of workspace, 192 V for each thread, and three packed copies of
+    the weights.
     """
     grads = Gradients(x.new_empty(x.shape), empty(len(weight), weight.shape[1], weight), bias.new_empty(bias.shape))
-    return _run(x, weight, bias, targets, rounded, grads), grads
+    return _run(x, weight, bias, targets, bf16, grads), grads
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rounded: bool, grads: Gradients | None) -> Tensor:
-    if len(targets):
-        least, most = (int(t) for t in torch.aminmax(targets))
-        if least < 0 or most >= len(weight):
-            raise IndexError(f"targets must be ids of the head's {len(weight)} classes, got {least} to {most}")
+def _run(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool, grads: Gradients | None) -> Tensor:
     result = x.new_empty(len(x))
-    arguments = (t.contiguous() for t in (x, weight, bias, targets))
-    torch.ops.statefeed.head_loss(rounded, *arguments, result, *(grads or (None, None, None)))
+    inputs = (t.contiguous() for t in (x, weight, bias, targets))
+    torch.ops.statefeed.head_loss(bf16, *inputs, result, *(grads or (None, None, None)))
     return result

@@ -1,6 +1,7 @@
-"""Memory for what lies between forward and backward, kept from step to step: fresh pages cost as much as filling them.
+"""Memory for what the forward pass saves, reused from step to step.
 
-Only for what never leaves this package: a tensor on such memory cannot be resized, as an ordinary one can.
+Faulting in new pages costs as much as filling them. Only for tensors that never leave this package: unlike an ordinary
+tensor, one on such memory cannot be resized.
 """
 
 from __future__ import annotations
@@ -12,32 +13,32 @@ import threading
 import torch
 from torch import Tensor
 
-_SMALLEST = 1 << 18  # bytes; below, the allocator of the process does as well
-_KEPT = 1 << 27  # bytes that may lie idle
+_MIN_BYTES = 1 << 18  # below, torch's allocator is as fast
+_MAX_IDLE_BYTES = 1 << 27
 _blocks: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
 def empty(rows: int, width: int, like: Tensor) -> Tensor:
-    """An uninitialised (rows, width) tensor of the dtype of ``like``, on memory that is free again when it dies."""
+    """An uninitialized (rows, width) tensor of the dtype of ``like``, on memory that is idle again when it is freed."""
     count = rows * width
     size = count * like.element_size()
-    if size < _SMALLEST or sys.platform == "win32" or torch.compiler.is_compiling():
+    if size < _MIN_BYTES or sys.platform == "win32" or torch.compiler.is_compiling():
         return like.new_empty(rows, width)
     return torch.frombuffer(_block(size), dtype=like.dtype, count=count).view(rows, width)
 
 
 def _block(size: int) -> mmap.mmap:
-    """The smallest idle block that fits without wasting half of it, else a new one."""
+    """The smallest idle block that fits and is at most twice as large, else a new one."""
     with _lock:
         idle = sorted((_blocks[i] for i in range(len(_blocks)) if _is_idle(i)), key=len)
         for block in idle:
             if size <= len(block) <= 2 * size:
                 return block
-        spare = sum(map(len, idle)) - _KEPT
+        excess = sum(map(len, idle)) - _MAX_IDLE_BYTES
         for block in idle:
-            if spare > 0:
-                spare -= len(block)
+            if excess > 0:
+                excess -= len(block)
                 _blocks.remove(block)
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -47,12 +48,12 @@ def _block(size: int) -> mmap.mmap:
 
 
 def _is_idle(index: int) -> bool:
-    return _references(_blocks, index) == _ALONE
+    return _reference_count(_blocks, index) == _IDLE_COUNT
 
 
-def _references(blocks: list[mmap.mmap], index: int) -> int:
+def _reference_count(blocks: list[mmap.mmap], index: int) -> int:
     return sys.getrefcount(blocks[index])
 
 
-# What this Python counts where only the list holds a block: a tensor on it would be one more.
-_ALONE = _references([mmap.mmap(-1, 1)], 0)
+# What this Python counts when only the list references a block: a tensor on it would be one more.
+_IDLE_COUNT = _reference_count([mmap.mmap(-1, 1)], 0)

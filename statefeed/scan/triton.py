@@ -1,10 +1,11 @@
-"""y[t] = a[t] y[t-1] + x[t] in one pass over memory, in two where time is cut into chunks; an LSTM's c likewise.
+"""y[t] = a[t] y[t-1] + x[t] in one pass over memory, in two where time is divided into chunks.
 
 chunk (t0 .. t1]      A = a[t1] ... a[t0+1],   B = y[t1] from y[t0] = 0
-LSTM                  a = f, x = i g, from the pre-activations of the gates; what is written is c before each step
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -12,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statefeed.scan import chunks
-from statefeed.scan.chunks import row_at
-
-WIDE = {torch.float64: tl.float64}
+from statefeed.scan.chunks import lanes_of, row_at, scaled
 
 
 def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
@@ -31,124 +30,133 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
 
     Gradient: none by itself; ``statefeed.scan`` differentiates it.
 
-    Cost: 2 numbers a step and unit read and 1 written, 4 and 1 in chunks; 1 less each where a is stationary.
+    Cost: 2 values per step and unit read and 1 written, 4 and 1 in chunks; 1 less each where a is stationary.
     """
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    start = None if initial is None else initial.contiguous()
-    _scan(x.contiguous(), a.contiguous(), start, None, y, len(x), x.shape[-1], reverse, False)
+    y: Tensor = torch.ops.statefeed.triton_scan(x, a, initial, reverse)
     return y
 
 
-def cell_states(gates: Tensor, initial: Tensor, offsets: Tensor | None) -> Tensor:
-    """An LSTM's c before every step.
-
-    Args:
-        gates: pre-activations of i, f, g and o, (N, 4 * H).
-        initial: c before the first step, (B, H), float32 or float64.
-        offsets: the first row of every step and their end, (T + 1,), int64; None if all steps have B rows.
-
-    Returns:
-        (N, H), dtype as ``initial``.
-
-    Gradient: none.
-
-    Cost: 3 numbers a row and unit read and 1 written, 6 and 1 in chunks.
-    """
-    c = initial.new_empty(len(gates), initial.shape[1])
-    T = len(gates) // max(len(initial), 1) if offsets is None else len(offsets) - 1
-    _scan(gates, None, initial, offsets, c, T, initial.shape[1], False, True)
-    return c
+def _scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        with device_of(x):
+            start = None if initial is None else initial.contiguous()
+            B, S = y.numel() // (len(x) * x.shape[-1]), x.shape[-1]
+            solve(
+                dense_step, x.contiguous(), a.contiguous(), start, None, y, (len(x), B, S), reverse, a.dim() == 1, False
+            )
+    return y
 
 
-@torch.library.custom_op("statefeed::triton_scan", mutates_args=("y",))
-def _scan(
+def solve(
+    step: Any,
     x: Tensor,
     a: Tensor | None,
     initial: Tensor | None,
     offsets: Tensor | None,
     y: Tensor,
-    T: int,
-    H: int,
+    sizes: tuple[int, int, int],
     reverse: bool,
-    lstm: bool,
+    stationary: bool,
+    before: bool,
 ) -> None:
-    if not y.numel():
-        return
-    B = len(initial) if lstm and initial is not None else y.numel() // (T * H)
-    units, length, grid = chunks.cut(T, B * H, x)
+    """Launch a scan that writes y.
+
+    Args:
+        step: Triton function ``(x, a, row, unit, H, mask, STATIONARY, ACC)`` that returns the factor and the input of
+            a row.
+        x, a: what ``step`` reads.
+        initial: state before the first step, (B, H).
+        offsets: first row of every step and the end of the last, (T + 1,), int64; None if all steps have B rows.
+        y: (N, H), written.
+        sizes: T, B, H.
+        reverse: from T - 1 down to 0.
+        stationary: passed to ``step``.
+        before: write the state before each step instead of the state after it.
+    """
+    T, B, H = sizes
+    lanes, length, grid = chunks.launch(T, B * H, x)
     constants = {
-        "REVERSE": reverse,
-        "LSTM": lstm,
-        "STATIONARY": a is not None and a.dim() == 1,
-        "WIDE": WIDE.get(y.dtype, tl.float32),
-        "LANES": units,
-    }
+        "STEP": step, "REVERSE": reverse, "STATIONARY": stationary, "BEFORE": before,
+        "PAIRS": chunks.pairs(H), "ACC": chunks.accumulator(y.dtype), "LANES": lanes,
+    }  # fmt: skip
     summary = y.new_empty((grid[1], 2, B * H)) if grid[1] > 1 else None
     if summary is not None:
-        _summarise[grid](x, a, offsets, summary, T, B, H, length, **constants)
+        _summarize[grid](x, a, offsets, summary, T, B, H, length, **constants)
     _run[grid](x, a, initial, offsets, summary, y, T, B, H, length, **constants)
 
 
+def device_of(tensor: Tensor) -> Any:
+    """Launches go to the tensor's device, whichever is current; nothing to do on a CPU (Triton's interpreter)."""
+    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+
+
 @triton.jit
-def _pair(x, a, row, unit, H, inside, LSTM: tl.constexpr, STATIONARY: tl.constexpr, WIDE: tl.constexpr):
-    """(a, x) of one step."""
-    if LSTM:
-        gates = x + row * (4 * H) + unit
-        i = 1 / (1 + tl.exp(-tl.load(gates, inside, 0).to(WIDE)))
-        factor = 1 / (1 + tl.exp(-tl.load(gates + H, inside, 0).to(WIDE)))
-        fed = i * (2 / (1 + tl.exp(-2 * tl.load(gates + 2 * H, inside, 0).to(WIDE))) - 1)
-    else:
-        fed = tl.load(x + row * H + unit, inside, 0).to(WIDE)
-        if STATIONARY:
-            factor = tl.load(a + unit, inside, 0).to(WIDE)
-        else:
-            factor = tl.load(a + row * H + unit, inside, 0).to(WIDE)
-    return factor, fed
+def dense_step(x, a, row, unit, H, mask, STATIONARY: tl.constexpr, ACC: tl.constexpr):
+    """Factor and input of one row of ``scan``."""
+    at = a + unit if STATIONARY else a + row * H + unit
+    return tl.load(at, mask, 0).to(ACC), tl.load(x + row * H + unit, mask, 0).to(ACC)
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])
-def _summarise(
+def _summarize(
     x, a, offsets, summary, T, B, H, length,
-    REVERSE: tl.constexpr, LSTM: tl.constexpr, STATIONARY: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr, REVERSE: tl.constexpr, STATIONARY: tl.constexpr, BEFORE: tl.constexpr, PAIRS: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """A chunk as a map: the product of its factors, and its last state from zero."""
+    H = chunks.even(H, PAIRS)
+    lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
-    b, unit, lives = lane // H, lane % H, lane < B * H
-    product = tl.full([LANES], 1, WIDE)
-    state = tl.full([LANES], 0, WIDE)
+    product = tl.full([LANES], 1, ACC)
+    state = tl.full([LANES], 0, ACC)
     for s in tl.range(chunk * length, tl.minimum(chunk * length + length, T), num_stages=3):
         t = T - 1 - s if REVERSE else s
-        row, inside = row_at(t, b, B, offsets, lives)
-        factor, fed = _pair(x, a, row, unit, H, inside, LSTM, STATIONARY, WIDE)
-        product = tl.where(inside, product * factor, product)
-        state = tl.where(inside, factor * state + fed, state)
+        row, in_bounds = row_at(t, b, B, offsets, mask)
+        factor, added = STEP(x, a, row, unit, H, in_bounds, STATIONARY, ACC)
+        # An overflowed product that meets a zero factor is zero again, as the state is.
+        product = tl.where(in_bounds, scaled(factor, product), product)
+        state = tl.where(in_bounds, factor * state + added, state)
     at = summary + chunk * 2 * (B * H).to(tl.int64) + lane
-    tl.store(at, product, lives)
-    tl.store(at + B * H, state, lives)
+    tl.store(at, product, mask)
+    tl.store(at + B * H, state, mask)
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])
 def _run(
     x, a, initial, offsets, summary, y, T, B, H, length,
-    REVERSE: tl.constexpr, LSTM: tl.constexpr, STATIONARY: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr, REVERSE: tl.constexpr, STATIONARY: tl.constexpr, BEFORE: tl.constexpr, PAIRS: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """A chunk from the state before it, which is folded from the summaries of the chunks before."""
+    H = chunks.even(H, PAIRS)
+    lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
-    b, unit, lives = lane // H, lane % H, lane < B * H
-    state = tl.full([LANES], 0, WIDE)
+    state = tl.full([LANES], 0, ACC)
     if initial is not None:
-        state = tl.load(initial + lane, lives, 0).to(WIDE)
+        state = tl.load(initial + lane, mask, 0).to(ACC)
     if summary is not None:
         for before in tl.range(0, chunk):
             at = summary + before * 2 * (B * H).to(tl.int64) + lane
-            state = tl.load(at, lives, 0) * state + tl.load(at + B * H, lives, 0)
+            state = scaled(state, tl.load(at, mask, 0)) + tl.load(at + B * H, mask, 0)
     for s in tl.range(chunk * length, tl.minimum(chunk * length + length, T), num_stages=3):
         t = T - 1 - s if REVERSE else s
-        row, inside = row_at(t, b, B, offsets, lives)
-        factor, fed = _pair(x, a, row, unit, H, inside, LSTM, STATIONARY, WIDE)
+        row, in_bounds = row_at(t, b, B, offsets, mask)
+        factor, added = STEP(x, a, row, unit, H, in_bounds, STATIONARY, ACC)
         at = y + row * H + unit
-        if LSTM:
-            tl.store(at, state, inside)
-        state = tl.where(inside, factor * state + fed, state)
-        if not LSTM:
-            tl.store(at, state, inside)
+        if BEFORE:
+            tl.store(at, state, in_bounds)
+        state = tl.where(in_bounds, factor * state + added, state)
+        if not BEFORE:
+            tl.store(at, state, in_bounds)
+
+
+_LIBRARY = torch.library.Library("statefeed", "FRAGMENT")
+_LIBRARY.define("triton_scan(Tensor x, Tensor a, Tensor? initial, bool reverse) -> Tensor")
+_LIBRARY.impl("triton_scan", _scan, "CompositeExplicitAutograd")
+_FAKE = torch.library.register_fake("statefeed::triton_scan", lib=_LIBRARY)
+
+
+@_FAKE
+def _scan_fake(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,12 @@ from statefeed.backends.protocol import (
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
 
-_CELLS = ("gru", "lstm", "rnn_tanh", "rnn_relu")
-
 
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
     x, *others = tensors
     dtypes = {t.dtype for t in others}
     if x.device.type != "cpu":
         return f"there is no fused kernel for {x.device.type}"
-    if cell.name not in _CELLS:
-        return f"the fused kernels have no cell {cell.name!r}"
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return f"under autocast the fused kernels take bfloat16, got {torch.get_autocast_dtype('cpu')}"
@@ -40,7 +36,29 @@ def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> st
     elif x.dtype not in (torch.float32, torch.float64) or dtypes != {x.dtype}:
         return f"the fused kernels take float32 or float64 throughout, got {sorted(map(str, {x.dtype, *dtypes}))}"
     reason: str | None = native.unavailable("cpu")
-    return reason
+    return reason or _cell_reason(cell.name, cell.gates, cell.shared_gates, len(cell.states), cell.saved_values)
+
+
+def _cell_reason(name: str, *sizes: int) -> str | None:
+    """Why the kernels cannot run a cell: they do not have it. Sizes that differ from the kernels' are an error."""
+    found = _cell_sizes(name)
+    if not found:
+        return f"the fused kernels have no cell {name!r}"
+    if found != sizes:
+        raise RuntimeError(
+            f"the cell {name!r} has (gates, shared gates, states, saved values) = {sizes}, but its CPU kernel was "
+            f"written for {found}: change the one to match the other"
+        )
+    return None
+
+
+@functools.cache
+def _cell_sizes(name: str) -> tuple[int, ...]:
+    return tuple(torch.ops.statefeed.cell_sizes(name))
+
+
+# As for ``native.unavailable``: a constant to torch.compile.
+_cell_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _upcast(problem: Problem) -> Problem:
@@ -50,51 +68,22 @@ def _upcast(problem: Problem) -> Problem:
 
 
 def forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
-    return forward_in_order(_forward, problems, save)
-
-
-def _forward(problem: Problem, save: bool) -> Forward:
-    problem = _upcast(problem)
-    bf16 = problem.compute_dtype is not None
-    y, final, saved = layer.forward(
-        problem.cell.name, problem.x, problem.state, list(problem.weights), problem.layout.batch_sizes, save, bf16
-    )
-    return Forward(y, final, tuple(part for part in saved if part is not None))
+    return forward_in_order(layer.forward, [_upcast(p) for p in problems], save)
 
 
 def recompute(problem: Problem, done: Forward) -> Forward:
+    """The forward pass has saved everything."""
     return done
-
-
-def _tape(done: Forward) -> layer.Tape:
-    return layer.Tape(*done.saved) if done.saved else layer.Tape(None, None)
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
     if problem.reverse:
         done = done._replace(y=problem.layout.reverse(done.y))
-    state = _upcast(problem).state
-    return layer.mean_jacobian(
-        problem.cell.name, _tape(done), done.y, state, problem.weights[1], problem.layout.batch_sizes
-    )
+    return layer.mean_jacobian(_upcast(problem), done)
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
-    return backward_in_order(_backward, problem, done, upstream, rule, needs_x)
-
-
-_RULES = {"direct": "gate", "jacobian": "jacobian", "exact": "bptt"}
-
-
-def _backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
-    problem = _upcast(problem)
-    grads = tuple(g.to(done.y.dtype) for g in (upstream.y, *upstream.final))
-    diagonal: Any = rule.diagonal if rule.name == "stationary" else _RULES[rule.name]
-    found = layer.backward(
-        problem.cell.name, _tape(done), problem.x, done.y, problem.state, list(problem.weights), grads, diagonal,
-        rule.corrections, problem.layout.batch_sizes, needs_x, problem.compute_dtype is not None,
-    )  # fmt: skip
-    return Gradients(found.x, found.state, tuple(found.weights))
+    return backward_in_order(layer.backward, _upcast(problem), done, upstream, rule, needs_x)
 
 
 BACKEND = Backend("cpu", unsupported_reason, forward, recompute, mean_jacobian, backward, upcasts=True)

@@ -1,34 +1,43 @@
-// One layer in one direction, in chunks of time that stay in cache: the arguments.
+// One layer in one direction: the arguments of its forward and backward pass.
 #pragma once
 
-#include "steps.h"
+#include "cell.h"
+#include "cells/table.h"
 
 namespace statefeed {
 
 template <class T>
-struct CellKernels;
-
-template <class T>
-struct Layer : Stretch<T> {
-  const CellKernels<T>* cell;
+struct LayerArgs {
+  const CellEntry* cell;
+  StepRange range;
   int64_t inputs;
-  bool rounded;  // products of bfloat16
+  bool bf16;  // products of operands converted to bfloat16
   const T *x, *w_ih, *w_hh;
 };
 
 template <class T>
-struct LayerForward : Layer<T> {
+struct LayerForwardArgs {
+  LayerArgs<T> layer;
   const T *bias, *hidden_bias, *h0;
-  T *gates, *extra, *y, *c;  // gates, extra: null if no backward follows; gates: y for an RNN
+  T *gates, *aux, *y, *c;  // gates, aux: null if nothing is saved; an RNN's gates are y
 };
 
 template <class T>
-struct LayerBackward : Layer<T> {
-  Diagonal rule;
-  bool exact;
+struct LayerBackwardArgs {
+  LayerArgs<T> layer;
+  Rule rule;
   int64_t corrections;
-  const T *gates, *extra, *y, *h0, *c0, *e, *final_e, *diagonal;
-  T *carry, *d_x, *d_ih, *d_hh, *sums, *residual;  // d_x: null if not wanted; residual: (rows, states * hidden) or null
+  const T *gates, *aux, *y, *h0, *c0, *grad_y, *grad_final, *diagonal, *w_hh_diag;
+  T* carry;   // out: gradient of the initial state (batch, states * hidden)
+  T* grad_x;  // out; null: not wanted
+  T *grad_w_ih, *grad_w_hh;
+  T* sums;      // out: bias gradients (cell.sums(), hidden)
+  T* residual;  // (rows, states * hidden); null without corrections
 };
+
+template <class T>
+void layer_forward(const LayerForwardArgs<T>&);
+template <class T>
+void layer_backward(const LayerBackwardArgs<T>&);
 
 }  // namespace statefeed

@@ -1,118 +1,153 @@
-// The loops over time: forward, reverse (feedback or exact) and the sum of Jacobian diagonals, for any cell.
+// The loops over time for any cell: forward, reverse (feedback or exact), and the sum of Jacobian diagonals.
 #pragma once
 
 #include <algorithm>
 
-#include "cells.h"
-#include "kernels.h"
+#include "cell.h"
+#include "cells/table.h"
 #include "product.h"
 #include "threads.h"
 
 namespace statefeed {
 
-// How a step is divided: by rows nobody waits for anybody; by units every thread keeps its part of the weights in its
-// own cache, but all meet after every step.
-struct Parts {
+// How the work of a step is divided among `count` threads. By rows, no thread waits for another between steps; by
+// units, every thread has its part of W_hh in its own cache, but all meet after every step.
+struct Partition {
   int64_t count;
   bool by_rows;
 };
 
-inline Parts parts_of_steps(int64_t ranks, int64_t batch, bool ragged, int64_t tile_rows, int64_t panels, int64_t work) {
-  constexpr int64_t worth_a_meeting = 40000;  // multiply-adds a step, about a microsecond
-  if (batch >= ranks * tile_rows && !ragged) return {ranks, true};
-  const int64_t count = std::min({ranks, panels, work / worth_a_meeting + 1});
-  return {count, count == 1};
+struct StepWork {
+  int64_t tile_rows, panels, multiply_adds;  // rows of a tile; panels of W_hh; of a whole step
+};
+
+inline Partition partition_of_step(int64_t ranks, const StepRange& range, const StepWork& work) {
+  // About a microsecond of one core at 70 GFLOP/s of multiply-adds, somewhat more than two threads on two cores need to
+  // meet (0.2 to 0.5 microseconds while both spin).
+  constexpr int64_t min_work_per_barrier = 40000;
+  if (range.batch >= ranks * work.tile_rows && !range.batch_sizes) return {.count = ranks, .by_rows = true};
+  const int64_t count = std::min({ranks, work.panels, work.multiply_adds / min_work_per_barrier + 1});
+  return {.count = count, .by_rows = count == 1};
 }
 
-// Flat, like each_vector: what a cell computes stays in registers.
-template <class P, class Cell>
-[[gnu::flatten]] void forward_step(const Forward<typename P::Out>& s, int64_t offset, const typename P::Out* previous,
-                                   Range rows, Range panels) {
-  using T = typename P::Out;
+// A row of an array that may be missing: arithmetic on a null pointer is undefined.
+template <class T>
+inline T* row_of(T* array, int64_t offset) {
+  return array ? array + offset : nullptr;
+}
+
+// Flattened, like `each_vector`: what a cell computes stays in registers.
+template <ProductTraits P, class Cell>
+[[gnu::flatten]] void forward_step(const ForwardArgs<typename P::value_t>& s, int64_t offset,
+                                   const typename P::value_t* previous_h, Range rows, Range panels) {
+  using T = typename P::value_t;
+  using packed_t = typename P::packed_t;
   constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<P, N>;
   alignas(64) T sum[tile_size<P, N>];
-  const int64_t H = s.hidden, depth = packed_depth<P>(H);
+  const int64_t H = s.range.hidden, depth = packed_depth<P>(H);
   int64_t stride = H;
-  const typename P::In* a = P::rows(previous + rows.begin * H, rows.end - rows.begin, H, stride);
-  const auto* packed = static_cast<const typename P::In*>(s.packed);
+  const packed_t* a = P::pack_rows(previous_h + rows.begin * H, rows.end - rows.begin, H, stride);
+  const auto* packed = static_cast<const packed_t*>(s.packed_w_hh);
   const int64_t tiles = panel_count(rows.end - rows.begin, M);
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Range part = share(rows.end - rows.begin, tile, tiles);  // even tiles: one of few rows wastes arithmetic
+      // Tiles of even size: one of few rows would waste arithmetic.
+      const Range part = range_of(rows.end - rows.begin, tile, tiles);
       const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth, {sum, N * L});
+      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth,
+                    {.out = sum, .stride = N * L});
       for (int64_t b = first; b < first + count; ++b)
         for (int u = 0; u < U; ++u) {
           const int64_t unit = (p * U + u) * L, row = offset + b;
           if (unit >= H) break;
-          Cell::step({s.gates + row * Cell::gates * H, s.extra ? s.extra + row * H : nullptr, s.y + row * H,
-                      s.c ? s.c + b * H : nullptr, previous + b * H, s.bias, sum + ((b - first) * N + u) * L, H, unit,
-                      static_cast<int>(std::min<int64_t>(L, H - unit))});
+          Cell::step({.gates = s.gates + row * Cell::gates * H,
+                      .aux = row_of(s.aux, row * H),
+                      .y = s.y + row * H,
+                      .c = row_of(s.c, b * H),
+                      .previous_h = previous_h + b * H,
+                      .hidden_bias = s.hidden_bias,
+                      .product = sum + ((b - first) * N + u) * L,
+                      .hidden = H,
+                      .unit = unit,
+                      .count = static_cast<int>(std::min<int64_t>(L, H - unit))});
         }
     }
 }
 
-template <class P, class Cell>
-void forward(Member& member, const Forward<typename P::Out>& s) {
-  using T = typename P::Out;
+template <ProductTraits P, class Cell>
+void forward(Worker& worker, const ForwardArgs<typename P::value_t>& s) {
+  using T = typename P::value_t;
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
-  const int64_t panels = panel_count(s.hidden, U * lanes<T>);
-  const Parts parts = parts_of_steps(member.ranks(), s.batch, s.sizes != nullptr, max_rows<P, N>, panels,
-                                     s.batch * Cell::gates * s.hidden * s.hidden / P::speed);
+  const StepRange& range = s.range;
+  const int64_t H = range.hidden, panels = panel_count(H, U * lanes<T>);
+  const Partition partition =
+      partition_of_step(worker.ranks(), range,
+                        {.tile_rows = max_rows<P, N>,
+                         .panels = panels,
+                         .multiply_adds = range.batch * Cell::gates * H * H / P::relative_speed});
   auto each_step = [&](auto step) {
-    const T* previous = s.first_h;
-    for (int64_t t = 0, offset = 0; t < s.steps; previous = s.y + offset * s.hidden, offset += s.size(t++))
-      step(t, offset, previous);
+    const T* previous_h = s.first_h;
+    for (int64_t t = 0, offset = 0; t < range.steps; previous_h = s.y + offset * H, offset += range.size(t++))
+      step(t, offset, previous_h);
   };
-  if (parts.by_rows)
-    member.divide(parts.count, [&](int64_t i) {
-      each_step([&](int64_t t, int64_t offset, const T* previous) {
-        forward_step<P, Cell>(s, offset, previous, share(s.size(t), i, parts.count), {0, panels});
+  if (partition.by_rows)
+    worker.parallel_for(partition.count, [&](int64_t i) {
+      each_step([&](int64_t t, int64_t offset, const T* previous_h) {
+        const Range rows = range_of(range.size(t), i, partition.count);
+        forward_step<P, Cell>(s, offset, previous_h, rows, {.begin = 0, .end = panels});
       });
     });
   else
-    each_step([&](int64_t t, int64_t offset, const T* previous) {
-      member.divide(parts.count, [&](int64_t i) {
-        forward_step<P, Cell>(s, offset, previous, {0, s.size(t)}, share(panels, i, parts.count));
+    each_step([&](int64_t t, int64_t offset, const T* previous_h) {
+      worker.parallel_for(partition.count, [&](int64_t i) {
+        const Range part = range_of(panels, i, partition.count);
+        forward_step<P, Cell>(s, offset, previous_h, {.begin = 0, .end = range.size(t)}, part);
       });
     });
 }
 
 template <class T, class Cell, class Visit>
-[[gnu::flatten]] void each_vector(const Reverse<T>& s, int64_t t, int64_t offset, Range rows, Range vectors, T* sums,
-                                  Visit visit) {
+[[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors,
+                                  T* sums, Visit visit) {
   constexpr int L = lanes<T>;
   constexpr int64_t S = Cell::states;
-  const int64_t H = s.hidden;
-  const int64_t before = t == 0 ? 0 : offset - s.size(t - 1);
-  const T* previous = t == 0 ? s.first_h : s.y + before * H;
-  const T* previous_c = t == 0 ? s.first_c : s.extra + before * H;
+  const int64_t H = s.range.hidden;
+  const int64_t before = t == 0 ? 0 : offset - s.range.size(t - 1);
+  const T* previous_h = t == 0 ? s.first_h : s.y + before * H;
+  const T* previous_c = t == 0 ? s.first_c : row_of(s.aux, before * H);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = offset + b;
-    ReverseRow<T> at{s.gates + row * Cell::gates * H,
-                     s.extra + row * H,
-                     s.y + row * H,
-                     previous + b * H,
-                     previous_c + b * H,
-                     s.e + row * H,
-                     s.diagonal,
-                     s.residual ? s.residual + row * S * H : nullptr,
-                     s.next_residual ? s.next_residual + row * S * H : nullptr,
-                     s.carry + b * S * H,
-                     s.d + row * s.d_stride,
-                     s.d_hidden + row * s.d_stride,
-                     sums,
-                     s.rule,
-                     H,
-                     0,
-                     L};
-    // Time runs backwards, which no hardware prefetcher follows: ask for what comes some rows later.
-    const int64_t later = b + 4, size = s.size(t);
+    // Null where the cell, the rule or the pass has no such array.
+    ReverseRow<T> at{.gates = s.gates + row * Cell::gates * H,
+                     .aux = row_of(s.aux, row * H),
+                     .y = s.y + row * H,
+                     .previous_h = previous_h + b * H,
+                     .previous_c = row_of(previous_c, b * H),
+                     .grad_y = row_of(s.grad_y, row * H),
+                     .diagonal = row_of(s.diagonal, row * s.diagonal_stride),
+                     .w_hh_diag = s.w_hh_diag,
+                     .residual = row_of(s.residual, row * S * H),
+                     .next_residual = row_of(s.next_residual, row * S * H),
+                     .carry = row_of(s.carry, b * S * H),
+                     .gate_grads = row_of(s.gate_grads, row * s.gate_grad_stride),
+                     .separate_grads = row_of(s.separate_grads, row * s.gate_grad_stride),
+                     .sums = sums,
+                     .rule = s.rule,
+                     .hidden = H,
+                     .unit = 0,
+                     .count = L};
+    // Time runs backward, which no hardware prefetcher follows, so each row asks for a row that comes `ahead` rows
+    // later in the order of the loop. Within the step that is row b + ahead. Past its end it is a row of the step
+    // before, which lies before this one in memory: b + ahead = q * size + r is row r of the step q steps earlier, and
+    // so r - q * size rows from the first row of this step, or r - q * size - b from this row. At the beginning of the
+    // sequence the address may lie before the array, where a prefetch does no harm.
+    constexpr int64_t ahead = 4;
+    const int64_t later = b + ahead, size = s.range.size(t);
     const int64_t next = (later % size - later / size * size - b) * H;
     for (int64_t v = vectors.begin; v < vectors.end; ++v) {
       for (int g = 0; g < Cell::gates; ++g) __builtin_prefetch(at.gates + next * Cell::gates + g * H + v * L);
-      __builtin_prefetch(at.extra + next + v * L);
-      __builtin_prefetch(at.e + next + v * L);
+      if (Cell::has_aux) __builtin_prefetch(at.aux + next + v * L);
+      if (at.grad_y) __builtin_prefetch(at.grad_y + next + v * L);
       at.unit = v * L;
       at.count = static_cast<int>(std::min<int64_t>(L, H - at.unit));
       visit(at);
@@ -120,88 +155,109 @@ template <class T, class Cell, class Visit>
   }
 }
 
-// carry += d_hidden @ W_hh: what the exact backward does at every step.
+// carry += (gate_grads of the hidden side) @ W_hh: what the exact backward pass does at every step.
 template <class T, class Cell>
-void add_dense(const Reverse<T>& s, int64_t offset, Range rows, Range panels) {
-  constexpr int N = 2, L = lanes<T>, M = max_rows<Exact<T>, N>;
-  const int64_t H = s.hidden, stride = Cell::gates * H, depth = Cell::split * H;
-  alignas(64) T sum[2][tile_size<Exact<T>, N>];
+void add_dense_product(const ReverseArgs<T>& s, int64_t offset, Range rows, Range panels) {
+  using P = Plain<T>;
+  constexpr int N = 2, L = lanes<T>, M = max_rows<P, N>;
+  const int64_t H = s.range.hidden, depth = Cell::shared_gates * H, separate_depth = Cell::gates * H - depth;
+  alignas(64) T sum[2][tile_size<P, N>];
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t first = rows.begin; first < rows.end; first += M) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
-      const T* panel = s.packed + p * stride * N * L;
+      const T* panel = s.packed_w_hh + p * Cell::gates * H * N * L;
       const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
-      tile_of<Exact<T>, N>(count, s.d + row * s.d_stride, s.d_stride, panel, depth, {sum[0], N * L});
-      if (depth < stride)
-        tile_of<Exact<T>, N>(count, s.d_hidden + row * s.d_stride, s.d_stride, panel + depth * N * L, stride - depth,
-                             {sum[1], N * L});
+      tile_of<P, N>(count, s.gate_grads + row * s.gate_grad_stride, s.gate_grad_stride, panel, depth,
+                    {.out = sum[0], .stride = N * L});
+      if (separate_depth)
+        tile_of<P, N>(count, s.separate_grads + row * s.gate_grad_stride, s.gate_grad_stride, panel + depth * N * L,
+                      separate_depth, {.out = sum[1], .stride = N * L});
       for (int64_t b = 0; b < count; ++b) {
         T* carry = s.carry + (first + b) * Cell::states * H + unit;
         for (int64_t u = 0; u < width; ++u)
-          carry[u] += sum[0][b * N * L + u] + (depth < stride ? sum[1][b * N * L + u] : T(0));
+          carry[u] += sum[0][b * N * L + u] + (separate_depth ? sum[1][b * N * L + u] : T(0));
       }
     }
 }
 
 template <class T, class Cell>
-void reverse(Member& member, const Reverse<T>& s) {
+void reverse(Worker& worker, const ReverseArgs<T>& s) {
   constexpr int N = 2, L = lanes<T>;
-  const int64_t H = s.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), ranks = member.ranks();
+  const StepRange& range = s.range;
+  const int64_t H = range.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), ranks = worker.ranks();
   auto each_step = [&](auto step) {
-    int64_t offset = s.rows;
-    for (int64_t t = s.steps - 1; t >= 0; --t) step(t, offset -= s.size(t));
+    int64_t offset = range.rows;
+    for (int64_t t = range.steps - 1; t >= 0; --t) step(t, offset -= range.size(t));
   };
   auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
-    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * Cell::sums * H,
+    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * (2 * Cell::gates - Cell::shared_gates) * H,
                          [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
-  Parts parts{ranks, s.batch >= 2 * ranks && !s.sizes};
-  if (s.packed)
-    parts = parts_of_steps(ranks, s.batch, s.sizes != nullptr, max_rows<Exact<T>, N>, panels, s.batch * Cell::gates * H * H);
-  if (parts.by_rows || !s.packed)  // what one part does depends on no other
-    member.divide(parts.count, [&](int64_t i) {
+  const bool exact = s.rule == Rule::exact;
+  Partition partition{.count = ranks, .by_rows = range.batch >= 2 * ranks && !range.batch_sizes};
+  if (exact)
+    partition = partition_of_step(
+        ranks, range,
+        {.tile_rows = max_rows<Plain<T>, N>, .panels = panels, .multiply_adds = range.batch * Cell::gates * H * H});
+  if (partition.by_rows || !exact)  // what one thread does depends on no other
+    worker.parallel_for(partition.count, [&](int64_t i) {
       each_step([&](int64_t t, int64_t offset) {
-        const Range rows = parts.by_rows ? share(s.size(t), i, parts.count) : Range{0, s.size(t)};
-        local(t, offset, rows, parts.by_rows ? Range{0, vectors} : share(vectors, i, parts.count), i);
-        if (s.packed) add_dense<T, Cell>(s, offset, rows, {0, panels});
+        const Range all{.begin = 0, .end = range.size(t)};
+        const Range rows = partition.by_rows ? range_of(range.size(t), i, partition.count) : all;
+        const Range every{.begin = 0, .end = vectors};
+        local(t, offset, rows, partition.by_rows ? every : range_of(vectors, i, partition.count), i);
+        if (exact) add_dense_product<T, Cell>(s, offset, rows, {.begin = 0, .end = panels});
       });
     });
   else
     each_step([&](int64_t t, int64_t offset) {
-      const Range all{0, s.size(t)};
-      member.divide(parts.count, [&](int64_t i) {
-        const Range own = share(panels, i, parts.count);
-        local(t, offset, all, {own.begin * N, std::min(own.end * N, vectors)}, i);
+      const Range all{.begin = 0, .end = range.size(t)};
+      worker.parallel_for(partition.count, [&](int64_t i) {
+        const Range part = range_of(panels, i, partition.count);
+        local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)}, i);
       });
-      member.divide(parts.count,
-                    [&](int64_t i) { add_dense<T, Cell>(s, offset, all, share(panels, i, parts.count)); });
+      worker.parallel_for(partition.count, [&](int64_t i) {
+        add_dense_product<T, Cell>(s, offset, all, range_of(panels, i, partition.count));
+      });
     });
 }
 
-// sums (states, hidden) += diag(J[t]) over all rows; `diagonal` holds the diagonals of W_hh.
+// sums (states, hidden) += diag(J[t]) over all rows.
 template <class T, class Cell>
-void sum_jacobians(Member& member, const Reverse<T>& s) {
-  const int64_t vectors = panel_count(s.hidden, lanes<T>), ranks = std::min(member.ranks(), vectors);
-  member.divide(ranks, [&](int64_t i) {
-    for (int64_t t = 0, offset = 0; t < s.steps; offset += s.size(t++))
-      each_vector<T, Cell>(s, t, offset, {0, s.size(t)}, share(vectors, i, ranks), s.sums, [](const ReverseRow<T>& row) {
+void sum_jacobians(Worker& worker, const ReverseArgs<T>& s) {
+  const int64_t vectors = panel_count(s.range.hidden, lanes<T>), ranks = std::min(worker.ranks(), vectors);
+  worker.parallel_for(ranks, [&](int64_t i) {
+    for (int64_t t = 0, offset = 0; t < s.range.steps; offset += s.range.size(t++)) {
+      const Range all{.begin = 0, .end = s.range.size(t)};
+      each_vector<T, Cell>(s, t, offset, all, range_of(vectors, i, ranks), s.sums, [](const ReverseRow<T>& row) {
         const typename Cell::Local local = Cell::local(row);
-        for (int part = 0; part < Cell::states; ++part)
-          row.put(row.sums, part, row.at(row.sums, part) + Cell::jacobian(row, local, row.diagonal, part));
+        for (int state = 0; state < Cell::states; ++state)
+          row.put(row.sums, state, row.at(row.sums, state) + Cell::jacobian(row, local, state));
       });
+    }
   });
 }
 
-template <class T, class Cell>
-CellKernels<T> cell_kernels() {
-  CellKernels<T> kernels{};
-  kernels.gates = Cell::gates, kernels.states = Cell::states, kernels.unit_vectors = Cell::unit_vectors;
-  kernels.split = Cell::split, kernels.sums = Cell::sums;
-  kernels.forward = forward<Exact<T>, Cell>;
-  kernels.forward_rounded = forward<RoundedFor<T>, Cell>;
-  kernels.reverse = reverse<T, Cell>;
-  kernels.sum_jacobians = sum_jacobians<T, Cell>;
-  return kernels;
+template <class Cell, class T>
+constexpr CellLoops<T> cell_loops() {
+  return {.forward = forward<Plain<T>, Cell>,
+          .forward_bf16 = forward<Bf16For<T>, Cell>,
+          .reverse = reverse<T, Cell>,
+          .sum_jacobians = sum_jacobians<T, Cell>};
+}
+
+// The row of the table of a cell given as a template over float and double.
+template <template <class> class Cell>
+constexpr CellEntry cell_entry(std::string_view name) {
+  using C = Cell<float>;
+  return {.name = name,
+          .gates = C::gates,
+          .states = C::states,
+          .shared_gates = C::shared_gates,
+          .has_aux = C::has_aux,
+          .unit_vectors = C::unit_vectors,
+          .float_loops = cell_loops<Cell<float>, float>(),
+          .double_loops = cell_loops<Cell<double>, double>()};
 }
 
 }  // namespace statefeed

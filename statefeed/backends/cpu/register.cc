@@ -1,12 +1,17 @@
-// The operators as torch sees them, through its stable ABI. Arguments are made and checked in Python.
+// The operators as torch sees them, through its stable ABI: checks, then arguments with names, then the kernel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "checks.h"
 #include "head.h"
-#include "kernels.h"
-#include "product.h"
+#include "layer.h"
 #include "threads.h"
+#include "traits.h"
 
 namespace statefeed {
 
@@ -18,116 +23,270 @@ void run_parallel(int64_t ranks, void (*body)(int64_t, int64_t, void*), void* co
 
 namespace {
 
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 template <class T>
-T* data(const Optional& tensor) {
+T* data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
 template <class Body>
-void with_type(const Tensor& like, Body body) {
-  if (like.scalar_type() == torch::headeronly::ScalarType::Double)
-    body(double{});
+void with_dtype(const Checks& checks, Body body) {
+  checks.is_double() ? body(double{}) : body(float{});
+}
+
+// The steps of a layer with initial state h0 (batch, hidden) over `rows` rows.
+StepRange checked_range(const Checks& checks, int64_t rows, const Tensor& h0, const OptionalTensor& batch_sizes) {
+  checks.dims("h0", h0, 2);
+  StepRange range{.steps = 0, .batch = h0.size(0), .hidden = h0.size(1), .rows = rows, .batch_sizes = nullptr};
+  checks.tensor("h0", h0, {range.batch, range.hidden});
+  if (!batch_sizes) {
+    range.steps = range.batch ? rows / range.batch : 0;
+    checks.that(range.steps * range.batch == rows, "expected rows that are a multiple of the batch of h0, ",
+                range.batch, ", got ", rows);
+    return range;
+  }
+  checks.dims("batch_sizes", *batch_sizes, 1);
+  range.steps = batch_sizes->size(0);
+  checks.tensor("batch_sizes", *batch_sizes, {range.steps}, ScalarType::Long);
+  range.batch_sizes = data<int64_t>(batch_sizes);
+  int64_t total = 0, before = range.batch;
+  for (int64_t t = 0; t < range.steps; ++t) {
+    const int64_t size = range.batch_sizes[t];
+    checks.that(size > 0 && size <= before, "batch_sizes must be positive and never grow, from the batch of h0, ",
+                range.batch, ", got ", size, " after ", before);
+    total += before = size;
+  }
+  checks.that(range.steps == 0 || range.batch_sizes[0] == range.batch, "batch_sizes must begin with the batch of h0, ",
+              range.batch, ", got ", range.steps ? range.batch_sizes[0] : 0);
+  checks.that(total == rows, "batch_sizes must add up to the rows of the input, ", rows, ", got ", total);
+  return range;
+}
+
+template <class T>
+LayerArgs<T> layer_args(const CellEntry& cell, const StepRange& range, bool bf16, const Tensor& x, const Tensor& w_ih,
+                        const Tensor& w_hh) {
+  return {.cell = &cell,
+          .range = range,
+          .inputs = x.size(1),
+          .bf16 = bf16,
+          .x = data<T>(x),
+          .w_ih = data<T>(w_ih),
+          .w_hh = data<T>(w_hh)};
+}
+
+// Gates, shared gates, states, and values saved per row and unit; nothing for a cell that has no kernel.
+std::vector<int64_t> cell_sizes(StringHandle cell_name) {
+  const Name name(cell_name);
+  for (const CellEntry* cell : cell_table)
+    if (cell->name == name.view())
+      return {cell->gates, cell->shared_gates, cell->states, cell->has_aux ? cell->gates + 1 : 0};
+  return {};
+}
+
+// Shapes that follow from the cell and the input; rows and inputs as x has them.
+struct Shapes {
+  int64_t N, I, B, H, G, S;
+};
+
+Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
+                     const Tensor& w_ih, const Tensor& w_hh) {
+  const Shapes shape{.N = range.rows,
+                     .I = x.size(1),
+                     .B = range.batch,
+                     .H = range.hidden,
+                     .G = cell.gates * range.hidden,
+                     .S = cell.states * range.hidden};
+  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ",
+              shape.H);
+  checks.tensor("x", x, {shape.N, shape.I});
+  checks.tensor("w_ih", w_ih, {shape.G, shape.I});
+  checks.tensor("w_hh", w_hh, {shape.G, shape.H});
+  return shape;
+}
+
+// What the forward pass saves, as far as the cell saves it.
+void check_saved(const Checks& checks, const CellEntry& cell, int64_t rows, int64_t hidden, const OptionalTensor& gates,
+                 const OptionalTensor& aux, bool wanted) {
+  checks.optional("gates", gates, wanted && cell.gates > 1, "for a cell with several gates",
+                  {rows, cell.gates * hidden});
+  checks.optional("aux", aux, wanted && cell.has_aux, "for a cell that saves more than its gates", {rows, hidden});
+}
+
+constexpr const char* two_states = "for a cell with two states";
+
+void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+             const OptionalTensor& bias, const OptionalTensor& hidden_bias, const Tensor& h0,
+             const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, OptionalTensor c) {
+  const CellEntry& cell = find_cell(Name(cell_name).view());
+  const Checks checks("layer_forward", y);
+  checks.dims("x", x, 2);
+  const StepRange range = checked_range(checks, x.size(0), h0, batch_sizes);
+  const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
+  checks.optional("bias", bias, {G});
+  checks.optional("hidden_bias", hidden_bias, {G - cell.shared_gates * H});
+  checks.that(!hidden_bias || cell.shared_gates < cell.gates,
+              "hidden_bias must be None for a cell without separate gates");
+  check_saved(checks, cell, N, H, gates, aux, gates || aux);
+  checks.tensor("y", y, {N, H});
+  checks.optional("c", c, cell.states > 1, two_states, {B, H});
+  with_dtype(checks, [&](auto type) {
+    using T = decltype(type);
+    layer_forward<T>({.layer = layer_args<T>(cell, range, bf16, x, w_ih, w_hh),
+                      .bias = data<T>(bias),
+                      .hidden_bias = data<T>(hidden_bias),
+                      .h0 = data<T>(h0),
+                      .gates = cell.gates == 1 ? data<T>(y) : data<T>(gates),
+                      .aux = data<T>(aux),
+                      .y = data<T>(y),
+                      .c = data<T>(c)});
+  });
+}
+
+void backward(StringHandle cell_name, StringHandle rule_name, int64_t corrections, bool bf16, const Tensor& x,
+              const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& gates, const OptionalTensor& aux,
+              const Tensor& y, const Tensor& h0, const OptionalTensor& c0, const Tensor& grad_y,
+              const Tensor& grad_final, const OptionalTensor& diagonal, const OptionalTensor& batch_sizes, Tensor carry,
+              OptionalTensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, Tensor sums, OptionalTensor residual) {
+  const Name of_cell(cell_name), of_rule(rule_name);
+  const CellEntry& cell = find_cell(of_cell.view());
+  const Rule rule = find_rule(of_rule.view());
+  const Checks checks("layer_backward", y);
+  checks.dims("x", x, 2);
+  const StepRange range = checked_range(checks, x.size(0), h0, batch_sizes);
+  const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
+  check_saved(checks, cell, N, H, gates, aux, true);
+  checks.tensor("y", y, {N, H});
+  checks.optional("c0", c0, cell.states > 1, two_states, {B, H});
+  checks.tensor("grad_y", grad_y, {N, H});
+  checks.tensor("grad_final", grad_final, {B, S});
+  const char* rules = "for the rules stationary, per_row and jacobian";
+  const bool needs_diagonal = rule == Rule::stationary || rule == Rule::per_row || rule == Rule::jacobian;
+  if (rule == Rule::per_row)
+    checks.optional("diagonal", diagonal, needs_diagonal, rules, {N, S});
+  else if (rule == Rule::jacobian)
+    checks.optional("diagonal", diagonal, needs_diagonal, rules, {cell.gates, H});
   else
-    body(float{});
-}
-
-template <class T>
-const CellKernels<T>& kernels_of(int64_t cell) {
-  if (cell == 0) return gru_kernels<T>();
-  if (cell == 1) return lstm_kernels<T>();
-  return cell == 2 ? tanh_kernels<T>() : relu_kernels<T>();
-}
-
-template <class T>
-void set_stretch(Stretch<T>& s, const Tensor& y, const Tensor& h0, const Optional& sizes) {
-  s.batch = h0.size(0), s.hidden = h0.size(1), s.sizes = data<int64_t>(sizes);
-  s.rows = y.size(0);
-  s.steps = s.batch == 0 ? 0 : sizes ? sizes->size(0) : y.size(0) / s.batch;
-}
-
-template <class T>
-void set_layer(Layer<T>& s, int64_t cell, bool rounded, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh) {
-  s.cell = &kernels_of<T>(cell), s.rounded = rounded, s.inputs = x.size(1);
-  s.x = data<T>(x), s.w_ih = data<T>(w_ih), s.w_hh = data<T>(w_hh);
-}
-
-void forward(int64_t cell, bool rounded, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Optional& bias,
-             const Optional& hidden_bias, const Tensor& h0, const Optional& sizes, Optional gates, Optional extra,
-             Tensor y, Optional c) {
-  with_type(y, [&](auto type) {
+    checks.optional("diagonal", diagonal, needs_diagonal, rules, {S});
+  checks.that(corrections >= 0, "corrections must be at least 0, got ", corrections);
+  checks.that(rule != Rule::exact || corrections == 0, "the rule exact takes no corrections, got ", corrections);
+  checks.tensor("carry", carry, {B, S});
+  checks.optional("grad_x", grad_x, {N, I});
+  checks.tensor("grad_w_ih", grad_w_ih, {G, I});
+  checks.tensor("grad_w_hh", grad_w_hh, {G, H});
+  checks.tensor("sums", sums, {cell.sums(), H});
+  checks.optional("residual", residual, corrections > 0, "with corrections", {N, S});
+  with_dtype(checks, [&](auto type) {
     using T = decltype(type);
-    LayerForward<T> s{};
-    set_stretch(s, y, h0, sizes);
-    set_layer(s, cell, rounded, x, w_ih, w_hh);
-    s.bias = data<T>(bias), s.hidden_bias = data<T>(hidden_bias), s.h0 = data<T>(h0);
-    s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra), s.c = data<T>(c);
-    run_layer_forward(s);
+    layer_backward<T>({.layer = layer_args<T>(cell, range, bf16, x, w_ih, w_hh),
+                       .rule = rule,
+                       .corrections = corrections,
+                       .gates = cell.gates == 1 ? data<T>(y) : data<T>(gates),
+                       .aux = data<T>(aux),
+                       .y = data<T>(y),
+                       .h0 = data<T>(h0),
+                       .c0 = data<T>(c0),
+                       .grad_y = data<T>(grad_y),
+                       .grad_final = data<T>(grad_final),
+                       .diagonal = rule == Rule::jacobian ? nullptr : data<T>(diagonal),
+                       .w_hh_diag = rule == Rule::jacobian ? data<T>(diagonal) : nullptr,
+                       .carry = data<T>(carry),
+                       .grad_x = data<T>(grad_x),
+                       .grad_w_ih = data<T>(grad_w_ih),
+                       .grad_w_hh = data<T>(grad_w_hh),
+                       .sums = data<T>(sums),
+                       .residual = data<T>(residual)});
   });
 }
 
-void backward(int64_t cell, bool rounded, int64_t rule, bool exact, int64_t corrections, const Tensor& x, const Tensor& w_ih,
-              const Tensor& w_hh, const Optional& gates, const Optional& extra, const Tensor& y, const Tensor& h0,
-              const Optional& c0, const Tensor& e, const Tensor& final_e, const Optional& diagonal,
-              const Optional& sizes, Tensor carry, Optional d_x, Tensor d_ih, Tensor d_hh, Tensor sums,
-              Optional residual) {
-  with_type(y, [&](auto type) {
+void sum_jacobians(StringHandle cell_name, const OptionalTensor& gates, const OptionalTensor& aux, const Tensor& y,
+                   const Tensor& h0, const OptionalTensor& c0, const Tensor& w_hh_diag,
+                   const OptionalTensor& batch_sizes, Tensor sums) {
+  const Name of_cell(cell_name);
+  const CellEntry& cell = find_cell(of_cell.view());
+  const Checks checks("sum_jacobians", y);
+  checks.dims("y", y, 2);
+  const StepRange range = checked_range(checks, y.size(0), h0, batch_sizes);
+  const int64_t N = range.rows, H = range.hidden;
+  check_saved(checks, cell, N, H, gates, aux, true);
+  checks.tensor("y", y, {N, H});
+  checks.optional("c0", c0, cell.states > 1, two_states, {range.batch, H});
+  checks.tensor("w_hh_diag", w_hh_diag, {cell.gates, H});
+  checks.tensor("sums", sums, {cell.states * H});
+  with_dtype(checks, [&](auto type) {
     using T = decltype(type);
-    LayerBackward<T> s{};
-    set_stretch(s, y, h0, sizes);
-    set_layer(s, cell, rounded, x, w_ih, w_hh);
-    s.rule = static_cast<Diagonal>(rule), s.exact = exact, s.corrections = corrections;
-    s.y = data<T>(y), s.gates = s.cell->gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
-    s.h0 = data<T>(h0), s.c0 = data<T>(c0), s.e = data<T>(e), s.final_e = data<T>(final_e);
-    s.diagonal = data<T>(diagonal), s.carry = data<T>(carry), s.d_x = data<T>(d_x), s.d_ih = data<T>(d_ih);
-    s.d_hh = data<T>(d_hh), s.sums = data<T>(sums), s.residual = data<T>(residual);
-    run_layer_backward(s);
+    ReverseArgs<T> args{};
+    args.range = range;
+    args.gates = cell.gates == 1 ? data<T>(y) : data<T>(gates), args.aux = data<T>(aux), args.y = data<T>(y);
+    args.first_h = data<T>(h0), args.first_c = data<T>(c0);
+    args.w_hh_diag = data<T>(w_hh_diag), args.sums = data<T>(sums);
+    // A Jacobian is some 100 operations per unit.
+    run_team<Plain<T>>(N * H * 100, [&](Worker& worker) { cell.loops(T{}).sum_jacobians(worker, args); });
   });
 }
 
-void sum_jacobians(int64_t cell, const Optional& gates, const Optional& extra, const Tensor& y, const Tensor& h0,
-                   const Optional& c0, const Tensor& diagonal, const Optional& sizes, Tensor sums) {
-  with_type(y, [&](auto type) {
-    using T = decltype(type);
-    const CellKernels<T>& kernels = kernels_of<T>(cell);
-    Reverse<T> s{};
-    set_stretch(s, y, h0, sizes);
-    s.y = data<T>(y), s.gates = kernels.gates == 1 ? s.y : data<T>(gates), s.extra = data<T>(extra);
-    s.first_h = data<T>(h0), s.first_c = data<T>(c0), s.diagonal = data<T>(diagonal), s.sums = data<T>(sums);
-    with_team<Exact<T>>(s.rows * s.hidden * 100, [&](Member& member) { kernels.sum_jacobians(member, s); });
-  });
-}
-
-void head_loss(bool rounded, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& targets, Tensor losses,
-               Optional d_x, Optional d_w, Optional d_bias) {
-  run_head_loss({x.size(0), x.size(1), w.size(0), rounded, data<float>(x), data<float>(w), data<float>(bias),
-                 data<int64_t>(targets), data<float>(losses), data<float>(d_x), data<float>(d_w), data<float>(d_bias)});
+void head_loss(bool bf16, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& targets, Tensor losses,
+               OptionalTensor grad_x, OptionalTensor grad_w, OptionalTensor grad_bias) {
+  const Checks checks("head_loss", ScalarType::Float);
+  checks.dims("x", x, 2);
+  checks.dims("w", w, 2);
+  const int64_t N = x.size(0), H = x.size(1), V = w.size(0);
+  checks.that(H > 0 && V > 0, "expected at least one input and one class, got ", H, " and ", V);
+  checks.tensor("x", x, {N, H});
+  checks.tensor("w", w, {V, H});
+  checks.tensor("bias", bias, {V});
+  checks.tensor("targets", targets, {N}, ScalarType::Long);
+  checks.tensor("losses", losses, {N});
+  const bool wanted = grad_x || grad_w || grad_bias;
+  checks.optional("grad_x", grad_x, wanted, "with the other gradients", {N, H});
+  checks.optional("grad_w", grad_w, wanted, "with the other gradients", {V, H});
+  checks.optional("grad_bias", grad_bias, wanted, "with the other gradients", {V});
+  const int64_t* target = data<int64_t>(targets);
+  for (int64_t i = 0; i < N; ++i)
+    if (target[i] < 0 || target[i] >= V)
+      throw std::out_of_range("head_loss: targets must be ids of the " + std::to_string(V) + " classes, got " +
+                              std::to_string(target[i]));
+  run_head_loss({.rows = N,
+                 .inputs = H,
+                 .classes = V,
+                 .bf16 = bf16,
+                 .x = data<float>(x),
+                 .w = data<float>(w),
+                 .bias = data<float>(bias),
+                 .targets = target,
+                 .losses = data<float>(losses),
+                 .grad_x = data<float>(grad_x),
+                 .grad_w = data<float>(grad_w),
+                 .grad_bias = data<float>(grad_bias)});
 }
 
 }  // namespace
 }  // namespace statefeed
 
 STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
+  m.def("cell_sizes(str cell) -> int[]");
   m.def(
-      "layer_forward(int cell, bool rounded, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, Tensor h0, "
-      "Tensor? sizes, Tensor(a!)? gates, Tensor(b!)? extra, Tensor(c!) y, Tensor(d!)? c) -> ()");
+      "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, "
+      "Tensor h0, "
+      "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!)? c) -> ()");
   m.def(
-      "layer_backward(int cell, bool rounded, int rule, bool exact, int corrections, Tensor x, Tensor w_ih, Tensor w_hh, "
-      "Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor e, Tensor final_e, Tensor? diagonal, "
-      "Tensor? sizes, Tensor(a!) carry, Tensor(b!)? d_x, Tensor(c!) d_ih, Tensor(d!) d_hh, Tensor(e!) sums, "
-      "Tensor(f!)? residual) -> ()");
+      "layer_backward(str cell, str rule, int corrections, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? "
+      "gates, "
+      "Tensor? aux, Tensor y, Tensor h0, Tensor? c0, Tensor grad_y, Tensor grad_final, Tensor? diagonal, "
+      "Tensor? batch_sizes, Tensor(a!) carry, Tensor(b!)? grad_x, Tensor(c!) grad_w_ih, Tensor(d!) grad_w_hh, "
+      "Tensor(e!) sums, Tensor(f!)? residual) -> ()");
   m.def(
-      "sum_jacobians(int cell, Tensor? gates, Tensor? extra, Tensor y, Tensor h0, Tensor? c0, Tensor diagonal, "
-      "Tensor? sizes, Tensor(a!) sums) -> ()");
+      "sum_jacobians(str cell, Tensor? gates, Tensor? aux, Tensor y, Tensor h0, Tensor? c0, Tensor w_hh_diag, "
+      "Tensor? batch_sizes, Tensor(a!) sums) -> ()");
   m.def(
-      "head_loss(bool rounded, Tensor x, Tensor w, Tensor bias, Tensor targets, Tensor(a!) losses, Tensor(b!)? d_x, "
-      "Tensor(c!)? d_w, Tensor(d!)? d_bias) -> ()");
+      "head_loss(bool bf16, Tensor x, Tensor w, Tensor bias, Tensor targets, Tensor(a!) losses, Tensor(b!)? grad_x, "
+      "Tensor(c!)? grad_w, Tensor(d!)? grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(statefeed, CompositeExplicitAutograd, m) {
+  m.impl("cell_sizes", TORCH_BOX(&statefeed::cell_sizes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(statefeed, CPU, m) {

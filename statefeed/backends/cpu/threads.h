@@ -1,10 +1,11 @@
-// Who works on what: a team of torch's threads that takes the parts of one phase after another.
+// A team of torch's threads that runs one parallel loop after another.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #if defined(__SSE__)
@@ -17,6 +18,7 @@ int64_t thread_count();
 // Calls body(begin, end, context) on torch's pool so that the ranges cover 0 .. ranks.
 void run_parallel(int64_t ranks, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
+// Denormals count as zero while this exists: they slow a product down several times.
 class FlushDenormals {
 #if defined(__SSE__)
   unsigned mode = _mm_getcsr();
@@ -48,75 +50,103 @@ inline void pause() {
 #endif
 }
 
-// The part of 0 .. total that rank r of `ranks` works on.
 struct Range {
   int64_t begin, end;
 };
-inline Range share(int64_t total, int64_t rank, int64_t ranks) {
+
+// The part of 0 .. total that belongs to rank `rank` of `ranks`.
+inline Range range_of(int64_t total, int64_t rank, int64_t ranks) {
   return {total * rank / ranks, total * (rank + 1) / ranks};
 }
 
 inline int64_t nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
-// What the members of a team know of each other. Nobody waits for a member, only for parts that a member has taken:
-// where the machine is busy and a thread comes late, or never, the others do its parts.
-struct Team {
-  struct alignas(64) Taken {
-    std::atomic<uint64_t> parts{0};  // of one member's own share: the phase in the upper half, their count in the lower
+// What the workers of a team share. A worker never waits for another worker, only for items that another has claimed:
+// where the machine is busy and a thread comes late, or never, the others run its items.
+class ThreadTeam {
+  friend class Worker;
+  struct alignas(64) Claimed {
+    std::atomic<uint64_t> items{
+        0};  // of one worker's range: the loop's number in the upper half, the count in the lower
   };
-  explicit Team(int64_t ranks) : taken(static_cast<size_t>(ranks)) {}
-  std::vector<Taken> taken;
-  alignas(64) std::atomic<uint32_t> done{0};  // parts of all phases
-};
+  std::vector<Claimed> claimed;
+  alignas(64) std::atomic<uint32_t> done{0};  // items of all loops
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first item that failed
 
-// One thread's walk through the phases, the same for every member.
-class Member {
-  Team& team;
-  const int64_t rank;
-  uint64_t phase = 0;
-  uint32_t target = 0;
-  int64_t slept = 0;  // nanoseconds
+ public:
+  explicit ThreadTeam(int64_t ranks) : claimed(static_cast<size_t>(ranks)) {}
 
-  int64_t take(int64_t owner, int64_t size) {  // the next part of the owner's share, -1 if all are taken
-    std::atomic<uint64_t>& parts = team.taken[static_cast<size_t>(owner)].parts;
-    uint64_t seen = parts.load(std::memory_order_relaxed);
-    for (;;) {
-      const uint64_t at = seen >> 32, next = at < phase ? 0 : seen & 0xffffffffu;
-      if (at > phase || next >= static_cast<uint64_t>(size)) return -1;
-      if (parts.compare_exchange_weak(seen, (phase << 32) + next + 1)) return static_cast<int64_t>(next);
+  // Runs body(), unless something has failed before. What it throws is kept for `rethrow`: no exception may leave a
+  // thread of the pool, and an item that fails must still count as done, or the others would wait for it forever.
+  template <class Body>
+  void run(Body&& body) noexcept {
+    if (failed.load(std::memory_order_relaxed)) return;
+    try {
+      body();
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   }
-  bool behind(uint32_t done) const { return static_cast<int32_t>(done - target) < 0; }
+  // For the caller, once every thread is at its end.
+  void rethrow() const {
+    if (error) std::rethrow_exception(error);
+  }
+};
 
-  // Spins for some microseconds, then sleeps: an idle core may be what the others' threads are waiting for.
+// One thread's walk through the loops, in the same order on every worker.
+class Worker {
+  ThreadTeam& team;
+  const int64_t rank;
+  uint64_t loop = 0;
+  uint32_t target = 0;  // what `done` reaches at the end of this loop
+  int64_t slept = 0;    // nanoseconds
+
+  // The next item of the range of rank `owner`, which has `size`; -1 if all are claimed.
+  int64_t claim(int64_t owner, int64_t size) {
+    std::atomic<uint64_t>& items = team.claimed[static_cast<size_t>(owner)].items;
+    uint64_t seen = items.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t at = seen >> 32, next = at < loop ? 0 : seen & 0xffffffffu;
+      if (at > loop || next >= static_cast<uint64_t>(size)) return -1;
+      if (items.compare_exchange_weak(seen, (loop << 32) + next + 1)) return static_cast<int64_t>(next);
+    }
+  }
+  bool incomplete(uint32_t done) const { return static_cast<int32_t>(done - target) < 0; }
+
+  // Spins, then sleeps: a core that spins may be the one that the others' threads wait for.
   void wait() {
+    // 1,000 pauses: 15 to 40 microseconds, by the processor. Estimate: longer than a barrier between threads that run,
+    // shorter than a time slice of the scheduler.
     constexpr int spins = 1000;
     uint32_t done = team.done.load(std::memory_order_acquire);
-    for (int i = 0; i < spins && behind(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
-    if (!behind(done)) return;
+    for (int i = 0; i < spins && incomplete(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
+    if (!incomplete(done)) return;
     const int64_t start = nanoseconds();
-    for (; behind(done); done = team.done.load(std::memory_order_acquire)) team.done.wait(done);
+    for (; incomplete(done); done = team.done.load(std::memory_order_acquire)) team.done.wait(done);
     slept += nanoseconds() - start;
   }
 
  public:
-  Member(Team& members, int64_t own) : team(members), rank(own) {}
-  int64_t ranks() const { return static_cast<int64_t>(team.taken.size()); }
+  Worker(ThreadTeam& of, int64_t own_rank) : team(of), rank(own_rank) {}
+  int64_t ranks() const { return static_cast<int64_t>(team.claimed.size()); }
   int64_t waited() const { return slept; }
 
-  // Calls body(i) once for every i below `parts`, each on one member, its own share first; returns when all are done.
+  // Calls body(i) once for every i below `items`, each on one worker, its own range first; returns when all are done.
+  // After a failure the remaining calls are skipped, here and in later loops.
   template <class Body>
-  void divide(int64_t parts, Body body) noexcept {
-    if (parts == 0) return;
-    ++phase;
-    target += static_cast<uint32_t>(parts);
+  void parallel_for(int64_t items, Body body) {
+    if (items == 0) return;
+    ++loop;
+    target += static_cast<uint32_t>(items);
     for (int64_t r = 0; r < ranks(); ++r) {
       const int64_t owner = (rank + r) % ranks();
-      const Range own = share(parts, owner, ranks());
-      for (int64_t i; (i = take(owner, own.end - own.begin)) >= 0;) {
-        body(own.begin + i);
+      const Range range = range_of(items, owner, ranks());
+      for (int64_t i; (i = claim(owner, range.end - range.begin)) >= 0;) {
+        team.run([&] { body(range.begin + i); });
         if (team.done.fetch_add(1, std::memory_order_acq_rel) + 1 == target) team.done.notify_all();
       }
     }
@@ -124,10 +154,10 @@ class Member {
   }
 };
 
-// A task is items() and run(i); all items of all tasks are divided among the members.
+// The same over the items of several tasks at once; a task has items() and run(i).
 template <class... Task>
-void divide(Member& member, const Task&... tasks) {
-  member.divide((tasks.items() + ...), [&](int64_t i) {
+void parallel_for(Worker& worker, const Task&... tasks) {
+  worker.parallel_for((tasks.items() + ...), [&](int64_t i) {
     auto run = [&](const auto& task) {
       if (i >= 0 && i < task.items()) task.run(i);
       i -= task.items();
@@ -136,44 +166,55 @@ void divide(Member& member, const Task&... tasks) {
   });
 }
 
-// Where others keep the cores, a team waits for its members longer than it gains by them. Then one thread does the parts
-// of all for a while: what is divided, and so every rounding, stays the same.
-class Crowding {
-  std::atomic<int64_t> until{0}, patience{16};
+// Where other processes use the cores, a team waits for its workers longer than it gains by them. Then one thread runs
+// all items for a while; how the work is divided, and so every rounding, stays the same.
+class OversubscriptionGuard {
+  // In units of a call's own time. Estimates: 8 calls cost less than a percent where the machine is free again, 512
+  // calls of a busy machine try the team again a few times a second.
+  static constexpr int64_t first_backoff = 8, most_backoff = 512;
+  std::atomic<int64_t> until{0}, backoff{2 * first_backoff};
 
  public:
-  bool now(int64_t time) const { return time < until.load(std::memory_order_relaxed); }
-  void learn(int64_t end, int64_t took, int64_t waited) {
-    const bool crowded = 2 * waited > took;
-    const int64_t times = crowded ? patience.load(std::memory_order_relaxed) : 8;
-    if (crowded) until.store(end + times * took, std::memory_order_relaxed);
-    patience.store(std::min<int64_t>(2 * times, 512), std::memory_order_relaxed);
+  bool active(int64_t time) const { return time < until.load(std::memory_order_relaxed); }
+  // A call that ended at `end` took `took` nanoseconds, `waited` of them asleep in its first thread.
+  void record(int64_t end, int64_t took, int64_t waited) {
+    const bool oversubscribed = 2 * waited > took;
+    const int64_t times = oversubscribed ? backoff.load(std::memory_order_relaxed) : first_backoff;
+    if (oversubscribed) until.store(end + times * took, std::memory_order_relaxed);
+    backoff.store(std::min(2 * times, most_backoff), std::memory_order_relaxed);
   }
 };
 
-inline Crowding crowding;
+inline OversubscriptionGuard oversubscription_guard;
 
-// Calls body(member) on as many threads as the work, in multiply-adds, is worth; they hold what products of type P need.
+// Calls body(worker) on as many threads as `work`, in multiply-adds, is worth; each holds what products of traits P
+// need. Throws what the first failure threw, on any thread.
 template <class P, class Body>
-void with_team(int64_t work, Body body) {
-  constexpr int64_t worth_a_thread = 2000000;  // some 30 microseconds
-  const int64_t ranks = std::clamp<int64_t>(work / worth_a_thread, 1, std::max<int64_t>(thread_count(), 1)), start = nanoseconds();
-  Team team(ranks);
-  int64_t idle = 0;  // of the caller
+void run_team(int64_t work, Body body) {
+  // About 30 microseconds of one core at 70 GFLOP/s of multiply-adds; waking a thread of the pool takes about 5.
+  constexpr int64_t min_work_per_thread = 2000000;
+  const int64_t ranks = std::clamp<int64_t>(work / min_work_per_thread, 1, std::max<int64_t>(thread_count(), 1));
+  const int64_t start = nanoseconds();
+  ThreadTeam team(ranks);
+  int64_t slept = 0, finished = start;  // of the first thread
   auto walk = [&](int64_t rank) {
     FlushDenormals flush;
-    [[maybe_unused]] typename P::Held held;
-    Member member(team, rank);
-    body(member);
-    if (rank == 0) idle = member.waited() - nanoseconds();
+    [[maybe_unused]] typename P::TileConfigGuard tiles;
+    Worker worker(team, rank);
+    team.run([&] { body(worker); });
+    if (rank == 0) slept = worker.waited(), finished = nanoseconds();
   };
-  void (*walk_of)(int64_t, int64_t, void*) = [](int64_t begin, int64_t, void* context) {
-    (*static_cast<decltype(walk)*>(context))(begin);
-  };
-  if (ranks == 1 || crowding.now(start)) return walk_of(0, 1, &walk);
-  run_parallel(ranks, walk_of, &walk);
-  const int64_t end = nanoseconds();
-  crowding.learn(end, end - start, end + idle);
+  if (ranks == 1 || oversubscription_guard.active(start)) {
+    walk(0);
+  } else {
+    void (*walk_of)(int64_t, int64_t, void*) = [](int64_t begin, int64_t, void* context) {
+      (*static_cast<decltype(walk)*>(context))(begin);
+    };
+    run_parallel(ranks, walk_of, &walk);
+    const int64_t end = nanoseconds();
+    oversubscription_guard.record(end, end - start, slept + end - finished);
+  }
+  team.rethrow();
 }
 
 }  // namespace statefeed

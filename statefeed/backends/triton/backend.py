@@ -1,4 +1,4 @@
-"""The CUDA backend: torch's own forward pass through cuDNN, and a fused backward pass in Triton."""
+"""The CUDA backend: forward through cuDNN, all directions of a layer at once; backward in Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,71 +9,116 @@ import torch
 from torch import Tensor
 
 from statefeed import native
-from statefeed.backends import reference
 from statefeed.backends.protocol import (
     Backend,
     Forward,
     Gradients,
     Problem,
     Upstream,
-    backward_in_order,
-    in_order,
+    forward_in_order,
 )
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
 
-_CELLS = ("gru", "lstm", "rnn_tanh", "rnn_relu")
+# Triton is imported where a CUDA tensor comes, never with the package.
 
 
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
     if tensors[0].device.type != "cuda":
         return f"the Triton kernels take CUDA tensors, got {tensors[0].device.type}"
-    if cell.name not in _CELLS:
-        return f"the Triton kernels have no cell {cell.name!r}"
     if exact:
         return "on a GPU exact BPTT is torch's own, through cuDNN"
     reason: str | None = native.unavailable("cuda")
-    return reason
+    return reason or _unsupported_cell(cell)
+
+
+def _unsupported_cell(cell: Cell) -> str | None:
+    from statefeed.backends.triton.cells import CELLS
+
+    kernels = CELLS.get(cell.name)
+    if kernels is None:
+        return f"the Triton kernels have no cell {cell.name!r}; they have {', '.join(CELLS)}"
+    sizes = (len(cell.states), cell.gates, cell.shared_gates)
+    if sizes != (kernels.states, kernels.gates, kernels.shared_gates):
+        raise ValueError(
+            f"the Triton kernels of cell {cell.name!r} have {kernels.states} states, {kernels.gates} gates and "
+            f"{kernels.shared_gates} shared gates, its Python cell has {sizes[0]}, {sizes[1]} and {sizes[2]}"
+        )
+    return None
+
+
+def forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
+    if len(problems) == 1 and problems[0].reverse:
+        return forward_in_order(lambda problem, save: _forward([problem], save)[0], problems, save)
+    return _forward(problems, save)
+
+
+def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
+    from statefeed.backends.triton import cudnn
+
+    first, directions = problems[0], len(problems)
+    layout, H = first.layout, first.state[0].shape[1]
+    y, final = cudnn.layer(
+        first.cell.name,
+        layout.grid(first.x) if layout.batch_sizes is None else first.x,
+        layout.batch_sizes,
+        [
+            torch.stack(part) if directions > 1 else part[0][None]
+            for part in zip(*(p.state for p in problems), strict=True)
+        ],
+        [w for p in problems for w in p.weights],
+        directions,
+        first.compute_dtype,
+    )
+    rows = y.flatten(0, -2) if y.dim() > 2 else y
+    saved = _precision_mark(y) if save else ()
+    return [
+        Forward(rows[:, k * H : (k + 1) * H] if directions > 1 else rows, tuple(part[k] for part in final), saved)
+        for k in range(directions)
+    ]
+
+
+def _precision_mark(y: Tensor) -> tuple[Tensor, ...]:
+    """An empty tensor whose width says whether the forward pass ran in TF32; what is saved must be tensors.
+
+    In a compiled graph nothing is saved, and the backward pass asks for the setting when it runs.
+    """
+    if y.dtype != torch.float32 or torch.compiler.is_compiling():
+        return ()
+    from statefeed.backends.triton.precision import forward_precision
+
+    return (y.new_empty((0, 1 if forward_precision() == "tf32" else 0)),)
 
 
 def recompute(problem: Problem, done: Forward) -> Forward:
-    from statefeed.backends.triton import layer
+    import statefeed.backends.triton.operators  # noqa: F401
+    from statefeed.backends.triton import operators as _operators  # noqa: F401
 
-    order = in_order(problem)
-    y = problem.layout.reverse(done.y) if problem.reverse else done.y
-    with torch.autocast("cuda", enabled=False):
-        tape = layer.tape(order.cell.name, order.x, y, order.state, list(order.weights), order.layout.batch_sizes)
-    return done._replace(saved=(tape.gates, tape.extra, tape.before, tape.offsets))
-
-
-def _tape(problem: Problem, done: Forward) -> Any:
-    from statefeed.backends.triton import layer
-
-    gates, extra, before, offsets = done.saved
-    return layer.Tape(gates, extra, before, offsets, problem.layout.T, problem.layout.B)
+    offsets = problem.layout.offsets(problem.x.device)
+    precision = ("ieee", "tf32")[done.saved[0].shape[1]] if done.saved else ""
+    saved = torch.ops.statefeed.triton_recompute(
+        problem.cell.name, problem.x, done.y, problem.state, problem.weights, offsets, problem.reverse, precision
+    )
+    return done._replace(saved=(*saved, offsets, precision))
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
-    from statefeed.backends.triton import layer
-
-    y = problem.layout.reverse(done.y) if problem.reverse else done.y
-    return layer.mean_jacobian(problem.cell.name, _tape(problem, done), y, problem.weights[1])
+    *saved, offsets, _ = done.saved
+    mean: Tensor = torch.ops.statefeed.triton_mean_jacobian(
+        problem.cell.name, *saved, done.y, problem.weights[1], problem.layout.B, offsets
+    )
+    return mean
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
-    return backward_in_order(_backward, problem, done, upstream, rule, needs_x)
+    *saved, offsets, precision = done.saved
+    grads: list[Any] = [upstream.y, *upstream.final]
+    d_x, *rest = torch.ops.statefeed.triton_backward(
+        problem.cell.name, rule.name, *saved, problem.x, done.y, problem.state, problem.weights, grads, rule.diagonal,
+        offsets, rule.corrections, problem.reverse, needs_x, precision,
+    )  # fmt: skip
+    state, weights = rest[: len(problem.state)], rest[2 : 2 + len(problem.weights)]
+    return Gradients(d_x if needs_x else None, tuple(state), tuple(weights))
 
 
-def _backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
-    from statefeed.backends.triton import layer
-
-    diagonal: Any = rule.diagonal if rule.name == "stationary" else {"direct": "gate"}.get(rule.name, rule.name)
-    with torch.autocast("cuda", enabled=False):
-        found = layer.backward(
-            problem.cell.name, _tape(problem, done), problem.x, done.y, problem.state, list(problem.weights),
-            (upstream.y, *upstream.final), diagonal, rule.corrections, needs_x,
-        )  # fmt: skip
-    return Gradients(found.x, found.state, tuple(found.weights))
-
-
-BACKEND = Backend("triton", unsupported_reason, reference.forward, recompute, mean_jacobian, backward)
+BACKEND = Backend("triton", unsupported_reason, forward, recompute, mean_jacobian, backward)

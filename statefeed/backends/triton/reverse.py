@@ -1,10 +1,10 @@
 """A backward pass over time: every row's gradients at its gates from what comes from the step after it.
 
     delta = e + carry,   d = k delta,   carry' = D delta + residual
-    an LSTM besides      gamma = emit delta + carry_c,   carry_c' = D_c gamma + residual_c
+    with a cell state    gamma = dh_dc delta + carry_c,   carry_c' = D_c gamma + residual_c
 
-One program runs one chunk of time for a block of units, back to front; rows of a packed batch that have ended are
-passed over.
+One program runs one chunk of time for a block of units, from the last processed step to the first; rows that do not
+exist at a step leave the carry as it is. Under REVERSE a layer processes time from T - 1 down to 0.
 """
 
 from __future__ import annotations
@@ -12,171 +12,183 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statefeed.backends.triton.cells import factors
-from statefeed.scan.chunks import row_at
+from statefeed.backends.triton.rules import diagonals, stationary_diagonal, w_hh_diagonal
+from statefeed.scan.chunks import even, lanes_of, row_at, scaled
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])
-def summarise(
-    gates, extra, state, own, offsets, e, residual, summary, T, B, H, length,
-    CELL: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+def summarize(
+    gates, saved, state, state_stride, w_hh, diagonal, offsets, e, e_stride, residual, summary, T, B, H, length,
+    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, RULE: tl.constexpr,
+    REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk as a map of what reaches its last step: carry_h = a h + u; an LSTM's carry_c = m h + p c + v besides."""
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """A chunk as a map of what reaches its last step: carry_h = a h + u; with a cell state carry_c = m h + p c + v."""
+    H = even(H, PAIRS)
+    state_stride = even(state_stride, PAIRS)
+    e_stride = even(e_stride, PAIRS)
+    lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
-    b, unit, lives = lane // H, lane % H, lane < B * H
-    own0 = tl.load(own + unit)
-    own1 = tl.load(own + H + unit)
-    own2 = tl.load(own + 2 * H + unit)
-    own3 = tl.load(own + 3 * H + unit)
-    a = tl.full([LANES], 1, WIDE)
-    p = tl.full([LANES], 1, WIDE)
-    u = tl.full([LANES], 0, WIDE)
-    v = tl.full([LANES], 0, WIDE)
-    m = tl.full([LANES], 0, WIDE)
+    w0, w1, w2, w3 = w_hh_diagonal(w_hh, unit, H, GATES, RULE, ACC)
+    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, RULE, ACC)
+    a = tl.full([LANES], 1, ACC)
+    p = tl.full([LANES], 1, ACC)
+    u = tl.full([LANES], 0, ACC)
+    v = tl.full([LANES], 0, ACC)
+    m = tl.full([LANES], 0, ACC)
     stop = tl.minimum(chunk * length + length, T)
     for s in tl.range(chunk * length, stop, num_stages=3):
-        t = stop - 1 - (s - chunk * length)
-        row, inside = row_at(t, b, B, offsets, lives)
-        _, _, _, _, _, emit, D_h, D_c = factors(
-            gates, extra, state, own0, own1, own2, own3, row, unit, H, inside, CELL, RULE, WIDE
+        step = stop - 1 - (s - chunk * length)
+        t = T - 1 - step if REVERSE else step
+        row, in_bounds = row_at(t, b, B, offsets, mask)
+        _, _, _, _, direct_h, direct_c, dh_dc, jacobian_h, jacobian_c = FACTORS(
+            gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, in_bounds, ACC
         )
-        delta = u + tl.load(e + row * H + unit, inside, 0).to(WIDE)
-        if CELL == "lstm":
-            below = D_c * (emit * delta + v)
+        D_h, D_c = diagonals(
+            direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, in_bounds,
+            STATES, RULE, ACC,
+        )  # fmt: skip
+        delta = u
+        if e is not None:
+            delta += tl.load(e + row * e_stride + unit, in_bounds, 0).to(ACC)
+        if STATES == 2:
+            carry_c = D_c * (dh_dc * delta + v)
             if residual is not None:
-                below += tl.load(residual + row * (2 * H) + H + unit, inside, 0)
-            v = tl.where(inside, below, v)
-            m = tl.where(inside, D_c * (emit * a + m), m)
-            p = tl.where(inside, D_c * p, p)
-        below = D_h * delta
+                carry_c += tl.load(residual + row * (2 * H) + H + unit, in_bounds, 0)
+            v = tl.where(in_bounds, carry_c, v)
+            # An overflowed product that meets a zero factor is zero again, as the carry is.
+            m = tl.where(in_bounds, scaled(D_c, scaled(dh_dc, a) + m), m)
+            p = tl.where(in_bounds, scaled(D_c, p), p)
+        carry = D_h * delta
         if residual is not None:
-            below += tl.load(residual + row * (2 * H if CELL == "lstm" else H) + unit, inside, 0)
-        u = tl.where(inside, below, u)
-        a = tl.where(inside, D_h * a, a)
+            carry += tl.load(residual + row * (STATES * H) + unit, in_bounds, 0)
+        u = tl.where(in_bounds, carry, u)
+        a = tl.where(in_bounds, scaled(D_h, a), a)
     lanes = tl.cast(B, tl.int64) * H
-    at = summary + chunk * lanes * (5 if CELL == "lstm" else 2) + lane
-    tl.store(at, a, lives)
-    tl.store(at + lanes, u, lives)
-    if CELL == "lstm":
-        tl.store(at + 2 * lanes, m, lives)
-        tl.store(at + 3 * lanes, p, lives)
-        tl.store(at + 4 * lanes, v, lives)
+    at = summary + chunk * lanes * (5 if STATES == 2 else 2) + lane
+    tl.store(at, a, mask)
+    tl.store(at + lanes, u, mask)
+    if STATES == 2:
+        tl.store(at + 2 * lanes, m, mask)
+        tl.store(at + 3 * lanes, p, mask)
+        tl.store(at + 4 * lanes, v, mask)
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])
 def run(
-    gates, extra, state, own, offsets, e, final_e, residual, summary, next_residual, d, d_q, sums, first,
-    T, B, H, length,
-    CELL: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    gates, saved, state, state_stride, w_hh, diagonal, offsets, e, e_stride, final_h, final_c, residual, summary,
+    next_residual, d, d_candidate, sums, initial_h, initial_c, T, B, H, length,
+    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, RULE: tl.constexpr,
+    REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk from what reaches its last step: the gradients at its gates, their sums, what leaves its first step."""
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """A chunk from what reaches its last step: gradients at its gates, their sums, what leaves its first step."""
+    H = even(H, PAIRS)
+    state_stride = even(state_stride, PAIRS)
+    e_stride = even(e_stride, PAIRS)
+    lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
-    b, unit, lives = lane // H, lane % H, lane < B * H
     lanes = tl.cast(B, tl.int64) * H
-    own0 = tl.load(own + unit)
-    own1 = tl.load(own + H + unit)
-    own2 = tl.load(own + 2 * H + unit)
-    own3 = tl.load(own + 3 * H + unit)
-    STATES: tl.constexpr = 2 if CELL == "lstm" else 1
-    ends = b * (STATES * H) + unit
-    carry = tl.load(final_e + ends, lives, 0)
-    carry_c = tl.full([LANES], 0, WIDE)
-    if CELL == "lstm":
-        carry_c = tl.load(final_e + ends + H, lives, 0)
+    w0, w1, w2, w3 = w_hh_diagonal(w_hh, unit, H, GATES, RULE, ACC)
+    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, RULE, ACC)
+    carry = tl.full([LANES], 0, ACC)
+    carry_c = tl.full([LANES], 0, ACC)
+    if final_h is not None:
+        carry = tl.load(final_h + lane, mask, 0).to(ACC)
+    if final_c is not None:
+        carry_c = tl.load(final_c + lane, mask, 0).to(ACC)
     if summary is not None:
         for s in tl.range(0, tl.num_programs(1) - 1 - chunk):
-            at = summary + (tl.num_programs(1) - 1 - s) * lanes * (5 if CELL == "lstm" else 2) + lane
-            if CELL == "lstm":
+            at = summary + (tl.num_programs(1) - 1 - s) * lanes * (5 if STATES == 2 else 2) + lane
+            if STATES == 2:
                 carry_c = (
-                    tl.load(at + 2 * lanes, lives, 0) * carry
-                    + tl.load(at + 3 * lanes, lives, 0) * carry_c
-                    + tl.load(at + 4 * lanes, lives, 0)
+                    scaled(carry, tl.load(at + 2 * lanes, mask, 0))
+                    + scaled(carry_c, tl.load(at + 3 * lanes, mask, 0))
+                    + tl.load(at + 4 * lanes, mask, 0)
                 )
-            carry = tl.load(at, lives, 0) * carry + tl.load(at + lanes, lives, 0)
-    sum0 = tl.full([LANES], 0, WIDE)
-    sum1 = tl.full([LANES], 0, WIDE)
-    sum2 = tl.full([LANES], 0, WIDE)
-    sum3 = tl.full([LANES], 0, WIDE)
+            carry = scaled(carry, tl.load(at, mask, 0)) + tl.load(at + lanes, mask, 0)
+    sum0 = tl.full([LANES], 0, ACC)
+    sum1 = tl.full([LANES], 0, ACC)
+    sum2 = tl.full([LANES], 0, ACC)
+    sum3 = tl.full([LANES], 0, ACC)
     stop = tl.minimum(chunk * length + length, T)
     for s in tl.range(chunk * length, stop, num_stages=3):
-        t = stop - 1 - (s - chunk * length)
-        row, inside = row_at(t, b, B, offsets, lives)
-        k0, k1, k2, k3, direct, emit, D_h, D_c = factors(
-            gates, extra, state, own0, own1, own2, own3, row, unit, H, inside, CELL, RULE, WIDE
+        step = stop - 1 - (s - chunk * length)
+        t = T - 1 - step if REVERSE else step
+        row, in_bounds = row_at(t, b, B, offsets, mask)
+        k0, k1, k2, k3, direct_h, direct_c, dh_dc, jacobian_h, jacobian_c = FACTORS(
+            gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, in_bounds, ACC
         )
-        delta = carry + tl.load(e + row * H + unit, inside, 0).to(WIDE)
-        passed = row * (STATES * H) + unit
-        below = D_h * delta
+        D_h, D_c = diagonals(
+            direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, in_bounds,
+            STATES, RULE, ACC,
+        )  # fmt: skip
+        delta = carry
+        if e is not None:
+            delta += tl.load(e + row * e_stride + unit, in_bounds, 0).to(ACC)
+        gamma = dh_dc * delta + carry_c
+        state_at = row * (STATES * H) + unit
+        next_carry = D_h * delta
         if residual is not None:
-            below += tl.load(residual + passed, inside, 0)
+            next_carry += tl.load(residual + state_at, in_bounds, 0)
         if next_residual is not None:
-            tl.store(next_residual + passed, (direct - D_h) * delta if CELL == "gru" else -D_h * delta, inside)
-        carry = tl.where(inside, below, carry)
-        if CELL == "lstm":
-            gamma = emit * delta + carry_c
-            below_c = D_c * gamma
+            tl.store(next_residual + state_at, (direct_h - D_h) * delta, in_bounds)
+        carry = tl.where(in_bounds, next_carry, carry)
+        if STATES == 2:
+            next_carry_c = D_c * gamma
             if residual is not None:
-                below_c += tl.load(residual + passed + H, inside, 0)
+                next_carry_c += tl.load(residual + state_at + H, in_bounds, 0)
             if next_residual is not None:
-                tl.store(next_residual + passed + H, (direct - D_c) * gamma, inside)
-            carry_c = tl.where(inside, below_c, carry_c)
-            at = d + row * (4 * H) + unit
-            d0, d1, d2, d3 = k0 * gamma, k1 * gamma, k2 * gamma, k3 * delta
-            tl.store(at + 3 * H, d3, inside)
-        else:
-            d0, d1, d2, d3 = k0 * delta, k1 * delta, k2 * delta, k3 * delta
-            at = d + row * (3 * H if CELL == "gru" else H) + unit
-            if CELL == "gru":
-                tl.store(d_q + row * H + unit, d3, inside)
-        tl.store(at, d0, inside)
-        if CELL == "lstm" or CELL == "gru":
-            tl.store(at + H, d1, inside)
-            tl.store(at + 2 * H, d2, inside)
+                tl.store(next_residual + state_at + H, (direct_c - D_c) * gamma, in_bounds)
+            carry_c = tl.where(in_bounds, next_carry_c, carry_c)
+        d0, d1, d2, d3 = LOCAL(k0, k1, k2, k3, delta, gamma)
+        at = d + row * (GATES * H) + unit
+        tl.store(at, d0, in_bounds)
+        if GATES > 1:
+            tl.store(at + H, d1, in_bounds)
+            tl.store(at + 2 * H, d2, in_bounds)
+        if GATES == 4:
+            tl.store(at + 3 * H, d3, in_bounds)
+        if d_candidate is not None:
+            tl.store(d_candidate + row * H + unit, d3, in_bounds)
         if sums is not None:
-            sum0 += tl.where(inside, d0, 0)
-            sum1 += tl.where(inside, d1, 0)
-            sum2 += tl.where(inside, d2, 0)
-            sum3 += tl.where(inside, d3, 0)
+            sum0 += tl.where(in_bounds, d0, 0)
+            sum1 += tl.where(in_bounds, d1, 0)
+            sum2 += tl.where(in_bounds, d2, 0)
+            sum3 += tl.where(in_bounds, d3, 0)
     if chunk == 0:
-        tl.store(first + ends, carry, lives)
-        if CELL == "lstm":
-            tl.store(first + ends + H, carry_c, lives)
+        tl.store(initial_h + lane, carry, mask)
+        if STATES == 2:
+            tl.store(initial_c + lane, carry_c, mask)
     if sums is not None:
-        GATED: tl.constexpr = CELL == "lstm" or CELL == "gru"
-        at = sums + ((tl.cast(chunk, tl.int64) * B + b) * (4 * H if GATED else H)) + unit
-        tl.store(at, sum0, lives)
-        if GATED:
-            tl.store(at + H, sum1, lives)
-            tl.store(at + 2 * H, sum2, lives)
-            tl.store(at + 3 * H, sum3, lives)
+        at = sums + ((tl.cast(chunk, tl.int64) * B + b) * (4 * H if GATES > 1 else H)) + unit
+        tl.store(at, sum0, mask)
+        if GATES > 1:
+            tl.store(at + H, sum1, mask)
+            tl.store(at + 2 * H, sum2, mask)
+            tl.store(at + 3 * H, sum3, mask)
 
 
 @triton.jit(do_not_specialize=["T", "B", "length"])
 def add_jacobians(
-    gates, extra, state, own, offsets, sums, T, B, H, length,
-    CELL: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    gates, saved, state, state_stride, w_hh, offsets, sums, T, B, H, length,
+    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr,
+    PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The diagonal of the Jacobian, summed over a chunk."""
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    H = even(H, PAIRS)
+    state_stride = even(state_stride, PAIRS)
+    _lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
-    b, unit, lives = lane // H, lane % H, lane < B * H
-    own0 = tl.load(own + unit)
-    own1 = tl.load(own + H + unit)
-    own2 = tl.load(own + 2 * H + unit)
-    own3 = tl.load(own + 3 * H + unit)
-    sum_h = tl.full([LANES], 0, WIDE)
-    sum_c = tl.full([LANES], 0, WIDE)
+    w0, w1, w2, w3 = w_hh_diagonal(w_hh, unit, H, GATES, "jacobian", ACC)
+    sum_h = tl.full([LANES], 0, ACC)
+    sum_c = tl.full([LANES], 0, ACC)
     for t in tl.range(chunk * length, tl.minimum(chunk * length + length, T), num_stages=3):
-        row, inside = row_at(t, b, B, offsets, lives)
-        _, _, _, _, _, _, D_h, D_c = factors(
-            gates, extra, state, own0, own1, own2, own3, row, unit, H, inside, CELL, RULE, WIDE
+        row, in_bounds = row_at(t, b, B, offsets, mask)
+        _, _, _, _, _, _, _, jacobian_h, jacobian_c = FACTORS(
+            gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, in_bounds, ACC
         )
-        sum_h += tl.where(inside, D_h, 0)
-        sum_c += tl.where(inside, D_c, 0)
-    STATES: tl.constexpr = 2 if CELL == "lstm" else 1
+        sum_h += tl.where(in_bounds, jacobian_h, 0)
+        sum_c += tl.where(in_bounds, jacobian_c, 0)
     at = sums + (tl.cast(chunk, tl.int64) * B + b) * (STATES * H) + unit
-    tl.store(at, sum_h, lives)
-    if CELL == "lstm":
-        tl.store(at + H, sum_c, lives)
+    tl.store(at, sum_h, mask)
+    if STATES == 2:
+        tl.store(at + H, sum_c, mask)

@@ -1,0 +1,105 @@
+// What every cell sees: the arguments of the loops over time, one row of them at one vector of units, and the cell's
+// sizes.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "simd.h"
+
+namespace statefeed {
+
+// What stands for the Jacobian between two steps in the backward pass.
+enum class Rule {
+  stationary,  // a diagonal (states * hidden), the same for every row
+  per_row,     // a diagonal (rows, states * hidden): a row for every step of every sequence
+  direct,      // the part of the Jacobian that passes no weight: GRU z, LSTM f on c; zero for an RNN
+  jacobian,    // the diagonal of the Jacobian
+  exact,       // the whole Jacobian: the direct part, and a product with W_hh at every step
+};
+
+// Rows of consecutive steps, one after the other: `batch_sizes[t]` of them at step t (null: `batch` at every step). May
+// be any part of a longer sequence.
+struct StepRange {
+  int64_t steps, batch, hidden, rows;
+  const int64_t* batch_sizes;
+  int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+};
+
+// `aux` is what a cell saves beside its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN,
+// which saves nothing (its `gates` are y).
+template <class T>
+struct ForwardArgs {
+  StepRange range;
+  const void* packed_w_hh;  // panels of the packed_t that the product takes
+  const T* hidden_bias;     // GRU: b_hn; or null
+  const T* first_h;         // the state before the first step
+  T* gates;                 // in: the input product with all other biases; out: the gates (RNN: y)
+  T* aux;                   // out; null: nothing is saved
+  T* y;                     // out
+  T* c;                     // LSTM: the running cell state (batch, hidden)
+};
+
+template <class T>
+struct ReverseArgs {
+  StepRange range;
+  Rule rule;
+  const T *gates, *aux, *y;
+  const T *first_h, *first_c;  // the state before the first step
+  const T* grad_y;
+  const T* diagonal;        // stationary, per_row: D
+  int64_t diagonal_stride;  // between rows of D: 0 if stationary
+  const T* w_hh_diag;       // jacobian: the diagonals of W_hh, (gates, hidden)
+  const T* residual;  // (rows, states * hidden): what the pass before adds to the gradient of the state before; or null
+  T* next_residual;   // the element-wise part of the same for the next pass, or null; may be `residual`
+  const T* packed_w_hh;      // exact: panels
+  T* carry;                  // (batch, states * hidden): in: gradient of the final state; out: of the initial one
+  int64_t gate_grad_stride;  // between rows of gate_grads and of separate_grads
+  T* gate_grads;             // out: gradients at the pre-activations of x W_ih^T + b_ih
+  T* separate_grads;         // out: those at h W_hh^T + b_hh where they differ (GRU: the candidate's); or null
+  T* sums;                   // += column sums of gate_grads and separate_grads, one row for each worker
+};
+
+// One row (step, batch element) at one vector of units, `count` lanes of which are inside.
+template <class T>
+struct ForwardRow {
+  T *gates, *aux, *y, *c;
+  const T *previous_h, *hidden_bias;
+  const T* product;  // h W_hh^T: a vector for every gate
+  int64_t hidden, unit;
+  int count;
+
+  Vector<T> preactivation(int gate) const { return load(gates + gate * hidden + unit, count); }
+  Vector<T> hidden_product(int gate) const { return load(product + gate * lanes<T>); }
+  Vector<T> at(const T* row) const { return load(row + unit, count); }
+  void put(T* row, Vector<T> value) const { store(row + unit, value, count); }
+  void save_gate(int gate, Vector<T> value) const { store(gates + gate * hidden + unit, value, count); }
+};
+
+template <class T>
+struct ReverseRow {
+  const T *gates, *aux, *y, *previous_h, *previous_c, *grad_y, *diagonal, *w_hh_diag, *residual;
+  T *next_residual, *carry, *gate_grads, *separate_grads, *sums;
+  Rule rule;
+  int64_t hidden, unit;
+  int count;
+
+  // Part `part` of a row that has several of `hidden` each: a gate, a state, a sum.
+  Vector<T> at(const T* row, int part = 0) const { return load(row + part * hidden + unit, count); }
+  void put(T* row, int part, Vector<T> value) const { store(row + part * hidden + unit, value, count); }
+  void put_gate_grad(int gate, Vector<T> value) const {
+    put(gate_grads, gate, value);
+    put(sums, gate, at(sums, gate) + value);
+  }
+  // Whether the rule's D is an array that the caller made.
+  bool has_diagonal() const { return rule == Rule::stationary || rule == Rule::per_row; }
+  // carry = D * delta + residual; the next pass's residual begins as (direct - D) * delta.
+  void feed_back(int state, Vector<T> D, Vector<T> direct, Vector<T> delta) const {
+    Vector<T> grad_prev = D * delta;
+    if (residual) grad_prev += at(residual, state);
+    if (next_residual) put(next_residual, state, (direct - D) * delta);
+    put(carry, state, grad_prev);
+  }
+};
+
+}  // namespace statefeed

@@ -1,0 +1,38 @@
+// The table of cells: their names, sizes and loops. A new cell is a file beside this one and two lines here.
+#pragma once
+
+#include "cell.h"
+
+namespace statefeed {
+
+class Worker;
+
+template <class T>
+struct CellLoops {
+  void (*forward)(Worker&, const ForwardArgs<T>&);
+  void (*forward_bf16)(Worker&, const ForwardArgs<T>&);
+  void (*reverse)(Worker&, const ReverseArgs<T>&);
+  void (*sum_jacobians)(Worker&, const ReverseArgs<T>&);
+};
+
+// The sizes are checked against the shapes that Python passes (register.cc); Python's are the source.
+struct CellEntry {
+  std::string_view name;
+  int gates, states;
+  int shared_gates;  // the first gates, whose gradients at x W_ih^T and at h W_hh^T are the same
+  bool has_aux;
+  int unit_vectors;  // vectors of units in a panel of W_hh, per gate
+  CellLoops<float> float_loops;
+  CellLoops<double> double_loops;
+
+  // Rows of bias gradients: of all gates, then of those at h W_hh^T that differ.
+  int sums() const { return 2 * gates - shared_gates; }
+  const CellLoops<float>& loops(float) const { return float_loops; }
+  const CellLoops<double>& loops(double) const { return double_loops; }
+};
+
+extern const CellEntry gru_cell, lstm_cell, rnn_tanh_cell, rnn_relu_cell;
+
+inline constexpr const CellEntry* cell_table[] = {&gru_cell, &lstm_cell, &rnn_tanh_cell, &rnn_relu_cell};
+
+}  // namespace statefeed

@@ -1,0 +1,211 @@
+"""The backward pass of a rule, and the mean Jacobian.
+
+    d      = local gradients of delta[t] = e[t] + D[t+1] * delta[t+1]      one reverse pass, two where time is in chunks
+    dx     = d_input W_ih,   dW_ih = d_input^T x,   dW_hh = d_hidden^T h'  torch's products over all rows
+
+Whatever the dtype of the rows, sums run in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statefeed.backends.triton import reverse as kernels
+from statefeed.backends.triton.cells import CELLS
+from statefeed.backends.triton.cells.cell import Cell
+from statefeed.backends.triton.gather import Columns, columns
+from statefeed.backends.triton.precision import matmul_precision
+from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of, steps_of
+from statefeed.scan import chunks
+from statefeed.scan.triton import device_of
+
+
+def mean_jacobian(
+    cell: str, inputs: Tensor, gates: Tensor, saved: Tensor, y: Tensor, w_hh: Tensor, B: int, offsets: Tensor | None
+) -> Tensor:
+    """The mean of diag(J[t]) over all rows, (S,) in float32 or float64; arguments as for ``recompute``.
+
+    Cost: one pass over the gates.
+    """
+    this, H, N = CELLS[cell], y.shape[-1], len(inputs)
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    state = adjacent(y) if this.gates == 1 else inputs[:, inputs.shape[1] - columns(0, H, y.dtype).width :]
+    T = steps_of(N, B, offsets)
+    with device_of(y):
+        lanes, length, grid = chunks.launch(T, B * H, y)
+        sums = torch.empty((grid[1] * B, this.states * H), dtype=dtype, device=y.device)
+        kernels.add_jacobians[grid](
+            gates, saved, state, state.stride(0), w_hh.to(y.dtype).contiguous(), offsets, sums, T, B, H, length,
+            **this.constants, PAIRS=chunks.pairs(H, state), ACC=chunks.accumulator(dtype), LANES=lanes,
+        )  # fmt: skip
+        return sums.sum(0) / N
+
+
+def backward(
+    cell: str,
+    rule: str,
+    inputs: Tensor,
+    gates: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    y: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    diagonal: Tensor | None,
+    offsets: Tensor | None,
+    corrections: int,
+    reverse: bool,
+    needs_x: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of one layer in one direction under a rule.
+
+        carry[t] = D[t] * delta_k[t] + ((J - D)^T delta_{k-1})[t],     delta_k[t] = e[t] + carry[t+1]
+
+    Args:
+        cell, x, y, state, weights, offsets, reverse, precision: as given to ``recompute``.
+        rule: ``"stationary"``, ``"per_row"``, ``"direct"`` or ``"jacobian"``.
+        inputs, gates, saved: what ``recompute`` returned; gates and saved are overwritten.
+        grads: gradient of y, then of every final state (B, H); None is zero.
+        diagonal: D, (S,) for ``"stationary"``, (N, S) for ``"per_row"``, else None.
+        corrections: how often the dense rest of the Jacobian is fed back.
+        needs_x: whether the gradient of x is wanted.
+
+    Returns:
+        The gradients of x, h, c, w_ih, w_hh, b_ih and b_hh, in the dtypes of what they belong to; empty where there is
+        no such argument.
+
+    Gradient: none; it is one.
+
+    Cost: three products over all rows and one more per correction. The pass between them reads e and the gates and, in
+        chunks, as much of them as the diagonal takes once more; it writes the gradients at the gates.
+    """
+    this, size = CELLS[cell], sizes_of(x, state[0], offsets)
+    H, where = size.H, columns_of(this, size, y.dtype)
+    w_ih, w_hh = (w.to(y.dtype) for w in weights[:2])
+    h = where.h(inputs)
+    with device_of(y), matmul_precision(precision):
+        d, d_candidate = (gates, saved if this.shared_gates < this.gates else None) if this.gates > 1 else (None, None)
+        if corrections or d is None:
+            d = inputs.new_empty((size.N, this.gates * H))
+            d_candidate = None if d_candidate is None else torch.empty_like(d_candidate)
+        launch = _Reverse(this, rule, size, offsets, reverse, gates, saved, adjacent(y) if this.gates == 1 else h)
+        initial = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in state]
+        fixed = (w_hh, diagonal, None if grads[0] is None else adjacent(grads[0]), grads[1:], initial)
+
+        # d_hidden part by part, and the rows of W_hh that each belongs to.
+        shared = this.shared_gates * H
+        hidden = [(d if d_candidate is None else d[:, :shared], w_hh[:shared])]
+        if d_candidate is not None:
+            hidden.append((d_candidate, w_hh[shared:]))
+        residual = launch.accumulator((size.N, this.states * H)) if corrections else d[:0]
+        into = residual[:, :H]
+        for k in range(corrections):
+            launch(*fixed, residual if k else None, residual, d, d_candidate, None)
+            for part, w in hidden:
+                if into.dtype == part.dtype:
+                    into.addmm_(part, w)
+                else:
+                    into += part @ w
+        sums = launch.accumulator((launch.grid[1] * size.B, this.sums, H)) if len(weights) > 2 else None
+        launch(*fixed, residual if corrections else None, None, d, d_candidate, sums)
+
+        if this.gates == 1:
+            d_ih, d_hh = d.T @ x.to(y.dtype), d.T @ h
+        else:
+            d_ih, d_hh = _weight_gradients(where, size, inputs, d, d_candidate, shared)
+        d_ih, d_hh = d_ih.to(weights[0].dtype), d_hh.to(weights[1].dtype)
+        d_x = (d @ w_ih).to(x.dtype) if needs_x else x.new_empty(0)
+        biases = (x.new_empty(0), x.new_empty(0))
+        if sums is not None:
+            total = (sums.sum(0) if size.N else sums.new_zeros(sums.shape[1:])).to(weights[2].dtype)
+            b_ih = total[: this.gates].flatten()
+            b_hh = torch.cat([total[:2], total[3:]]).flatten() if this.shared_gates < this.gates else b_ih.clone()
+            biases = (b_ih, b_hh)
+    return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases
+
+
+def _weight_gradients(
+    where: Columns, size: Sizes, inputs: Tensor, d: Tensor, d_candidate: Tensor | None, shared: int
+) -> tuple[Tensor, Tensor]:
+    """d_input^T x and d_hidden^T h."""
+    x, h = where.x(inputs), where.h(inputs)
+    if d_candidate is None:
+        if not size.fused:
+            return d.T @ x, d.T @ h
+        both = d.T @ inputs
+        return where.x(both).contiguous(), where.h(both).contiguous()
+    d_ih, d_hh = inputs.new_empty((d.shape[1], size.I)), inputs.new_empty((d.shape[1], size.H))
+    torch.mm(d_candidate.T, h, out=d_hh[shared:])
+    if size.fused:
+        both = d[:, :shared].T @ inputs
+        d_ih[:shared], d_hh[:shared] = where.x(both), where.h(both)
+        torch.mm(d[:, shared:].T, x, out=d_ih[shared:])
+    else:
+        torch.mm(d.T, x, out=d_ih)
+        torch.mm(d[:, :shared].T, h, out=d_hh[:shared])
+    return d_ih, d_hh
+
+
+class _Reverse:
+    """The launches of one pass over time, with what all passes of a rule share."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        rule: str,
+        size: Sizes,
+        offsets: Tensor | None,
+        reverse: bool,
+        gates: Tensor,
+        saved: Tensor,
+        state: Tensor,
+    ) -> None:
+        self.cell, self.size, self.offsets = cell, size, offsets
+        self.reads = (gates, saved, state, state.stride(0))
+        self.dtype = torch.promote_types(state.dtype, torch.float32)
+        self.device = state.device
+        lanes, self.length, self.grid = chunks.launch(size.T, size.B * size.H, state)
+        self.state = state
+        self.constants = {
+            **cell.constants, "RULE": rule, "REVERSE": reverse, "ACC": chunks.accumulator(self.dtype), "LANES": lanes,
+        }  # fmt: skip
+
+    def accumulator(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def __call__(
+        self,
+        w_hh: Tensor,
+        diagonal: Tensor | None,
+        e: Tensor | None,
+        final_e: Sequence[Tensor | None],
+        initial: list[Tensor],
+        residual: Tensor | None,
+        next_residual: Tensor | None,
+        d: Tensor,
+        d_candidate: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        """One pass; ``residual`` holds what the pass before left, ``next_residual`` takes its direct part."""
+        T, B, N, _, H = self.size
+        if not N:
+            return
+        final_h, final_c = (*(None if g is None else g.contiguous() for g in final_e), None)[:2]
+        reads = (
+            *self.reads, w_hh.contiguous(), diagonal, self.offsets, e, 0 if e is None else e.stride(0),
+        )  # fmt: skip
+        sizes = (T, B, H, self.length)
+        constants = {**self.constants, "PAIRS": chunks.pairs(H, self.state, e)}
+        summary = None
+        if self.grid[1] > 1:
+            summary = self.accumulator((self.grid[1], 5 if self.cell.states == 2 else 2, B * H))
+            kernels.summarize[self.grid](*reads, residual, summary, *sizes, **constants)
+        kernels.run[self.grid](
+            *reads, final_h, final_c, residual, summary, next_residual, d, d_candidate, sums,
+            initial[0], initial[1] if len(initial) > 1 else None, *sizes, **constants,
+        )  # fmt: skip

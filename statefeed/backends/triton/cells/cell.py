@@ -1,0 +1,43 @@
+"""What the kernels need of a cell: its sizes and two functions of one row of one block of units."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Cell(NamedTuple):
+    """One row of the table of cells.
+
+    Attributes:
+        name: name of the Python cell.
+        states: 1 for h, 2 for h and c.
+        gates: G, blocks of H rows in the weights.
+        shared_gates: how many of them, from the first, have the same gradient at the input and the hidden part. The
+            hidden part of one more (the GRU's W_hn h' + b_hn) is kept apart, in ``saved``.
+        factors: Triton function ``(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mask, ACC)`` that
+            returns ``k0, k1, k2, k3, direct_h, direct_c, dh_dc, jacobian_h, jacobian_c``. The factors k turn the
+            gradient of the state into the gradients of the pre-activations, ``direct`` is the diagonal part of the
+            Jacobian that passes no weight, ``dh_dc`` leads from h to c of the same step, ``jacobian`` is the whole
+            diagonal; w0 .. w3 are the diagonals of W_hh, gate by gate.
+        local: Triton function ``(k0, k1, k2, k3, delta, gamma)`` that returns the gradients d0 .. d3 at the
+            pre-activations; delta is the gradient of h, gamma that of c.
+        saved: what ``saved`` holds: ``""``, ``"candidate_hidden"`` or ``"cell_state"`` (c before the step).
+    """
+
+    name: str
+    states: int
+    gates: int
+    shared_gates: int
+    factors: Any
+    local: Any
+    saved: str = ""
+
+    @property
+    def sums(self) -> int:
+        """Gradients at the pre-activations that ``local`` makes."""
+        return 1 if self.gates == 1 else 4
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments of a kernel that depend on the cell."""
+        return {"FACTORS": self.factors, "LOCAL": self.local, "STATES": self.states, "GATES": self.gates}

@@ -1,0 +1,215 @@
+"""The forward pass of one layer with all its directions in one call of torch's cuDNN path, and the weights' layout.
+
+cuDNN reads the weights of a layer from one buffer: W_ih and W_hh of every direction, then b_ih and b_hh of every
+direction. Weights that do not lie so are copied together by torch at every call, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# cudnnRNNMode_t; torch's own table exists only in builds with cuDNN.
+_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Outputs and final states of all directions of one layer; one node in a compiled graph, whatever T is.
+
+    Args:
+        cell: ``"gru"``, ``"lstm"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        x: (T, B, I), or packed rows (N, I) with ``batch_sizes``.
+        batch_sizes: rows of every step, int64 on the CPU, as in PackedSequence; None if x is dense.
+        state: h, for an LSTM h and c, each (directions, B, H).
+        weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
+        directions: 1 or 2.
+        dtype: what x, states and weights are cast to, as autocast does (float64 excepted); as they are if None.
+
+    Returns:
+        y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
+        as ``state``.
+
+    Gradient: none; the backward pass of a rule follows it. ``exact`` is torch's own, differentiable.
+
+    Cost: one call of cuDNN, without its reserve space; where the weights do not lie back to back, one copy of them.
+    """
+    if dtype is not None and weights[0].dtype != torch.float64:
+        x, state = x.to(dtype), [s.to(dtype) for s in state]
+    y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
+    return y, tuple(final[: len(state)])
+
+
+def exact(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``layer``, but torch differentiates it: exact BPTT in training and in eval mode.
+
+    cuDNN runs a backward pass only after a forward pass in training mode, so that mode depends on whether autograd
+    records this call, not on the module's ``training`` flag. Without dropout, both compute the same.
+
+    Gradient: exact, by cuDNN's own backward pass.
+    """
+    weights = list(weights)
+    if _uses_cudnn(weights[0]) and not lie_back_to_back(weights, directions):
+        weights = _joined(weights, directions)
+    return _call(cell, x, batch_sizes, state, weights, directions, train=torch.is_grad_enabled())
+
+
+def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
+    """Move the weights of one layer into one buffer in cuDNN's layout; their values and identities stay.
+
+    Call it where the weights are created or replaced. Nothing happens where they lie so already, where two of them
+    share memory, or where cuDNN does not run.
+
+    Args:
+        cell: as for ``layer``.
+        weights: as for ``layer``; parameters, changed in place.
+        directions: 1 or 2.
+    """
+    if not _uses_cudnn(weights[0]) or lie_back_to_back(weights, directions):
+        return
+    if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
+        _flatten(cell, list(weights), directions)
+
+
+def lie_back_to_back(weights: Sequence[Tensor], directions: int) -> bool:
+    """Whether the weights fill one buffer from its beginning in cuDNN's layout."""
+    first = weights[0]
+    at, itemsize = first.data_ptr(), first.element_size()
+    per = len(weights) // directions
+    H = weights[1].shape[1]
+    # cuDNN reserves room for biases whether there are any or not.
+    biases = 0 if per > 2 else 2 * directions * (len(first) // H) * H
+    total = sum(w.numel() for w in weights) + biases
+    if first.storage_offset() or first.untyped_storage().nbytes() < total * itemsize:
+        return False
+    for w in _cudnn_order(weights, directions):
+        if w.data_ptr() != at or w.dtype != first.dtype or not w.is_contiguous():
+            return False
+        at += w.numel() * itemsize
+    return True
+
+
+def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
+    per = len(weights) // directions
+    matrices = [w for d in range(directions) for w in weights[d * per : d * per + 2]]
+    return matrices + [w for d in range(directions) for w in weights[d * per + 2 : (d + 1) * per]]
+
+
+def _uses_cudnn(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
+
+
+def _flatten(cell: str, weights: list[Tensor], directions: int) -> None:
+    per, H = len(weights) // directions, weights[1].shape[1]
+    with torch.no_grad(), _on_device(weights[0]):
+        torch._cudnn_rnn_flatten_weight(
+            weights, per, weights[0].shape[1], _MODES[cell], H, 0, 1, False, directions == 2
+        )  # fmt: skip
+
+
+def _packed(cell: str, weights: Sequence[Tensor], directions: int, dtype: torch.dtype) -> list[Tensor]:
+    """The weights in one buffer for this call: FSDP's unsharded views, weights after ``.to``, or under autocast."""
+    # Not detach(): its result must keep its storage, and a view would share the parameter's version counter.
+    copies = [w.to(dtype) if w.dtype != dtype else w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+    _flatten(cell, copies, directions)
+    return copies
+
+
+def _joined(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
+    """As ``_packed``, differentiable."""
+    order = _cudnn_order(weights, directions)
+    parts = [w.flatten() for w in order]
+    if len(weights) // directions == 2:
+        H = weights[1].shape[1]
+        parts.append(weights[0].new_zeros(2 * directions * (len(weights[0]) // H) * H))
+    views = dict(zip(map(id, order), torch.cat(parts).split([len(part) for part in parts])[: len(order)], strict=True))
+    return [views[id(w)].view(w.shape) for w in weights]
+
+
+def _call(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int,
+    train: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    run, biased, bidirectional = getattr(torch._VF, cell), len(weights) > 2 * directions, directions == 2
+    hx: Any = [s.contiguous() for s in state] if len(state) > 1 else state[0].contiguous()
+    if batch_sizes is None:
+        y, *final = run(x, hx, weights, biased, 1, 0.0, train, bidirectional, False)
+    else:
+        y, *final = run(x, batch_sizes, hx, weights, biased, 1, 0.0, train, bidirectional)
+    return y, tuple(final)
+
+
+def _on_device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+# The operator ---------------------------------------------------------------------------------------------------------
+
+
+def run_layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator runs: y, h and c, which is empty where there is none; arguments as for ``layer``."""
+    if _uses_cudnn(weights[0]):
+        if weights[0].dtype != x.dtype or not lie_back_to_back(weights, directions):
+            weights = _packed(cell, weights, directions, x.dtype)
+    elif weights[0].dtype != x.dtype:
+        weights = [w.to(x.dtype) for w in weights]
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext(), torch.no_grad():
+        y, final = _call(cell, x, batch_sizes, state, weights, directions, train=False)
+    return y, final[0], final[1] if len(final) > 1 else x.new_empty(0)
+
+
+_LIBRARY = torch.library.Library("statefeed", "FRAGMENT")
+_LIBRARY.define(
+    "cudnn_layer(str cell, Tensor x, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, int directions) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("cudnn_layer", run_layer, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("statefeed::cudnn_layer", lib=_LIBRARY)
+def _cudnn_layer_fake(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    final = [s.new_empty(s.shape) for s in state]
+    return (
+        x.new_empty((*x.shape[:-1], directions * state[0].shape[-1])),
+        final[0],
+        final[1] if len(final) > 1 else x.new_empty(0),
+    )

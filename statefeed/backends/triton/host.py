@@ -1,0 +1,66 @@
+"""Time that Python spends on one backward pass, without the device: launches are replaced by nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statefeed.backends.triton import operators as _operators  # noqa: F401
+from statefeed.backends.triton import reverse
+from statefeed.backends.triton.cells import CELLS
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Kernels are looked up and called, and do nothing: for timing, and for tests of what else a pass calls."""
+    kind: Any = type(reverse.run)
+    before = kind.run
+    kind.run = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        kind.run = before
+
+
+def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> Callable[[], None]:
+    """A function that recomputes the gates of a tiny layer and runs its backward pass under a rule.
+
+    Args:
+        cell: name in the table of cells.
+        rule: ``"stationary"``, ``"per_row"``, ``"direct"`` or ``"jacobian"``.
+        device: of the tensors.
+    """
+    T, B, H, this = 4, 2, 8, CELLS[cell]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device)
+
+    x, y, e = zeros(T * B, H), zeros(T * B, H), zeros(T * B, H)
+    state = [zeros(B, H) for _ in range(this.states)]
+    weights = [zeros(this.gates * H, *columns) for columns in ((H,), (H,), (), ())]
+    D = {"stationary": zeros(this.states * H), "per_row": zeros(T * B, this.states * H)}.get(rule)
+    operators = torch.ops.statefeed
+
+    def run() -> None:
+        saved = operators.triton_recompute(cell, x, y, state, weights, None, False, "tf32")
+        operators.triton_backward(
+            cell, rule, *saved, x, y, state, weights, [e, *state], D, None, 0, False, True, "tf32"
+        )  # fmt: skip
+
+    return run
+
+
+def microseconds(cell: str, rule: str, repeats: int = 200) -> float:
+    """The least time that one backward pass took Python, on tensors so small that arithmetic does not count."""
+    run, least = backward_pass(cell, rule), float("inf")
+    with without_launches(), torch.no_grad():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            least = min(least, time.perf_counter() - start)
+    return 1e6 * least

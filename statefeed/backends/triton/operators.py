@@ -1,0 +1,88 @@
+"""Registration of the operators that torch.compile sees as opaque, with their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statefeed.backends.triton.backward import backward, mean_jacobian
+from statefeed.backends.triton.cells import CELLS
+from statefeed.backends.triton.gather import columns
+from statefeed.backends.triton.recompute import recompute
+
+_LIBRARY = torch.library.Library("statefeed", "FRAGMENT")
+_LIBRARY.define(
+    "triton_recompute(str cell, Tensor x, Tensor y, Tensor[] state, Tensor[] weights, Tensor? offsets, bool reverse, "
+    "str precision) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "triton_mean_jacobian(str cell, Tensor inputs, Tensor gates, Tensor saved, Tensor y, Tensor w_hh, SymInt B, "
+    "Tensor? offsets) -> Tensor"
+)
+_LIBRARY.define(
+    "triton_backward(str cell, str rule, Tensor inputs, Tensor(a!) gates, Tensor(b!) saved, Tensor x, Tensor y, "
+    "Tensor[] state, Tensor[] weights, Tensor?[] grads, Tensor? diagonal, Tensor? offsets, int corrections, "
+    "bool reverse, bool needs_x, str precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+for _name, _implementation in (
+    ("triton_recompute", recompute),
+    ("triton_mean_jacobian", mean_jacobian),
+    ("triton_backward", backward),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("statefeed::triton_recompute", lib=_LIBRARY)
+def _recompute_fake(
+    cell: str,
+    x: Tensor,
+    y: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    offsets: Tensor | None,
+    reverse: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    this, H = CELLS[cell], y.shape[-1]
+    N = y.shape[0]
+    inputs = y.new_empty((N, columns(x.shape[-1] if this.gates > 1 else 0, H, y.dtype).width))
+    if this.gates == 1:
+        return inputs, y.new_empty(0), y.new_empty(0)
+    dtype = torch.promote_types(y.dtype, torch.float32) if this.saved == "cell_state" else y.dtype
+    return inputs, y.new_empty((N, this.gates * H)), y.new_empty((N, H), dtype=dtype)
+
+
+@torch.library.register_fake("statefeed::triton_mean_jacobian", lib=_LIBRARY)
+def _mean_jacobian_fake(
+    cell: str, inputs: Tensor, gates: Tensor, saved: Tensor, y: Tensor, w_hh: Tensor, B: int, offsets: Tensor | None
+) -> Tensor:
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(CELLS[cell].states * y.shape[-1], dtype=dtype)
+
+
+@torch.library.register_fake("statefeed::triton_backward", lib=_LIBRARY)
+def _backward_fake(
+    cell: str,
+    rule: str,
+    inputs: Tensor,
+    gates: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    y: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    diagonal: Tensor | None,
+    offsets: Tensor | None,
+    corrections: int,
+    reverse: bool,
+    needs_x: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    def like(tensor: Tensor | None) -> Tensor:
+        return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    parts = (*state, None)[:2], (*weights, None, None)[:4]
+    return like(x if needs_x else None), *(like(s) for s in parts[0]), *(like(w) for w in parts[1])

@@ -1,0 +1,61 @@
+"""The diagonal D of a rule, row by row: "stationary", "per_row", "direct" or "jacobian"."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+RULES = ("stationary", "per_row", "direct", "jacobian")
+
+
+@triton.jit
+def w_hh_diagonal(w_hh, unit, H, GATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
+    """The weight from every unit to itself, gate by gate: the diagonals of W_hh (G * H, H); zeros if D needs none."""
+    w0 = tl.zeros_like(unit).to(ACC)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if RULE == "jacobian":
+        at = w_hh + unit.to(tl.int64) * H + unit
+        gate = tl.cast(H, tl.int64) * H
+        w0 = tl.load(at).to(ACC)
+        if GATES > 1:
+            w1 = tl.load(at + gate).to(ACC)
+            w2 = tl.load(at + 2 * gate).to(ACC)
+        if GATES == 4:
+            w3 = tl.load(at + 3 * gate).to(ACC)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def stationary_diagonal(diagonal, unit, H, STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
+    """D of h and of c, (S,), the same at every step; zeros under another rule."""
+    fixed_h = tl.zeros_like(unit).to(ACC)
+    fixed_c = fixed_h
+    if RULE == "stationary":
+        fixed_h = tl.load(diagonal + unit).to(ACC)
+        if STATES == 2:
+            fixed_c = tl.load(diagonal + H + unit).to(ACC)
+    return fixed_h, fixed_c
+
+
+@triton.jit
+def diagonals(
+    direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, mask,
+    STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """D of h and of c at one row; ``diagonal`` has rows (N, S) under "per_row"."""
+    D_h = fixed_h
+    D_c = fixed_c
+    if RULE == "direct":
+        D_h = direct_h
+        D_c = direct_c
+    if RULE == "jacobian":
+        D_h = jacobian_h
+        D_c = jacobian_c
+    if RULE == "per_row":
+        at = diagonal + row * (STATES * H) + unit
+        D_h = tl.load(at, mask, 0).to(ACC)
+        if STATES == 2:
+            D_c = tl.load(at + H, mask, 0).to(ACC)
+    return D_h, D_c

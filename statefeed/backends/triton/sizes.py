@@ -1,0 +1,49 @@
+"""Sizes of one layer's rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from statefeed.backends.triton.cells.cell import Cell
+from statefeed.backends.triton.gather import Columns, columns
+
+# Weights side by side save passes over the rows, and cost four over the weights: not where there are few rows.
+_FUSE_ROWS = 4
+
+
+class Sizes(NamedTuple):
+    """T steps, B rows of the first, N rows in all, I features, H units."""
+
+    T: int
+    B: int
+    N: int
+    I: int
+    H: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether x and h are multiplied by the weights at once."""
+        return self.N >= _FUSE_ROWS * self.H
+
+
+def sizes_of(x: Tensor, state: Tensor, offsets: Tensor | None) -> Sizes:
+    B, H = state.shape
+    N, I = x.shape
+    return Sizes(steps_of(N, B, offsets), B, N, I, H)
+
+
+def steps_of(N: int, B: int, offsets: Tensor | None) -> int:
+    """T of N rows."""
+    return N // max(B, 1) if offsets is None else len(offsets) - 1
+
+
+def adjacent(rows: Tensor) -> Tensor:
+    """Rows (N, H) with adjacent units: themselves, also where they are one direction's half of y, unless strided."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def columns_of(cell: Cell, size: Sizes, dtype: torch.dtype) -> Columns:
+    return columns(size.I if cell.gates > 1 else 0, size.H, dtype)

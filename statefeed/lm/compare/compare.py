@@ -1,0 +1,189 @@
+"""The command `statefeed compare`: the same training under several feedback rules, and their table."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from statefeed.lm import identity
+from statefeed.lm import recipe as recipes
+from statefeed.lm.compare import figures
+from statefeed.lm.compare.plan import plan
+from statefeed.lm.compare.results import Result, to_line
+from statefeed.lm.compare.run_result import read_run
+from statefeed.lm.compare.sources import COMPARISON, read
+from statefeed.lm.compare.table import table as comparison
+from statefeed.lm.compare.tasks import tasks
+from statefeed.lm.config import Config
+from statefeed.lm.errors import Interrupted, UsageError
+from statefeed.lm.run.files import CONFIG
+
+_WIDTH = 1000  # characters that no table has
+_RESUME = "the same command resumes it"
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Carry out `statefeed compare`.
+
+    Args:
+        arguments: the words after it.
+
+    Raises:
+        UsageError: for an error in them, before anything is written, and for a run that cannot be carried out.
+        Interrupted: when a run was interrupted; the same command resumes it.
+    """
+    flags = recipes.parser("statefeed compare")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
+    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
+    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
+    flags.add_argument(
+        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
+    )
+    flags.add_argument(
+        "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
+    )
+    for argument in arguments:
+        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
+            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
+    values = recipes.parse(flags, arguments)
+    values = recipes.parse(flags, arguments, values.recipe)
+    config = recipes.build(values)
+    folder = Path(values.out or f"{config.run.dir}-compare")
+    compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
+
+
+def compare(planned: Sequence[Config], folder: Path) -> None:
+    """Train what is not trained yet, one record a run, then draw and print what the records of the folder say.
+
+    Args:
+        planned: the config of every run.
+        folder: of the comparison.
+
+    Raises:
+        UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
+        Interrupted: when a signal came during a run, which is recorded if it finished nevertheless.
+    """
+    records = folder / COMPARISON
+    found = read([records]).results if records.exists() and records.stat().st_size else []
+    done = {Path(result.get("run.dir")).name: result for result in found}  # the folder may have been moved
+    for config in planned:
+        if (result := done.get(Path(config.run.dir).name)) is not None:
+            _check_same_run(config, result.config, records)
+        elif (Path(config.run.dir) / CONFIG).exists():
+            there = recipes.load(Path(config.run.dir) / CONFIG)
+            _check_same_run(config, dataclasses.asdict(there), Path(config.run.dir))
+    console = Console(highlight=False, soft_wrap=True)
+    for number, config in enumerate(planned, 1):
+        if Path(config.run.dir).name in done:
+            continue
+        console.print(
+            f"run {number} of {len(planned)}: {config.model.feedback}, seed {config.train.seed}, "
+            f"rate {config.train.lr:g}, in {config.run.dir}",
+            markup=False,
+        )
+        outcome, caught = _train(config)
+        result = read_run(Path(config.run.dir), outcome)
+        _add(to_line(result), records)
+        done[Path(config.run.dir).name] = result
+        if caught is not None:
+            raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
+    show(list(done.values()), folder)
+
+
+def _add(line: str, records: Path) -> None:
+    """Add a line to the records; whenever this is interrupted, it is there whole or not at all."""
+    unfinished = records.with_suffix(".unfinished")
+    lines = records.read_text(encoding="utf-8") if records.exists() else ""
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(lines + line)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, records)
+
+
+def _check_same_run(config: Config, there: identity.Recipe, place: Path) -> None:
+    """Raise where a run that is there already is not the planned one."""
+    if found := identity.difference(there, dataclasses.asdict(config)):
+        key, old, new = found
+        raise UsageError(
+            f"{place} holds a run of another config, with {key} {old} and not {new}: choose another folder with --out"
+        )
+
+
+def _train(config: Config) -> tuple[str, int | None]:
+    """Train, or go on, in a process of its own: its memory is its own and its end is not the comparison's.
+
+    Returns:
+        finished or diverged, and the last signal that came meanwhile.
+
+    Raises:
+        UsageError, Interrupted: when it is neither.
+    """
+    flags = ["--resume"] if (Path(config.run.dir) / CONFIG).exists() else []
+    flags += [
+        f"--{key}={'null' if value is None else value}"
+        for key, value in identity.flat(dataclasses.asdict(config)).items()
+    ]
+    command = [sys.executable, "-m", "statefeed", "train", *flags]
+    sentence, passed = "", list[int]()
+    # In a session of its own it hears of an interruption once, through us, however it was sent.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            passed.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for sentence in process.stderr:
+                if not passed or sentence.startswith("statefeed: "):  # not where its imports were interrupted
+                    sys.stderr.write(sentence)
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    caught = passed[-1] if passed else None
+    if code == 0:
+        return "finished", caught
+    if code == 1 and "training diverged" in sentence:
+        return "diverged", caught
+    if passed or code > 128:
+        raise Interrupted(f"the comparison was interrupted in {config.run.dir}: {_RESUME}", caught or code - 128)
+    if code == 2 and sentence.startswith("statefeed: "):
+        raise UsageError(sentence, reported=True)
+    ended = f"whose training ended with exit code {code}"
+    raise UsageError(f"the comparison stopped in {config.run.dir}, {ended}: {_RESUME}")
+
+
+def show(compared: Sequence[Result], folder: Path) -> None:
+    """Print a table for every task and leave the figures in the folder."""
+    console = Console()
+    for title, same in tasks(compared).items():
+        headings, rows = comparison(same)
+        table = Table(title=title)
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        # A row that a narrow terminal wraps can be read, one that is truncated cannot.
+        wide = Measurement.get(console, console.options.update(max_width=_WIDTH), table).maximum
+        console.width = max(console.width, wide)  # rich prints nothing wider than its console
+        console.print(table)
+    names = figures.save(figures.draw(compared), folder)
+    console.print(
+        f"{folder} keeps the runs, {COMPARISON}{''.join(f', {name}' for name in names)}; "
+        f"statefeed report {folder} makes one page of it",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )

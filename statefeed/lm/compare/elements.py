@@ -1,0 +1,44 @@
+"""The HTML elements of a page."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from statefeed.lm.compare.figures import svg
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls where it is wider than the page."""
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def note(text: str) -> str:
+    """A paragraph in small print; nothing for an empty text."""
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+
+
+def figure_grid(drawn: Mapping[str, Figure], title: str = "") -> str:
+    """Figures side by side, each with its name as a caption.
+
+    Args:
+        drawn: by name.
+        title: of the section, which captions need not repeat.
+    """
+    parts = []
+    for name, figure in drawn.items():
+        caption = html.escape(name.removeprefix(f"{title}: "))
+        inside = f"{svg(figure)}<figcaption>{caption}</figcaption>"
+        parts.append(f'<figure role="img" aria-label="{caption}">{inside}</figure>')
+    return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+
+
+def unique_ids(body: str) -> str:
+    """The body of a page with the ids of every SVG element made unique, since all use the same ones."""
+    parts = re.split(r"(<svg.*?</svg>)", body, flags=re.DOTALL)
+    return "".join(
+        re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{k}-", part) if k % 2 else part for k, part in enumerate(parts)
+    )

@@ -1,0 +1,299 @@
+"""Runs and benchmarks as Markdown: the page docs/measured.md, and the figures in README.md.
+
+Runs of one task are compared with one another, whichever machine made them: it changes a perplexity by no more than
+rounding does. Times are those of one machine each. With no record there is no number.
+"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from statefeed.lm.compare.results import Result
+from statefeed.lm.compare.sources import Found
+from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
+from statefeed.lm.errors import UsageError
+
+FEWEST_REPEATS = 5  # fewer are a trial
+PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
+BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
+
+Record = dict[str, Any]  # of a benchmark
+
+
+def page(found: Found) -> str:
+    """The text of docs/measured.md.
+
+    Args:
+        found: the runs and the records of benchmarks.
+    """
+    return "\n\n".join(
+        [
+            "<!-- Written by `make measured` from results/; do not edit. -->",
+            "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
+            "Bold: on the frontier, where no other rule is both faster and better.",
+            _tasks(found).rstrip("\n") or "No records yet.",
+            "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
+            _layers(found).rstrip("\n") or "No records yet.",
+            "Training end to end, a GRU of 256 units on sentences of words: times faster than the published procedure "
+            "in the same dtype, and than `torch.nn` at its best setting in the same loop.",
+            _training(found).rstrip("\n") or "No records yet.",
+            "Long memory: share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench "
+            "recall`; guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
+            (_recall(found).rstrip("\n") or "No records yet.") + "\n",
+        ]
+    )
+
+
+def update_summary(path: Path, found: Found) -> None:
+    """Replace what is between the two marks of a file, README.md, by `summary`.
+
+    Raises:
+        UsageError: when the file has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UsageError(f"--summary must name a file with the lines {BEGIN.strip()} and {END}, got {path}")
+    path.write_text(f"{before}{BEGIN}\n{summary(found)}{END}{after}", encoding="utf-8")
+
+
+def summary(found: Found) -> str:
+    """The figures of README.md: of every machine single layers under "dsf", on the most threads, and training."""
+    layers: dict[str, tuple[str, list[Record]]] = {}
+    text = ""
+    for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
+        most = layers.get(_machine(records[0]))
+        if most is None or most[1][0]["threads"] <= records[0]["threads"]:
+            layers[_machine(records[0])] = heading, records
+    if layers:
+        text += (
+            'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best for that shape.'
+        )
+        text += "\n\n"
+    for heading, records in layers.values():
+        cases: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+        for r in records:
+            if r["implementation"] == "statefeed" and r["variant"] == "dsf":
+                median = r["times_faster_than"]["torch.nn at its best"]["median"]
+                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]] = f"{median:.1f}"
+        columns = list(dict.fromkeys(column for case in cases.values() for column in case))
+        columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
+        head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
+        body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
+        text += f"{heading}{_instructions(records)}:\n\n{_table(head, body)}\n"
+    lines = []
+    for heading, records in sorted(_measurements(found, "training").items(), key=_newest):
+        ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
+        best = ", ".join(
+            f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
+            f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
+            for r in ours
+            if r["variant"] == "dsf"
+        )
+        lines += [f"- {heading}{_instructions(ours)}: {best}\n"] if best else []
+    if lines:
+        text += (
+            "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
+            f"in float32:\n\n{''.join(lines)}\n"
+        )
+    return text
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def _tasks(found: Found) -> str:
+    """For every task one table: rule, seeds, perplexity, and the times of a step that the benchmark has measured."""
+    finished = [result for result in found.results if result.outcome == "finished" and result.valid]
+    times, text = _step_times(found), ""
+    for titled in split(finished, _title).values():
+        parts = list(split(titled, lambda result: json.dumps(setting(result), sort_keys=True)).values())
+        differing = differing_keys([setting(part[0]) for part in parts])
+        for part in parts:
+            places = sorted({_where(result.metadata) for result in part})
+            more = "".join(f", {key}={setting(part[0]).get(key)}" for key in differing)
+            torch = " and ".join(dict.fromkeys(str(result.metadata.get("torch")) for result in part))
+            key = _step_key(part[0])
+            measured = {place: times[key, place] for place in places if (key, place) in times}
+            text += f"{_title(part[0])}; {'; '.join(places)}; torch {torch}{more}.\n\n{_frontier(part, measured)}\n"
+    return text
+
+
+def _title(result: Result) -> str:
+    """A task in words, without the keys in which it may differ from others of the same title."""
+    corpus = result.metadata.get("corpus") or result.get("data.corpus")
+    steps, epochs, precision = (result.get(f"train.{key}") for key in ("steps", "epochs", "precision"))
+    length = f"{steps} steps" if steps else f"{epochs} epochs"
+    length += f" in {precision}" if precision != "float32" else ""
+    return (
+        f"**{corpus}, {result.get('data.tokens')} tokens, {size(result)}**, {length}, "
+        f"{result.get('train.batch')} x {result.get('train.context')} tokens a step"
+    )
+
+
+def _where(metadata: Mapping[str, Any]) -> str:
+    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
+    place = metadata.get("device", "cpu")
+    if place == "cpu":
+        place, _, _ = metadata["machine"].rsplit(", ", 2)  # without cores and system
+    threads = metadata["threads"]
+    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
+    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
+
+    Args:
+        results: of one task.
+        times: milliseconds by rule, by place.
+    """
+    scores = {label: [r.best for r in group if r.best is not None] for label, group in by_rule(results).items()}
+    rules = {label: group[0].rule for label, group in by_rule(results).items()}
+    means = {label: statistics.mean(values) for label, values in scores.items()}
+    body = []
+    for label, mean in sorted(means.items(), key=lambda item: item[1]):
+        values, rule = scores[label], rules[label]
+        spread = f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+        row = [f"`{rule}`{label.removeprefix(rule)}", str(len(values)), spread]
+        for took in times.values():
+            ms = took.get(rule)
+            if ms is None:
+                row.append("")
+                continue
+            rivals = [(means[other], took[rules[other]]) for other in means if rules[other] in took]
+            beaten = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
+            row.append(f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
+        body.append(row)
+    return _table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
+
+
+def _step_key(result: Result) -> tuple[Any, ...]:
+    """What the time of a step depends on, as `_step_times` has it."""
+    keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")
+    return tuple(result.get(key) for key in keys)
+
+
+def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, float]]:
+    """Milliseconds of a step by rule, by `_step_key` and place: measured in turns by `statefeed bench training`."""
+    times: dict[tuple[tuple[Any, ...], str], dict[str, float]] = defaultdict(dict)
+    for heading, records in _measurements(found, "training").items():
+        place, _, _ = heading.rpartition(", torch ")
+        for r in records:
+            if r["implementation"] == "statefeed":
+                key = tuple(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype"))
+                times[key, place][r["variant"]] = r["step_ms"]["median"]
+    return times
+
+
+# Benchmarks ----------------------------------------------------------------------------------------------------------
+
+
+def _measurements(found: Found, bench: str) -> dict[str, list[Record]]:
+    """The records of one benchmark by the heading of their table: machine, threads and torch; trials are left out."""
+    measured = defaultdict(list)
+    for r in found.benchmarks:
+        if r["bench"] == bench and r["repeats"] >= FEWEST_REPEATS:
+            threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+            measured[f"{_machine(r)}, {threads}, torch {r['versions']['torch']}"].append(r)
+    return dict(sorted(measured.items()))
+
+
+def _machine(record: Record) -> str:
+    return str(record["machine"]["gpu"] or record["machine"]["cpu"])
+
+
+def _newest(item: tuple[str, Sequence[Record]]) -> str:
+    return max(str(r["date"]) for r in item[1])
+
+
+def _instructions(records: Iterable[Record]) -> str:
+    """Which instruction set the fused kernels were compiled for, in words."""
+    descriptions = (r["kernels"]["forward"] for r in records if r.get("kernels"))
+    matches = (re.search(r"for (\S+),", words) for words in descriptions)
+    return next((f", kernels for {match[1]}" for match in matches if match), "")
+
+
+def _layers(found: Found) -> str:
+    text = ""
+    for heading, records in _measurements(found, "layers").items():
+        cases: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in records:
+            if r["implementation"] == "statefeed":
+                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
+                cases[case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
+        rules = list(dict.fromkeys(rule for case in cases.values() for rule in case))
+        body = [
+            [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
+        ]
+        text += f"{heading}.\n\n{_table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+    return text
+
+
+def _training(found: Found) -> str:
+    text = ""
+    tables = defaultdict(list)
+    for heading, records in _measurements(found, "training").items():
+        for r in records:
+            tables[f"{heading}; {r.get('recipe', PTB)}, {r['corpus']}"].append(r)
+    for heading, records in tables.items():
+        head = ["dtype", "who", "tokens per second", "times the published procedure", "times `torch.nn` at its best"]
+        body = [
+            [
+                r["dtype"],
+                f"{r['implementation']}, {r['variant']}" if r["implementation"] != "statefeed" else f"`{r['variant']}`",
+                f"{r['tokens_per_s']['median']:,.0f}",
+                *(
+                    f"{r['times_faster_than'][rival]['median']:.2f}" if rival in r["times_faster_than"] else ""
+                    for rival in (f"published {r['dtype']}", "torch.nn at its best")
+                ),
+            ]
+            for r in records
+        ]
+        text += f"{heading}.\n\n{_table(head, body)}\n"
+    return text
+
+
+def _recall(found: Found) -> str:
+    text = ""
+    for heading, records in _measurements(found, "recall").items():
+        for (delay, steps), same in _grouped(records, "delay", "steps").items():
+            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _success(item[1]))
+            body = []
+            for (rule,), runs in rules:
+                accuracy = [r["accuracy"] for r in runs]
+                learnt = [r["learnt"] for r in runs if r["learnt"] is not None]
+                body.append(
+                    [
+                        f"`{rule}`",
+                        f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})",
+                        f"{len(learnt)} of {len(runs)}",
+                        f"{statistics.mean(learnt):,.0f}" if learnt else "-",
+                    ]
+                )
+            head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
+            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{_table(head, body)}\n"
+    return text
+
+
+def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[tuple(record[key] for key in keys)].append(record)
+    return groups
+
+
+def _success(records: Sequence[Record]) -> tuple[float, float, float]:
+    """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
+    learnt = [r["learnt"] for r in records if r["learnt"] is not None]
+    sooner = statistics.mean(learnt) if learnt else 0
+    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,53 @@
+"""The command `statefeed report`: runs, comparisons and benchmarks on one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from statefeed.lm import recipe
+from statefeed.lm.compare import figures, markdown, page
+from statefeed.lm.compare.sources import read
+from statefeed.lm.errors import require
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Carry out `statefeed report`.
+
+    Args:
+        arguments: the words after it.
+
+    Raises:
+        UsageError: for an error in them, or a path that holds nothing to report.
+    """
+    flags = ArgumentParser(prog="statefeed report", exit_on_error=False, allow_abbrev=False)
+    flags.add_argument(
+        "paths",
+        nargs="+",
+        help="run folders, comparison folders, folders of these, JSONL files of a comparison or bench",
+    )
+    flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
+    flags.add_argument("--figures", type=str | None, default=None, help="a folder for the figures as SVG files as well")
+    flags.add_argument(
+        "--markdown", type=str | None, default=None, help="write tables into this Markdown file instead of the page"
+    )
+    flags.add_argument(
+        "--summary", type=str | None, default=None, help="update the figures in this Markdown file instead of the page"
+    )
+    values = recipe.parse(flags, arguments)
+    output, folder = Path(values.output), None if values.figures is None else Path(values.figures)
+    require(output.parent.is_dir(), "--output must be in a folder that exists", output)
+    require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
+    found = read([Path(path) for path in values.paths])
+    if values.markdown is not None:
+        output = Path(values.markdown)
+        output.write_text(markdown.page(found), encoding="utf-8")
+    elif values.summary is not None:
+        output = Path(values.summary)
+        markdown.update_summary(output, found)
+    else:
+        page.write(found, output)
+    written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
+    if folder is not None:
+        written += figures.save(figures.draw(found.results), folder)
+    print("\n".join(written))

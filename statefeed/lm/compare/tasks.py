@@ -1,0 +1,95 @@
+"""Results side by side: those of one task, of one rule, of one learning rate."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from statefeed.lm import identity
+from statefeed.lm.compare.results import Result
+
+Item = TypeVar("Item")
+
+
+def split(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """The items by a key, in the order of their first appearance."""
+    parts: dict[str, list[Item]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return parts
+
+
+def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of every task under its title, which names the keys in which tasks of the same title differ."""
+    titled: dict[str, list[Result]] = {}
+    for same in split(results, _title).values():
+        parts = list(split(same, lambda result: json.dumps(setting(result), sort_keys=True)).values())
+        settings = [setting(part[0]) for part in parts]
+        differing = differing_keys(settings)
+        for part, one in zip(parts, settings, strict=True):
+            titled[_title(part[0]) + "".join(f", {key}={one.get(key)}" for key in differing)] = part
+    return titled
+
+
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys in which some settings differ."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
+
+
+def setting(result: Result, *varied: str) -> dict[str, Any]:
+    """What a result must share with others to be compared with them: the task keys of its recipe, and the device.
+
+    The text is the digests of what was read, whatever its path; of records without digests, its name and path.
+
+    Args:
+        result: of any task.
+        varied: keys of the recipe that may differ, too.
+    """
+    splits = result.metadata.get("splits")
+    text = "/".join(found["sha256"][:8] for found in splits.values()) if splits else result.metadata.get("corpus")
+    left_out = (*varied, *(["data.path"] if splits else []))
+    shared = {key: value for key, value in identity.select(result.config, "task").items() if key not in left_out}
+    return {"text": text, "device": result.metadata.get("device", "cpu"), **shared}
+
+
+def size(result: Result) -> str:
+    """The model in short, such as gru 1x256."""
+    return f"{result.get('model.cell')} {result.get('model.layers')}x{result.get('model.width')}"
+
+
+def _title(result: Result) -> str:
+    length = (
+        f"{result.get('train.steps')} steps" if result.get("train.steps") else f"{result.get('train.epochs')} epochs"
+    )
+    return f"{result.metadata.get('corpus')}, {size(result)} {result.get('model.block')}, {length}"
+
+
+def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of every rule, over their seeds; a rule that was run at several rates appears once for each."""
+    rates: dict[str, set[float]] = {}
+    for result in results:
+        rates.setdefault(result.rule, set()).add(result.get("train.lr"))
+
+    def label(result: Result) -> str:
+        return result.rule + (f" at {result.get('train.lr'):g}" if len(rates[result.rule]) > 1 else "")
+
+    return split(results, label)
+
+
+def valid_runs(results: Sequence[Result]) -> list[Result]:
+    """The runs that count: the finished ones, or where there is none those under way; none that diverged."""
+    finished = [result for result in results if result.outcome == "finished"]
+    return finished or [result for result in results if result.outcome == "unfinished"]
+
+
+def best_scores(results: Sequence[Result]) -> list[float]:
+    """The best validation perplexities of the runs that count."""
+    return [result.best for result in valid_runs(results) if result.best is not None]
+
+
+def at_best_rate(results: Sequence[Result]) -> list[Result]:
+    """The runs of one rule at that learning rate whose mean is best."""
+    rates = split(results, lambda result: str(result.get("train.lr"))).values()
+    return min(rates, key=lambda group: statistics.mean(best_scores(group) or [math.inf]))

@@ -1,0 +1,1 @@
+"""Text as the model reads it: corpora, tokens, their cache, and batches."""

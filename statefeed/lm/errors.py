@@ -1,0 +1,58 @@
+"""Errors of the language-model application; the command line turns each into one sentence and an exit code."""
+
+
+class UsageError(ValueError):
+    """A user error, described in one sentence; the command line turns it into exit code 2.
+
+    Args:
+        sentence: what is wrong, what is expected, what was given.
+        reported: whether another process has printed the sentence already.
+    """
+
+    def __init__(self, sentence: str, *, reported: bool = False) -> None:
+        super().__init__(sentence)
+        self.reported = reported
+
+
+class CorruptFile(UsageError):
+    """A file of tensors that is not what was written."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the job has ended."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command.
+
+    Args:
+        sentence: what is saved and how to resume.
+        number: of the signal.
+    """
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(sentence)
+        self.number = number
+
+
+def require(condition: bool, expectation: str, got: object) -> None:
+    """Raise unless a value is acceptable.
+
+    Args:
+        condition: whether the value is acceptable.
+        expectation: what is expected, as the beginning of a sentence.
+        got: the value.
+
+    Raises:
+        UsageError: when the condition does not hold.
+
+    >>> require(1 > 2, "train.batch must be at least 1", 0)
+    Traceback (most recent call last):
+    statefeed.lm.errors.UsageError: train.batch must be at least 1, got 0
+    """
+    if not condition:
+        raise UsageError(f"{expectation}, got {got}")

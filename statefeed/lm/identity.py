@@ -1,0 +1,80 @@
+"""Run identity: which keys of a recipe define the task, which vary between compared runs, which say where it ran.
+
+Every field of a recipe has one of three flags (`statefeed.lm.config.option`), from which everything else follows:
+
+- task: what is learned from what. Runs with equal task keys are compared with each other.
+- run: what differs between the runs of a comparison: the rule, the learning rate, the seed.
+- place: where and how a run is computed and saved. It changes no result beyond rounding, so a run may be resumed with
+  other values.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import statefeed as sf
+from statefeed.lm.config import RECURRENT, SECTIONS, Identity
+
+Recipe = Mapping[str, Mapping[str, Any]]  # the values by section and key
+
+
+def keys(*identities: Identity) -> tuple[str, ...]:
+    """The keys with one of some flags, as section.key.
+
+    >>> keys("run")
+    ('model.feedback', 'train.seed', 'train.lr', 'train.alignment')
+    """
+    return tuple(key for key, identity in _flags() if identity in identities)
+
+
+def _flags() -> list[tuple[str, Identity]]:
+    return [
+        (f"{section}.{item.name}", item.metadata["identity"])
+        for section, kind in SECTIONS.items()
+        for item in dataclasses.fields(kind)
+    ]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """A recipe by section.key."""
+    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
+
+
+def select(recipe: Recipe, *identities: Identity) -> dict[str, Any]:
+    """The part of a recipe with one of some flags, by section.key; the rule in its usual spelling.
+
+    A key that this version does not know, in a record of another one, counts as a task key.
+    """
+    values, known = flat(recipe), dict(_flags())
+    found = {key: value for key, value in values.items() if known.get(key, "task") in identities}
+    if "model.feedback" in found:
+        found["model.feedback"] = rule(values["model.cell"], found["model.feedback"])
+    return found
+
+
+def rule(cell: str, feedback: float | str) -> str:
+    """The name of a feedback rule in every table: its usual spelling, or the cell where that has no rule.
+
+    Raises:
+        ValueError: when there is no such rule.
+
+    >>> rule("gru", 0.0), rule("gru", "dsf@0.30/bptt"), rule("s4d", "bptt")
+    ('ft-bptt', 'dsf@0.3/bptt', 's4d')
+    """
+    return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
+
+
+def difference(there: Recipe, here: Recipe) -> tuple[str, Any, Any] | None:
+    """The first key in which two recipes are not the same run, with both values; None where they are the same run."""
+    first, second = flat(there), flat(here)
+    for key in keys("task", "run"):
+        if first[key] != second[key] and not (key == "model.feedback" and _same_rule(first[key], second[key])):
+            return key, first[key], second[key]
+    return None
+
+
+def _same_rule(first: float | str, second: float | str) -> bool:
+    try:
+        return str(sf.Schedule(first)) == str(sf.Schedule(second))
+    except ValueError:
+        return False

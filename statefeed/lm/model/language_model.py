@@ -1,0 +1,214 @@
+"""The language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H).
+
+Where columns end at different steps, recurrent layers and everything between them see packed rows (N, H), without
+padding.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import statefeed as sf
+from statefeed.lm import config
+from statefeed.lm.data.batches import IGNORED, Batch, to_device
+from statefeed.lm.errors import UsageError
+from statefeed.lm.model import baselines, head
+
+State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B, .)
+
+
+def _layer(recipe: config.Model) -> nn.Module:
+    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent ones take packed x too."""
+    width = recipe.width
+    rule = sf.Schedule(recipe.feedback).at(0.0)
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "rnn": lambda: sf.RNN(width, width, feedback=rule),
+        "gru": lambda: sf.GRU(width, width, feedback=rule),
+        "lstm": lambda: sf.LSTM(width, width, feedback=rule),
+        "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
+        "s4d": lambda: baselines.S4D(width, recipe.modes),
+        "mingru": lambda: baselines.MinGRU(width),
+    }
+    return kinds[recipe.cell]()
+
+
+def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+    """Outputs shaped like x, (T, B, H) or rows of a packing, and the state after the last step of every column."""
+    if packing is None:
+        y, state = layer(x, state)
+        return y, state
+    packed, state = layer(packing._replace(data=x), state)
+    return packed.data, state
+
+
+class StackedBlock(nn.Module):
+    """rnn(x), without a residual path."""
+
+    def __init__(self, recipe: config.Model) -> None:
+        super().__init__()
+        self.rnn = _layer(recipe)
+        self.dropout = nn.Dropout(recipe.dropout)
+
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = _through(self.rnn, x, state, packing)
+        return self.dropout(y), state
+
+
+class PlainBlock(StackedBlock):
+    """x + rnn(x)."""
+
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = super().forward(x, state, packing)
+        return x + y, state
+
+
+class PreNormBlock(nn.Module):
+    """x + linear(rnn(norm(x))), then x + mlp(norm(x)) with a GELU layer four times as wide."""
+
+    def __init__(self, recipe: config.Model) -> None:
+        super().__init__()
+        width = recipe.width
+        self.rnn_norm = nn.LayerNorm(width)
+        self.rnn = _layer(recipe)
+        self.linear = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(recipe.dropout)
+
+    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
+        y, state = _through(self.rnn, self.rnn_norm(x), state, packing)
+        x = x + self.dropout(self.linear(y))
+        return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x))))), state
+
+
+class Loss(NamedTuple):
+    """What one batch costs.
+
+    Args:
+        sum: the cross-entropy in nats, summed over all targets that count; gradients flow from it.
+        tokens: how many those are.
+        states: one per block, after the last token.
+    """
+
+    sum: Tensor
+    tokens: int
+    states: list[State]
+
+    @property
+    def mean(self) -> Tensor:
+        """Nats per token."""
+        return self.sum / self.tokens
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits and the state of the next call.
+
+    Weights are N(0, 0.02), biases zero; output projections of the L pre-norm blocks are divided by the square root of
+    their 2 L sub-layers; norms are at one; sequence layers keep their own initialization, the recurrent ones torch's.
+    `model.uniform` replaces all of that. The keys of `state_dict` are those of the same model made of `torch.nn`
+    layers.
+
+    Args:
+        recipe: the model section of a recipe.
+        vocabulary: V, the number of types.
+
+    Raises:
+        UsageError: when the feedback rule does not exist or does not fit the cell.
+    """
+
+    def __init__(self, recipe: config.Model, vocabulary: int) -> None:
+        super().__init__()
+        block = {"plain": PlainBlock, "prenorm": PreNormBlock, "stacked": StackedBlock}[recipe.block]
+        self._packs = recipe.cell in config.RECURRENT
+        self.embedding = nn.Embedding(vocabulary, recipe.width)
+        self.dropout = nn.Dropout(recipe.dropout)
+        try:
+            self.blocks = nn.ModuleList([block(recipe) for _ in range(recipe.layers)])
+        except ValueError as error:
+            raise UsageError(f"model.feedback={recipe.feedback}: {error}") from error
+        self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
+        self.head = nn.Linear(recipe.width, vocabulary)
+        if recipe.uniform is not None:
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -recipe.uniform, recipe.uniform)
+        else:
+            for module in (self.embedding, *(part for block in self.blocks for part in block.children()), self.head):
+                _initialize(module)
+            for module in self.blocks:
+                if isinstance(module, PreNormBlock):
+                    for projection in (module.linear, module.narrow):
+                        projection.weight.data /= math.sqrt(2 * recipe.layers)
+
+    def forward(self, tokens: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
+        """Read tokens.
+
+        Args:
+            tokens: ids, (T, B).
+            states: one per block, as returned by the call on the text before; None at the beginning of a text.
+
+        Returns:
+            Logits (T, B, V) and the states after the last token.
+        """
+        x, states = self._read(tokens, states, None)
+        return self.head(x), states
+
+    def loss(self, batch: Batch, states: list[State] | None = None) -> Loss:
+        """The cross-entropy of a batch; head and loss see the targets that count and nothing else.
+
+        Args:
+            batch: of any source, on the CPU: what counts is found there, so that no step waits for a GPU.
+            states: as for `forward`; a batch with `is_start` begins without them.
+        """
+        inputs, targets, packing = batch.inputs, batch.targets, None
+        device = self.head.weight.device
+        if batch.lengths is not None and self._packs:
+            packing = pack_padded_sequence(inputs, batch.lengths, enforce_sorted=False)
+            inputs, targets = packing.data, pack_padded_sequence(targets, batch.lengths, enforce_sorted=False).data
+            packing = packing.to(device)  # type: ignore[arg-type]  # its signature has dtypes only
+        targets = targets.flatten()
+        counted = (targets != IGNORED).nonzero().squeeze(1)
+        x, states = self._read(to_device(inputs, device), None if batch.is_start else states, packing)
+        rows = x.flatten(0, -2)
+        if len(counted) < len(targets):
+            rows, targets = rows.index_select(0, to_device(counted, device)), targets.index_select(0, counted)
+        loss = head.cross_entropy_sum(rows, self.head.weight, self.head.bias, to_device(targets, device))
+        return Loss(loss, len(counted), states)
+
+    def _read(
+        self, tokens: Tensor, states: list[State] | None, packing: PackedSequence | None
+    ) -> tuple[Tensor, list[State]]:
+        """What the head sees, (T, B, H) or the rows of a packing, and the states after the last token."""
+        x = self.dropout(self.embedding(tokens))
+        after = []
+        for i, block in enumerate(self.blocks):
+            x, state = block(x, None if states is None else states[i], packing)
+            after.append(state)
+        return self.norm(x), after
+
+
+def detach_states(states: list[State], keep_mask: Tensor) -> list[State]:
+    """The states that the next step starts from: no gradient flows through them, and those of some columns are reset.
+
+    A model that meets an empty state only once an epoch fails at the beginning of every new text.
+
+    Args:
+        states: after the step before, (1, B, H) each.
+        keep_mask: whether a column keeps its state, (B, 1); the states of the others become zero.
+    """
+    return [
+        s.detach() * keep_mask if isinstance(s, Tensor) else tuple(part.detach() * keep_mask for part in s)
+        for s in states
+    ]
+
+
+def _initialize(module: nn.Module) -> None:
+    """N(0, 0.02) for embeddings and linear layers; norms and sequence layers keep their own initialization."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,158 @@
+"""Recipes as text: YAML files, which may name a base file, and the flags of the command line that override them."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from statefeed.lm import migration
+from statefeed.lm.config import SECTIONS, Config
+from statefeed.lm.errors import UsageError
+
+BASE = "base"  # the key of a recipe that names the file whose values it changes
+
+
+def parser(prog: str) -> ArgumentParser:
+    """A parser with one flag for every field of every section.
+
+    Flags are added one by one, since jsonargparse takes the help of a dataclass from its docstring, where ours stands
+    beside the default. Its own `--print_config` would print the flags that are not part of a recipe, too.
+
+    Args:
+        prog: the name of the command in its usage line.
+    """
+    flags = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, print_config=None)
+    for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind)
+        group = flags.add_argument_group(section, kind.__doc__)
+        for item in fields(kind):
+            group.add_argument(
+                f"--{section}.{item.name}", type=hints[item.name], default=item.default, help=item.metadata["help"]
+            )
+    return flags
+
+
+def parse(flags: ArgumentParser, arguments: Sequence[str], path: str | Path | None = None) -> Namespace:
+    """Parse the arguments of a command.
+
+    Args:
+        flags: of the command.
+        arguments: the words after it.
+        path: a recipe, whose values are the defaults of the flags.
+
+    Raises:
+        UsageError: for an unknown flag, a missing value or a value of the wrong type, in the arguments or the recipe.
+    """
+    try:
+        defaults = None if path is None else parser("").parse_object(read(path))
+        return flags.parse_args(list(arguments), namespace=defaults)
+    except ArgumentError as error:
+        raise UsageError(_sentence(str(error), flags.get_defaults().keys())) from error
+
+
+def build(values: Namespace) -> Config:
+    """The configuration that parsed flags describe.
+
+    Raises:
+        UsageError: when a value is out of range.
+    """
+    return Config(**{section: kind(**vars(values[section])) for section, kind in SECTIONS.items()})
+
+
+def load(path: Path) -> Config:
+    """The configuration written in a YAML file.
+
+    Raises:
+        UsageError: when it is missing or wrong.
+    """
+    return build(parse(parser(""), [], path))
+
+
+def read(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The values of a recipe by section and key, with those of its base file where it does not change them.
+
+    Args:
+        path: a YAML file of sections, each a mapping of keys to values; `base: FILE` names another one, beside it.
+
+    Raises:
+        UsageError: when the file is missing or a folder, is not YAML, has a key twice, or is not made of sections, and
+            for an unknown key.
+    """
+    sections = _sections(path)
+    base = sections.pop(BASE, None)
+    if base is None:
+        return sections
+    if not isinstance(base, str):
+        raise UsageError(f"{BASE} of {path} must name a YAML file, got {base!r}")
+    beside = Path(path).parent / base
+    values = _sections(beside)
+    if BASE in values:
+        raise UsageError(f"{beside} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
+    return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error, as its standard has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise yaml.YAMLError(f"the key {twice[0]} stands twice in one mapping")
+        return super().construct_mapping(node, deep)
+
+
+def _sections(path: str | Path) -> dict[str, Any]:
+    """What one file holds, its keys checked and under the names of today."""
+    try:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UsageError(f"the recipe {path} does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"the recipe {path} must be a YAML file, got a folder") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"the recipe {path} must hold sections ({', '.join(SECTIONS)}), got {found!r}")
+    sections = migration.recipe(found)
+    for section, values in sections.items():
+        if section == BASE:
+            continue
+        if section not in SECTIONS:
+            raise UsageError(f"unknown section {section!r} in {path}: expected one of {', '.join(SECTIONS)}")
+        if not isinstance(values, dict):
+            raise UsageError(f"section {section!r} of {path} must hold keys and values, got {values!r}")
+        known = [f"{section}.{item.name}" for item in fields(SECTIONS[section])]
+        if unknown := [key for key in values if f"{section}.{key}" not in known]:
+            raise UsageError(f"{path}: {_unknown(f'{section}.{unknown[0]}', known)}")
+    return sections
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists every key")
+
+
+def _sentence(message: str, known: Iterable[str]) -> str:
+    """What jsonargparse reports on several lines, as one sentence.
+
+    Args:
+        message: its report.
+        known: the keys there are.
+    """
+    if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
+        return _unknown(unknown[1], known)
+    names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+    if wrong := re.match(r'Parser key "(.+?)":', message):
+        choices = re.findall(r"Literal\[(.*?)\]", message)[:1] or [
+            names.get(kind, kind) for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
+        ]
+        got = re.findall(r"(?:Got|Given) value: (.*)", message)
+        return f"{wrong[1]} must be {' or '.join(choices)}, got {got[-1]}"
+    return " ".join(message.split())

@@ -1,0 +1,1 @@
+"""One run: training, evaluation and generation, and everything a run folder holds."""

@@ -1,0 +1,61 @@
+"""The best weights of a run: those with the best validation score so far."""
+
+import dataclasses
+from pathlib import Path
+
+from statefeed.lm.errors import CorruptFile, UsageError
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run import tensor_file
+from statefeed.lm.run.distributed import gather_tensors
+from statefeed.lm.run.evaluate import Score
+from statefeed.lm.run.files import CHECKPOINTS, WEIGHTS
+
+
+class BestWeights:
+    """The weights with the best validation score so far; they are the ones that a run leaves.
+
+    Args:
+        folder: the run folder; where it holds weights already, those are the best so far.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
+        self.step, self.epoch = 0, 0
+        self.score: Score | None = None
+        if (folder / WEIGHTS).exists():
+            try:
+                _, metadata = tensor_file.read(folder / WEIGHTS)
+            except CorruptFile as error:
+                raise CorruptFile(f"{error}; remove it to resume without the best weights so far") from error
+            self.step, self.epoch, self.score = metadata["step"], metadata["epoch"], Score(**metadata["score"])
+
+    def offer(self, model: LanguageModel, step: int, epoch: int, score: Score) -> None:
+        """Save the weights if they are better than the saved ones; called by all processes."""
+        if self.score is None or score.loss < self.score.loss:
+            weights = gather_tensors(model.state_dict(), self._writes)
+            if self._writes:
+                metadata = {"step": step, "epoch": epoch, "score": dataclasses.asdict(score)}
+                tensor_file.write(self.folder / WEIGHTS, self.folder / CHECKPOINTS, weights, metadata)
+            self.step, self.epoch, self.score = step, epoch, score
+
+    def __str__(self) -> str:
+        if self.score is None:
+            return "no weights, since it ended before the first validation"
+        return f"the weights of step {self.step:,}, the best so far (valid perplexity {self.score.perplexity:.2f})"
+
+
+def load_weights(model: LanguageModel, folder: Path) -> None:
+    """Load the weights of a run into a model.
+
+    Raises:
+        UsageError: when the run has none, or they are broken or do not fit.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no weights yet: its training ended before the first validation")
+    tensors, _ = tensor_file.read(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit the recipe beside it: {' '.join(str(error).split())}") from error

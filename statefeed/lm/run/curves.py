@@ -1,0 +1,23 @@
+"""The learning curves of one run as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def draw(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw the losses over the steps.
+
+    Args:
+        curves: step and loss of every row, by split.
+        path: of the PNG file.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    for split, style in (("train", "-"), ("valid", "o-"), ("test", "s")):
+        if curves[split]:
+            axes.plot(*zip(*curves[split], strict=True), style, label=split, markersize=4)
+            axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,91 @@
+"""The score of a model on a split: perplexity and bits per byte."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from statefeed.lm.data.batches import Source
+from statefeed.lm.errors import require
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run.distributed import Group, shard_batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a split was predicted.
+
+    Args:
+        loss: nats per token.
+        tokens: number of tokens that were predicted.
+        tokens_per_byte: tokens of the split over bytes of its text.
+        seconds: how long it took.
+    """
+
+    loss: float
+    tokens: int
+    tokens_per_byte: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits, per byte of text: the same unit for every kind of token.
+
+        Where words are replaced by `<unk>` it is the cost of the text with `<unk>` in it, an underestimate.
+        """
+        return self.loss / math.log(2) * self.tokens_per_byte
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.3f} bits per byte"
+        )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that has no float.
+
+    >>> perplexity(0.0), perplexity(1e6)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@torch.no_grad()
+def score(model: LanguageModel, source: Source, size: int, group: Group | None = None) -> Score:
+    """Predict every target of a split.
+
+    Args:
+        model: in any mode; its mode is restored.
+        source: of `batches.scoring`.
+        size: bytes of the split's text.
+        group: the processes that share the sequences and all get the score; None for this one alone.
+
+    Raises:
+        UsageError: when there is no target.
+        PeerLost: when another process has ended.
+    """
+    group = group or Group()
+    require(len(source) > 0, "a split must have at least 2 tokens to be scored", source.tokens)
+    started = time.perf_counter()
+    training = model.training
+    model.eval()
+    total, count, states = torch.zeros((), dtype=torch.float64), 0, None
+    for batch in source.epoch(0):
+        (part,) = group.columns(batch.inputs.shape[1], 1)
+        if group.has_shard(part):
+            with group.guard_collectives():
+                nats, counted, states = model.loss(shard_batch(batch, part), states)
+            total, count = total.to(nats.device) + nats, count + counted
+    model.train(training)
+    loss, tokens = group.all_reduce_sum(float(total), float(count))
+    return Score(loss / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)

@@ -1,0 +1,110 @@
+"""The run folder: how it is made, what is checked before a run writes into it, and a trained run read back from it."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statefeed.lm import identity, recipe
+from statefeed.lm.config import Config
+from statefeed.lm.data import tokens
+from statefeed.lm.data.corpora import Corpus
+from statefeed.lm.data.tokens import Tokenizer
+from statefeed.lm.errors import UsageError
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run import metadata
+from statefeed.lm.run.best import load_weights
+from statefeed.lm.run.distributed import Group
+from statefeed.lm.run.files import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, read back: its best weights in evaluation mode and what they were trained on."""
+
+    config: Config
+    metadata: dict[str, Any]
+    tokenizer: Tokenizer
+    model: LanguageModel
+
+
+def check_unused(config: Config) -> None:
+    """Check that the folder of a new run holds no run, so that none is ever overwritten.
+
+    Raises:
+        UsageError: when it does, or when the path is not a folder.
+    """
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"run.dir: {folder} is a file, not a folder")
+    if any((folder / name).exists() for name in (CONFIG, METRICS, WEIGHTS)):
+        raise UsageError(
+            f"{folder} already holds a run: resume it with --resume, choose another folder with --run.dir, or remove "
+            "that one"
+        )
+
+
+def check_same_config(config: Config) -> None:
+    """Check that the run in the recipe's folder is a run of this recipe.
+
+    Where and how it is computed and saved may change.
+
+    Raises:
+        UsageError: naming the first key that differs.
+    """
+    folder = Path(config.run.dir)
+    there, here = dataclasses.asdict(recipe.load(folder / CONFIG)), dataclasses.asdict(config)
+    if found := identity.difference(there, here):
+        key, old, new = found
+        raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}")
+
+
+def check_same_text(folder: Path, corpus: Corpus) -> None:
+    """Check that the text of a run has not changed.
+
+    Raises:
+        UsageError: naming the split that differs.
+    """
+    recorded = metadata.read(folder)["splits"]
+    for split, digest in corpus.digests.items():
+        if recorded.get(split, {}).get("sha256") != digest:
+            raise UsageError(f"{folder} cannot be resumed: the {split} split of {corpus.name} has changed")
+
+
+def create(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int, group: Group
+) -> None:
+    """Make the run folder with everything that is known before the first step."""
+    folder = Path(config.run.dir)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    splits = {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits}
+    known = {
+        "corpus": corpus.name,
+        "splits": splits,
+        "vocabulary": tokenizer.size,
+        "steps_per_epoch": steps_per_epoch,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **metadata.environment(group),
+    }
+    metadata.write(folder, known)
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    unfinished = folder / CHECKPOINTS / CONFIG
+    unfinished.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
+
+
+def load(folder: Path) -> Run:
+    """Read a trained run.
+
+    Raises:
+        UsageError: when the folder is missing, or a file in it is missing or broken.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is not a run folder: it holds no {CONFIG}")
+    config = recipe.load(folder / CONFIG)
+    found = metadata.read(folder)
+    tokenizer = tokens.load(config.data, folder / TOKENIZER)
+    model = LanguageModel(config.model, tokenizer.size).eval()
+    load_weights(model, folder)
+    return Run(config, found, tokenizer, model)

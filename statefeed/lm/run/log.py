@@ -1,0 +1,221 @@
+"""The log of a run: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from statefeed.lm.errors import Diverged, UsageError
+from statefeed.lm.run import curves, memory, tensorboard
+from statefeed.lm.run.agreement import Agreement
+from statefeed.lm.run.evaluate import Score, perplexity
+from statefeed.lm.run.lock import lock
+from statefeed.lm.run.phases import PhaseTimer
+
+TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
+
+
+class Log:
+    """The log of one run, used as a context; rows are written as they come and survive whatever follows.
+
+    Args:
+        path: metrics.jsonl, which must not exist unless the run is resumed; None prints and writes nothing.
+        steps: how many optimizer steps there will be.
+        state: `state_dict` of the log of a resumed run, empty where it has no checkpoint: rows after it are dropped.
+        board: folder of the same metrics for TensorBoard.
+        device: that the steps run on.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        steps: int,
+        state: Mapping[str, Any] | None = None,
+        board: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._gpu = device is not None and device.type == "cuda"
+        self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
+        self._steps = steps
+        self._every = max(1, steps // TRAIN_ROWS)
+        self._loss = self._speed = math.nan  # of the last row
+        if path and state and (not path.exists() or path.stat().st_size < state["bytes"]):
+            raise UsageError(
+                f"{path} is shorter than when the checkpoint was made: the run cannot be resumed without it"
+            )
+        self._path = path
+        mode = "x+" if path and state is None else "a+"
+        self._file = Path(path or os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+        state = state or {"bytes": 0, "seconds": 0.0, "losses": [], "tokens": 0, "phases": None}
+        self._losses: list[Tensor | float] = list(state["losses"])  # of the steps since the last row
+        self._tokens: int = state["tokens"]
+        self._timer = PhaseTimer(self._gpu, state["phases"])
+        self._before: float = state["seconds"]
+        if path:
+            try:
+                lock(self._file, path.parent)
+                self._read_back(path, state["bytes"])
+            except BaseException:
+                self._file.close()
+                raise
+        done = max((step for curve in self._curves.values() for step, _ in curve), default=0)
+        self._board = (
+            None if path is None or board is None else tensorboard.writer_class()(str(board), purge_step=done + 1)
+        )
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s "),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(highlight=False, soft_wrap=True, quiet=path is None),
+            transient=True,
+            disable=path is None or not sys.stdout.isatty(),
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
+
+    def _read_back(self, path: Path, until: int) -> None:
+        """Read the rows before the checkpoint and drop those after it.
+
+        Raises:
+            UsageError: when the rows are not what was written.
+        """
+        try:
+            for row in map(json.loads, path.read_bytes()[:until].splitlines()):
+                self._curves[row["split"]].append((row["step"], row["loss"]))
+                if row["split"] == "train":
+                    self._loss, self._speed = row["loss"], row["tokens_per_s"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path} is broken: a row before the checkpoint is not what was written ({error!r}), and the run "
+                "cannot be resumed without it"
+            ) from error
+        self._file.truncate(until)
+        self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> "Log":
+        self._bar.start()
+        if not self._gpu:
+            memory.reset_peak()
+        self._timer.time_phase(None)
+        self._started = time.perf_counter() - self._before
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        self._file.close()
+
+    def print(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._bar.console.print(line, markup=False)
+
+    def time_phase(self, phase: str | None) -> None:
+        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""
+        self._timer.time_phase(phase)
+
+    def step(self, step: int, epoch: int, loss: Tensor | float, tokens: int) -> None:
+        """Add one optimizer step; every few of them make one row, with their mean loss.
+
+        Args:
+            step: counted from 1.
+            epoch: counted from 1.
+            loss: nats per token; a tensor is read when its row is made, so that no step waits for the device.
+            tokens: that were predicted.
+
+        Raises:
+            Diverged: when a loss of the row has no perplexity.
+        """
+        self._losses.append(loss)
+        self._tokens += tokens
+        if step % self._every == 0 or step == self._steps:
+            losses, phases = self._finite_losses(step), self._timer.seconds()
+            self._loss = sum(losses) / len(losses)
+            self._speed = self._tokens / max(sum(phases.values()), 1e-9)
+            ms = {f"{phase}_ms": round(1e3 * seconds / len(losses), 3) for phase, seconds in phases.items()}
+            self._row(step, epoch, "train", self._loss, self._speed, **ms)
+            self._losses, self._tokens = [], 0
+            self._timer.reset()
+        self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
+
+    def score(self, step: int, epoch: int, split: str, score: Score) -> None:
+        """Add the score of a split.
+
+        Raises:
+            Diverged: when its loss has no perplexity.
+        """
+        _check_finite(score.loss, step)
+        self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
+        if split == "valid":
+            left = (time.perf_counter() - self._started) / step * (self._steps - step)
+            self.print(
+                f"step {step:,} of {self._steps:,}: train loss {self._loss:.3f}, valid loss {score.loss:.3f}, "
+                f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.3f} bits per byte, "
+                f"{self._speed:,.0f} tokens/s, {left:.0f} s left"
+            )
+
+    def log_alignment(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
+        """Add how the gradient agrees with the exact one."""
+        alignment = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
+        self._row(step, epoch, "alignment", found.loss, tokens / found.seconds, **alignment)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What a log needs to be resumed after this step; all rows so far are on disk when it returns.
+
+        Raises:
+            Diverged: when a loss since the last row has no perplexity.
+        """
+        losses = self._finite_losses(step)
+        if self._path:
+            os.fsync(self._file.fileno())
+        return {
+            "bytes": os.fstat(self._file.fileno()).st_size,
+            "seconds": time.perf_counter() - self._started,
+            "losses": losses,
+            "tokens": self._tokens,
+            "phases": self._timer.seconds(),
+        }
+
+    def draw(self, path: Path) -> None:
+        """Draw the learning curves into a PNG file."""
+        curves.draw(self._curves, path)
+
+    def _finite_losses(self, step: int) -> list[float]:
+        """The losses since the last row."""
+        losses = [float(loss) for loss in self._losses]
+        for place, loss in enumerate(losses, step - len(losses) + 1):
+            _check_finite(loss, place)
+        return losses
+
+    def _row(self, step: int, epoch: int, split: str, loss: float, speed: float, **more: float) -> None:
+        row = {"step": step, "epoch": epoch, "split": split, "loss": loss, "perplexity": perplexity(loss), **more}
+        seconds = time.perf_counter() - self._started
+        row |= {"tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "peak_bytes": self._peak_bytes()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._curves[split].append((step, loss))
+        if self._board is not None:
+            for key in row.keys() - {"step", "split"}:
+                self._board.add_scalar(f"{split}/{key}", row[key], step)
+
+    def _peak_bytes(self) -> int | None:
+        """The most memory that this process has held since the log was entered; that of the GPU where one is used."""
+        return torch.cuda.max_memory_allocated() if self._gpu else memory.peak_bytes()
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(perplexity(loss)):
+        raise Diverged(f"training diverged (loss {loss} at step {step:,}): lower train.lr or change model.feedback")

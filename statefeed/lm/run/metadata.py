@@ -1,0 +1,74 @@
+"""The record of a run: what is known before its first step, and what was added when it was resumed or diverged."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import statefeed as sf
+from statefeed.lm.errors import UsageError
+from statefeed.lm.run import provenance
+from statefeed.lm.run.device import device_metadata
+from statefeed.lm.run.distributed import Group
+from statefeed.lm.run.files import CHECKPOINTS, RECORD
+from statefeed.lm.run.schema import validate
+
+# What every record holds, among other things.
+_SCHEMA = {"splits": {...: {"sha256": str}}, "steps_per_epoch": int, "parameters": int, "continued": ([{}], None)}
+
+
+def environment(group: Group) -> dict[str, Any]:
+    """The versions, the machine and the processes that compute a run."""
+    return {
+        "statefeed": sf.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **provenance.commit(),
+        "machine": f"{provenance.processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "threads": torch.get_num_threads(),
+        "processes": group.size,
+        **device_metadata(group.device),
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        UsageError: when it cannot be read.
+    """
+    try:
+        found: dict[str, Any] = validate(json.loads((folder / RECORD).read_text(encoding="utf-8")), _SCHEMA)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / RECORD} cannot be read: {error}") from error
+    return found
+
+
+def write(folder: Path, metadata: dict[str, Any]) -> None:
+    """Replace the record of a run; whenever this is interrupted, the old or the new one is there, whole."""
+    unfinished = folder / CHECKPOINTS / f"{RECORD}.unfinished"
+    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / RECORD)
+
+
+def update(folder: Path, **metadata: Any) -> None:
+    """Add to the record of a run."""
+    write(folder, {**read(folder), **metadata})
+
+
+def resume(folder: Path, step: int, group: Group) -> None:
+    """Add to the record, under "continued", what differs from when the run began or was last resumed.
+
+    Args:
+        folder: the run folder.
+        step: of the checkpoint.
+        group: the processes of the job.
+    """
+    found = read(folder)
+    continued = found.get("continued") or []
+    before = {**found, **{key: value for part in continued for key, value in part.items()}}
+    if changed := {key: value for key, value in environment(group).items() if before.get(key) != value}:
+        update(folder, continued=[*continued, {"step": step, **changed}])

@@ -1,0 +1,128 @@
+"""Everything that a run needs before its first step, made without writing anything."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import statefeed as sf
+from statefeed.lm.config import Config, Train
+from statefeed.lm.data import batches, cache, corpora, tokens
+from statefeed.lm.data.batches import Source
+from statefeed.lm.data.corpora import Corpus
+from statefeed.lm.data.tokens import Tokenizer
+from statefeed.lm.errors import UsageError, require
+from statefeed.lm.model import LanguageModel
+from statefeed.lm.run import folder as run_folder
+from statefeed.lm.run import tensorboard
+from statefeed.lm.run.device import autocast_context, device_metadata
+from statefeed.lm.run.distributed import Group
+from statefeed.lm.run.files import TOKENIZER
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The text, the model and the optimizer of a run.
+
+    Args:
+        corpus: the text.
+        tokenizer: of the text.
+        ids: of every split, int32 (N,).
+        source: the batches of the training split.
+        valid: the batches of the validation split.
+        steps: of the whole run.
+        model: on its device, its weights sharded where the processes share them.
+        optimizer: of its parameters.
+        scaler: of the loss, for float16.
+    """
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    ids: dict[str, NDArray[np.int32]]
+    source: Source
+    valid: Source
+    steps: int
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def describe(self, recipe: Train, group: Group) -> str:
+        """What is trained on what and where, in one line."""
+        processes = f", {group.size} processes ({recipe.parallel})" if group.size > 1 else ""
+        amounts = ", ".join(f"{len(found):,} {split}" for split, found in self.ids.items())
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{self.corpus.name}: {amounts} tokens of {self.tokenizer.size:,} types; {parameters:,} parameters; "
+            f"{self.steps:,} steps of {recipe.batch} x {recipe.context} tokens on "
+            f"{device_metadata(group.device)['device']}{processes}"
+        )
+
+
+def prepare(config: Config, resume: bool, group: Group) -> Setup:
+    """Read the corpus, fit the tokenizer, make the model.
+
+    Args:
+        config: the recipe.
+        resume: take the tokenizer from the run folder, and check that the text is the run's.
+        group: the processes of the job.
+
+    Raises:
+        UsageError: when a split is shorter than one step, or one of the three cannot be made.
+    """
+    folder, recipe = Path(config.run.dir), config.train
+    parts = recipe.accumulate * group.size
+    require(
+        recipe.batch % parts == 0,
+        f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
+        recipe.batch,
+    )
+    if config.run.tensorboard:
+        tensorboard.writer_class()
+    autocast_context(recipe.precision, group.device)
+    corpus = corpora.read(config.data)
+    if resume:
+        run_folder.check_same_text(folder, corpus)
+        tokenizer = tokens.load(config.data, folder / TOKENIZER)
+    else:
+        tokenizer = cache.tokenizer(config.data, corpus.splits)
+    ids = {split: cache.encode(tokenizer, text) for split, text in corpus.splits.items()}
+    columns, context = recipe.batch, recipe.context
+    for split, found in ids.items():
+        needed = 1 + context * (columns if split == "train" else 1) if config.data.batches == "stream" else 2
+        if len(found) < needed:
+            raise UsageError(
+                f"the {split} split of {corpus.name} has {len(found):,} {config.data.tokens} tokens, fewer than the "
+                f"{needed:,} of one step (train.batch {columns}, train.context {context})"
+            )
+    source = batches.training(ids["train"], config.data, recipe)
+    valid = batches.scoring(ids["valid"], config.data, recipe)
+    steps = recipe.steps or recipe.epochs * len(source)
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(config.model, tokenizer.size)
+    _check_rules(model, config)
+    group.place(model)
+    if recipe.compile is not None:
+        torch._dynamo.config.allow_rnn = True
+        for block in model.blocks:
+            block.compile(mode=recipe.compile)
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
+    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD takes no sharded weights
+    optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "float16")
+    return Setup(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
+
+
+def _check_rules(model: LanguageModel, config: Config) -> None:
+    """Apply every rule of a schedule to the layers once, the first one last.
+
+    Raises:
+        UsageError: when one does not fit.
+    """
+    rules = sf.Schedule(config.model.feedback)
+    try:
+        for begin in (*(until for until, _ in rules.stages), 0.0):
+            rules.apply(model, begin)
+    except ValueError as error:
+        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error

@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM during a run: an exception at once, or noted until the step is finished and saved."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+from statefeed.lm.errors import Interrupted, PeerLost
+
+
+class SignalHandler:
+    """Handles SIGINT and SIGTERM while this context is entered.
+
+    They raise KeyboardInterrupt, SIGTERM its subclass Interrupted. Inside `deferred` they are noted in `caught`, so
+    that the current step can be finished and saved; a second SIGINT raises at once.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._deferred = False
+
+    def __enter__(self) -> "SignalHandler":
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            self._before = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, PeerLost):
+            return  # torchrun ends a job by SIGTERM, which must not cut off the error message
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Note signals instead of raising; until the end of the process where another process of the job is lost."""
+        self._deferred = True
+        lost = False
+        try:
+            yield
+        except PeerLost:
+            lost = True
+            raise
+        finally:
+            self._deferred = lost
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred and number == signal.SIGTERM:
+            raise Interrupted("interrupted", number)
+        if not self._deferred or self.caught == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number

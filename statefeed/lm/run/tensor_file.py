@@ -1,0 +1,74 @@
+"""Safetensors files that are written whole or not at all, with a checksum of everything in them."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from statefeed.lm import migration
+from statefeed.lm.errors import CorruptFile
+
+
+def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Replace a safetensors file; whenever this is interrupted, the old or the new one is there, whole.
+
+    Args:
+        path: of the file.
+        folder: of the same file system, for the unfinished file.
+        tensors: by name.
+        metadata: what JSON can hold, saved with a checksum of everything in the file's header.
+    """
+    text = json.dumps(metadata)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    unfinished = folder / f"{path.name}.unfinished"
+    try:
+        save_file(contiguous, unfinished, {"metadata": text, "sha256": _digest(contiguous, text)})
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except SafetensorError as error:  # which reports errors of the system in words
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else 0, os.strerror(int(code[1])) if code else str(error), path) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file that `write` made.
+
+    Raises:
+        CorruptFile: when it is not what was written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path} is broken, perhaps by a full disk: {' '.join(str(error).split())}") from error
+    text = migration.tensor_file(header)
+    if header.get("sha256") != _digest(tensors, text):
+        raise CorruptFile(f"{path} is broken: its content has changed since it was written")
+    return tensors, json.loads(text)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    """The sha256 of everything: metadata, names, types, shapes and values."""
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

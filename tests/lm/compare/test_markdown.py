@@ -1,0 +1,221 @@
+"""Records as Markdown: the documents are those of the records, and what the tables count."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from statefeed.lm import cli, config
+from statefeed.lm.compare import markdown
+from statefeed.lm.compare.results import Result, to_line
+from statefeed.lm.compare.sources import Found, read
+
+README = ROOT / "README.md"
+MACHINES = [
+    folder for name in ("zen5", "xeon-amx") for folder in sorted((ROOT / "results" / "bench").glob(f"{name}-*"))
+]
+
+
+def test_documents_are_those_of_the_records(tmp_path: Path) -> None:
+    again = "run `make measured` and commit what it writes"
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert page == markdown.page(read([ROOT / "results"])), again
+    (tmp_path / "README.md").write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    markdown.update_summary(tmp_path / "README.md", read(MACHINES))
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), again
+
+
+def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machines = list(map(str, MACHINES))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{markdown.BEGIN}old{markdown.END}after\n", encoding="utf-8")
+    assert cli.main(["report", *machines, f"--summary={readme}"]) == 0
+    expected = f"before\n{markdown.BEGIN}\n{markdown.summary(read(MACHINES))}{markdown.END}after\n"
+    assert readme.read_text(encoding="utf-8") == expected
+    assert cli.main(["report", *machines, f"--markdown={tmp_path / 'measured.md'}"]) == 0
+    assert (tmp_path / "measured.md").read_text(encoding="utf-8") == markdown.page(read(MACHINES))
+    readme.write_text("no marks\n")
+    capsys.readouterr()
+    assert cli.main(["report", *machines, f"--summary={readme}"]) == 2
+    assert "--summary must name a file with the lines" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "measured.md"]  # and no report.html
+
+
+def test_every_committed_figure_is_shown_by_a_document() -> None:
+    shown = set(re.findall(r"\(figures/([^)]+)\)", (ROOT / "results" / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in (ROOT / "results" / "figures").iterdir()} == shown
+    assert {path.suffix for path in (ROOT / "results").rglob("*.*")} == {".md", ".jsonl", ".svg"}
+
+
+def test_without_records_there_is_no_number() -> None:
+    text = markdown.page(Found())
+    assert text.count("No records yet.") == 4
+    for stated in ("below 1", "256 units", "64 units", "0.125"):
+        text = text.replace(stated, "")
+    assert not re.search(r"\d", text)
+
+
+MACHINE = "a CPU, family 1"
+
+
+def spread(number: float) -> dict[str, float]:
+    return {"median": number, "min": number, "max": number}
+
+
+def leave_run(
+    folder: Path, rule: float | str, seed: int, perplexity: float, machine: str = MACHINE, **train: Any
+) -> None:
+    model = config.Model(feedback=rule, layers=1, width=8)
+    recipe = config.Config(model=model, train=config.Train(batch=10, context=100, epochs=2, seed=seed, **train))
+    metadata = {"corpus": "text", "parameters": 7, "torch": "2", "threads": 2, "machine": f"{machine}, 8 cores, Linux"}
+    rows = [{"step": k, "epochs": k, "seconds": k, "perplexity": p} for k, p in ((1, perplexity), (2, perplexity + 5))]
+    result = Result(dataclasses.asdict(recipe), metadata, "finished", rows, [], {}, None, None, None)
+    with (folder / "compare.jsonl").open("a") as file:
+        file.write(to_line(result))
+
+
+def leave_times(file: Path, machine: str = MACHINE, **times: float) -> None:
+    recipe = {"cell": "gru", "layers": 1, "width": 8, "batch": 10, "context": 100, "dtype": "float32", "recipe": "r"}
+    record = {**common(machine), **recipe, "bench": "training", "implementation": "statefeed", "corpus": "words"}
+    figures = {"tokens_per_s": spread(1), "times_faster_than": {}}
+    lines = [{**record, **figures, "variant": rule, "step_ms": {"median": ms}} for rule, ms in times.items()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def page_of(folder: Path) -> list[str]:
+    return markdown.page(read([folder])).splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Comparisons in one folder, benchmarks in another, as under results/."""
+    for name in ("runs", "bench"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_the_frontier_is_what_no_rule_beats_in_both(folder: Path) -> None:
+    for rule, seed, perplexity in (("bptt", 1, 100), ("dsf", 1, 110), ("dsf", 2, 112), ("gate", 1, 120), (0.5, 1, 90)):
+        leave_run(folder / "runs", rule, seed, perplexity)
+    leave_times(folder / "bench" / "training.jsonl", bptt=100.0, dsf=50.0, gate=100.0)
+    lines = page_of(folder)
+    assert "| rule | seeds | best validation perplexity | ms per step, a CPU, family 1, 2 threads |" in lines
+    assert "| `bptt` | 1 | 100.0 | **100** |" in lines
+    assert "| `dsf` | 2 | 111.0 (110.0 to 112.0) | **50** |" in lines
+    assert "| `gate` | 1 | 120.0 | 100 |" in lines
+    assert "| `0.5` | 1 | 90.0 |  |" in lines  # whose time nobody took
+
+
+def test_a_rule_has_one_name_and_a_rate_its_own_row(folder: Path) -> None:
+    leave_run(folder / "runs", 0.0, 1, 100.0)
+    leave_run(folder / "runs", "ft-bptt", 2, 110.0)
+    leave_run(folder / "runs", "dsf", 1, 90.0, lr=1e-3)
+    leave_run(folder / "runs", "dsf", 2, 95.0, lr=2e-3)
+    rows = [line for line in page_of(folder) if line.startswith("| `")]
+    assert rows == [
+        "| `dsf` at 0.001 | 1 | 90.0 |",
+        "| `dsf` at 0.002 | 1 | 95.0 |",
+        "| `ft-bptt` | 2 | 105.0 (100.0 to 110.0) |",
+    ]
+
+
+def test_seeds_of_two_machines_are_one_rule_and_times_have_a_column_each(folder: Path) -> None:
+    for seed in (1, 2):
+        machine = f"a CPU, family {seed}"
+        leave_run(folder / "runs", "dsf", seed, 110.0 + seed, machine)
+        leave_times(folder / "bench" / f"training{seed}.jsonl", machine, dsf=50.0 * seed)
+    assert "| `dsf` | 2 | 111.5 (111.0 to 112.0) | **50** | **100** |" in page_of(folder)
+
+
+def test_times_of_another_machine_are_left_out(folder: Path) -> None:
+    leave_run(folder / "runs", "bptt", 1, 100.0)
+    assert "| `bptt` | 1 | 100.0 |" in page_of(folder)
+    leave_times(folder / "bench" / "training.jsonl", "a CPU, family 2", bptt=100.0)
+    assert "| `bptt` | 1 | 100.0 |" in page_of(folder)
+
+
+def test_runs_of_other_tasks_are_not_compared_and_the_place_is_no_task(folder: Path) -> None:
+    leave_run(folder / "runs", "bptt", 1, 100.0)
+    leave_run(folder / "runs", "dsf", 1, 90.0, weight_decay=0.1)
+    leave_run(folder / "runs", "gate", 1, 95.0, weight_decay=0.1, device="cpu")
+    lines = page_of(folder)
+    titles = [line for line in lines if "train.weight_decay=" in line]
+    assert len(titles) == 2
+    assert not any("train.device" in line for line in lines)
+    assert lines.index("| `dsf` | 1 | 90.0 |") + 1 == lines.index("| `gate` | 1 | 95.0 |")
+
+
+def test_a_run_that_is_there_twice_counts_once_and_one_that_diverged_not_at_all(folder: Path) -> None:
+    for _ in range(2):
+        leave_run(folder / "runs", "dsf", 1, 105.0)
+    path = folder / "runs" / "compare.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    line["config"]["train"]["seed"] = 2
+    with path.open("a") as file:
+        file.write(json.dumps({**line, "outcome": "diverged"}) + "\n")
+    assert "| `dsf` | 1 | 105.0 |" in page_of(folder)
+
+
+def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
+    from statefeed import bench
+
+    output = tmp_path / "layers.jsonl"
+    assert (
+        bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
+    )
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 4  # a trial is no measurement
+    records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
+    output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = markdown.page(read([tmp_path]))
+    assert re.search(r"^\| cell, T x B x H \|.* `dsf` \|", text, re.MULTILINE)
+    assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
+    fused = "fused kernels (compiled here for x86-64-v9, 2 threads)"
+    output.write_text("".join(json.dumps({**r, "kernels": {"forward": fused}}) + "\n" for r in records))
+    assert ", kernels for x86-64-v9:\n" in markdown.summary(read([tmp_path]))
+
+
+def common(machine: str = MACHINE) -> dict[str, Any]:
+    """What every record of a benchmark has."""
+    cpu = {"cpu": machine, "gpu": None}
+    return {"machine": cpu, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5, "date": "2026-11-24"}
+
+
+def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -> None:
+    record = {"bench": "training", "corpus": "sentences", "dtype": "float32", "step_ms": {"median": 9.0}, **common()}
+    record |= {"cell": "gru", "layers": 1, "width": 256, "batch": 128, "context": 64}
+    lines = [
+        {"implementation": "torch.nn", "variant": "as shipped", "tokens_per_s": spread(1000.0)},
+        {"implementation": "statefeed", "variant": "dsf", "tokens_per_s": spread(2500.4)},
+    ]
+    ratios = [{"torch.nn at its best": {"median": r}, "published float32": {"median": 2 * r}} for r in (1.0, 2.5)]
+    lines = [{**record, **line, "times_faster_than": r} for line, r in zip(lines, ratios, strict=True)]
+    trial = {**lines[0], "repeats": 1}
+    other = {**lines[1], "recipe": "another", "corpus": "blocks", "tokens_per_s": spread(7.0)}
+    (tmp_path / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, trial, other]))
+    text = markdown.page(read([tmp_path]))
+    assert "a CPU, family 1, 2 threads, torch 2.13; ptb-gru-1x256, sentences." in text
+    assert text.index("torch 2.13; another, blocks.") > text.index("| 2,500 | ")
+    assert "7 tokens" not in markdown.summary(read([tmp_path]))
+    assert text.count("| float32 | torch.nn, as shipped | 1,000 | 2.00 | 1.00 |") == 1
+    assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
+
+
+def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
+    record = {"bench": "recall", "delay": 50, "steps": 1500, **common()}
+    found = {"gate": [(0.2, None), (0.9, 700)], "ramp(0.9)": [(1.0, 500), (0.96, 600)], "ft-bptt": [(0.1, None)]}
+    lines = [
+        {**record, "variant": rule, "accuracy": accuracy, "learnt": step}
+        for rule, runs in found.items()
+        for accuracy, step in runs
+    ]
+    (tmp_path / "recall.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [line for line in markdown.page(read([tmp_path])).splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `ramp(0.9)` | 0.98 (0.96 to 1.00) | 2 of 2 | 550 |",
+        "| `gate` | 0.55 (0.20 to 0.90) | 1 of 2 | 700 |",
+        "| `ft-bptt` | 0.10 (0.10 to 0.10) | 0 of 1 | - |",
+    ]

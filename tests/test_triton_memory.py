@@ -1,0 +1,134 @@
+"""Every launch of the GPU kernels in Triton's interpreter, with programs in random order: bounds and races."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl  # noqa: E402
+from interpreter_checks import checked  # noqa: E402
+
+from statefeed.backends.triton import operators as _operators  # noqa: E402, F401
+from statefeed.backends.triton.cells import CELLS  # noqa: E402
+from statefeed.backends.triton.rules import RULES  # noqa: E402
+from statefeed.scan import chunks  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter shows every access")
+
+
+@triton.jit
+def _planted(x, y, n, ERROR: tl.constexpr):
+    lane = tl.program_id(0) * 4 + tl.arange(0, 4)
+    mask = lane < n
+    value = tl.load(x + 2 * lane if ERROR == "gap" else x + lane, mask, 0)
+    if ERROR == "bounds":
+        value += tl.load(x + lane + 1, mask, 0)
+    if ERROR == "gap":
+        value += tl.load(x + 2 * lane + 1, mask, 0)
+    if ERROR == "read after write":
+        tl.store(y + lane, value, mask)
+        value = tl.load(y + lane, mask, 0)
+    elif ERROR == "twice":
+        tl.store(y + lane // 2, value, mask)
+    elif ERROR == "two programs":
+        tl.store(y + lane % 4, value, mask)
+    elif ERROR == "neighbor":
+        value += tl.load(y + (lane + 4) % n, mask, 0)
+        tl.store(y + lane, value, mask)
+    else:
+        tl.store(y + lane, value, mask)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("bounds", "out of bounds"),
+        ("gap", "out of bounds: between"),
+        ("read after write", "reads what this launch wrote"),
+        ("twice", "written twice"),
+        ("two programs", "written twice"),
+        ("neighbor", "one program writes what another reads|reads what this launch wrote"),
+        ("none", ""),
+    ],
+)
+def test_planted_errors_are_found(error: str, message: str) -> None:
+    x, y, n = torch.arange(8.0), torch.zeros(8), 8
+    if error == "gap":  # the elements between are no argument
+        x, n = x[::2], 2
+
+    def launch() -> None:
+        with checked(0):
+            _planted[(2,)](x, y, n, ERROR=error)
+
+    if error == "none":
+        launch()
+        assert torch.equal(y, x)
+        return
+    with pytest.raises(Exception, match=message):
+        launch()
+
+
+def problem(cell: str, packed: bool, dtype: torch.dtype = torch.float64, H: int = 3) -> dict[str, Any]:
+    """Rows of one layer: x and e are strided as one direction's half of a bidirectional layer's rows."""
+    make, this, I = torch.Generator().manual_seed(0), CELLS[cell], 2
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=torch.float64).to(dtype)
+
+    sizes = torch.tensor([3, 3, 2, 2, 1]) if packed else None
+    N = 11 if packed else 15
+    return {
+        "x": normal(N, I), "y": normal(N, 2 * H)[:, H:].tanh(), "e": normal(N, 2 * H)[:, :H],
+        "state": [normal(3, H) for _ in range(this.states)],
+        "final": [normal(3, H) for _ in range(this.states)],
+        "weights": [normal(this.gates * H, *rest) for rest in ((I,), (H,), (), ())],
+        "offsets": None if sizes is None else F.pad(sizes.cumsum(0), (1, 0)),
+        "D": {"stationary": normal(this.states * H), "per_row": normal(N, this.states * H)},
+    }  # fmt: skip
+
+
+def run(cell: str, rule: str, p: dict[str, Any], corrections: int, reverse: bool) -> list[Tensor]:
+    operators = torch.ops.statefeed
+    fixed = (p["x"], p["y"], p["state"], p["weights"])
+    saved = operators.triton_recompute(cell, *fixed, p["offsets"], reverse, "ieee")
+    mean = operators.triton_mean_jacobian(cell, *saved, p["y"], p["weights"][1], 3, p["offsets"])
+    found = operators.triton_backward(
+        cell, rule, *saved, *fixed, [p["e"], *p["final"]], p["D"].get(rule), p["offsets"], corrections, reverse, True,
+        "ieee",
+    )  # fmt: skip
+    return [mean, *found]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("steps", [2, 100])
+def test_launches_of_a_layer(cell: str, packed: bool, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "steps", lambda *_: steps)
+    # Blocks of four lanes, so that there are several programs over units too.
+    monkeypatch.setattr(
+        chunks, "launch", lambda T, lanes, like: chunks.Launch(4, steps, (-(-lanes // 4), -(-T // steps)))
+    )
+    p = problem(cell, packed)
+    for seed, rule in enumerate(RULES):
+        corrections, reverse = seed % 2, (seed // 2 % 2 == 1) != packed
+        expected = run(cell, rule, p, corrections, reverse)
+        with checked(seed) as checker:
+            found = run(cell, rule, p, corrections, reverse)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "the order of programs shows"
+        assert checker.programs > 3 * checker.launches > 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("varying", [False, True])
+def test_launches_of_a_scan(reverse: bool, varying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "launch", lambda T, lanes, like: chunks.Launch(4, 2, (-(-lanes // 4), -(-T // 2))))
+    x, a = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
+    arguments = (x, a if varying else a[0, 0], x[0], reverse)
+    expected = torch.ops.statefeed.triton_scan(*arguments)
+    with checked(1) as checker:
+        assert torch.equal(torch.ops.statefeed.triton_scan(*arguments), expected)
+    assert checker.launches == 2
