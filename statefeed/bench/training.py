@@ -377,6 +377,7 @@ def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]
     """The training text in batches, the size of its vocabulary, and what the records say of it."""
     from statefeed.lm import config
     from statefeed.lm.data import batches, corpora, tokens
+    from statefeed.lm.errors import UsageError
 
     cut = config.Train(batch=recipe.batch, context=recipe.context)
     if recipe.batches == "blocks":
@@ -392,7 +393,7 @@ def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]
         try:
             data = config.Data(corpus="ptb", path=options.data, tokens="word", batches="sentences")
             text = corpora.read(data).splits["train"]
-        except config.UsageError as error:
+        except UsageError as error:
             raise OptionError(str(error)) from None
         told = "the training split in --data"
     tokenizer = tokens.train(data, {"train": text})
