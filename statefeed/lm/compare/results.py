@@ -12,6 +12,7 @@ from statefeed.lm.config import Config
 from statefeed.lm.run.schema import validate
 
 _RESULT = {
+    "version": int,
     "config": {...: {}},
     "metadata": {"parameters": int, "splits": ({...: {"sha256": str}}, None)},
     "outcome": str,
@@ -93,6 +94,8 @@ def from_line(line: str) -> Result:
         ValueError: when it holds no result, saying why.
     """
     read = validate(migration.result(validate(json.loads(line), {})), _RESULT)
+    if read["version"] > migration.VERSION:
+        raise ValueError(f"version must be at most {migration.VERSION}, got {read['version']} of a newer statefeed")
     result = Result(**{item.name: read.get(item.name) for item in dataclasses.fields(Result)})
     defaults = dataclasses.asdict(Config())
     recipe = {section: {**keys, **result.config.get(section, {})} for section, keys in defaults.items()}

@@ -1,4 +1,4 @@
-"""The folders of the application: imports go down only, files stay short, none forwards another's names."""
+"""The folders of the application: imports go down only, and files stay short."""
 
 import ast
 from pathlib import Path
