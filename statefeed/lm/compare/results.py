@@ -47,7 +47,7 @@ class Result:
         tokens_per_s: of training, the median over the run.
         peak_bytes: the most memory that the run's process held in the steps before its first evaluation, so that every
             rule is measured over the same ones; of a schedule, those of its first rule. None where it is not known.
-        test: perplexity of the best weights on the test split, None where there is none.
+        test: perplexity of the best weights on the test split, None where there is no test split.
     """
 
     config: dict[str, dict[str, Any]]
