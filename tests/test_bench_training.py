@@ -11,8 +11,8 @@ import torch
 from statefeed.bench import main, training
 from statefeed.bench.measure import SHIPPED
 from statefeed.bench.options import OptionError
-from statefeed.lm import recipe
 from statefeed.lm import model as lm_model
+from statefeed.lm import recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RULES = ["bptt", "dsf", "gate+1"]

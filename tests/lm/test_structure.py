@@ -42,7 +42,9 @@ def test_imports_go_down_and_files_are_short(path: Path) -> None:
 
 
 # Words of the glossary that are not used any more, in prose and messages.
-RETIRED = re.compile(r"\b(anew|[Oo]wns|(?<!there )is none|told|lives|front door|put back|in even ratios|go(es)? on exactly)\b")
+RETIRED = re.compile(
+    r"\b(anew|[Oo]wns|(?<!there )is none|told|lives|front door|put back|in even ratios|go(es)? on exactly)\b"
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
