@@ -16,6 +16,10 @@ TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90)]
 done = set()
 
 
+def tensors(args):
+    return (a for a in args if isinstance(a, torch.Tensor))
+
+
 def compiled(kernel, *args, grid, warmup, **constants):
     """In place of a launch: the specialisation that Triton makes of these arguments, through to the binary."""
     for target in TARGETS:
@@ -31,6 +35,13 @@ def compiled(kernel, *args, grid, warmup, **constants):
             done.add(key)
             binary = compile(ASTSource(kernel, signature, constants_of, attributes), target, options.__dict__)
             assert binary.asm["cubin"]
+            # Half precision with an even H: loads of four bytes, which are issued ahead of the step that needs them.
+            if (
+                constants.get("PAIRS")
+                and "LOCAL" in constants
+                and any(t.dtype == torch.bfloat16 for t in tensors(args))
+            ):
+                assert "async_copy" in binary.asm["ttgir"], kernel.__name__
             print(f"{kernel.__name__}:sm_{target.arch}")
 
 

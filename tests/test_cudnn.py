@@ -109,7 +109,7 @@ def run(rnn: nn.RNNBase, cell: str, x: Tensor, batch_sizes: Tensor | None = None
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_weights_lie_back_to_back_at_every_call(cell: str, bias: bool, bidirectional: bool, stub: Stub) -> None:
+def test_weights_are_in_one_buffer_at_every_call(cell: str, bias: bool, bidirectional: bool, stub: Stub) -> None:
     rnn, x = module(cell, 2, bidirectional, bias), torch.randn(5, 2, 3)
     expected = rnn(x)[0]
     assert not any(stub.calls), "torch's layers on a CPU do not flatten: the stub tells layouts apart"
@@ -119,7 +119,7 @@ def test_weights_lie_back_to_back_at_every_call(cell: str, bias: bool, bidirecti
     with torch.no_grad():
         torch.testing.assert_close(run(rnn, cell, x), expected)
     assert stub.calls == [True] * 4
-    assert stub.flattened == 4, "weights that lie elsewhere are packed at every call"
+    assert stub.flattened == 4, "weights in another layout are packed at every call"
     assert pointers == [w.data_ptr() for w in rnn.parameters()], "and the parameters stay where they are"
 
     for k in range(2):
@@ -186,6 +186,11 @@ def test_under_autocast_the_layer_runs_in_its_dtype(stub: Stub) -> None:
     assert y.dtype == torch.bfloat16
     assert stub.calls == [True]
     torch.testing.assert_close(y.float(), rnn(x)[0], atol=0.05, rtol=0.05)
+
+
+def test_another_dtype_raises() -> None:
+    with pytest.raises(ValueError, match=r"dtype of the weights, torch.float32, got torch.float64"):
+        run(module("gru"), "gru", torch.randn(5, 2, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -11,9 +11,11 @@ import oracles
 import pytest
 import test_kernels_layer
 import torch
+from functorch.compile import make_boxed_func
 from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
 from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import pack_sequence
 
 import statefeed as sf
@@ -45,15 +47,15 @@ OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encounte
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two steps, however short the sequence."""
     monkeypatch.setattr(chunks, "steps", lambda *_: 2)
 
 
-@pytest.fixture(params=["whole", "cut"])
+@pytest.fixture(params=["whole", "chunked"])
 def either(request: pytest.FixtureRequest) -> None:
-    if request.param == "cut":
-        request.getfixturevalue("cut")
+    if request.param == "chunked":
+        request.getfixturevalue("chunked")
 
 
 @pytest.fixture
@@ -121,7 +123,9 @@ def ramp(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    ("corrections", "bias", "either"), [(0, True, "cut"), (1, False, "cut"), (2, True, "whole")], indirect=["either"]
+    ("corrections", "bias", "either"),
+    [(0, True, "chunked"), (1, False, "chunked"), (2, True, "whole")],
+    indirect=["either"],
 )
 @pytest.mark.usefixtures("either")
 def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: bool) -> None:
@@ -171,7 +175,7 @@ def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, pa
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 @OVERFLOWS
 def test_a_chunk_whose_product_overflows_passes_a_carry_of_zero(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, 7, 2, 2, 3, torch.float32)
@@ -186,7 +190,7 @@ def test_a_chunk_whose_product_overflows_passes_a_carry_of_zero(cell: str, monke
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("cut", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunked", "nan_in_new_memory")
 def test_as_many_corrections_as_steps_are_exact(cell: str) -> None:
     for rule in rules_of(cell):
         case = Case(cell, 4, 3, 2, 17, torch.float64)
@@ -212,7 +216,7 @@ def test_float32_is_as_accurate_as_the_pytorch_path(cell: str, T: int, B: int, I
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 def test_half_precision_is_as_accurate_as_the_pytorch_path(cell: str, dtype: torch.dtype) -> None:
     rule = "gate" if cell in GATES else "jacobian"
     case = Case(cell, 7, 3, 5, 17, dtype)
@@ -222,7 +226,7 @@ def test_half_precision_is_as_accurate_as_the_pytorch_path(cell: str, dtype: tor
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 def test_packed_rows_are_their_sequences(cell: str) -> None:
     lengths = [6, 3, 3, 1]
     case = Case(cell, 6, 4, 4, 3, torch.float64)
@@ -283,7 +287,7 @@ def test_mean_jacobian(cell: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("wrong", ["the carries between chunks lost", "a local gradient halved", "a step late"])
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 def test_planted_errors_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong.startswith("the carries"):
         monkeypatch.setattr(reverse, "summarize", {(1, 3): lambda *arguments, **_: arguments[10].zero_()})
@@ -318,7 +322,7 @@ def test_scan_solves_the_recurrence(reverse: bool, varying: bool) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 @OVERFLOWS
 def test_a_scan_whose_products_overflow_is_finite_where_the_states_are(
     reverse: bool, monkeypatch: pytest.MonkeyPatch
@@ -336,7 +340,7 @@ def test_a_scan_whose_products_overflow_is_finite_where_the_states_are(
     assert_same({"y": scan(x, a, None, reverse).cpu()}, {"y": expected.float()}, 1e-6)
 
 
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("chunked")
 def test_scan_tells_wrong_recurrences_apart() -> None:
     x, a = torch.ones(7, 2, 3, device=DEVICE, dtype=torch.float64), torch.full((3,), 0.9, device=DEVICE)
     found = {"y": scan(x, a.double(), None, False).cpu()}
@@ -365,7 +369,7 @@ def test_a_scan_in_float32_is_as_accurate_as_the_prefix_sum() -> None:
 # Chunks ---------------------------------------------------------------------------------------------------------------
 
 
-def test_time_is_cut_where_it_leaves_fewer_dependent_steps() -> None:
+def test_there_are_chunks_where_they_leave_fewer_dependent_steps() -> None:
     cpu = torch.device("cpu")
     assert chunks.steps(127, 8, cpu) == 127, "the processor is full"
     assert chunks.steps(1, 1, cpu) == chunks.steps(1, 0, cpu) == 1
@@ -412,6 +416,26 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         found, expected = (torch.autograd.grad(m(x)[0].sum(), list(model.parameters())) for m in (compiled, model))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_the_graphs_of_a_layer_do_not_depend_on_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "choose", lambda *_: BACKENDS["triton"])
+    model, graphs = sf.GRU(3, 4, 2, bidirectional=True, feedback="dsf"), []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    for T in (2, 3, 9):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_rnn=True):
+            compiled = torch.compile(model, backend=aot_autograd(fw_compiler=count, bw_compiler=count), fullgraph=True)
+            compiled(torch.randn(T, 2, 3))[0].sum().backward()
+    forward, backward = graphs[::2], graphs[1::2]
+    assert len(forward) == len(backward) == 3
+    assert len({len(graph) for graph in forward}) == len({len(graph) for graph in backward}) == 1
+    assert sum("cudnn_layer" in name for name in forward[0]) == 2, "one call for both directions of a layer"
 
 
 @pytest.mark.parametrize("cell", CELLS)

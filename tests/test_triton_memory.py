@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -13,7 +15,9 @@ import triton.language as tl  # noqa: E402
 from interpreter_checks import checked  # noqa: E402
 
 from statefeed.backends.triton import operators as _operators  # noqa: E402, F401
+from statefeed.backends.triton.backward import backward  # noqa: E402
 from statefeed.backends.triton.cells import CELLS  # noqa: E402
+from statefeed.backends.triton.recompute import recompute  # noqa: E402
 from statefeed.backends.triton.rules import RULES  # noqa: E402
 from statefeed.scan import chunks  # noqa: E402
 
@@ -115,11 +119,58 @@ def test_launches_of_a_layer(cell: str, packed: bool, steps: int, monkeypatch: p
     p = problem(cell, packed)
     for seed, rule in enumerate(RULES):
         corrections, reverse = seed % 2, (seed // 2 % 2 == 1) != packed
-        expected = run(cell, rule, p, corrections, reverse)
-        with checked(seed) as checker:
+        with checked(seed) as checker:  # first: what leaves its bounds must not run unchecked
             found = run(cell, rule, p, corrections, reverse)
+        expected = run(cell, rule, p, corrections, reverse)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "the order of programs shows"
         assert checker.programs > 3 * checker.launches > 0
+
+
+class Products(TorchDispatchMode):
+    """How many elements of tensors with N rows torch's operators read and write."""
+
+    # Views, new memory, and what the interpreter and its checks do.
+    SILENT = (
+        "view",
+        "slice",
+        "t",
+        "permute",
+        "transpose",
+        "empty",
+        "new_empty",
+        "set_",
+        "as_strided",
+        "detach",
+        "alias",
+    )
+
+    def __init__(self, N: int) -> None:
+        super().__init__()
+        self.N, self.elements = N, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if str(func).split(".")[1] not in self.SILENT:
+            tensors = [*tree_leaves(args), *tree_leaves(found)]
+            self.elements += sum(t.numel() for t in tensors if torch.is_tensor(t) and self.N in t.shape)
+        return found
+
+
+@pytest.mark.parametrize(("cell", "expected"), [("gru", 34), ("lstm", 35), ("rnn_tanh", 11)])
+def test_how_often_a_backward_pass_touches_a_tensor_of_the_layers_size(
+    cell: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of docs/scaling.md: one tensor is N * H values, x has as many, time is in one chunk."""
+    H, N, this = 4, 508, CELLS[cell]
+    monkeypatch.setattr(chunks, "steps", lambda T, *_: T)
+    x, y, e = (torch.rand(N, H) for _ in range(3))
+    state = [torch.rand(4, H) for _ in range(this.states)]
+    weights = [torch.rand(this.gates * H, *columns) for columns in ((H,), (H,), (), ())]
+    D = torch.rand(this.states * H)
+    with checked(0) as checker, Products(N) as products:
+        saved = recompute(cell, x, y, state, weights, None, False, "ieee")
+        backward(cell, "stationary", *saved, x, y, state, weights, [e, *state], D, None, 0, False, True, "ieee")
+    assert (products.elements + checker.accesses) / (N * H) == pytest.approx(expected, abs=0.5)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -40,7 +40,7 @@ def launch(T: int, lanes: int, like: Tensor) -> Launch:
     """How to launch T steps of B * H lanes; ``like`` gives the device, and the dtype of what is read.
 
     A program has 128 threads, and every thread four bytes of a step, one unit or two: a warp's loads make one access to
-    memory, and are wide enough to be issued ahead.
+    memory, of four bytes per thread, which can be issued ahead.
     """
     per_program = 256 if like.element_size() == 2 else 128
     blocks = math.ceil(lanes / per_program)

@@ -1,7 +1,7 @@
 """The forward pass of one layer with all its directions in one call of torch's cuDNN path, and the weights' layout.
 
 cuDNN reads the weights of a layer from one buffer: W_ih and W_hh of every direction, then b_ih and b_hh of every
-direction. Weights that do not lie so are copied together by torch at every call, with a warning.
+direction. torch copies weights in another layout into one at every call, with a warning.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ def layer(
 
     Gradient: none; the backward pass of a rule follows it. ``exact`` is torch's own, differentiable.
 
-    Cost: one call of cuDNN, without its reserve space; where the weights do not lie back to back, one copy of them.
+    Raises:
+        ValueError: x in another dtype than the weights, without autocast.
+
+    Cost: one call of cuDNN, without its reserve space; one copy of the weights where they are in another layout.
     """
+    if dtype is None and x.dtype != weights[0].dtype:
+        raise ValueError(f"x must have the dtype of the weights, {weights[0].dtype}, got {x.dtype}: cast one of them")
     if dtype is not None and weights[0].dtype != torch.float64:
         x, state = x.to(dtype), [s.to(dtype) for s in state]
     y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
@@ -67,7 +72,7 @@ def exact(
     Gradient: exact, by cuDNN's own backward pass.
     """
     weights = list(weights)
-    if _uses_cudnn(weights[0]) and not lie_back_to_back(weights, directions):
+    if _uses_cudnn(weights[0]) and not in_one_buffer(weights, directions):
         weights = _joined(weights, directions)
     return _call(cell, x, batch_sizes, state, weights, directions, train=torch.is_grad_enabled())
 
@@ -75,27 +80,27 @@ def exact(
 def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
     """Move the weights of one layer into one buffer in cuDNN's layout; their values and identities stay.
 
-    Call it where the weights are created or replaced. Nothing happens where they lie so already, where two of them
-    share memory, or where cuDNN does not run.
+    Call it where the weights are created or replaced. Nothing happens where they are in that layout, where two of
+    them share memory, or where cuDNN does not run.
 
     Args:
         cell: as for ``layer``.
         weights: as for ``layer``; parameters, changed in place.
         directions: 1 or 2.
     """
-    if not _uses_cudnn(weights[0]) or lie_back_to_back(weights, directions):
+    if not _uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
         return
     if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
         _flatten(cell, list(weights), directions)
 
 
-def lie_back_to_back(weights: Sequence[Tensor], directions: int) -> bool:
+def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
     """Whether the weights fill one buffer from its beginning in cuDNN's layout."""
     first = weights[0]
     at, itemsize = first.data_ptr(), first.element_size()
     per = len(weights) // directions
     H = weights[1].shape[1]
-    # cuDNN reserves room for biases whether there are any or not.
+    # cuDNN reserves memory for biases whether there are any or not.
     biases = 0 if per > 2 else 2 * directions * (len(first) // H) * H
     total = sum(w.numel() for w in weights) + biases
     if first.storage_offset() or first.untyped_storage().nbytes() < total * itemsize:
@@ -179,7 +184,7 @@ def run_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator runs: y, h and c, which is empty where there is none; arguments as for ``layer``."""
     if _uses_cudnn(weights[0]):
-        if weights[0].dtype != x.dtype or not lie_back_to_back(weights, directions):
+        if weights[0].dtype != x.dtype or not in_one_buffer(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)
     elif weights[0].dtype != x.dtype:
         weights = [w.to(x.dtype) for w in weights]
