@@ -13,8 +13,7 @@ PACKAGE = Path(statefeed.lm.__file__).parent
 FOLDERS = ["data", "model", "run", "compare", "cli"]
 TOP = {"config", "errors", "identity", "migration", "recipe"}
 # The names by which they still import these modules.
-FORWARDED = {"batches", "corpora", "origin", "tokens"}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in FORWARDED or path.parent != PACKAGE)
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path: Path, source: str) -> set[str]:
