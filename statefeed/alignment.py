@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,9 +128,9 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     with _untouched(model), _inputs(layers, lags) as inputs:
         _freeze(layers.values())
         ours = _gradients(model, loss_fn, batch, parameters)
-    with _untouched(model):
+    with _untouched(model), ExitStack() as stack:
         for layer in layers.values():
-            layer.feedback = "bptt"
+            stack.enter_context(layer.exact_rule())
         exact = _gradients(model, loss_fn, batch, parameters)
 
     reached = [name for name, g in exact.items() if g is not None and ours[name] is not None]
@@ -271,8 +271,7 @@ def _lags(layer: Any, x: Tensor) -> Lags:
     with _untouched(layer):
         _freeze([layer])
         rule = _by_lag(layer, x)
-    with _untouched(layer):
-        layer.feedback = "bptt"
+    with _untouched(layer), layer.exact_rule():
         exact = _by_lag(layer, x)
     return Lags(
         tuple(exact.flatten(1).norm(dim=1).tolist()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -180,17 +181,22 @@ def _expected_slower(T: int, waiting: int, products: float) -> str | None:
 
 def _timed(said: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequence) -> Explanation:
     ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
-    exact.feedback = "bptt"
     seconds: dict[str, list[float]] = {"ours": [], "exact": []}
-    with torch.random.fork_rng([]):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for module in (ours, exact) if layer.feedback.exact else (exact,):
+            rule = module.feedback
+            stack.enter_context(module.exact_rule())
+            if module is ours:
+                module.feedback = rule
         for turn in range(1 + _REPEATS):
             for name, module in (("ours", ours), ("exact", exact)):
                 took = _seconds(module, x)
                 if turn:
                     seconds[name].append(took)
-    rule, torchs = (statistics.median(values) for values in seconds.values())
-    slower = f"slower than exact BPTT here, {rule / torchs:.2f} times its time"
-    return replace(said, seconds=rule, torch_seconds=torchs, warning=slower if rule > torchs else None)
+    ours_median, torchs = (statistics.median(values) for values in seconds.values())
+    slower = f"slower than exact BPTT here, {ours_median / torchs:.2f} times its time"
+    return replace(said, seconds=ours_median, torch_seconds=torchs, warning=slower if ours_median > torchs else None)
 
 
 def _seconds(layer: RecurrentLayer, x: Tensor | PackedSequence) -> float:

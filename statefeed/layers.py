@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed.backends import choose
+from statefeed.backends import choose, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.layout import Layout, segment
@@ -57,6 +57,32 @@ class RecurrentLayer(FeedbackLayer, nn.RNNBase):
         super().reset_parameters()
         self.reset_diagonal()
 
+    def flatten_parameters(self) -> None:
+        """Lay the weights in memory as cuDNN reads them: one buffer per layer, one for all layers under an exact rule.
+
+        An exact rule runs torch's own path there, all layers in one call; the other rules run layer by layer.
+        """
+        if not self._layer_by_layer:
+            super().flatten_parameters()
+            return
+        directions = 2 if self.bidirectional else 1
+        for layer in range(self.num_layers):
+            flatten_weights(self.feedback_cell, self._weights_of(layer), directions)
+
+    @property
+    def _layer_by_layer(self) -> bool:
+        """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
+        return "_feedback" in self.__dict__ and not self._feedback.exact and next(self.parameters()).is_cuda
+
+    def _weights_of(self, layer: int) -> list[Tensor]:
+        """The weights of a layer, of the reverse direction after those of the forward one."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        return [getattr(self, f"{name}_l{layer}{suffix}") for suffix in suffixes for name in names]
+
+    def _rule_changed(self) -> None:
+        self.flatten_parameters()
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
@@ -90,7 +116,8 @@ class RecurrentLayer(FeedbackLayer, nn.RNNBase):
         """
         if lengths is not None or resets is not None:
             return self._forward_segments(input, hx, lengths, resets)
-        if not torch.is_grad_enabled() or torch.compiler.is_exporting() or self._runs_torch(input):
+        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
+        if without_grad or torch.compiler.is_exporting() or self._runs_torch(input):
             return super().forward(input, hx)  # type: ignore[no-any-return]
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TORCHSCRIPT)
@@ -237,19 +264,20 @@ class RecurrentLayer(FeedbackLayer, nn.RNNBase):
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")',
                 stacklevel=5,
             )
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        count = 2 if self.bidirectional else 1
         backend = choose(cell, (x, *state, *self.parameters()), rule.exact).name
         finals: list[State] = []
         for layer in range(self.num_layers):
+            weights = self._weights_of(layer)
+            each = len(weights) // count
             directions = [
                 Direction(
-                    tuple(s[k] for s in state),
-                    tuple(getattr(self, f"{name}_l{layer}{suffix}") for name in names),
-                    self._rules[k],
-                    self.learned_state(k),
+                    state=tuple(s[layer * count + k] for s in state),
+                    weights=tuple(weights[k * each : (k + 1) * each]),
+                    rule=self._rules[layer * count + k],
+                    learned=self.learned_state(layer * count + k),
                 )
-                for k, suffix in enumerate(suffixes, len(finals))
+                for k in range(count)
             ]
             x, found = recurrence(cell, backend, x, layout, directions)
             finals += found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
 
 _BUFFERS = ("diagonal", "diagonal_updates")
+EXACT_RULE = Feedback("bptt")
 
 
 class FeedbackLayer(nn.Module):
@@ -40,6 +44,10 @@ class FeedbackLayer(nn.Module):
             self.register_buffer("diagonal_updates", updates, persistent=False)
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(self._feedback_rows))
+        self._rule_changed()
+
+    def _rule_changed(self) -> None:
+        """Called after the rule was set."""
 
     @property
     def feedback_cell(self) -> Cell | None:
@@ -67,6 +75,20 @@ class FeedbackLayer(nn.Module):
         diagonal: Tensor = self.diagonal  # type: ignore[assignment]
         updates: Tensor = self.diagonal_updates  # type: ignore[assignment]
         return LearnedState(diagonal[row], updates[row], self.training)
+
+    @contextmanager
+    def exact_rule(self) -> Iterator[None]:
+        """Within the block the gradient is exact, also in eval mode, where cuDNN has no backward pass."""
+        rule, training, dropout = self._feedback, self.training, getattr(self, "dropout", None)
+        self.feedback = EXACT_RULE
+        if not training and dropout is not None:
+            self.training, self.dropout = True, 0.0
+        try:
+            yield
+        finally:
+            if not training and dropout is not None:
+                self.training, self.dropout = training, dropout
+            self.feedback = rule
 
     def reset_diagonal(self) -> None:
         """Forget what was learned about the diagonal."""

@@ -123,7 +123,10 @@ def recurrence(
         compute_dtype=autocast_dtype(x),
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
-    y, *rest = _Layer.apply(call, x, *tensors)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        y, *rest = _Layer.apply(call, x, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        y, *rest = _outputs(call, BACKENDS[backend].forward(call.problems(x, tensors), False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
     return y.reshape(*x.shape[:-1], y.shape[-1]), finals
 
@@ -136,6 +139,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _outputs(call: _Call, done: Sequence[Forward]) -> list[Tensor]:
+    """y and the final states, as the layer returns them."""
+    y = done[0].y if len(done) == 1 else torch.cat([d.y for d in done], -1)
+    outputs = [y, *(s for d in done for s in d.final)]
+    return outputs if call.output_dtype is None else [t.to(call.output_dtype) for t in outputs]
+
+
 class _Layer(torch.autograd.Function):
     """In torch.func's form: what the backward pass needs of the forward pass is an output of it, without a gradient.
 
@@ -145,11 +155,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         done = BACKENDS[call.backend].forward(call.problems(x, tensors), True)
-        y = done[0].y if len(done) == 1 else torch.cat([d.y for d in done], -1)
-        final = [s for d in done for s in d.final]
-        if call.output_dtype is not None:
-            y, final = y.to(call.output_dtype), [s.to(call.output_dtype) for s in final]
-        return y, *final, *(t for d in done for t in ((d.y, *d.saved) if call.saves_y else d.saved))
+        saved = (t for d in done for t in ((d.y, *d.saved) if call.saves_y else d.saved))
+        return *_outputs(call, done), *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -111,6 +111,7 @@ def restore(model: nn.Module) -> nn.Module:
         if plain is not None and isinstance(module, RecurrentLayer):
             module.remove_feedback()
             module.__class__ = plain  # type: ignore[assignment]
+            module.flatten_parameters()
     return model
 
 

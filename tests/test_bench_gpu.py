@@ -339,7 +339,7 @@ def test_another_package_cannot_take_all_the_time() -> None:
 
 
 def test_the_model_is_that_of_the_trainer() -> None:
-    from statefeed.lm import config
+    from statefeed.lm import config, recipe
     from statefeed.lm.model import LanguageModel
 
     sizes = training.Sizes(2, 8, 50, 3, 5)
@@ -349,9 +349,14 @@ def test_the_model_is_that_of_the_trainer() -> None:
     inputs, targets = training.tokens(sizes, "cpu")
     assert (inputs[1:] == targets[:-1]).all()
     torch.testing.assert_close(ours(inputs), theirs(inputs)[0])
-    recipe = (ROOT / "recipes" / "wikitext103-gru-3x512.yaml").read_text()
-    for name, value in zip(("layers", "width", "vocabulary", "batch", "context"), training.Sizes(), strict=True):
-        assert f"  {name}: {value}\n" in recipe
+    published = recipe.load(ROOT / "recipes" / "wikitext103-gru-3x512.yaml")
+    assert training.Sizes() == (
+        published.model.layers,
+        published.model.width,
+        published.data.vocabulary,
+        published.train.batch,
+        published.train.context,
+    )
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import torch
 from statefeed.bench import main, training
 from statefeed.bench.measure import SHIPPED
 from statefeed.bench.options import OptionError
-from statefeed.lm import config
 from statefeed.lm import model as lm_model
+from statefeed.lm import recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RULES = ["bptt", "dsf", "gate+1"]
@@ -38,7 +38,7 @@ def small():
 
 @pytest.mark.parametrize("name", training.RECIPES)
 def test_a_recipe_is_the_published_one(name):
-    published, ours = config.load(RECIPES / f"{name}.yaml"), training.RECIPES[name]
+    published, ours = recipe.load(RECIPES / f"{name}.yaml"), training.RECIPES[name]
     assert ours == training.Recipe(
         published.model.layers,
         published.model.width,
@@ -149,7 +149,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
         found = right(self, batch, states)
         if wrong == "loss":  # a mean over the filling too
             return found._replace(tokens=batch.targets.numel())
-        return found._replace(nats=found.nats * 0.5 + found.nats.detach() * 0.5)
+        return found._replace(sum=found.sum * 0.5 + found.sum.detach() * 0.5)
 
     monkeypatch.setattr(lm_model.LanguageModel, "loss", loss)
     output = tmp_path / "records.jsonl"

@@ -1,11 +1,15 @@
 """Building the kernels: when, where, once, and what happens where it cannot be done. Every case is a fresh process."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from statefeed.native import compile
 
 PROGRAM = """
 import warnings
@@ -108,3 +112,19 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     assert len(calls.read_text()) == 1
     assert said(PROGRAM, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)) == "True 0"
     assert len(calls.read_text()) == 1
+
+
+def warnings_of(sources: list[Path]) -> str:
+    """What g++ says to ``-Wall -Wextra`` about each source; nothing is compiled, so this takes seconds."""
+    include = [f"-I{folder}" for folder in compile.SOURCE_FOLDERS]
+    include.append(f"-isystem{Path(torch.__file__).parent / 'include'}")
+    flags = [*compile.FLAGS, "-march=native", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *include]
+    jobs = [subprocess.Popen(["g++", *flags, str(s)], stderr=subprocess.PIPE, text=True) for s in sources]
+    return "".join(job.communicate()[1] for job in jobs)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
+def test_the_sources_compile_without_warnings(tmp_path: Path) -> None:
+    (tmp_path / "planted.cc").write_text("int unused_parameter(int x) { return 0; }\n")
+    assert "unused parameter" in warnings_of([tmp_path / "planted.cc"])
+    assert warnings_of(compile.sources(".cc")) == ""

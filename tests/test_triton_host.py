@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from statefeed.backends import BACKENDS, Problem, Upstream
-from statefeed.backends.triton import availability, cudnn, host, precision, recompute
 from statefeed.backends.triton import backward as backward_module
+from statefeed.backends.triton import cudnn, host, precision, recompute
 from statefeed.backends.triton.cells import CELLS as KERNELS
 from statefeed.backends.triton.rules import RULES
 from statefeed.cells import CELLS
 from statefeed.feedback import KernelRule
 from statefeed.layout import Layout
+from statefeed.native import triton_probe
 from statefeed.scan import chunks
 from statefeed.scan.triton import device_of
 
@@ -238,7 +239,7 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     for module in (recompute, backward_module):
         monkeypatch.setattr(module, "device_of", guard)
     monkeypatch.setattr("statefeed.scan.triton.device_of", guard)
-    kind = type(availability._write_one)
+    kind = type(triton_probe._write_one)
     monkeypatch.setattr(kind, "run", lambda *_args, **_kwargs: launches.append(bool(inside)))
     for cell in CELLS:
         p, upstream = problem(cell, "cpu")
@@ -253,22 +254,22 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
 def test_a_probe_launches_a_kernel_and_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     if not torch.cuda.is_available():
-        assert availability.probe(cpu).startswith("Triton ")
+        assert triton_probe.probe(cpu).startswith("Triton ")
     with host.without_launches(), pytest.raises(RuntimeError, match="wrote 0, expected 1"):
-        availability.probe(cpu)
+        triton_probe.probe(cpu)
 
     def fails(*_args: Any, **_kwargs: Any) -> None:
         raise FileNotFoundError("gcc is not there\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(availability._write_one), "run", fails)
+        patch.setattr(type(triton_probe._write_one), "run", fails)
         with pytest.raises(RuntimeError, match=r"could not be launched.*gcc is not there.*C compiler") as caught:
-            availability.probe(cpu)
+            triton_probe.probe(cpu)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
     with pytest.raises(RuntimeError, match=r"capability 8\.0 or higher, an old GPU has 7\.5"):
-        availability.probe(torch.device("cuda", 0))
+        triton_probe.probe(torch.device("cuda", 0))
 
 
 # Sizes and time -------------------------------------------------------------------------------------------------------

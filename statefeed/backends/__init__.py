@@ -26,6 +26,20 @@ def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
     return next(b for b in BACKENDS.values() if b.unsupported_reason(cell, tensors, exact) is None)
 
 
+def flatten_weights(cell: Cell, weights: Sequence[Tensor], directions: int) -> None:
+    """Lay the weights of one layer in memory as the forward pass of their device reads them; values stay.
+
+    Args:
+        cell: of the layer.
+        weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
+        directions: 1 or 2.
+    """
+    if weights[0].is_cuda:
+        from statefeed.backends.triton import cudnn
+
+        cudnn.flatten(cell.name, weights, directions)
+
+
 def unsupported_reasons(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> dict[str, str]:
     """Why the backends that come before the chosen one do not run a layer, by name."""
     reasons = {}
@@ -37,4 +51,14 @@ def unsupported_reasons(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> d
     return reasons
 
 
-__all__ = ["BACKENDS", "Backend", "Forward", "Gradients", "Problem", "Upstream", "choose", "unsupported_reasons"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Forward",
+    "Gradients",
+    "Problem",
+    "Upstream",
+    "choose",
+    "flatten_weights",
+    "unsupported_reasons",
+]

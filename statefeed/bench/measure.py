@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import statefeed as sf
 from statefeed.bench.precision import onednn_bfloat16, tf32
-from statefeed.lm import origin
+from statefeed.lm.run import provenance
 
 Seconds = tuple[float, ...]
 
@@ -185,13 +185,13 @@ def circumstances(arguments: Sequence[str], device: str) -> dict[str, Any]:
     """
     return {
         "command": f"statefeed bench {shlex.join(arguments)}",
-        **origin.commit(),
+        **provenance.commit(),
         "machine": {
-            "cpu": origin.processor(),
+            "cpu": provenance.processor(),
             "flags": [
                 flag
                 for flag in _FLAGS
-                if flag in (origin.described("flags") or origin.described("Features") or "").split()
+                if flag in (provenance.cpuinfo("flags") or provenance.cpuinfo("Features") or "").split()
             ],
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.table import Table
 
-    from statefeed.lm.batches import Batch, Source
+    from statefeed.lm.data.batches import Batch, Source
     from statefeed.lm.model import LanguageModel
 
 
@@ -375,7 +375,9 @@ def _kernels(entry: Contender, batch: Batch) -> dict[str, str] | None:
 
 def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
     """The training text in batches, the size of its vocabulary, and what the records say of it."""
-    from statefeed.lm import batches, config, corpora, tokens
+    from statefeed.lm import config
+    from statefeed.lm.data import batches, corpora, tokens
+    from statefeed.lm.errors import UsageError
 
     cut = config.Train(batch=recipe.batch, context=recipe.context)
     if recipe.batches == "blocks":
@@ -391,7 +393,7 @@ def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]
         try:
             data = config.Data(corpus="ptb", path=options.data, tokens="word", batches="sentences")
             text = corpora.read(data).splits["train"]
-        except config.UsageError as error:
+        except UsageError as error:
             raise OptionError(str(error)) from None
         told = "the training split in --data"
     tokenizer = tokens.train(data, {"train": text})

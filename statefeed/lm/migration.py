@@ -34,7 +34,7 @@ def recipe(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 def result(values: Mapping[str, Any]) -> dict[str, Any]:
     """One result of a comparison, a line of compare.jsonl."""
-    if values.get("version", 1) >= 2:
+    if values.get("version", 1) != 1:
         return dict(values)
     found = _renamed(values, _RESULT)
     if isinstance(found.get("config"), Mapping):

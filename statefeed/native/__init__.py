@@ -68,9 +68,9 @@ def _load_cpu() -> str:
 
 
 def _load_cuda() -> str:
-    import triton
+    from statefeed.native.triton_probe import probe
 
-    return f"Triton {triton.__version__}"
+    return probe()
 
 
 _LOADERS = {"cpu": _load_cpu, "cuda": _load_cuda}

@@ -17,8 +17,6 @@ from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream
 from statefeed.feedback.protocol import KernelRule
 from statefeed.native.memory import empty
 
-__all__ = ["Gradients", "backward", "forward", "mean_jacobian"]
-
 
 def forward(problem: Problem, save: bool) -> Forward:
     """Outputs and final state, and with ``save`` what ``backward`` needs: the gates, and the GRU's q or the LSTM's c.

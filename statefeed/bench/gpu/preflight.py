@@ -17,7 +17,7 @@ from statefeed.bench.gpu.stage import Options
 from statefeed.bench.gpu.timing import capture
 
 _RULES = ("bptt", "dsf", "gate", "gate+1", "calibrated", "jacobian")
-_SANITIZER = "compute-sanitizer"
+_SANITIZER, _SANITIZER_SECONDS = "compute-sanitizer", 120
 # The case that compute-sanitizer runs in a process of its own: the kernels of a GRU and an LSTM, dense.
 _CASE = """
 import torch, statefeed as sf
@@ -114,7 +114,10 @@ def sanitizer(device: str) -> str:
     if shutil.which(_SANITIZER) is None:
         raise NotRunError(f"{_SANITIZER} is not installed")
     command = [_SANITIZER, "--error-exitcode=9", sys.executable, "-c", _CASE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SANITIZER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise NotRunError(f"not finished after {_SANITIZER_SECONDS} s") from None
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return done.stdout.strip().splitlines()[-1]

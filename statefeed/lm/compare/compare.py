@@ -65,7 +65,7 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
     """Train what is not trained yet, one record a run, then draw and print what the records of the folder say.
 
     Args:
-        planned: the config of every run.
+        planned: the recipe of every run.
         folder: of the comparison.
 
     Raises:
@@ -115,12 +115,12 @@ def _check_same_run(config: Config, there: identity.Recipe, place: Path) -> None
     if found := identity.difference(there, dataclasses.asdict(config)):
         key, old, new = found
         raise UsageError(
-            f"{place} holds a run of another config, with {key} {old} and not {new}: choose another folder with --out"
+            f"{place} holds a run of another recipe, with {key} {old} and not {new}: choose another folder with --out"
         )
 
 
 def _train(config: Config) -> tuple[str, int | None]:
-    """Train, or go on, in a process of its own: its memory is its own and its end is not the comparison's.
+    """Train or resume in another process, so that neither its memory nor its end are the comparison's.
 
     Returns:
         finished or diverged, and the last signal that came meanwhile.
@@ -135,7 +135,7 @@ def _train(config: Config) -> tuple[str, int | None]:
     ]
     command = [sys.executable, "-m", "statefeed", "train", *flags]
     sentence, passed = "", list[int]()
-    # In a session of its own it hears of an interruption once, through us, however it was sent.
+    # In a session of its own it gets an interruption once, from here, however it was sent.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
 

@@ -17,7 +17,7 @@ from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, setti
 from statefeed.lm.config import RECURRENT
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
-# The curves are shown up to this many times the lowest perplexity: above, the rules cannot be told apart.
+# The curves are shown up to this many times the lowest perplexity: above, the rules look alike.
 REACH = 2.0
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
@@ -246,7 +246,7 @@ def _points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str) ->
 
 
 def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, label: str) -> None:
-    """A line over evaluations, whose points are shown while they can be told apart."""
+    """A line over evaluations, whose points are shown while they do not overlap."""
     marker = style.marker if len(x) <= 60 else None
     axes.plot(x, y, color=style.color, linestyle=style.line, marker=marker, markersize=3, linewidth=1.2, label=label)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import statefeed as sf
+from statefeed.lm import identity
 from statefeed.lm.config import RECURRENT, Config
 from statefeed.lm.errors import UsageError, require
 
@@ -34,12 +35,11 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     spelled: dict[str, str] = {}
     for rule in rules:
         try:
-            schedule = sf.Schedule(rule)
-            for _, stage in schedule.stages:
+            for _, stage in sf.Schedule(rule).stages:
                 getattr(sf, config.model.cell.upper())(1, 1, feedback=stage)
         except ValueError as error:
             raise UsageError(f"--feedback {rule}: {error}") from error
-        other = spelled.setdefault(str(schedule), rule)
+        other = spelled.setdefault(identity.rule(config.model.cell, rule), rule)
         require(other == rule, "--feedback must name a rule once", f"{other} and {rule}, which are the same")
     own = _rates(rates, rules)
     return [

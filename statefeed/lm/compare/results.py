@@ -12,6 +12,7 @@ from statefeed.lm.config import Config
 from statefeed.lm.run.schema import validate
 
 _RESULT = {
+    "version": int,
     "config": {...: {}},
     "metadata": {"parameters": int, "splits": ({...: {"sha256": str}}, None)},
     "outcome": str,
@@ -46,7 +47,7 @@ class Result:
         tokens_per_s: of training, the median over the run.
         peak_bytes: the most memory that the run's process held in the steps before its first evaluation, so that every
             rule is measured over the same ones; of a schedule, those of its first rule. None where it is not known.
-        test: perplexity of the best weights on the test split, None where there is none.
+        test: perplexity of the best weights on the test split, None where there is no test split.
     """
 
     config: dict[str, dict[str, Any]]
@@ -93,6 +94,8 @@ def from_line(line: str) -> Result:
         ValueError: when it holds no result, saying why.
     """
     read = validate(migration.result(validate(json.loads(line), {})), _RESULT)
+    if read["version"] > migration.VERSION:
+        raise ValueError(f"version must be at most {migration.VERSION}, got {read['version']} of a newer statefeed")
     result = Result(**{item.name: read.get(item.name) for item in dataclasses.fields(Result)})
     defaults = dataclasses.asdict(Config())
     recipe = {section: {**keys, **result.config.get(section, {})} for section, keys in defaults.items()}

@@ -89,7 +89,7 @@ def _file(path: Path, found: Found) -> None:
 
 
 def _benchmark_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a benchmark as its table and bars need it; ValueError where it is none."""
+    """The record of a benchmark as its table and bars need it; ValueError where it is not one."""
     validate(record, _BENCHMARK)
     for name in MAIN:
         if (spread := record.get(name)) and not spread["min"] <= spread["median"] <= spread["max"]:

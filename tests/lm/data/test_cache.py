@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     folder.write_text("a file where the folder should be")
     assert cache.encode(words, TEXT).tolist() == words.encode(TEXT).tolist()
     err = capsys.readouterr().err
-    assert "cannot be kept for the next time: File exists" in err
+    assert "cannot be written for the next time: File exists" in err
     assert err.count("\n") == 1
 
 
