@@ -9,7 +9,7 @@ from statefeed.scan import diagonal_scan
 from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRU",

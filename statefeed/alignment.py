@@ -80,8 +80,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
 
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
-    the gradient with every statefeed layer of the model set to ``"bptt"``. Both passes draw the same random numbers, so
-    dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
+    the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random numbers,
+    so that dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
 
     A layer under ``"fitted"`` is measured under the diagonal that it has by now, not by one of its exact passes.
 

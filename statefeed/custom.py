@@ -45,7 +45,7 @@ class Recurrent(FeedbackLayer):
             nn.LSTMCell.
         batch_first: (B, T, .) instead of (T, B, .).
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, ``"gate"``, or a cell whose state width is unknown; in a call, a cell
@@ -65,7 +65,7 @@ class Recurrent(FeedbackLayer):
     def __init__(
         self,
         cell: nn.Module,
-        feedback: FeedbackLike = "dsf",
+        feedback: FeedbackLike = "bptt",
         *,
         state_size: int | Sequence[int] | None = None,
         batch_first: bool = False,

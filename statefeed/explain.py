@@ -100,7 +100,7 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
         >>> import statefeed as sf
         >>> print(explain(sf.GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1
-        >>> print(explain(sf.GRU(4, 8), torch.zeros(1, 2, 4)).warning)
+        >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
         1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
     if not isinstance(layer, RecurrentLayer):
@@ -129,7 +129,7 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
     backend = choose(cell, tensors, rule.exact).name
     reason = _reason(layer, tensors) if backend == "reference" else None
     if rule.through_torch:
-        reason = '"bptt" means torch\'s own autograd'
+        reason = '"torch" means torch\'s own layer'
     if rule.exact and reason is not None:
         path = "torch.nn's own path"
         said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)

@@ -26,7 +26,7 @@ _TORCHSCRIPT = (
 class RecurrentLayer(FeedbackLayer, nn.RNNBase):
     """The forward pass of torch.nn.RNNBase, layer by layer, each under the feedback rule."""
 
-    def __init__(self, *args: Any, feedback: FeedbackLike = "dsf", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, feedback: FeedbackLike = "bptt", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
         self.feedback = as_feedback(feedback)
@@ -297,7 +297,7 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=default) for name, default in arguments.items()]
     return inspect.Signature(
-        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="dsf")]
+        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt")]
     )
 
 
@@ -320,7 +320,7 @@ class RNN(RecurrentLayer, nn.RNN):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback`` but ``"gate"``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, or ``"gate"``: an RNN has no direct path.
@@ -355,7 +355,7 @@ class GRU(RecurrentLayer, nn.GRU):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule.
@@ -394,7 +394,7 @@ class LSTM(RecurrentLayer, nn.LSTM):
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
             runs over (h, c) joined and has the shape (2H,).
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, or a proj_size.

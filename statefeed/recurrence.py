@@ -23,7 +23,7 @@ from statefeed.layout import Layout
 
 NO_SECOND_DERIVATIVE = (
     "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
-    'gradient penalty): set feedback to "bptt"'
+    'gradient penalty): set feedback to "torch"'
 )
 
 _NO_VMAP = (

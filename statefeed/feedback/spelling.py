@@ -8,7 +8,7 @@ from statefeed.feedback.protocol import Diagonal
 from statefeed.feedback.table import DIAGONALS
 
 SPELLINGS = (
-    'None, "bptt", "fused-bptt", "ft-bptt", "dsf", "ramp(cap)", "log_spaced(longest)", "calibrated", "fitted", "gate", '
+    'None, "bptt", "torch", "ft-bptt", "dsf", "ramp(cap)", "log_spaced(longest)", "calibrated", "fitted", "gate", '
     '"jacobian", a number, or a tensor (S,) or (L * directions, S)'
 )
 

@@ -12,8 +12,8 @@ from statefeed.feedback.time_varying import Gate, Jacobian
 
 # A spelling is "name" or "name(number)"; the number is the argument.
 DIAGONALS: dict[str, Callable[..., Diagonal]] = {
-    "bptt": lambda: Exact(fused=False),
-    "fused-bptt": lambda: Exact(fused=True),
+    "bptt": Exact,
+    "torch": lambda: Exact(through_torch=True),
     "ft-bptt": lambda: Constant(0.0),
     "dsf": lambda: Ramp(1.0),
     "ramp": Ramp,

@@ -35,9 +35,10 @@ class Feedback:
     Args:
         diagonal: D, in any of its spellings.
 
-            - ``None`` or ``"bptt"``: no approximation; the layer runs torch's own path.
-            - ``"fused-bptt"``: no approximation, through statefeed's kernels where there are any for the input, else
-              torch's own path. It separates the kernels' speed-up from the rule's.
+            - ``None`` or ``"bptt"``: no approximation, through statefeed's kernels where there are any for the input,
+              else torch's own path; ``explain`` says which.
+            - ``"torch"``: no approximation, torch's own layer, untouched: double backward, ``torch.func.jacrev`` and
+              whatever else torch.nn can do.
             - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
             - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
             - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: as ``Feedback.ramp`` and ``Feedback.log_spaced`` say.
@@ -54,7 +55,7 @@ class Feedback:
             a ``Diagonal`` of your own is taken as it is.
         corrections: k, the number of corrections, each one batched matrix product over all steps.
 
-    Gradient: exact for ``"bptt"``, ``"fused-bptt"`` and k >= T; approximate otherwise. The forward pass is exact under
+    Gradient: exact for ``"bptt"``, ``"torch"`` and k >= T; approximate otherwise. The forward pass is exact under
         every rule.
 
     Raises:
@@ -132,13 +133,13 @@ class Feedback:
 
     @property
     def exact(self) -> bool:
-        """Whether the gradient is that of BPTT: ``"bptt"`` or ``"fused-bptt"``."""
+        """Whether the gradient is that of BPTT: ``"bptt"`` or ``"torch"``."""
         return self.diagonal.exact
 
     @property
     def through_torch(self) -> bool:
         """Whether torch's own layer is asked for, kernels or not."""
-        return isinstance(self.diagonal, Exact) and not self.diagonal.fused
+        return isinstance(self.diagonal, Exact) and self.diagonal.through_torch
 
     @property
     def learned(self) -> bool:
@@ -203,7 +204,7 @@ def as_feedback(rule: FeedbackLike) -> Feedback:
 
 def _diagonal(value: object) -> Diagonal:
     if value is None:
-        return Exact(fused=False)
+        return Exact()
     if isinstance(value, Diagonal):
         return value
     if isinstance(value, Tensor):
