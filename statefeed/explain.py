@@ -38,7 +38,7 @@ class Explanation:
             path decides.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; None if not.
         seconds: of a forward and backward pass under the rule; None unless ``timed``.
-        torch_seconds: of torch.nn's own layer, likewise; of the exact rule where torch lacks the cell.
+        torch_seconds: of torch.nn's own layer, likewise; None where torch lacks the cell.
     """
 
     rule: str
@@ -64,9 +64,9 @@ class Explanation:
         ]
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB kept for the backward pass")
-        if self.seconds is not None and self.torch_seconds is not None:
-            ours, torchs = 1e3 * self.seconds, 1e3 * self.torch_seconds
-            lines.append(f"time      {ours:.3g} ms forward and backward, torch.nn {torchs:.3g} ms")
+        if self.seconds is not None:
+            torchs = "" if self.torch_seconds is None else f", torch.nn {1e3 * self.torch_seconds:.3g} ms"
+            lines.append(f"time      {1e3 * self.seconds:.3g} ms forward and backward{torchs}")
         if self.warning is not None:
             lines.append(f"warning   {self.warning}")
         return "\n".join(lines)
@@ -83,7 +83,8 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
         layer: a statefeed layer.
         x: an input of it, as its call takes it. Autocast counts as it is at this call.
         timed: run copies of the layer on x, forward and backward with the gradient of x, under its rule and through
-            torch.nn's own path in turns; the medians of 5 turns. Without, nothing is computed.
+            torch.nn's own path (the exact rule, where torch lacks the cell) in turns; the medians of 5 turns. Without,
+            nothing is computed.
 
     Returns:
         ``Explanation``; printing it gives a line a fact.
@@ -201,9 +202,14 @@ def _timed(said: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence)
                 took = _seconds(module, x)
                 if turn:
                     seconds[name].append(took)
-    ours_median, torchs = (statistics.median(values) for values in seconds.values())
-    slower = f"slower than exact BPTT here, {ours_median / torchs:.2f} times its time"
-    return replace(said, seconds=ours_median, torch_seconds=torchs, warning=slower if ours_median > torchs else None)
+    ours_median, exact_median = (statistics.median(values) for values in seconds.values())
+    slower = f"slower than exact BPTT here, {ours_median / exact_median:.2f} times its time"
+    return replace(
+        said,
+        seconds=ours_median,
+        torch_seconds=None if layer.feedback_cell.torch_forward is None else exact_median,
+        warning=slower if ours_median > exact_median else None,
+    )
 
 
 def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:

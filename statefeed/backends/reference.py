@@ -9,7 +9,6 @@ It runs every cell under every rule on every device. A cell that torch lacks run
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,10 +107,13 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
     _, w_hh, *biases = problem.weights
     h_prev = layout.previous(y, problem.state[0].to(y.dtype))
 
-    @functools.cache
+    computed: list[tuple[Tensor, Tensor]] = []  # torch.compile traces no functools.cache
+
     def preactivations() -> tuple[Tensor, Tensor]:
-        hidden = F.linear(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
-        return _inputs(problem).to(dtype), hidden.to(dtype)
+        if not computed:
+            hidden = F.linear(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
+            computed.append((_inputs(problem).to(dtype), hidden.to(dtype)))
+        return computed[0]
 
     initial = tuple(s.to(dtype) for s in problem.state)
     others = done.saved or _other_parts(problem, initial, preactivations)
