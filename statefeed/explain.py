@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from statefeed import native as kernels
 from statefeed.backends import choose, unsupported_reasons
-from statefeed.layers import RecurrentLayer
+from statefeed.stack import RecurrentStack
 
 # Products, forward and backward, in units of exact BPTT's: above this no saved waiting is expected to pay for them.
 _TOO_MANY_PRODUCTS = 1.5
@@ -38,7 +38,7 @@ class Explanation:
             path decides.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; None if not.
         seconds: of a forward and backward pass under the rule; None unless ``timed``.
-        torch_seconds: of torch.nn's own layer, likewise.
+        torch_seconds: of torch.nn's own layer, likewise; None where torch lacks the cell.
     """
 
     rule: str
@@ -64,15 +64,15 @@ class Explanation:
         ]
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB kept for the backward pass")
-        if self.seconds is not None and self.torch_seconds is not None:
-            ours, torchs = 1e3 * self.seconds, 1e3 * self.torch_seconds
-            lines.append(f"time      {ours:.3g} ms forward and backward, torch.nn {torchs:.3g} ms")
+        if self.seconds is not None:
+            torchs = "" if self.torch_seconds is None else f", torch.nn {1e3 * self.torch_seconds:.3g} ms"
+            lines.append(f"time      {1e3 * self.seconds:.3g} ms forward and backward{torchs}")
         if self.warning is not None:
             lines.append(f"warning   {self.warning}")
         return "\n".join(lines)
 
 
-def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
+def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
     """Which kernel runs a layer on an input, why, and what it costs.
 
     What it costs is counted: matrix products, and how many of them wait for one another. From these it warns of a rule
@@ -83,7 +83,8 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
         layer: a statefeed layer.
         x: an input of it, as its call takes it. Autocast counts as it is at this call.
         timed: run copies of the layer on x, forward and backward with the gradient of x, under its rule and through
-            torch.nn's own path in turns; the medians of 5 turns. Without, nothing is computed.
+            torch.nn's own path (the exact rule, where torch lacks the cell) in turns; the medians of 5 turns. Without,
+            nothing is computed.
 
     Returns:
         ``Explanation``; printing it gives a line a fact.
@@ -104,9 +105,11 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
         >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
         1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
-    if not isinstance(layer, RecurrentLayer):
+    if not isinstance(layer, RecurrentStack):
         kind = type(layer)
-        raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {kind.__module__}.{kind.__qualname__}")
+        raise TypeError(
+            f"explain takes a statefeed RNN, GRU, LSTM or CellLayer, got {kind.__module__}.{kind.__qualname__}"
+        )
     data = x.data if isinstance(x, PackedSequence) else x
     if not data.numel() or data.shape[-1] != layer.input_size:
         raise ValueError(
@@ -129,16 +132,20 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
     tensors = (data, *layer.parameters())
     backend = choose(cell, tensors, rule.exact).name
     reason = _reason(layer, tensors) if backend == "reference" else None
-    if rule.through_torch:
+    torch_has_it = cell.torch_forward is not None
+    if rule.through_torch and torch_has_it:
         reason = '"torch" means torch\'s own layer'
-    if rule.exact and reason is not None:
+    if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"
         said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
         return _timed(said, layer, x) if timed else said
     kept = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     waiting = T if rule.exact else 1 + rule.corrections
-    if reason is None and data.is_cuda:
+    if backend not in ("cpu", "triton", "reference"):
+        forward = back = f"the backend {backend!r}"
+        why = "it is the first in the table of backends that supports the layer"
+    elif reason is None and data.is_cuda:
         forward = "torch's layer without autograd, through cuDNN"
         back = f"fused kernels ({kernels.described('cuda')}), the gates computed anew"
         backward += (inputs + hidden) if G > 1 else 0
@@ -150,8 +157,9 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
             ", products rounded to bfloat16 under autocast" if torch.is_autocast_enabled(data.device.type) else ""
         )
     else:
-        forward = "torch's layer without autograd"
-        back = "one scan and products over all steps, in PyTorch"
+        loop = "one step after the other, in PyTorch"
+        forward = "torch's layer without autograd" if torch_has_it else loop
+        back = loop if rule.exact else "one scan and products over all steps, in PyTorch"
         backward += (inputs + hidden) if G > 1 else 0
         why = reason
     warning = (
@@ -164,7 +172,7 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
     return _timed(said, layer, x) if timed else said
 
 
-def _reason(layer: RecurrentLayer, tensors: tuple[Tensor, ...]) -> str:
+def _reason(layer: RecurrentStack, tensors: tuple[Tensor, ...]) -> str:
     """Why the kernels of the input's device do not run a layer."""
     reasons = unsupported_reasons(layer.feedback_cell, tensors, layer.feedback.exact)
     return reasons["triton" if tensors[0].is_cuda else "cpu"]
@@ -180,7 +188,7 @@ def _expected_slower(T: int, waiting: int, products: float) -> str | None:
     return None
 
 
-def _timed(said: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequence) -> Explanation:
+def _timed(said: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
     ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
     seconds: dict[str, list[float]] = {"ours": [], "exact": []}
     with ExitStack() as stack:
@@ -195,12 +203,17 @@ def _timed(said: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequence)
                 took = _seconds(module, x)
                 if turn:
                     seconds[name].append(took)
-    ours_median, torchs = (statistics.median(values) for values in seconds.values())
-    slower = f"slower than exact BPTT here, {ours_median / torchs:.2f} times its time"
-    return replace(said, seconds=ours_median, torch_seconds=torchs, warning=slower if ours_median > torchs else None)
+    ours_median, exact_median = (statistics.median(values) for values in seconds.values())
+    slower = f"slower than exact BPTT here, {ours_median / exact_median:.2f} times its time"
+    return replace(
+        said,
+        seconds=ours_median,
+        torch_seconds=None if layer.feedback_cell.torch_forward is None else exact_median,
+        warning=slower if ours_median > exact_median else None,
+    )
 
 
-def _seconds(layer: RecurrentLayer, x: Tensor | PackedSequence) -> float:
+def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
     """Of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
     wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
