@@ -66,7 +66,7 @@ def _nearest(spelling: str) -> str | None:
     close = difflib.get_close_matches(name.replace("_", "-"), known, n=1) or difflib.get_close_matches(name, known, n=1)
     if not close:
         return None
-    meant = _SYNONYMS.get(close[0], close[0]) + number + (f"+{k}" if k else "")
+    meant = f"{_SYNONYMS.get(close[0], close[0])}{number}" + (f"+{k}" if k else "")
     if meant == spelling.strip():  # the name is right, its number is not
         return None
     try:
