@@ -30,3 +30,8 @@ __all__ = [
     "restore",
     "swap",
 ]
+
+# Where users import them from is where they are pickled from and documented: files may move.
+for _name in __all__:
+    globals()[_name].__module__ = "statefeed"
+del _name

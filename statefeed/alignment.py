@@ -108,6 +108,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         batch of many rows, but as much again for one of four rows or fewer and no more steps than ``lags``.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> result = alignment(layer, lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2))
@@ -169,6 +170,7 @@ class Monitor:
     Cost: that of ``alignment`` at every measurement, none in between.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> monitor = Monitor(lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2), every=100)

@@ -56,6 +56,8 @@ class Recurrent(FeedbackLayer):
         correction and for an estimate of diag(J).
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> layer = Recurrent(nn.GRUCell(3, 4), feedback="calibrated+1")
         >>> y, h = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(h.shape)

@@ -97,6 +97,7 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
     Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> print(explain(sf.GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1

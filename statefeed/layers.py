@@ -328,6 +328,7 @@ class RNN(RecurrentLayer, nn.RNN):
     Cost: backward per step O(H) for the state, and three products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = RNN(3, 5, feedback="jacobian")
         >>> y, h = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(h.shape)
@@ -363,6 +364,7 @@ class GRU(RecurrentLayer, nn.GRU):
     Cost: backward per step O(H) for the state, and large products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = GRU(3, 5, num_layers=2, batch_first=True, feedback="gate+1")
         >>> y, h = layer(torch.zeros(2, 7, 3))
         >>> tuple(y.shape), tuple(h.shape)
@@ -402,6 +404,7 @@ class LSTM(RecurrentLayer, nn.LSTM):
     Cost: backward per step O(H) for the states, and large products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = LSTM(3, 5, bidirectional=True)
         >>> y, (h, c) = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(c.shape)

@@ -64,6 +64,7 @@ def swap(
     Cost: none per parameter.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.GRU(2, 3))
         >>> print(swap(model))
         swapped  0: GRU(2, 3, feedback='bptt')
@@ -105,6 +106,7 @@ def restore(model: nn.Module) -> nn.Module:
     Cost: none per parameter.
 
     Example:
+        >>> from torch import nn
         >>> type(restore(GRU(2, 3))) is nn.GRU
         True
     """

@@ -23,6 +23,7 @@ LEVELS = [
     {"recurrence"},
     {"mixin"},
     {"layers", "custom"},
+    {"modules"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
     {"lm"},

@@ -23,3 +23,10 @@ DIAGONALS: dict[str, Callable[..., Diagonal]] = {
     "gate": Gate,
     "jacobian": Jacobian,
 }
+
+
+class Spaced:
+    """A ramp or log-spaced diagonal as version 0.1 pickled it; makes that of today."""
+
+    def __new__(cls, name: str, bound: float) -> Diagonal:  # type: ignore[misc]
+        return DIAGONALS[name](bound)

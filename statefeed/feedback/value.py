@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from statefeed.feedback.spelling import SPELLINGS, parse
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
+_RENAMED = {"bptt": "torch", "fused-bptt": "bptt"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,6 +186,12 @@ class Feedback:
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         """Why a layer cannot run under this rule, None if it can; arguments as for ``Diagonal``."""
         return self.diagonal.unsupported_reason(cell, size, rows)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        diagonal = state["diagonal"]
+        if not isinstance(diagonal, Diagonal):  # a pickle of version 0.1, in which "bptt" was torch's own layer
+            diagonal = _diagonal(parse(_RENAMED.get(diagonal, diagonal))[0] if isinstance(diagonal, str) else diagonal)
+        self.__dict__.update(state, diagonal=diagonal)
 
     def __str__(self) -> str:
         return f"{self.diagonal}+{self.corrections}" if self.corrections else str(self.diagonal)
