@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed.backends import choose, flatten_weights
+from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.stack import RecurrentStack
@@ -70,21 +70,16 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
-    def _takes_torch_path(self, input: Tensor | PackedSequence) -> bool:
-        """Whether torch's own layer runs a call: without autograd, in torch.export, or as the exact rule asks."""
+    def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
+        """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
         without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        return without_grad or torch.compiler.is_exporting() or self._runs_torch(input)
+        if without_grad or torch.compiler.is_exporting() or self._feedback.through_torch:
+            return None
+        name = super()._backend(input, hx, weights)
+        return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
-
-    def _runs_torch(self, input: Tensor | PackedSequence) -> bool:
-        """Whether the rule is exact and no backend has kernels for it on this input."""
-        rule, cell = self._feedback, self.feedback_cell
-        if not rule.exact or rule.through_torch:
-            return rule.exact
-        x = input.data if isinstance(input, PackedSequence) else input
-        return choose(cell, (x, *self.parameters()), exact=True).name == "reference"
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
