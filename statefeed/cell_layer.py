@@ -67,7 +67,7 @@ class CellLayer(RecurrentStack):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        feedback: FeedbackLike = "dsf",
+        feedback: FeedbackLike = "bptt",
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):

@@ -47,7 +47,7 @@ def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     said = sf.explain(sf.GRU(I, H, feedback="gate+1"), x)
     assert "cuDNN" in said.forward
     assert "Triton" in said.backward
-    assert "TF32 in cuDNN, float32 in other products" in said.why
+    assert "products run in TF32, as cuDNN is set" in said.why
     unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
     assert said.backward_flops == 3 * unit_input + 3 * unit_hidden
     assert said.kept_bytes == 4 * T * B * (I + H)
