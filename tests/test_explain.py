@@ -158,7 +158,7 @@ def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...
 
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_fused_bptt_is_exact(cell: str, packed: bool) -> None:
+def test_bptt_is_exact(cell: str, packed: bool) -> None:
     torch.manual_seed(0)
     plain = getattr(nn, cell)(I, H, 2, bidirectional=True, dtype=torch.float64)
     ours = getattr(sf, cell)(I, H, 2, bidirectional=True, dtype=torch.float64, feedback="bptt")
@@ -177,7 +177,7 @@ def test_fused_bptt_is_exact(cell: str, packed: bool) -> None:
 
 
 @needs_kernels
-def test_fused_bptt_runs_through_the_kernels() -> None:
+def test_bptt_runs_through_the_kernels() -> None:
     layer = sf.GRU(I, H, feedback="bptt")
     assert "fused" in sf.explain(layer, torch.zeros(T, B, I)).backward
     with torch.profiler.profile() as profile:
