@@ -20,7 +20,7 @@ from statefeed.backends.protocol import (
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
 
-# Triton is imported where a CUDA tensor comes, never with the package.
+# Triton is imported when a CUDA tensor is used, never with the package.
 
 
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
@@ -79,9 +79,9 @@ def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
 
 
 def _precision_mark(y: Tensor) -> tuple[Tensor, ...]:
-    """An empty tensor whose width says whether the forward pass ran in TF32; what is saved must be tensors.
+    """An empty tensor whose width encodes whether the forward pass ran in TF32, because only tensors can be saved.
 
-    In a compiled graph nothing is saved, and the backward pass asks for the setting when it runs.
+    In a compiled graph nothing is saved, and the backward pass reads the setting when it runs.
     """
     if y.dtype != torch.float32 or torch.compiler.is_compiling():
         return ()
