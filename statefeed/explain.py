@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed import native as kernels
-from statefeed.backends import choose, unsupported_reasons
-from statefeed.layers import RecurrentLayer
+from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
+from statefeed.backends.protocol import Description
+from statefeed.cells.protocol import Cell
+from statefeed.stack import RecurrentStack
 
 # Matrix products relative to exact BPTT, above which fewer dependent steps are not expected to pay off.
 _TOO_MANY_PRODUCTS = 1.5
@@ -27,8 +28,8 @@ class Explanation:
 
     Attributes:
         rule: the feedback rule.
-        forward: the kernel of the forward pass.
-        backward: the kernel of the backward pass.
+        forward: the kernels of the forward pass.
+        backward: the kernels of the backward pass.
         why: the reason for that choice.
         forward_flops: flops of the matrix products of the forward pass, all layers and directions.
         backward_flops: flops of the matrix products of the backward pass.
@@ -37,7 +38,8 @@ class Explanation:
         kept_bytes: memory saved for the backward pass, including outputs, in bytes; None if torch.nn's own path runs.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
-        torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``.
+        torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``, and None for
+            a cell that torch lacks.
     """
 
     rule: str
@@ -63,15 +65,15 @@ class Explanation:
         ]
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB saved for the backward pass")
-        if self.seconds is not None and self.torch_seconds is not None:
-            ours, torchs = 1e3 * self.seconds, 1e3 * self.torch_seconds
-            lines.append(f"time      {ours:.3g} ms forward and backward, torch.nn {torchs:.3g} ms")
+        if self.seconds is not None:
+            torchs = "" if self.torch_seconds is None else f", torch.nn {1e3 * self.torch_seconds:.3g} ms"
+            lines.append(f"time      {1e3 * self.seconds:.3g} ms forward and backward{torchs}")
         if self.warning is not None:
             lines.append(f"warning   {self.warning}")
         return "\n".join(lines)
 
 
-def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
+def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
     """Explain which kernels run a layer on an input, why, and at what cost.
 
     The cost is counted in matrix products and in sequentially dependent products. A warning is given if a rule has as
@@ -82,7 +84,8 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
         layer: a statefeed layer.
         x: an input of the layer. The current autocast state is taken into account.
         timed: run copies of the layer on x, forward and backward including the gradient of x, alternately under its
-            rule and through torch.nn's own path, and report the medians of 5 runs. By default nothing is computed.
+            rule and through torch.nn's own path (the exact rule for a cell that torch lacks), and report the medians
+            of 5 runs. By default nothing is computed.
 
     Returns:
         ``Explanation``, which prints one fact per line.
@@ -103,9 +106,11 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
         >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
         1 dependent product over T = 1 steps, no fewer than exact BPTT
     """
-    if not isinstance(layer, RecurrentLayer):
+    if not isinstance(layer, RecurrentStack):
         kind = type(layer)
-        raise TypeError(f"explain takes a statefeed RNN, GRU or LSTM, got {kind.__module__}.{kind.__qualname__}")
+        raise TypeError(
+            f"explain takes a statefeed RNN, GRU, LSTM or CellLayer, got {kind.__module__}.{kind.__qualname__}"
+        )
     data = x.data if isinstance(x, PackedSequence) else x
     if not data.numel() or data.shape[-1] != layer.input_size:
         raise ValueError(
@@ -126,47 +131,54 @@ def explain(layer: RecurrentLayer, x: Tensor | PackedSequence, timed: bool = Fal
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
-    backend = choose(cell, tensors, rule.exact).name
-    reason = _reason(layer, tensors) if backend == "reference" else None
-    if rule.through_torch:
+    backend = choose(cell, tensors, rule.exact)
+    reason = _reason(layer, tensors) if backend.fallback else None
+    torch_has_it = cell.torch_forward is not None
+    if rule.through_torch and torch_has_it:
         reason = '"torch" selects torch\'s own layer'
-    if rule.exact and reason is not None:
+    if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"
         result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
         return _timed(result, layer, x) if timed else result
+    found = _description(backend, cell, data, rule.exact)
     saved_values = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     dependent = T if rule.exact else 1 + rule.corrections
-    if reason is None and data.is_cuda:
-        forward = "torch's layer without autograd, through cuDNN"
-        back = f"fused kernels ({kernels.described('cuda')}), which recompute the gates"
-        backward += (inputs + hidden) if G > 1 else 0
-        why = f"all tensors are {data.dtype} on the GPU; float32 products run with {_precision()}"
-    elif reason is None:
-        forward = back = f"fused kernels ({kernels.described()})"
+    if found.saves_gates:
         saved_values += rows * H * cell.saved_values * directions * layer.num_layers
-        why = f"all tensors are {data.dtype} on the {data.device.type}" + (
-            ", products in bfloat16 under autocast" if torch.is_autocast_enabled(data.device.type) else ""
-        )
-    else:
-        forward = "torch's layer without autograd"
-        back = "one scan and products over all steps, in PyTorch"
-        backward += (inputs + hidden) if G > 1 else 0
-        why = reason
+    if found.recomputes_gates:
+        backward += inputs + hidden
     warning = (
         None if rule.exact else _expected_slower(T, dependent, (inputs + hidden + backward) / (inputs + hidden + bptt))
     )
     result = Explanation(
-        str(rule), forward, back, why, inputs + hidden, backward, bptt, dependent * layer.num_layers,
-        saved_values * data.element_size(), warning,
-    )  # fmt: skip
+        rule=str(rule),
+        forward=found.forward,
+        backward=found.backward,
+        why=reason or found.why,
+        forward_flops=inputs + hidden,
+        backward_flops=backward,
+        bptt_flops=bptt,
+        backward_steps=dependent * layer.num_layers,
+        kept_bytes=saved_values * data.element_size(),
+        warning=warning,
+    )
     return _timed(result, layer, x) if timed else result
 
 
-def _reason(layer: RecurrentLayer, tensors: tuple[Tensor, ...]) -> str:
+def _reason(layer: RecurrentStack, tensors: tuple[Tensor, ...]) -> str:
     """Why the kernels of the input's device do not support a layer."""
+    device = tensors[0].device.type
     reasons = unsupported_reasons(layer.feedback_cell, tensors, layer.feedback.exact)
-    return reasons["triton" if tensors[0].is_cuda else "cpu"]
+    of_device = [reason for name, reason in reasons.items() if BACKENDS[name].device == device]
+    return of_device[0] if of_device else f"there are no kernels for {device}"
+
+
+def _description(backend: Backend, cell: Cell, x: Tensor, exact: bool) -> Description:
+    if backend.describe is not None:
+        return backend.describe(cell, x, exact)
+    name = f"the backend {backend.name!r}"
+    return Description(name, name, "it is the first in the table of backends that supports the layer")
 
 
 def _expected_slower(T: int, dependent: int, products: float) -> str | None:
@@ -179,7 +191,7 @@ def _expected_slower(T: int, dependent: int, products: float) -> str | None:
     return None
 
 
-def _timed(result: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequence) -> Explanation:
+def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
     ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
     seconds: dict[str, list[float]] = {"ours": [], "exact": []}
     with ExitStack() as stack:
@@ -194,12 +206,17 @@ def _timed(result: Explanation, layer: RecurrentLayer, x: Tensor | PackedSequenc
                 took = _seconds(module, x)
                 if repeat:
                     seconds[name].append(took)
-    ours_median, torchs = (statistics.median(values) for values in seconds.values())
-    slower = f"slower than exact BPTT here, {ours_median / torchs:.2f} times its time"
-    return replace(result, seconds=ours_median, torch_seconds=torchs, warning=slower if ours_median > torchs else None)
+    ours_median, exact_median = (statistics.median(values) for values in seconds.values())
+    slower = f"slower than exact BPTT here, {ours_median / exact_median:.2f} times its time"
+    return replace(
+        result,
+        seconds=ours_median,
+        torch_seconds=None if layer.feedback_cell.torch_forward is None else exact_median,
+        warning=slower if ours_median > exact_median else None,
+    )
 
 
-def _seconds(layer: RecurrentLayer, x: Tensor | PackedSequence) -> float:
+def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
     """Time of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
     differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
@@ -215,10 +232,3 @@ def _clock(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _precision() -> str:
-    """The float32 precision that torch is set to; it is only read."""
-    rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    settings = {"cuDNN": rnn, "other products": torch.backends.cuda.matmul.fp32_precision}
-    return ", ".join(f"{'TF32' if set_to == 'tf32' else 'float32'} in {where}" for where, set_to in settings.items())

@@ -217,16 +217,14 @@ class Returns(nn.Module):
     ],
 )
 def test_a_cell_that_returns_no_next_state_raises(after: object, got: str) -> None:
-    sentence = rf"^Returns must return its next state and nothing else, of the shapes \[\(3, 5\)\] here, got {got}$"
+    sentence = rf"^Returns must return only its next state, with the shapes \[\(3, 5\)\], got {got}$"
     for rule in ("dsf", "torch"):
         with pytest.raises(ValueError, match=sentence):
             sf.Recurrent(Returns(after), feedback=rule)(torch.zeros(T, B, I))
 
 
 def test_a_function_is_no_cell_and_a_parameter_is_a_fixed_diagonal() -> None:
-    with pytest.raises(
-        TypeError, match=r"^cell must be a torch.nn.Module, got function$"
-    ):
+    with pytest.raises(TypeError, match=r"^cell must be a torch.nn.Module, got function$"):
         sf.Recurrent(lambda x, h: h, state_size=H)  # type: ignore[arg-type]
     layer = sf.Recurrent(MinimalCell(I, H), feedback=nn.Parameter(torch.full((H,), 0.5)))
     assert str(layer.feedback) == f"tensor({H})"

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 
 import statefeed
@@ -23,19 +24,24 @@ KNOWN = {"python", "console", "{toctree}", "{eval-rst}", "{include}"}
 page = pytest.mark.parametrize("name", TEXTS)
 
 
-@page
-def test_every_python_block_runs(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+def run_blocks(name):
+    """Run the Python blocks of a page one after the other, and return what they define."""
     namespace = {"__name__": f"docs.{name}"}
     for block in FENCE.finditer(TEXTS[name]):
         if block[1] == "python":
             line = TEXTS[name].count("\n", 0, block.start(2))
-            code = compile("\n" * line + block[2], f"{name}.md", "exec")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", ".*the CPU kernels cannot be used")  # a machine without a compiler
-                exec(code, namespace)
+            exec(compile("\n" * line + block[2], f"{name}.md", "exec"), namespace)
+    return namespace
+
+
+@page
+def test_every_python_block_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    with tables.restored(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*the CPU kernels cannot be used")  # a machine without a compiler
+        run_blocks(name)
 
 
 def test_the_tables_on_scaling_are_what_its_blocks_print(capsys):
@@ -65,8 +71,9 @@ def names_in(file):
                 yield prefix + node.name
                 if isinstance(node, ast.ClassDef):
                     yield from walk(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.Assign):
-                yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
 
     return set(walk(ast.parse(file.read_text(encoding="utf-8")).body, ""))
 

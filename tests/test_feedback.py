@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -132,6 +133,38 @@ def test_what_is_no_rule_is_refused_in_one_sentence(spelling):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         layer.feedback = spelling
     assert layer.feedback == sf.Feedback("gate")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [
+        ("DSF", "dsf"),
+        ("dfs", "dsf"),
+        ("gate 1", "gate+1"),
+        ("gate1", "gate+1"),
+        ("fused", "bptt"),
+        ("exact", "bptt"),
+        ("none", "bptt"),
+        ("ft_bptt", "ft-bptt"),
+        ("logspaced(4)+2", "log_spaced(4)+2"),
+    ],
+)
+def test_a_misspelt_rule_gets_a_suggestion(spelling, meant):
+    with pytest.raises(ValueError, match=re.escape(f'got {spelling!r}: did you mean "{meant}"?') + "$"):
+        sf.Feedback(spelling)
+    assert sf.Feedback(meant)
+
+
+@pytest.mark.parametrize("spelling", ["nothing", "ramp(x)", "RAMP(x)", "ramp", "", "dsf+"])
+def test_no_suggestion_where_no_rule_is_near(spelling):
+    with pytest.raises(ValueError, match=r"^(?!.*did you mean)"):
+        sf.Feedback(spelling)
+
+
+@pytest.mark.parametrize("spelling", ["fused-bptt", "fused_bptt", "fused-bptt+1"])
+def test_the_old_name_of_the_exact_rule_is_refused_with_the_new_one(spelling):
+    with pytest.raises(ValueError, match=r"^fused-bptt is now bptt: [^\n]+$"):
+        sf.Feedback(spelling)
 
 
 @pytest.mark.parametrize("corrections", [-1, 1.5, True, "1"])

@@ -9,7 +9,6 @@ It runs every cell under every rule on every device. A cell that torch lacks run
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from statefeed.backends.protocol import (
     Backend,
+    Description,
     Forward,
     Gradients,
     Problem,
@@ -27,7 +27,7 @@ from statefeed.backends.protocol import (
     forward_in_order,
     in_order,
 )
-from statefeed.cells.protocol import Cell, State, Step
+from statefeed.cells.protocol import Cell, Preactivations, State, Step
 from statefeed.feedback.protocol import KernelRule
 from statefeed.layout import Layout, shift_left
 from statefeed.scan import diagonal_scan
@@ -95,10 +95,10 @@ def recompute(problem: Problem, done: Forward) -> Forward:
 
 
 def linearize(problem: Problem, done: Forward) -> Any:
-    """The cell's own quantities at the states of a forward pass, rows in natural order."""
+    """The cell's own quantities at the states of a forward pass of any backend, rows in natural order."""
     with _autocast(problem):
         order = problem.layout.reverse if problem.reverse else (lambda rows: rows)
-        at = _linearize(in_order(problem), done._replace(y=order(done.y))).at
+        at = _linearize(in_order(problem), done._replace(y=order(done.y), saved=())).at
         return type(at)(*(order(part) for part in at))
 
 
@@ -108,16 +108,26 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
     _, w_hh, *biases = problem.weights
     h_prev = layout.previous(y, problem.state[0].to(y.dtype))
 
-    @functools.cache
+    computed: list[tuple[Tensor, Tensor]] = []  # torch.compile traces no functools.cache
+
     def preactivations() -> tuple[Tensor, Tensor]:
-        hidden = F.linear(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
-        return _inputs(problem).to(dtype), hidden.to(dtype)
+        if not computed:
+            hidden = F.linear(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
+            computed.append((_inputs(problem).to(dtype), hidden.to(dtype)))
+        return computed[0]
 
     initial = tuple(s.to(dtype) for s in problem.state)
-    others = done.saved or cell.recover_states(preactivations, initial, layout)
+    others = done.saved or _other_parts(problem, initial, preactivations)
     after = (y.to(dtype), *others)
     previous = (h_prev.to(dtype), *(layout.previous(s, s0) for s, s0 in zip(others, initial[1:], strict=True)))
     return _Linearized(h_prev, cell.linearize(Step(previous, after, preactivations)))
+
+
+def _other_parts(problem: Problem, initial: State, preactivations: Preactivations) -> State:
+    """The parts of the state besides h after every step, where the forward pass did not save them."""
+    if problem.cell.torch_forward is not None or len(initial) == 1:
+        return problem.cell.recover_states(preactivations, initial, problem.layout)
+    return _loop(problem, True).saved
 
 
 def _saved(problem: Problem, done: Forward) -> _Linearized:
@@ -287,4 +297,16 @@ def _autocast(problem: Problem) -> torch.autocast:
     return torch.autocast(device, problem.compute_dtype, problem.compute_dtype is not None)
 
 
-BACKEND = Backend("reference", unsupported_reason, forward, recompute, mean_jacobian, backward)
+def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
+    loop = "one step after the other, in PyTorch"
+    return Description(
+        forward="torch's layer without autograd" if cell.torch_forward is not None else loop,
+        backward=loop if exact else "one scan and products over all steps, in PyTorch",
+        why="no kernels support the layer",
+        recomputes_gates=cell.gates > 1,
+    )
+
+
+BACKEND = Backend(
+    "reference", unsupported_reason, forward, recompute, mean_jacobian, backward, describe=describe, fallback=True
+)

@@ -1,0 +1,133 @@
+"""Layers of cells that torch lacks: torch.nn.GRU's constructor, parameters and input forms around any Cell."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from statefeed.cells.protocol import Cell, State
+from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.stack import RecurrentStack
+
+
+class CellLayer(RecurrentStack):
+    """The base of a layer whose cell torch lacks; a subclass sets ``cell``.
+
+    Input forms, state and parameters are those of torch.nn.GRU: ``weight_ih_l0``, ``weight_hh_l0``, ``bias_ih_l0``,
+    ``bias_hh_l0``, then with the suffix ``_reverse``, in the shapes of ``cell.weight_shapes``, drawn uniformly from
+    (-1/sqrt(H), 1/sqrt(H)). The first backend that has the cell runs it; the reference backend has every one.
+
+    Args:
+        input_size: I, features of one step.
+        hidden_size: H, features of the state.
+        num_layers: L, stacked layers.
+        bias: whether there are b_ih and b_hh.
+        batch_first: (B, T, .) instead of (T, B, .).
+        dropout: probability, between layers, in training.
+        bidirectional: a second direction in every layer.
+        device: of the parameters.
+        dtype: of the parameters.
+        feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
+
+    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+
+    Raises:
+        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the cell cannot run under.
+
+    Cost: on the reference backend, forward one call of ``cell.step`` per step, without autograd; backward as GRU.
+
+    Example:
+        >>> from statefeed.cells import CELLS
+        >>> class Tanh(CellLayer):
+        ...     cell = CELLS["rnn_tanh"]
+        >>> layer = Tanh(3, 5, num_layers=2, feedback="jacobian")
+        >>> layer
+        Tanh(3, 5, num_layers=2, feedback='jacobian')
+        >>> y, h = layer(torch.zeros(7, 2, 3))
+        >>> tuple(y.shape), tuple(h.shape)
+        ((7, 2, 5), (2, 2, 5))
+    """
+
+    cell: ClassVar[Cell]
+    _torchscript = "TorchScript cannot hold a feedback rule: export the layer with torch.export instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        feedback: FeedbackLike = "bptt",
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
+        if dropout and num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers: dropout={dropout} changes nothing with num_layers=1", stacklevel=2
+            )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
+        directions = 2 if bidirectional else 1
+        for layer in range(num_layers):
+            width = hidden_size * directions if layer else input_size
+            for suffix in ("", "_reverse")[:directions]:
+                for name, shape in self.cell.weight_shapes(width, hidden_size).items():
+                    if bias or not name.startswith("bias"):
+                        weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                        self.register_parameter(f"{name}_l{layer}{suffix}", weight)
+        self.reset_parameters()
+        # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
+        self.feedback = as_feedback(feedback)
+
+    @property
+    def feedback_cell(self) -> Cell:
+        return self.cell
+
+    def unsupported_reason(self, rule: Feedback) -> str | None:
+        """Why the layer cannot run under a rule, in one sentence; None if it can."""
+        if str(rule) == "torch":
+            return f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt"'
+        return super().unsupported_reason(rule)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights again, and forget the diagonal that was learned under them."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+        self.reset_diagonal()
+
+    def extra_repr(self) -> str:
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        options = [
+            f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
+        ]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *options, self.feedback_repr()])
+
+    def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
+        if x.dim() != (3 if batch_sizes is None else 2) or x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"the input must have {self.input_size} features per step, as input_size says, got the shape "
+                f"{tuple(x.shape)}"
+            )
+        weight = next(self.parameters())
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"the input must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
+        B = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        expected = [(self._feedback_rows, B, width) for width in self.cell.state_widths(self.hidden_size)]
+        got = [tuple(s.shape) for s in state]
+        if got != expected:
+            raise RuntimeError(f"hx must have the shape {' and '.join(map(str, expected))}, got {got}")
