@@ -9,7 +9,7 @@ from statefeed.scan import diagonal_scan
 from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRU",
@@ -30,3 +30,8 @@ __all__ = [
     "restore",
     "swap",
 ]
+
+# Where users import them from is where they are pickled from and documented: files may move.
+for _name in __all__:
+    globals()[_name].__module__ = "statefeed"
+del _name

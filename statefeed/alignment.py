@@ -80,8 +80,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
 
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
-    the gradient with every statefeed layer of the model set to ``"bptt"``. Both passes draw the same random numbers, so
-    dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
+    the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random numbers,
+    so that dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
 
     A layer under ``"fitted"`` is measured under the diagonal that it has by now, not by one of its exact passes.
 
@@ -108,6 +108,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         batch of many rows, but as much again for one of four rows or fewer and no more steps than ``lags``.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> result = alignment(layer, lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2))
@@ -169,6 +170,7 @@ class Monitor:
     Cost: that of ``alignment`` at every measurement, none in between.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> monitor = Monitor(lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2), every=100)

@@ -45,7 +45,7 @@ class Recurrent(FeedbackLayer):
             nn.LSTMCell.
         batch_first: (B, T, .) instead of (T, B, .).
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, ``"gate"``, or a cell whose state width is unknown; in a call, a cell
@@ -56,6 +56,8 @@ class Recurrent(FeedbackLayer):
         correction and for an estimate of diag(J).
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> layer = Recurrent(nn.GRUCell(3, 4), feedback="calibrated+1")
         >>> y, h = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(h.shape)
@@ -65,7 +67,7 @@ class Recurrent(FeedbackLayer):
     def __init__(
         self,
         cell: nn.Module,
-        feedback: FeedbackLike = "dsf",
+        feedback: FeedbackLike = "bptt",
         *,
         state_size: int | Sequence[int] | None = None,
         batch_first: bool = False,

@@ -98,10 +98,11 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
 
     Example:
+        >>> import torch
         >>> import statefeed as sf
         >>> print(explain(sf.GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1
-        >>> print(explain(sf.GRU(4, 8), torch.zeros(1, 2, 4)).warning)
+        >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
         1 product waits for another over T = 1 steps, no fewer than under exact BPTT
     """
     if not isinstance(layer, RecurrentStack):
@@ -133,7 +134,7 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     reason = _reason(layer, tensors) if backend == "reference" else None
     torch_has_it = cell.torch_forward is not None
     if rule.through_torch and torch_has_it:
-        reason = '"bptt" means torch\'s own autograd'
+        reason = '"torch" means torch\'s own layer'
     if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"
         said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed.backends import choose, flatten_weights
+from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.stack import RecurrentStack
@@ -24,7 +24,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
 
     _torchscript = _TORCHSCRIPT
 
-    def __init__(self, *args: Any, feedback: FeedbackLike = "dsf", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, feedback: FeedbackLike = "bptt", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
         self.feedback = as_feedback(feedback)
@@ -70,21 +70,16 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
-    def _takes_torch_path(self, input: Tensor | PackedSequence) -> bool:
-        """Whether torch's own layer runs a call: without autograd, in torch.export, or as the exact rule asks."""
+    def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
+        """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
         without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        return without_grad or torch.compiler.is_exporting() or self._runs_torch(input)
+        if without_grad or torch.compiler.is_exporting() or self._feedback.through_torch:
+            return None
+        name = super()._backend(input, hx, weights)
+        return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
-
-    def _runs_torch(self, input: Tensor | PackedSequence) -> bool:
-        """Whether the rule is exact and no backend has kernels for it on this input."""
-        rule, cell = self._feedback, self.feedback_cell
-        if not rule.exact or rule.through_torch:
-            return rule.exact
-        x = input.data if isinstance(input, PackedSequence) else input
-        return choose(cell, (x, *self.parameters()), exact=True).name == "reference"
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
@@ -101,7 +96,7 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=default) for name, default in arguments.items()]
     return inspect.Signature(
-        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="dsf")]
+        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt")]
     )
 
 
@@ -124,7 +119,7 @@ class RNN(RecurrentLayer, nn.RNN):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback`` but ``"gate"``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, or ``"gate"``: an RNN has no direct path.
@@ -132,6 +127,7 @@ class RNN(RecurrentLayer, nn.RNN):
     Cost: backward per step O(H) for the state, and three products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = RNN(3, 5, feedback="jacobian")
         >>> y, h = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(h.shape)
@@ -159,7 +155,7 @@ class GRU(RecurrentLayer, nn.GRU):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule.
@@ -167,6 +163,7 @@ class GRU(RecurrentLayer, nn.GRU):
     Cost: backward per step O(H) for the state, and large products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = GRU(3, 5, num_layers=2, batch_first=True, feedback="gate+1")
         >>> y, h = layer(torch.zeros(2, 7, 3))
         >>> tuple(y.shape), tuple(h.shape)
@@ -198,7 +195,7 @@ class LSTM(RecurrentLayer, nn.LSTM):
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
             runs over (h, c) joined and has the shape (2H,).
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"``, ``"fused-bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
 
     Raises:
         ValueError: an unknown rule, or a proj_size.
@@ -206,6 +203,7 @@ class LSTM(RecurrentLayer, nn.LSTM):
     Cost: backward per step O(H) for the states, and large products over all steps at once.
 
     Example:
+        >>> import torch
         >>> layer = LSTM(3, 5, bidirectional=True)
         >>> y, (h, c) = layer(torch.zeros(7, 2, 3))
         >>> tuple(y.shape), tuple(c.shape)

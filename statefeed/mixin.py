@@ -12,7 +12,7 @@ from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
 
 _BUFFERS = ("diagonal", "diagonal_updates")
-EXACT_RULE = Feedback("bptt")
+EXACT_RULE = Feedback("torch")
 
 
 class FeedbackLayer(nn.Module):

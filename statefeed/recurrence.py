@@ -23,7 +23,7 @@ from statefeed.layout import Layout
 
 NO_SECOND_DERIVATIVE = (
     "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
-    'gradient penalty): set feedback to "bptt"'
+    'gradient penalty): set feedback to "torch"'
 )
 
 _NO_VMAP = (
@@ -49,16 +49,10 @@ class _Call(NamedTuple):
     backend: str
     rules: tuple[Feedback, ...]
     learned: tuple[LearnedState | None, ...]
+    directions: int
+    parts: int  # of the state
     weights: int  # of one direction
     compute_dtype: torch.dtype | None
-
-    @property
-    def parts(self) -> int:
-        return len(self.cell.states)
-
-    @property
-    def directions(self) -> int:
-        return len(self.rules)
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
         """One per direction, from x as the layer takes it and states and weights, direction by direction."""
@@ -119,12 +113,14 @@ def recurrence(
         backend=backend,
         rules=tuple(d.rule for d in directions),
         learned=tuple(d.learned for d in directions),
+        directions=len(directions),
+        parts=len(cell.states),
         weights=len(directions[0].weights),
         compute_dtype=autocast_dtype(x),
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
     if torch.is_grad_enabled():
-        y, *rest = _Layer.apply(call, x, *tensors)  # type: ignore[no-untyped-call]
+        y, *rest = _autograd_function().apply(call, x, *tensors)  # type: ignore[no-untyped-call]
     else:
         y, *rest = _outputs(call, BACKENDS[backend].forward(call.problems(x, tensors), False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
@@ -174,13 +170,32 @@ class _Layer(torch.autograd.Function):
         each = call.parts + call.weights
         states = [s for k in range(call.directions) for s in rest[k * each : k * each + call.parts]]
         known = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *states), strict=False)]
-        # torch.compile takes no second derivative at all, and traces no function within a backward pass.
-        run = _gradients if torch.compiler.is_compiling() else _Gradients.apply
+        # With autograd off nobody can ask for a second derivative; torch.compile takes none, and traces no function
+        # within a backward pass.
+        plain = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        run = _gradients if plain else _Gradients.apply
         return None, *run(call, ctx.needs_input_grad[1], x, y, *known, *rest)
 
     @staticmethod
     def vmap(*_: Any) -> None:
         raise RuntimeError(_NO_VMAP)
+
+
+class _EagerLayer(torch.autograd.Function):
+    """``_Layer`` without torch.func, for which torch does 30 microseconds of Python at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _Layer.forward(*inputs)
+        _Layer.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Layer.backward
+
+
+def _autograd_function() -> type[torch.autograd.Function]:
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return _Layer if transformed else _EagerLayer
 
 
 class _Gradients(torch.autograd.Function):

@@ -26,6 +26,7 @@ class Schedule:
         >>> schedule = Schedule("dsf@0.3/gate+1")
         >>> str(schedule.at(0.29)), str(schedule.at(0.3))
         ('dsf', 'gate+1')
+        >>> from torch import nn
         >>> import statefeed as sf
         >>> model = nn.Sequential(sf.GRU(2, 3))
         >>> for step in range(10):

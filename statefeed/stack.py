@@ -80,7 +80,9 @@ class RecurrentStack(FeedbackLayer):
         """
         if lengths is not None or resets is not None:
             return self._forward_segments(input, hx, lengths, resets)
-        if self._takes_torch_path(input):
+        weights = [self._weights_of(layer) for layer in range(self.num_layers)]
+        backend = self._backend(input, hx, weights)
+        if backend is None:
             return self._torch_path(input, hx)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(self._torchscript)
@@ -102,7 +104,8 @@ class RecurrentStack(FeedbackLayer):
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
 
-        y, final = self._layers(x if packed or not self.batch_first else x.transpose(0, 1), layout, state)
+        rows = x if packed or not self.batch_first else x.transpose(0, 1)
+        y, final = self._layers(backend, rows, layout, state, weights)
         if packed:
             return (
                 PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices),
@@ -115,9 +118,12 @@ class RecurrentStack(FeedbackLayer):
             final = tuple(s.squeeze(1) for s in final)
         return y, self._as_hx(final)
 
-    def _takes_torch_path(self, input: Tensor | PackedSequence) -> bool:
-        """Whether torch's own layer runs a call."""
-        return False
+    def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
+        """The backend that runs a call, chosen once for all layers; None for torch's own layer."""
+        x = input.data if isinstance(input, PackedSequence) else input
+        state = () if hx is None else self._as_state(hx)
+        tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
+        return choose(self.feedback_cell, tensors, self._feedback.exact).name
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """The forward pass of torch's own layer."""
@@ -225,7 +231,9 @@ class RecurrentStack(FeedbackLayer):
             hx = self._as_hx(tuple(s.unsqueeze(1) for s in state))
         return x, hx, unbatched
 
-    def _layers(self, x: Tensor, layout: Layout, state: State) -> tuple[Tensor, State]:
+    def _layers(
+        self, backend: str, x: Tensor, layout: Layout, state: State, weights: list[list[Tensor]]
+    ) -> tuple[Tensor, State]:
         """All layers and directions over x (T, B, I) or packed rows; state (L * directions, B, H) per part."""
         rule, cell = self._feedback, self.feedback_cell
         if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
@@ -235,15 +243,13 @@ class RecurrentStack(FeedbackLayer):
                 stacklevel=5,
             )
         count = 2 if self.bidirectional else 1
-        backend = choose(cell, (x, *state, *self.parameters()), rule.exact).name
         finals: list[State] = []
-        for layer in range(self.num_layers):
-            weights = self._weights_of(layer)
-            each = len(weights) // count
+        for layer, of_layer in enumerate(weights):
+            each = len(of_layer) // count
             directions = [
                 Direction(
                     state=tuple(s[layer * count + k] for s in state),
-                    weights=tuple(weights[k * each : (k + 1) * each]),
+                    weights=tuple(of_layer[k * each : (k + 1) * each]),
                     rule=self._rules[layer * count + k],
                     learned=self.learned_state(layer * count + k),
                 )

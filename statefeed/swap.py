@@ -35,7 +35,7 @@ class SwapReport:
 
 def swap(
     model: nn.Module,
-    feedback: FeedbackLike = "dsf",
+    feedback: FeedbackLike | None = None,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     dry_run: bool = False,
@@ -43,12 +43,12 @@ def swap(
     """Every torch.nn.RNN, GRU and LSTM of a model becomes statefeed's, in place.
 
     The module objects stay, and change their class: parameters, names, hooks, training flag, device, dtype and whatever
-    shares or ties them are untouched, and an optimiser built before goes on working. Layers that are statefeed's
-    already take the new rule.
+    shares or ties them are untouched, and an optimizer built before keeps working.
 
     Args:
         model: any module, also a recurrent layer itself.
-        feedback: the rule, in every spelling of ``Feedback``.
+        feedback: the rule of all layers, in every spelling of ``Feedback``. If None, torch's layers become exact
+            (``"bptt"``), and layers that are statefeed's already keep their rule.
         include: a shell pattern of module names (``"encoder.*"``), or several; the model itself is ``""``.
         exclude: a pattern of names to leave alone, or several.
         dry_run: report only, change nothing.
@@ -56,7 +56,7 @@ def swap(
     Returns:
         ``SwapReport``: what was swapped, and what was kept and why. Printing it gives one line a layer.
 
-    Gradient: the forward pass is unchanged; gradients follow the rule from the next forward pass on.
+    Gradient: exact by default; otherwise it follows the rule from the next forward pass on.
 
     Raises:
         ValueError: an unknown rule.
@@ -64,13 +64,14 @@ def swap(
     Cost: none per parameter.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.GRU(2, 3))
-        >>> print(swap(model, feedback="gate+1"))
-        swapped  0: GRU(2, 3, feedback='gate+1')
+        >>> print(swap(model))
+        swapped  0: GRU(2, 3, feedback='bptt')
         >>> print(restore(model)[0])
         GRU(2, 3)
     """
-    rule = as_feedback(feedback)
+    rule = as_feedback("bptt" if feedback is None else feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     swapped: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -78,6 +79,8 @@ def swap(
         if not isinstance(module, nn.RNNBase):
             continue
         reason = _reason_to_keep(name, module, rule, include, exclude)
+        if reason is None and feedback is None and isinstance(module, RecurrentLayer):
+            reason = f"a statefeed layer already, with feedback {str(module.feedback)!r}"
         if reason is not None:
             kept[name] = reason
             continue
@@ -103,6 +106,7 @@ def restore(model: nn.Module) -> nn.Module:
     Cost: none per parameter.
 
     Example:
+        >>> from torch import nn
         >>> type(restore(GRU(2, 3))) is nn.GRU
         True
     """

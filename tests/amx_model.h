@@ -23,8 +23,8 @@ namespace amx_model {
 
 constexpr int tile_count = 8, most_rows = 16, most_bytes = 64;
 
-inline void rule(bool kept, const char* words) {
-  if (kept) return;
+inline void rule(bool satisfied, const char* words) {
+  if (satisfied) return;
   std::fprintf(stderr, "AMX: %s\n", words);
   std::abort();
 }

@@ -57,7 +57,7 @@ def agreement(ours, exact, names):
 def by_hand(model, x):
     exact = copy.deepcopy(model)
     for layer in (exact.first, exact.second):
-        layer.feedback = "bptt"
+        layer.feedback = "torch"
     torch.manual_seed(7)
     ours = gradients(model, x)
     torch.manual_seed(7)
@@ -80,7 +80,7 @@ def test_it_measures_what_autograd_gives(x):
     assert found.total.cosine < 0.999
 
 
-@pytest.mark.parametrize("rule", ["bptt", "jacobian+8"])
+@pytest.mark.parametrize("rule", ["torch", "jacobian+8"])
 def test_exact_rules_agree_wholly(rule, x):
     """Dropout masks are the same in both passes, or the two would differ."""
     found = sf.alignment(Model(rule, rule), loss, x)
@@ -118,7 +118,7 @@ def test_the_model_is_as_it_was_after_a_loss_that_fails(x):
     buffers = [b.clone() for b in model.buffers()]
     with pytest.raises(ArithmeticError, match="on purpose"):
         sf.alignment(model, failing, x)
-    assert calls == [sf.Feedback("gate"), sf.Feedback("bptt")]
+    assert calls == [sf.Feedback("gate"), sf.Feedback("torch")]
     assert model.first.feedback == sf.Feedback("calibrated")
     assert model.second.feedback == sf.Feedback("gate")
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
@@ -192,7 +192,7 @@ def test_lags_are_the_gradients_that_the_last_output_sends_back(cell, rule, x):
     torch.manual_seed(7)
     v = torch.randn(3, 5, dtype=torch.float64)
     ours = by_lag(layer, x, v)
-    layer.feedback = "bptt"
+    layer.feedback = "torch"
     exact = by_lag(layer, x, v)
     assert lags.rule == pytest.approx([float(g.norm()) for g in ours])
     assert lags.exact == pytest.approx([float(g.norm()) for g in exact])
@@ -316,8 +316,8 @@ def test_a_monitor_measures_every_so_many_steps_and_gives_numbers_to_log(x):
 
 def test_a_monitor_is_still_where_every_rule_is_exact_and_refuses_what_cannot_be_measured(x):
     monitor = sf.Monitor(loss, x, every=1)
-    model = Model("bptt", "fused-bptt")
-    model.idle.feedback = "bptt"
+    model = Model("torch", "bptt")
+    model.idle.feedback = "torch"
     assert monitor(model, 0) == {}
     assert not monitor.history
     with pytest.raises(ValueError, match="alignment needs a model with a statefeed"):
@@ -341,4 +341,4 @@ def test_it_costs_one_pass_under_the_rules_one_under_bptt_and_few_rows_for_the_l
     layer.forward = lambda x, *rest: (ran.append((str(layer.feedback), x.shape[0] * x.shape[1])), forward(x, *rest))[1]
     sf.alignment(layer, outputs, torch.randn(16, 64, 3, dtype=torch.float64), lags)
     whole, few = 16 * 64, lags * 4
-    assert ran == [("gate+1", whole), ("bptt", whole), *([("gate+1", few), ("bptt", few)] if lags else [])]
+    assert ran == [("gate+1", whole), ("torch", whole), *([("gate+1", few), ("torch", few)] if lags else [])]

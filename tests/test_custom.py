@@ -82,7 +82,7 @@ def make(name: str, feedback: object) -> tuple[sf.Recurrent, torch.Tensor, list[
 def test_enough_corrections_equal_autograd(name: str, rule: str) -> None:
     layer, x, states = make(name, f"{rule}+{T}")
     ours = gradients(layer, x, states)
-    layer.feedback = "bptt"
+    layer.feedback = "torch"
     for g, exact in zip(ours, gradients(layer, x, states), strict=True):
         torch.testing.assert_close(g, exact, rtol=1e-9, atol=1e-9)
 
@@ -91,7 +91,7 @@ def test_enough_corrections_equal_autograd(name: str, rule: str) -> None:
 def test_one_correction_too_few_differs(name: str) -> None:
     layer, x, states = make(name, f"ft-bptt+{T - 2}")
     ours = gradients(layer, x, states)
-    layer.feedback = "bptt"
+    layer.feedback = "torch"
     assert (ours[1] - gradients(layer, x, states)[1]).abs().max() > 1e-8
 
 
@@ -133,7 +133,7 @@ def test_fitted_is_exact_once_and_then_the_fit_by_least_squares(name: str) -> No
     first = gradients(layer, x, states)
     ours = gradients(layer, x, states)
     a = layer.diagonal.clone()
-    layer.feedback = "bptt"
+    layer.feedback = "torch"
     exact = gradients(layer, x, states)
     for g, h in zip(first, exact, strict=True):
         torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-9)
@@ -218,7 +218,7 @@ class Returns(nn.Module):
 )
 def test_a_cell_that_returns_no_next_state_is_refused_in_a_sentence(after: object, got: str) -> None:
     sentence = rf"^Returns must return its next state and nothing else, of the shapes \[\(3, 5\)\] here, got {got}$"
-    for rule in ("dsf", "bptt"):
+    for rule in ("dsf", "torch"):
         with pytest.raises(ValueError, match=sentence):
             sf.Recurrent(Returns(after), feedback=rule)(torch.zeros(T, B, I))
 

@@ -30,7 +30,7 @@ def test_products_and_memory_of_a_fused_gru() -> None:
 def test_the_reason_is_named() -> None:
     layer = sf.GRU(I, H)
     assert "bfloat16" in sf.explain(layer.bfloat16(), torch.zeros(T, B, I, dtype=torch.bfloat16)).why
-    said = sf.explain(sf.GRU(I, H, 2, bidirectional=True, feedback="bptt"), torch.zeros(T, B, I))
+    said = sf.explain(sf.GRU(I, H, 2, bidirectional=True, feedback="torch"), torch.zeros(T, B, I))
     assert "torch" in said.why
     assert said.backward_steps == 2 * T
     assert said.kept_bytes is None
@@ -51,14 +51,14 @@ def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
     assert said.backward_flops == 3 * unit_input + 3 * unit_hidden
     assert said.kept_bytes == 4 * T * B * (I + H)
-    assert "cuDNN" in sf.explain(sf.GRU(I, H, feedback="fused-bptt"), x).why
+    assert "cuDNN" in sf.explain(sf.GRU(I, H, feedback="bptt"), x).why
 
 
 def test_packed_and_batch_first_inputs_count_their_rows() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.zeros(5, I), torch.zeros(2, I)])
-    said = sf.explain(sf.GRU(I, H, feedback="fused-bptt"), packed)
+    said = sf.explain(sf.GRU(I, H, feedback="bptt"), packed)
     assert said.forward_flops == 2 * 7 * 3 * H * (I + H)
-    said = sf.explain(sf.RNN(I, H, batch_first=True, feedback="bptt"), torch.zeros(B, T, I))
+    said = sf.explain(sf.RNN(I, H, batch_first=True, feedback="torch"), torch.zeros(B, T, I))
     assert said.backward_steps == T
 
 
@@ -77,8 +77,8 @@ def test_printing_says_every_fact() -> None:
         ("gate+9", 64, "times those of exact BPTT"),
         ("dsf", 64, None),
         ("gate+1", 64, None),
+        ("torch", 1, None),
         ("bptt", 1, None),
-        ("fused-bptt", 1, None),
     ],
 )
 def test_a_rule_that_is_expected_slower_than_exact_bptt_is_warned_of(
@@ -121,7 +121,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
         """Read before and after every pass, so that an even number of readings ends one."""
         readings.append(1)
         if len(readings) % 2 == 0:
-            now[0] += {"calibrated": 4.0 if slower else 1.0, "bptt": 2.0}[ran[-1]]
+            now[0] += {"calibrated": 4.0 if slower else 1.0, "torch": 2.0}[ran[-1]]
         return now[0]
 
     monkeypatch.setattr(sf.LSTM, "forward", forward)
@@ -131,7 +131,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
     assert (said.seconds, said.torch_seconds) == (4.0 if slower else 1.0, 2.0)
     assert (said.warning is not None) == slower
     assert "torch.nn 2e+03 ms" in str(said)
-    assert ran == ["calibrated", "bptt"] * 6
+    assert ran == ["calibrated", "torch"] * 6
     # The layer is as it was, and so is the generator that dropout draws from.
     assert not layer.diagonal.any()
     assert all(p.grad is None for p in layer.parameters())
@@ -161,7 +161,7 @@ def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...
 def test_fused_bptt_is_exact(cell: str, packed: bool) -> None:
     torch.manual_seed(0)
     plain = getattr(nn, cell)(I, H, 2, bidirectional=True, dtype=torch.float64)
-    ours = getattr(sf, cell)(I, H, 2, bidirectional=True, dtype=torch.float64, feedback="fused-bptt")
+    ours = getattr(sf, cell)(I, H, 2, bidirectional=True, dtype=torch.float64, feedback="bptt")
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     h = torch.randn(4, B, H, dtype=torch.float64, requires_grad=True)
@@ -178,7 +178,7 @@ def test_fused_bptt_is_exact(cell: str, packed: bool) -> None:
 
 @needs_kernels
 def test_fused_bptt_runs_through_the_kernels() -> None:
-    layer = sf.GRU(I, H, feedback="fused-bptt")
+    layer = sf.GRU(I, H, feedback="bptt")
     assert "fused" in sf.explain(layer, torch.zeros(T, B, I)).backward
     with torch.profiler.profile() as profile:
         layer(torch.zeros(T, B, I))[0].sum().backward()

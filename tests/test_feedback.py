@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -42,6 +43,8 @@ REFUSED = [
     "gate+1.5",
     "gate+1+1",
     "bptt+1",
+    "torch+1",
+    "fused-bptt",
     "nan",
     "inf",
     math.nan,
@@ -78,14 +81,16 @@ def test_two_spellings_of_one_rule_are_equal(one, other):
 
 def test_different_rules_are_different():
     tensors = [torch.tensor([0.5]), torch.tensor([[0.5]]), torch.tensor([0.5, 0.5]), torch.tensor([[0.5, 0.5]])]
-    rules = [*NAMES, "bptt", "gate+1", "gate+2", "dsf+1", "ramp(0.9)", "log_spaced(99)", 0.5, 1.0, *tensors]
+    rules = [*NAMES, "torch", "bptt", "gate+1", "gate+2", "dsf+1", "ramp(0.9)", "log_spaced(99)", 0.5, 1.0, *tensors]
     rules = [sf.Feedback(rule) for rule in rules]
     assert len(set(rules)) == len(rules)
     assert all(a != b for n, a in enumerate(rules) for b in rules[:n])
     assert sf.Feedback("gate") != "gate+1"
 
 
-@pytest.mark.parametrize("name", [n + k for n in NAMES for k in ("", "+1", "+12")] + ["bptt", "0.5", "-0.5+2", "1e-3"])
+@pytest.mark.parametrize(
+    "name", [n + k for n in NAMES for k in ("", "+1", "+12")] + ["torch", "bptt", "0.5", "-0.5+2", "1e-3"]
+)
 def test_repr_and_str_come_back_as_the_same_rule(name):
     rule = sf.Feedback(name)
     assert eval(repr(rule), {"Feedback": sf.Feedback}) == rule
@@ -128,6 +133,38 @@ def test_what_is_no_rule_is_refused_in_one_sentence(spelling):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         layer.feedback = spelling
     assert layer.feedback == sf.Feedback("gate")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [
+        ("DSF", "dsf"),
+        ("dfs", "dsf"),
+        ("gate 1", "gate+1"),
+        ("gate1", "gate+1"),
+        ("fused", "bptt"),
+        ("exact", "bptt"),
+        ("none", "bptt"),
+        ("ft_bptt", "ft-bptt"),
+        ("logspaced(4)+2", "log_spaced(4)+2"),
+    ],
+)
+def test_a_misspelt_rule_gets_a_suggestion(spelling, meant):
+    with pytest.raises(ValueError, match=re.escape(f'got {spelling!r}: did you mean "{meant}"?') + "$"):
+        sf.Feedback(spelling)
+    assert sf.Feedback(meant)
+
+
+@pytest.mark.parametrize("spelling", ["nothing", "ramp(x)", "RAMP(x)", "ramp", "", "dsf+"])
+def test_no_suggestion_where_no_rule_is_near(spelling):
+    with pytest.raises(ValueError, match=r"^(?!.*did you mean)"):
+        sf.Feedback(spelling)
+
+
+@pytest.mark.parametrize("spelling", ["fused-bptt", "fused_bptt", "fused-bptt+1"])
+def test_the_old_name_of_the_exact_rule_is_refused_with_the_new_one(spelling):
+    with pytest.raises(ValueError, match=r"^fused-bptt is now bptt: [^\n]+$"):
+        sf.Feedback(spelling)
 
 
 @pytest.mark.parametrize("corrections", [-1, 1.5, True, "1"])
@@ -194,14 +231,14 @@ def test_an_rnn_has_no_gate():
     for rule in ("gate", "gate+1", sf.Feedback("gate", 2)):
         with pytest.raises(ValueError, match="gate"):
             layer.feedback = rule
-    assert layer.feedback == sf.Feedback("dsf")
+    assert layer.feedback == sf.Feedback("bptt")
 
 
 @pytest.mark.parametrize("cls", LAYERS)
 def test_a_layer_takes_gives_and_shows_its_rule(cls):
     layer = cls(2, 3)
-    assert layer.feedback == sf.Feedback("dsf")
-    for rule in ("bptt", None, "ft-bptt", 0.5, "calibrated+1", "jacobian", sf.Feedback("jacobian", 2)):
+    assert layer.feedback == sf.Feedback("bptt")
+    for rule in ("torch", None, "ft-bptt", 0.5, "calibrated+1", "jacobian", sf.Feedback("jacobian", 2)):
         layer.feedback = rule
         assert isinstance(layer.feedback, sf.Feedback)
         assert layer.feedback == rule_of(rule)
@@ -228,7 +265,7 @@ def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagona
 
 @pytest.mark.parametrize(
     "rule",
-    ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "bptt", 1.0, "fitted+1", "ramp(0.9)+1"],
+    ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "torch", 1.0, "fitted+1", "ramp(0.9)+1"],
 )
 def test_other_rules_are_not_warned_of(rule):
     with warnings.catch_warnings():

@@ -24,6 +24,7 @@ LEVELS = [
     {"mixin"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
+    {"modules"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
     {"lm"},

@@ -1,4 +1,4 @@
-"""Building the kernels: when, where, once, and what happens where it cannot be done. Every case is a fresh process."""
+"""Building the kernels: when, where, once, and what happens where it cannot be done; each case is its own process."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def python(program: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def said(program: str, **environment: str) -> str:
+def output_of(program: str, **environment: str) -> str:
     process = python(program, **environment)
     out, error = process.communicate()
     assert process.returncode == 0, error
@@ -43,7 +43,7 @@ def said(program: str, **environment: str) -> str:
 
 @pytest.fixture
 def quick_compiler(tmp_path: Path) -> str:
-    """A compiler that is at its end at once."""
+    """A compiler that fails at once."""
     compiler = tmp_path / "c++"
     compiler.write_text(
         f'#!/bin/sh\n[ "$1" = --version ] || echo >> {tmp_path}/calls\necho "error: no" >&2\n[ "$1" = --version ]\n'
@@ -53,11 +53,11 @@ def quick_compiler(tmp_path: Path) -> str:
 
 
 def test_import_builds_nothing() -> None:
-    assert said(LOADED) == "False"
+    assert output_of(LOADED) == "False"
 
 
 def test_off_is_silent() -> None:
-    assert said(PROGRAM, STATEFEED_KERNELS="off") == "False 0"
+    assert output_of(PROGRAM, STATEFEED_KERNELS="off") == "False 0"
 
 
 def test_another_word_is_refused() -> None:
@@ -66,7 +66,7 @@ def test_another_word_is_refused() -> None:
 
 
 def test_without_a_compiler_one_warning_says_so(tmp_path: Path) -> None:
-    answer = said(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    answer = output_of(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
     assert answer.startswith("False 1 ")
     assert "there is no C++ compiler" in answer
 
@@ -78,13 +78,13 @@ def test_on_raises_where_the_kernels_cannot_be_had(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, quick_compiler: str) -> None:
     (tmp_path / "cache").write_text("a file where a folder is needed")
-    answer = said(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    answer = output_of(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert answer.startswith("False 1 ")
     assert "cache" in answer
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, quick_compiler: str) -> None:
-    answer = said(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path))
+    answer = output_of(PROGRAM, CXX=quick_compiler, XDG_CACHE_HOME=str(tmp_path))
     assert answer.startswith("False 1 ")
     assert "error: no" in answer
     assert not list((tmp_path / "statefeed").glob("*.so"))
@@ -94,7 +94,7 @@ def test_a_program_that_is_no_compiler_is_named(tmp_path: Path) -> None:
     program = tmp_path / "c++"
     program.write_text("#!/bin/sh\nexit 3\n")
     program.chmod(0o755)
-    answer = said(PROGRAM, CXX=str(program), XDG_CACHE_HOME=str(tmp_path))
+    answer = output_of(PROGRAM, CXX=str(program), XDG_CACHE_HOME=str(tmp_path))
     assert answer.startswith("False 1 ")
     assert f"{program} --version failed with exit code 3: is CXX a compiler?" in answer
 
@@ -110,7 +110,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
         pytest.skip("there is no g++")
     assert answers == ["True 0", "True 0"]
     assert len(calls.read_text()) == 1
-    assert said(PROGRAM, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)) == "True 0"
+    assert output_of(PROGRAM, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)) == "True 0"
     assert len(calls.read_text()) == 1
 
 

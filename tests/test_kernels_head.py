@@ -20,9 +20,9 @@ def arguments(N: int, H: int, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    wide = [t.double().requires_grad_() for t in (x, weight, bias)]
-    losses = F.cross_entropy(F.linear(*wide), targets, reduction="none")
-    grads = torch.autograd.grad(losses.sum(), wide)
+    upcast = [t.double().requires_grad_() for t in (x, weight, bias)]
+    losses = F.cross_entropy(F.linear(*upcast), targets, reduction="none")
+    grads = torch.autograd.grad(losses.sum(), upcast)
     return dict(zip(("losses", "x", "weight", "bias"), (losses.detach(), *grads), strict=True))
 
 
@@ -68,14 +68,14 @@ def test_no_row_leaves_gradients_of_zero() -> None:
     assert all(result[name].abs().sum() == 0 for name in ("weight", "bias"))
 
 
-def test_every_logit_far_below_zero_is_as_good_as_any() -> None:
+def test_logits_far_below_zero_lose_no_accuracy() -> None:
     x, weight, bias, targets = arguments(20, 5, 19)  # the last vector of a row is partly outside
     result, truth = found(x, weight, bias - 500, targets), exact(x, weight, bias.double() - 500, targets)
     for name in truth:
         torch.testing.assert_close(result[name].double(), truth[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_logit_that_is_no_number_makes_its_row_none() -> None:
+def test_a_nan_logit_makes_the_loss_of_its_row_nan() -> None:
     x, weight, bias, targets = arguments(20, 5, 19)
     x[3, 1] = float("nan")
     losses = found(x, weight, bias, targets)["losses"]

@@ -1,4 +1,4 @@
-"""Memory kept from step to step: reused, but never while a tensor lives, and never under what the user gets."""
+"""Memory reused from step to step: never while a tensor uses it, and never for what the user gets."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cann
 
 
 def results() -> list[Tensor]:
-    """All that a user gets of one step, each large enough to lie on kept memory."""
+    """All that a user gets of one step, each large enough for reused memory."""
     model = sf.GRU(160, 160)
     x = torch.randn(64, 16, 160, requires_grad=True)
     y, _ = model(x)
@@ -23,7 +23,7 @@ def results() -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.dim() > 1)]
 
 
-def test_memory_is_reused_but_never_while_a_tensor_lives() -> None:
+def test_memory_is_reused_but_never_while_a_tensor_uses_it() -> None:
     like = torch.empty(0)
     first = memory.empty(1000, 1000, like).fill_(1)
     place, view = first.data_ptr(), first[3:]
@@ -46,15 +46,15 @@ def test_results_are_ordinary_tensors() -> None:
 
 
 def test_no_step_writes_into_what_an_earlier_one_returned() -> None:
-    kept = [results() for _ in range(3)]
-    expected = [[tensor.clone() for tensor in step] for step in kept]
+    steps = [results() for _ in range(3)]
+    expected = [[tensor.clone() for tensor in step] for step in steps]
     results()
     assert all(
-        torch.equal(a, b) for step, same in zip(kept, expected, strict=True) for a, b in zip(step, same, strict=True)
+        torch.equal(a, b) for step, same in zip(steps, expected, strict=True) for a, b in zip(step, same, strict=True)
     )
 
 
-def test_what_is_kept_does_not_grow() -> None:
+def test_idle_memory_does_not_grow() -> None:
     model, x = sf.GRU(160, 160), torch.randn(64, 16, 160)
     optimizer = torch.optim.Adam(model.parameters())
     sizes = []

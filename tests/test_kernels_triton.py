@@ -147,6 +147,7 @@ def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, r
     expected = oracles.layer_gradients(ORACLE[cell], w, order(case.x), initial, e, (order(D), corrections))
     expected["x"] = order(expected["x"])
     found = case.run(D.flatten(0, 1), corrections, reverse=reverse)
+    assert_same(case.run(D.flatten(0, 1).T.contiguous().T, corrections, reverse=reverse), found)
     found["initial"] = torch.cat([found[f"initial {i}"] for i in range(case.states)], -1)
     assert_same({name: found[name] for name in expected}, expected, SAME_BY_CANCELLATION)
     shifted = oracles.layer_gradients(ORACLE[cell], w, order(case.x), initial, e, (order(D).roll(1, 0), corrections))
@@ -256,6 +257,20 @@ def test_strided_inputs(cell: str) -> None:
     case.state = tuple(s.T.contiguous().T for s in case.state)
     case.weights = [torch.stack([w, w])[1] if w.dim() == 1 else w.T.contiguous().T for w in case.weights]
     assert_same(case.run("gate", 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("no rule", "must be one of stationary, per_row, direct, jacobian, got 'no rule'"),
+        (torch.zeros(5), r"must have the shape \(6,\), got \(5,\)"),
+        (torch.zeros(4, 6), r"must have the shape \(8, 6\), got \(4, 6\)"),
+        ("stationary", r"must have the shape \(6,\), got None"),
+    ],
+)
+def test_a_rule_that_the_kernels_cannot_read_raises(rule: str | Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case("lstm", 4, 2, 2, 3, torch.float32).run(rule)
 
 
 def test_an_empty_batch() -> None:

@@ -216,7 +216,7 @@ def test_full_truncation_with_corrections_is_truncated_bptt(cell, corrections):
 @pytest.mark.parametrize("cell", CELLS)
 def test_bptt_is_torchs(cell):
     x, initial, e = problem(cell, 6)
-    assert_same(gradients(cell, layer(cell, "bptt"), x, initial, e), bptt(cell, x, initial, e))
+    assert_same(gradients(cell, layer(cell, "torch"), x, initial, e), bptt(cell, x, initial, e))
 
 
 # Where it must not ----------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def test_a_second_derivative_is_refused_and_not_silently_wrong(cell):
 def test_an_initial_state_that_needs_a_gradient_without_corrections_is_warned_of():
     x, initial, _ = problem("gru", 4)
     initial = initial.unsqueeze(0).requires_grad_()
-    for rule, warned in (("dsf", True), ("gate", True), ("gate+1", False), ("bptt", False)):
+    for rule, warned in (("dsf", True), ("gate", True), ("gate+1", False), ("torch", False)):
         made = layer("gru", rule)
         if warned:
             with pytest.warns(UserWarning, match="initial state"):

@@ -26,6 +26,7 @@ def test_a_rule_alone_holds_throughout(rule: object) -> None:
 def test_apply_changes_every_layer_once() -> None:
     model = nn.ModuleList([sf.GRU(2, 3), sf.LSTM(2, 3), sf.Recurrent(nn.GRUCell(2, 3)), nn.GRU(2, 3)])
     schedule = sf.Schedule("dsf@0.5/bptt")
+    assert schedule.apply(model, 0.4)
     assert not schedule.apply(model, 0.49)
     assert schedule.apply(model, 0.5)
     assert all(layer.feedback.exact for layer in model[:3])

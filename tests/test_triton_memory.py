@@ -161,7 +161,7 @@ def test_how_often_a_backward_pass_touches_a_tensor_of_the_layers_size(
     cell: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figures of docs/scaling.md: one tensor is N * H values, x has as many, time is in one chunk."""
-    H, N, this = 4, 508, CELLS[cell]
+    H, N, this = 4, 252, CELLS[cell]
     monkeypatch.setattr(chunks, "steps", lambda T, *_: T)
     x, y, e = (torch.rand(N, H) for _ in range(3))
     state = [torch.rand(4, H) for _ in range(this.states)]

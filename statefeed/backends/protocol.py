@@ -92,6 +92,7 @@ class Backend(NamedTuple):
         mean_jacobian: (problem, recomputed) -> the mean of diag(J[t]) over all rows, (S,).
         backward: (problem, recomputed, upstream, rule, needs_x) -> ``Gradients``; may overwrite what was recomputed.
         upcasts: whether y and the final states stay float32 under autocast.
+        fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Backend(NamedTuple):
     mean_jacobian: Callable[[Problem, Forward], Tensor]
     backward: Callable[[Problem, Forward, Upstream, KernelRule, bool], Gradients]
     upcasts: bool = False
+    fallback: bool = False
 
 
 def forward_in_order(run: Callable[[Problem, bool], Forward], problems: Sequence[Problem], save: bool) -> list[Forward]:

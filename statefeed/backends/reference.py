@@ -296,4 +296,4 @@ def _autocast(problem: Problem) -> torch.autocast:
     return torch.autocast(device, problem.compute_dtype, problem.compute_dtype is not None)
 
 
-BACKEND = Backend("reference", unsupported_reason, forward, recompute, mean_jacobian, backward)
+BACKEND = Backend("reference", unsupported_reason, forward, recompute, mean_jacobian, backward, fallback=True)

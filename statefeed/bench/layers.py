@@ -58,7 +58,7 @@ class Options(Common):
 
     cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
     rules: str = option(
-        "fused-bptt,dsf,gate,jacobian,gate+1",
+        "bptt,dsf,gate,jacobian,gate+1",
         "feedback rules, separated by commas; gate is left out for an rnn, which has none",
     )
     shapes: str = option(

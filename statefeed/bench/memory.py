@@ -41,7 +41,7 @@ class Options(Common):
 
     cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
     rules: str = option(
-        "dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is left out for an rnn, which has none"
+        "bptt,dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is left out for an rnn, which has none"
     )
     shapes: str = option("64x32x256,256x32x512", "steps x sequences x width, separated by commas")
     output: str = option(

@@ -85,7 +85,9 @@ class Options(Common):
     data: str | None = option(
         None, "folder with the train and valid split of Penn Treebank; null makes up text of the recipe's kind"
     )
-    rules: str = option("bptt,fused-bptt,dsf,gate+1", "feedback rules, separated by commas")
+    rules: str = option(
+        "torch,bptt,dsf,gate+1", "feedback rules, separated by commas; torch is the trainer with torch's own layer"
+    )
     dtypes: str = option(
         "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
     )

@@ -11,7 +11,7 @@ from statefeed.feedback.protocol import (
     Stationary,
     TimeVarying,
 )
-from statefeed.feedback.table import DIAGONALS
+from statefeed.feedback.table import DIAGONALS, Spaced
 from statefeed.feedback.value import Feedback, FeedbackLike, as_feedback
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Learned",
     "LearnedState",
     "Linearization",
+    "Spaced",
     "Stationary",
     "TimeVarying",
     "as_feedback",

@@ -12,10 +12,10 @@ class Exact(Diagonal):
     """The whole Jacobian.
 
     Attributes:
-        fused: through statefeed's kernels where there are any for the input; torch's own layer otherwise.
+        through_torch: torch's own layer, whether there are kernels for the input or not.
     """
 
-    fused: bool
+    through_torch: bool = False
 
     exact = True
 
@@ -23,4 +23,4 @@ class Exact(Diagonal):
         return EXACT
 
     def __str__(self) -> str:
-        return "fused-bptt" if self.fused else "bptt"
+        return "torch" if self.through_torch else "bptt"

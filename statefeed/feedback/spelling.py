@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from statefeed.feedback.protocol import Diagonal
 from statefeed.feedback.table import DIAGONALS
 
 SPELLINGS = (
-    'None, "bptt", "fused-bptt", "ft-bptt", "dsf", "ramp(cap)", "log_spaced(longest)", "calibrated", "fitted", "gate", '
+    'None, "bptt", "torch", "ft-bptt", "dsf", "ramp(cap)", "log_spaced(longest)", "calibrated", "fitted", "gate", '
     '"jacobian", a number, or a tensor (S,) or (L * directions, S)'
 )
+
+# Words that people write for a rule of another name.
+_SYNONYMS = {"exact": "bptt", "full": "bptt", "fused": "bptt", "none": "bptt", "truncated": "ft-bptt"}
 
 
 def parse(spelling: str) -> tuple[Diagonal | float, int]:
@@ -30,9 +34,43 @@ def parse(spelling: str) -> tuple[Diagonal | float, int]:
             return float(name), k
         arguments = [] if number is None else [float(number)]
     except ValueError:
-        raise ValueError(f"feedback must be {SPELLINGS}, each with an optional suffix +k, got {spelling!r}") from None
+        raise ValueError(_unknown(spelling)) from None
     try:
         return DIAGONALS[name](*arguments), k
     except TypeError:
         takes = "takes no number" if arguments else "needs a number in parentheses"
         raise ValueError(f'feedback "{name}" {takes}, got {spelling!r}') from None
+
+
+def _unknown(spelling: str) -> str:
+    """What is wrong with a spelling, and the rule that it may have meant."""
+    if re.fullmatch(r"fused[-_]bptt(\+\d+)?", spelling.strip()):
+        return f'fused-bptt is now bptt: feedback must be "bptt", got {spelling!r}'
+    near = _nearest(spelling)
+    hint = f': did you mean "{near}"?' if near else ""
+    return f"feedback must be {SPELLINGS}, each with an optional suffix +k, got {spelling!r}{hint}"
+
+
+def _nearest(spelling: str) -> str | None:
+    """The rule whose name is most like a spelling, with its number and suffix; None where there is none.
+
+    Example:
+        >>> _nearest("DSF"), _nearest("gate 1"), _nearest("none"), _nearest("nothing")
+        ('dsf', 'gate+1', 'bptt', None)
+    """
+    match = re.fullmatch(r"([a-z_-]+)\s*(\(.*\))?(?:[\s+]*(\d+))?", spelling.strip().lower())
+    if match is None:
+        return None
+    name, number, k = match[1].rstrip("-_"), match[2] or "", match[3]
+    known = [*DIAGONALS, *_SYNONYMS]
+    close = difflib.get_close_matches(name.replace("_", "-"), known, n=1) or difflib.get_close_matches(name, known, n=1)
+    if not close:
+        return None
+    meant = f"{_SYNONYMS.get(close[0], close[0])}{number}" + (f"+{k}" if k else "")
+    if meant == spelling.strip():  # the name is right, its number is not
+        return None
+    try:
+        parse(meant)
+    except ValueError:
+        return None
+    return meant

@@ -12,8 +12,8 @@ from statefeed.feedback.time_varying import Gate, Jacobian
 
 # A spelling is "name" or "name(number)"; the number is the argument.
 DIAGONALS: dict[str, Callable[..., Diagonal]] = {
-    "bptt": lambda: Exact(fused=False),
-    "fused-bptt": lambda: Exact(fused=True),
+    "bptt": Exact,
+    "torch": lambda: Exact(through_torch=True),
     "ft-bptt": lambda: Constant(0.0),
     "dsf": lambda: Ramp(1.0),
     "ramp": Ramp,
@@ -23,3 +23,10 @@ DIAGONALS: dict[str, Callable[..., Diagonal]] = {
     "gate": Gate,
     "jacobian": Jacobian,
 }
+
+
+class Spaced:
+    """A ramp or log-spaced diagonal as version 0.1 pickled it; makes that of today."""
+
+    def __new__(cls, name: str, bound: float) -> Diagonal:  # type: ignore[misc]
+        return DIAGONALS[name](bound)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from statefeed.feedback.spelling import SPELLINGS, parse
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
+_RENAMED = {"bptt": "torch", "fused-bptt": "bptt"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,9 +36,10 @@ class Feedback:
     Args:
         diagonal: D, in any of its spellings.
 
-            - ``None`` or ``"bptt"``: no approximation; the layer runs torch's own path.
-            - ``"fused-bptt"``: no approximation, through statefeed's kernels where there are any for the input, else
-              torch's own path. It separates the kernels' speed-up from the rule's.
+            - ``None`` or ``"bptt"``: no approximation, through statefeed's kernels where there are any for the input,
+              else torch's own path; ``explain`` says which.
+            - ``"torch"``: no approximation, torch's own layer, untouched: double backward, ``torch.func.jacrev`` and
+              whatever else torch.nn can do.
             - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
             - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
             - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: as ``Feedback.ramp`` and ``Feedback.log_spaced`` say.
@@ -54,7 +56,7 @@ class Feedback:
             a ``Diagonal`` of your own is taken as it is.
         corrections: k, the number of corrections, each one batched matrix product over all steps.
 
-    Gradient: exact for ``"bptt"``, ``"fused-bptt"`` and k >= T; approximate otherwise. The forward pass is exact under
+    Gradient: exact for ``"bptt"``, ``"torch"`` and k >= T; approximate otherwise. The forward pass is exact under
         every rule.
 
     Raises:
@@ -132,13 +134,13 @@ class Feedback:
 
     @property
     def exact(self) -> bool:
-        """Whether the gradient is that of BPTT: ``"bptt"`` or ``"fused-bptt"``."""
+        """Whether the gradient is that of BPTT: ``"bptt"`` or ``"torch"``."""
         return self.diagonal.exact
 
     @property
     def through_torch(self) -> bool:
         """Whether torch's own layer is asked for, kernels or not."""
-        return isinstance(self.diagonal, Exact) and not self.diagonal.fused
+        return isinstance(self.diagonal, Exact) and self.diagonal.through_torch
 
     @property
     def learned(self) -> bool:
@@ -185,6 +187,12 @@ class Feedback:
         """Why a layer cannot run under this rule, None if it can; arguments as for ``Diagonal``."""
         return self.diagonal.unsupported_reason(cell, size, rows)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        diagonal = state["diagonal"]
+        if not isinstance(diagonal, Diagonal):  # a pickle of version 0.1, in which "bptt" was torch's own layer
+            diagonal = _diagonal(parse(_RENAMED.get(diagonal, diagonal))[0] if isinstance(diagonal, str) else diagonal)
+        self.__dict__.update(state, diagonal=diagonal)
+
     def __str__(self) -> str:
         return f"{self.diagonal}+{self.corrections}" if self.corrections else str(self.diagonal)
 
@@ -203,7 +211,7 @@ def as_feedback(rule: FeedbackLike) -> Feedback:
 
 def _diagonal(value: object) -> Diagonal:
     if value is None:
-        return Exact(fused=False)
+        return Exact()
     if isinstance(value, Diagonal):
         return value
     if isinstance(value, Tensor):

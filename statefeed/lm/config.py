@@ -102,7 +102,7 @@ class Model:
         "gru", "the sequence layer; rnn is the tanh one; transformer, s4d and mingru have exact gradients alone"
     )
     feedback: float | str = option(
-        "dsf", "how gradients flow back through time: bptt, ft-bptt, dsf, gate+1, ...", identity="run"
+        "dsf", "how gradients flow back through time: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
     )
     layers: int = option(2, "number of blocks")
     width: int = option(256, "units of the embedding, of every state and of every block")

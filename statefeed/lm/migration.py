@@ -1,19 +1,29 @@
-"""Keys of older files: what was renamed on disk, so that every reader sees the names of today.
+"""Names of older files: what was renamed on disk, so that every reader sees the names of today.
 
-Version 2 of the results of a comparison came with these names. A recipe has no version, and the metrics of a run may
-have been continued under newer names, so both are renamed key by key, which changes nothing in a file of today.
+Version 2 of the results of a comparison came with new keys. A recipe has no version, and the metrics of a run may have
+been continued under newer names, so both are renamed key by key, which changes nothing in a file of today.
+
+Before statefeed 0.2 the rule "bptt" was torch's own layer, which is "torch" today, and "fused-bptt" was what "bptt" is
+today. Since "bptt" is a rule of both, these names are read by the version in the metadata of the run or benchmark that
+holds them; version 3 of the results has the rules of today whatever version has trained them. A recipe without a run
+is one of today. Checkpoints, weights and metrics hold no rule.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-VERSION = 2  # of the results of a comparison, as written today
+from statefeed.lm.config import RECURRENT
+
+VERSION = 3  # of the results of a comparison, as written today
 
 _RECIPE = {"train": {"restart": "state_reset_prob"}}
 _RESULT = {"facts": "metadata"}
 _PHASE = {"optimiser": "optimizer"}
 _METRICS = {"optimiser_ms": "optimizer_ms"}
 _LOG_STATE = {"laps": "phases"}
+_RULE = {"bptt": "torch", "fused-bptt": "bptt"}
+_NEW_RULES = (0, 2)  # the first version of statefeed with the rules of today
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -32,16 +42,65 @@ def recipe(sections: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def rule(spelling: float | str) -> float | str:
+    """A rule, or a schedule of rules, of a version before 0.2.
+
+    >>> rule("bptt"), rule("dsf@0.3/fused-bptt"), rule("ft-bptt"), rule(0.5)
+    ('torch', 'dsf@0.3/bptt', 'ft-bptt', 0.5)
+    """
+    if not isinstance(spelling, str):
+        return spelling
+    return re.sub(r"(?<![^/\s])(fused-bptt|bptt)(?![^/\s@+])", lambda found: _RULE[found[1]], spelling)
+
+
+def _has_old_rules(version: object) -> bool:
+    """Whether a version of statefeed, as in metadata, is before 0.2; so is one that metadata does not name."""
+    found = re.match(r"(\d+)\.(\d+)", str(version))
+    return found is None or (int(found[1]), int(found[2])) < _NEW_RULES
+
+
+def run_recipe(sections: Mapping[str, Any], version: object) -> dict[str, Any]:
+    """The sections of the recipe of a run.
+
+    Args:
+        sections: under the keys of today.
+        version: of statefeed that began the run.
+
+    >>> run_recipe({"model": {"feedback": "bptt"}}, "0.1.0"), run_recipe({"model": {"feedback": "bptt"}}, "0.2.0")
+    ({'model': {'feedback': 'torch'}}, {'model': {'feedback': 'bptt'}})
+    """
+    model = sections.get("model")
+    if not _has_old_rules(version) or not isinstance(model, Mapping) or "feedback" not in model:
+        return dict(sections)
+    if model.get("cell", "gru") not in RECURRENT:  # "bptt" is the name for a cell without rules
+        return dict(sections)
+    return {**sections, "model": {**model, "feedback": rule(model["feedback"])}}
+
+
 def result(values: Mapping[str, Any]) -> dict[str, Any]:
     """One result of a comparison, a line of compare.jsonl."""
-    if values.get("version", 1) != 1:
-        return dict(values)
-    found = _renamed(values, _RESULT)
-    if isinstance(found.get("config"), Mapping):
-        found["config"] = recipe(found["config"])
-    if isinstance(found.get("ms"), Mapping):
-        found["ms"] = _renamed(found["ms"], _PHASE)
+    version, found = values.get("version", 1), dict(values)
+    if version == 1:
+        found = _renamed(found, _RESULT)
+        if isinstance(found.get("config"), Mapping):
+            found["config"] = recipe(found["config"])
+        if isinstance(found.get("ms"), Mapping):
+            found["ms"] = _renamed(found["ms"], _PHASE)
+    if version not in (1, 2):
+        return found
+    metadata = found.get("metadata")
+    if isinstance(metadata, Mapping) and isinstance(found.get("config"), Mapping):
+        found["config"] = run_recipe(found["config"], metadata.get("statefeed"))
     return {**found, "version": VERSION}
+
+
+def benchmark(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One record of a benchmark; torch.nn's variants are its settings, the other ones are rules."""
+    versions = values.get("versions")
+    known = versions.get("statefeed") if isinstance(versions, Mapping) else None
+    if "variant" not in values or values.get("implementation") == "torch.nn" or not _has_old_rules(known):
+        return dict(values)
+    return {**values, "variant": rule(values["variant"])}
 
 
 def metrics_row(values: Mapping[str, Any]) -> dict[str, Any]:

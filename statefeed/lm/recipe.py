@@ -1,6 +1,7 @@
 """Recipes as text: YAML files, which may name a base file, and the flags of the command line that override them."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -14,6 +15,7 @@ from statefeed.lm import migration
 from statefeed.lm.config import SECTIONS, Config
 from statefeed.lm.errors import UsageError
 
+CONFIG, RECORD = "config.yaml", "record.json"  # of a run folder
 BASE = "base"  # the key of a recipe that names the file whose values it changes
 
 
@@ -77,13 +79,17 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """The values of a recipe by section and key, with those of its base file where it does not change them.
 
     Args:
-        path: a YAML file of sections, each a mapping of keys to values; `base: FILE` names another one, beside it.
+        path: a YAML file of sections, each a mapping of keys to values; `base: FILE` names another one, beside it. In
+            the folder of a run it has the names of the version that began the run.
 
     Raises:
-        UsageError: when the file is missing or a folder, is not YAML, has a key twice, or is not made of sections, and
-            for an unknown key.
+        UsageError: when the file is missing or a folder, is not YAML, has a key twice, or is not made of sections, for
+            an unknown key, and when the record of the run cannot be read.
     """
     sections = _sections(path)
+    record = Path(path).with_name(RECORD)
+    if Path(path).name == CONFIG and record.is_file():
+        sections = migration.run_recipe(sections, _version(record))
     base = sections.pop(BASE, None)
     if base is None:
         return sections
@@ -94,6 +100,15 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     if BASE in values:
         raise UsageError(f"{beside} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
     return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
+
+
+def _version(record: Path) -> object:
+    """The version of statefeed that began a run; None where its record does not name it."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{record} cannot be read: {error}") from error
+    return found.get("statefeed") if isinstance(found, dict) else None
 
 
 class _Loader(yaml.SafeLoader):

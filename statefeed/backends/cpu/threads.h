@@ -80,7 +80,7 @@ class ThreadTeam {
  public:
   explicit ThreadTeam(int64_t ranks) : claimed(static_cast<size_t>(ranks)) {}
 
-  // Runs body(), unless something has failed before. What it throws is kept for `rethrow`: no exception may leave a
+  // Runs body(), unless something has failed before. What it throws is stored for `rethrow`: no exception may leave a
   // thread of the pool, and an item that fails must still count as done, or the others would wait for it forever.
   template <class Body>
   void run(Body&& body) noexcept {
@@ -119,8 +119,9 @@ class Worker {
 
   // Spins, then sleeps: a core that spins may be the one that the others' threads wait for.
   void wait() {
-    // 1,000 pauses: 15 to 40 microseconds, by the processor. Estimate: longer than a barrier between threads that run,
-    // shorter than a time slice of the scheduler.
+    // 24 microseconds on an AMD EPYC 9005 (Zen 5), where two running threads meet in 0.1 (both measured with loops of
+    // two empty items). The number itself is an estimate: much longer than such a meeting, much shorter than a time
+    // slice.
     constexpr int spins = 1000;
     uint32_t done = team.done.load(std::memory_order_acquire);
     for (int i = 0; i < spins && incomplete(done); ++i, done = team.done.load(std::memory_order_acquire)) pause();
@@ -191,7 +192,9 @@ inline OversubscriptionGuard oversubscription_guard;
 // need. Throws what the first failure threw, on any thread.
 template <class P, class Body>
 void run_team(int64_t work, Body body) {
-  // About 30 microseconds of one core at 70 GFLOP/s of multiply-adds; waking a thread of the pool takes about 5.
+  // 17 to 40 microseconds of one core at 50 to 120 billion multiply-adds a second (float32). On a Zen 5 an empty
+  // parallel region takes 0.4 microseconds while the pool is awake. Estimate: tens of microseconds where it sleeps, and
+  // then a second thread gains nothing below this.
   constexpr int64_t min_work_per_thread = 2000000;
   const int64_t ranks = std::clamp<int64_t>(work / min_work_per_thread, 1, std::max<int64_t>(thread_count(), 1));
   const int64_t start = nanoseconds();

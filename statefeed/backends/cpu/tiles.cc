@@ -149,11 +149,12 @@ void transposed_tile_of(int64_t rows, const typename P::packed_t* a, const typen
 #define STATEFEED_TILE(P, N)                                                                     \
   template void tile_of<P, N>(int64_t, const P::packed_t*, int64_t, const P::packed_t*, int64_t, \
                               const TileOutput<P::value_t>&);
-#define STATEFEED_TILES(P)                                                                                     \
-  STATEFEED_TILE(P, 2)                                                                                         \
-  STATEFEED_TILE(P, 3)                                                                                         \
-  STATEFEED_TILE(P, 4) template void transposed_tile_of<P, 2>(int64_t, const P::packed_t*, const P::packed_t*, \
-                                                              int64_t, int64_t, const TileOutput<P::value_t>&);
+#define STATEFEED_TILES(P)                                                                                  \
+  STATEFEED_TILE(P, 2)                                                                                      \
+  STATEFEED_TILE(P, 3)                                                                                      \
+  STATEFEED_TILE(P, 4)                                                                                      \
+  template void transposed_tile_of<P, 2>(int64_t, const P::packed_t*, const P::packed_t*, int64_t, int64_t, \
+                                         const TileOutput<P::value_t>&);
 
 STATEFEED_TILES(Plain<float>)
 STATEFEED_TILES(Plain<double>)

@@ -18,6 +18,7 @@ from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.gather import Columns, columns
 from statefeed.backends.triton.precision import matmul_precision
+from statefeed.backends.triton.rules import RULES
 from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of, steps_of
 from statefeed.scan import chunks
 from statefeed.scan.triton import device_of
@@ -81,13 +82,16 @@ def backward(
 
     Gradient: none; it is one.
 
+    Raises:
+        ValueError: an unknown rule, or a diagonal of another shape.
+
     Cost: three products over all rows and one more per correction. The pass between them reads e and the gates and, in
         chunks, as much of them as the diagonal takes once more; it writes the gradients at the gates.
     """
     this, size = CELLS[cell], sizes_of(x, state[0], offsets)
     H, where = size.H, columns_of(this, size, y.dtype)
     w_ih, w_hh = (w.to(y.dtype) for w in weights[:2])
-    h = where.h(inputs)
+    h, diagonal = where.h(inputs), _checked_diagonal(rule, diagonal, size, this)
     with device_of(y), matmul_precision(precision):
         d, d_candidate = (gates, saved if this.shared_gates < this.gates else None) if this.gates > 1 else (None, None)
         if corrections or d is None:
@@ -127,6 +131,19 @@ def backward(
             b_hh = torch.cat([total[:2], total[3:]]).flatten() if this.shared_gates < this.gates else b_ih.clone()
             biases = (b_ih, b_hh)
     return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases
+
+
+def _checked_diagonal(rule: str, diagonal: Tensor | None, size: Sizes, cell: Cell) -> Tensor | None:
+    """D as the kernels read it; kernels check nothing."""
+    S = cell.states * size.H
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(RULES)
+    shapes |= {"stationary": (S,), "per_row": (size.N, S)}
+    if rule not in shapes:
+        raise ValueError(f"the rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if (None if diagonal is None else tuple(diagonal.shape)) != shapes[rule]:
+        shape = None if diagonal is None else tuple(diagonal.shape)
+        raise ValueError(f"the diagonal of rule {rule!r} must have the shape {shapes[rule]}, got {shape}")
+    return None if diagonal is None else diagonal.contiguous()
 
 
 def _weight_gradients(

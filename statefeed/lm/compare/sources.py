@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from statefeed.lm import identity
+from statefeed.lm import identity, migration
 from statefeed.lm.compare.results import Result, from_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.tasks import split
@@ -79,7 +79,7 @@ def _file(path: Path, found: Found) -> None:
         try:
             record = validate(json.loads(line), {})
             if "bench" in record:
-                found.benchmarks.append(_benchmark_record(record))
+                found.benchmarks.append(_benchmark_record(migration.benchmark(record)))
             else:
                 found.results.append(from_line(line))
         except ValueError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_COLORS = {"bptt": "black", "fused-bptt": "0.3", "ft-bptt": "0.6"}
+_COLORS = {"bptt": "black", "torch": "0.3", "ft-bptt": "0.6"}
 _COLORS |= {"dsf": "C0", "gate": "C1", "gate+1": "C2", "gate+2": "C3"}
 _FREE = ("C4", "C5", "C6", "C8", "navy", "teal")
 _LINES, _MARKERS, _HATCHES = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v"), ("", "//", "..", "xx")

@@ -13,14 +13,14 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
     Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
     and norm ratio are means over the evaluations at which the rule was not exact. The targets are the perplexities at
-    the last evaluation of ft-bptt, and of exact bptt, with the same seed, each at its best rate.
+    the last evaluation of ft-bptt, and of the exact rules, with the same seed, each at its best rate.
 
     Args:
         results: of one task.
     """
     groups = by_rule(results)
     rules = split(results, lambda result: result.rule)
-    rivals = {rule: at_best_rate(rules[rule]) for rule in ("ft-bptt", "bptt", "fused-bptt") if rule in rules}
+    rivals = {rule: at_best_rate(rules[rule]) for rule in ("ft-bptt", "bptt", "torch") if rule in rules}
     tested = any(result.test is not None for result in results)
     headings = ["rule", "valid perplexity", "rate", "seeds", *(["test perplexity"] if tested else [])]
     headings += ["forward ms", "backward ms", "step ms", "peak MiB"]

@@ -1,4 +1,7 @@
 """The names of the files in a run folder."""
 
-CONFIG, RECORD, TOKENIZER, WEIGHTS = "config.yaml", "record.json", "tokenizer.json", "weights.safetensors"
+from statefeed.lm.recipe import CONFIG as CONFIG
+from statefeed.lm.recipe import RECORD as RECORD
+
+TOKENIZER, WEIGHTS = "tokenizer.json", "weights.safetensors"
 METRICS, CURVES, CHECKPOINTS, BOARD = "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"

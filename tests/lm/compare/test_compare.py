@@ -507,7 +507,7 @@ def test_a_rule_at_two_rates_is_two_rows() -> None:
     assert [row[:3] for row in rules] == [["dsf at 0.003", "50.00", "0.003"], ["dsf at 0.5", "40.00", "0.5"]]
 
 
-@pytest.mark.parametrize("exact", ["bptt", "fused-bptt"])
+@pytest.mark.parametrize("exact", ["bptt", "torch"])
 def test_a_rival_at_two_rates_sets_its_target_at_the_better_one(exact: str) -> None:
     better, worse = result(exact, 1, [60, 40]), result(exact, 1, [90, 70])
     worse.config["train"]["lr"] = 0.5

@@ -181,7 +181,13 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
 def common(machine: str = MACHINE) -> dict[str, Any]:
     """What every record of a benchmark has."""
     cpu = {"cpu": machine, "gpu": None}
-    return {"machine": cpu, "threads": 2, "versions": {"torch": "2.13"}, "repeats": 5, "date": "2026-11-24"}
+    return {
+        "machine": cpu,
+        "threads": 2,
+        "versions": {"torch": "2.13", "statefeed": "0.2.0"},
+        "repeats": 5,
+        "date": "2026-11-24",
+    }
 
 
 def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -> None:

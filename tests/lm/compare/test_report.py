@@ -161,7 +161,7 @@ GOOD = {"bench": "layers", "machine": {"cpu": "a CPU"}, "ms": {"median": 2, "min
         ({**GOOD, "command": ["x"]}, "command must be text, got ['x']"),
         ({"config": 3}, "config must be an object, got 3"),
         ({"metadata": 3}, "metadata must be an object, got 3"),
-        ({"version": 3}, "version must be at most 2, got 3 of a newer statefeed"),
+        ({"version": 4}, "version must be at most 3, got 4 of a newer statefeed"),
         ({"version": "x"}, "version must be a whole number, got 'x'"),
         ({"metadata": {}}, "metadata.parameters must be a whole number, got None"),
         ({"valid": [{}]}, "valid[0].step must be a whole number, got None"),
