@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed import native as kernels
-from statefeed.backends import choose, unsupported_reasons
+from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
+from statefeed.backends.protocol import Description
+from statefeed.cells.protocol import Cell
 from statefeed.stack import RecurrentStack
 
 # Products, forward and backward, in units of exact BPTT's: above this no saved waiting is expected to pay for them.
@@ -130,8 +131,8 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
-    backend = choose(cell, tensors, rule.exact).name
-    reason = _reason(layer, tensors) if backend == "reference" else None
+    backend = choose(cell, tensors, rule.exact)
+    reason = _reason(layer, tensors) if backend.fallback else None
     torch_has_it = cell.torch_forward is not None
     if rule.through_torch:
         reason = '"torch" means torch\'s own layer'
@@ -139,43 +140,45 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
         path = "torch.nn's own path"
         said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
         return _timed(said, layer, x) if timed else said
+    found = _description(backend, cell, data, rule.exact)
     kept = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
     waiting = T if rule.exact else 1 + rule.corrections
-    if backend not in ("cpu", "triton", "reference"):
-        forward = back = f"the backend {backend!r}"
-        why = "it is the first in the table of backends that supports the layer"
-    elif reason is None and data.is_cuda:
-        forward = "torch's layer without autograd, through cuDNN"
-        back = f"fused kernels ({kernels.described('cuda')}), the gates computed anew"
-        backward += (inputs + hidden) if G > 1 else 0
-        why = f"everything is {data.dtype} on the GPU; where that is float32, {_precision()}"
-    elif reason is None:
-        forward = back = f"fused kernels ({kernels.described()})"
+    if found.saves_gates:
         kept += rows * H * cell.saved_values * directions * layer.num_layers
-        why = f"everything is {data.dtype} on the {data.device.type}" + (
-            ", products rounded to bfloat16 under autocast" if torch.is_autocast_enabled(data.device.type) else ""
-        )
-    else:
-        loop = "one step after the other, in PyTorch"
-        forward = "torch's layer without autograd" if torch_has_it else loop
-        back = loop if rule.exact else "one scan and products over all steps, in PyTorch"
-        backward += (inputs + hidden) if G > 1 else 0
-        why = reason
+    if found.recomputes_gates:
+        backward += inputs + hidden
     warning = (
         None if rule.exact else _expected_slower(T, waiting, (inputs + hidden + backward) / (inputs + hidden + bptt))
     )
     said = Explanation(
-        str(rule), forward, back, why, inputs + hidden, backward, bptt, waiting * layer.num_layers,
-        kept * data.element_size(), warning,
-    )  # fmt: skip
+        rule=str(rule),
+        forward=found.forward,
+        backward=found.backward,
+        why=reason or found.why,
+        forward_flops=inputs + hidden,
+        backward_flops=backward,
+        bptt_flops=bptt,
+        backward_steps=waiting * layer.num_layers,
+        kept_bytes=kept * data.element_size(),
+        warning=warning,
+    )
     return _timed(said, layer, x) if timed else said
 
 
 def _reason(layer: RecurrentStack, tensors: tuple[Tensor, ...]) -> str:
     """Why the kernels of the input's device do not run a layer."""
+    device = tensors[0].device.type
     reasons = unsupported_reasons(layer.feedback_cell, tensors, layer.feedback.exact)
-    return reasons["triton" if tensors[0].is_cuda else "cpu"]
+    of_device = [reason for name, reason in reasons.items() if BACKENDS[name].device == device]
+    return of_device[0] if of_device else f"there are no kernels for {device}"
+
+
+def _description(backend: Backend, cell: Cell, x: Tensor, exact: bool) -> Description:
+    if backend.describe is not None:
+        return backend.describe(cell, x, exact)
+    name = f"the backend {backend.name!r}"
+    return Description(name, name, "it is the first in the table of backends that supports the layer")
 
 
 def _expected_slower(T: int, waiting: int, products: float) -> str | None:
@@ -229,10 +232,3 @@ def _clock(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _precision() -> str:
-    """What torch is set to; nothing here sets it."""
-    rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    chosen = {"cuDNN": rnn, "other products": torch.backends.cuda.matmul.fp32_precision}
-    return ", ".join(f"{'TF32' if set_to == 'tf32' else 'float32'} in {where}" for where, set_to in chosen.items())

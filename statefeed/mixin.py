@@ -12,8 +12,7 @@ from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
 
 _BUFFERS = ("diagonal", "diagonal_updates")
-# torch's own path where the layer has it, ours otherwise.
-EXACT_RULES = (Feedback("torch"), Feedback("bptt"))
+TORCH, BPTT = Feedback("torch"), Feedback("bptt")
 
 
 class FeedbackLayer(nn.Module):
@@ -81,7 +80,8 @@ class FeedbackLayer(nn.Module):
     def exact_rule(self) -> Iterator[None]:
         """Within the block the gradient is exact, also in eval mode, where cuDNN has no backward pass."""
         rule, training, dropout = self._feedback, self.training, getattr(self, "dropout", None)
-        self.feedback = next(exact for exact in EXACT_RULES if self.unsupported_reason(exact) is None)
+        # torch's own layer where there is one, which is independent of our kernels.
+        self.feedback = TORCH if self.unsupported_reason(TORCH) is None else BPTT
         if not training and dropout is not None:
             self.training, self.dropout = True, 0.0
         try:

@@ -80,6 +80,24 @@ class Gradients(NamedTuple):
     weights: tuple[Tensor, ...]
 
 
+class Description(NamedTuple):
+    """What a backend does, for ``explain``.
+
+    Attributes:
+        forward: what runs the forward pass.
+        backward: what runs the backward pass.
+        why: why it may.
+        saves_gates: whether the gates are saved between the two, ``Cell.saved_values`` per row and unit.
+        recomputes_gates: whether the backward pass computes them again, two products.
+    """
+
+    forward: str
+    backward: str
+    why: str
+    saves_gates: bool = False
+    recomputes_gates: bool = False
+
+
 class Backend(NamedTuple):
     """One member of the table of backends.
 
@@ -91,6 +109,8 @@ class Backend(NamedTuple):
         recompute: (problem, forward) -> the same with ``saved`` complete.
         mean_jacobian: (problem, recomputed) -> the mean of diag(J[t]) over all rows, (S,).
         backward: (problem, recomputed, upstream, rule, needs_x) -> ``Gradients``; may overwrite what was recomputed.
+        device: the type of device that it has kernels for, None if any.
+        describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
         fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
     """
@@ -101,6 +121,8 @@ class Backend(NamedTuple):
     recompute: Callable[[Problem, Forward], Forward]
     mean_jacobian: Callable[[Problem, Forward], Tensor]
     backward: Callable[[Problem, Forward, Upstream, KernelRule, bool], Gradients]
+    device: str | None = None
+    describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
     fallback: bool = False
 

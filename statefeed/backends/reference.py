@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from statefeed.backends.protocol import (
     Backend,
+    Description,
     Forward,
     Gradients,
     Problem,
@@ -296,4 +297,16 @@ def _autocast(problem: Problem) -> torch.autocast:
     return torch.autocast(device, problem.compute_dtype, problem.compute_dtype is not None)
 
 
-BACKEND = Backend("reference", unsupported_reason, forward, recompute, mean_jacobian, backward, fallback=True)
+def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
+    loop = "one step after the other, in PyTorch"
+    return Description(
+        forward="torch's layer without autograd" if cell.torch_forward is not None else loop,
+        backward=loop if exact else "one scan and products over all steps, in PyTorch",
+        why="no kernels support the layer",
+        recomputes_gates=cell.gates > 1,
+    )
+
+
+BACKEND = Backend(
+    "reference", unsupported_reason, forward, recompute, mean_jacobian, backward, describe=describe, fallback=True
+)

@@ -12,6 +12,7 @@ from statefeed import native
 from statefeed.backends.cpu import layer
 from statefeed.backends.protocol import (
     Backend,
+    Description,
     Forward,
     Gradients,
     Problem,
@@ -86,4 +87,22 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     return backward_in_order(layer.backward, _upcast(problem), done, upstream, rule, needs_x)
 
 
-BACKEND = Backend("cpu", unsupported_reason, forward, recompute, mean_jacobian, backward, upcasts=True)
+def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
+    kernels = f"fused kernels ({native.described()})"
+    why = f"everything is {x.dtype} on the cpu"
+    if torch.is_autocast_enabled("cpu"):
+        why += ", products rounded to bfloat16 under autocast"
+    return Description(kernels, kernels, why, saves_gates=True)
+
+
+BACKEND = Backend(
+    "cpu",
+    unsupported_reason,
+    forward,
+    recompute,
+    mean_jacobian,
+    backward,
+    device="cpu",
+    describe=describe,
+    upcasts=True,
+)

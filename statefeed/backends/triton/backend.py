@@ -11,6 +11,7 @@ from torch import Tensor
 from statefeed import native
 from statefeed.backends.protocol import (
     Backend,
+    Description,
     Forward,
     Gradients,
     Problem,
@@ -121,4 +122,15 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     return Gradients(d_x if needs_x else None, tuple(state), tuple(weights))
 
 
-BACKEND = Backend("triton", unsupported_reason, forward, recompute, mean_jacobian, backward)
+def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
+    recomputes = cell.gates > 1
+    backward = f"fused kernels ({native.described('cuda')}){', the gates computed again' if recomputes else ''}"
+    rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    precision = "TF32" if rnn == "tf32" else "float32"
+    why = f"everything is {x.dtype} on the GPU; where that is float32, products run in {precision}, as cuDNN is set"
+    return Description("torch's layer without autograd, through cuDNN", backward, why, recomputes_gates=recomputes)
+
+
+BACKEND = Backend(
+    "triton", unsupported_reason, forward, recompute, mean_jacobian, backward, device="cuda", describe=describe
+)

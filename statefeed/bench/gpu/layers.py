@@ -17,6 +17,7 @@ from statefeed.bench.gpu.timing import Work, measure
 from statefeed.bench.measure import SHIPPED, Setting, applied
 from statefeed.bench.precision import flags
 
+# On a GPU "bptt" is cuDNN's own, through torch: beside torch.nn it shows what statefeed's layer adds to a call.
 RULES = ("bptt", "dsf", "gate", "gate+1")
 # "shipped" is float32 as torch is installed: cuDNN in TF32, other products in float32.
 SETTINGS = {
