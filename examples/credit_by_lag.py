@@ -67,11 +67,11 @@ def main():
 
     torch.manual_seed(0)
     model = Model()
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(model, batch()).backward()
-        optimiser.step()
+        optimizer.step()
 
     measured, held_out = {}, batch()
     for rule in RULES:

@@ -37,16 +37,16 @@ def main():
 
     model = Reader()
     schedule = sf.Schedule("dsf@0.2/gate+1")  # the cheapest gradient leads early, a better one ends better
-    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for epoch in range(EPOCHS):
         schedule.apply(model, epoch / EPOCHS)
         for rows in train[torch.randperm(len(train))].split(BATCH):
             loss = nn.functional.cross_entropy(model(pixels[:, rows]), digits[rows])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
         decay.step()
         if epoch % 5 == 4:
             print(f"epoch {epoch + 1}: feedback {model.gru.feedback}, loss of the last batch {loss:.3f}")

@@ -42,13 +42,13 @@ def main():
     model = Tagger()
     print(sf.swap(model, feedback="gate+1"))  # the one line
 
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(150):
         tokens, depths = sequences(32)
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), depths.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 50 == 0:
             print(f"step {step:3d}: loss {loss:.3f}")
 

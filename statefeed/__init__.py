@@ -31,7 +31,7 @@ __all__ = [
     "swap",
 ]
 
-# Where users import them from is where they are pickled from and documented: files may move.
+# Pickles and documents use the public import path, so that files can move.
 for _name in __all__:
     globals()[_name].__module__ = "statefeed"
 del _name

@@ -1,4 +1,4 @@
-"""torch.nn's RNN, GRU and LSTM inside a model become statefeed's, and back, in place."""
+"""In-place conversion of a model's torch.nn RNN, GRU and LSTM layers to statefeed layers and back."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What ``swap`` did, or would do.
+    """The layers that ``swap`` changed, or would change, and the layers that it left alone.
 
     Attributes:
-        swapped: by module name, the layer as it prints.
-        kept: by module name, why the layer was left as it is.
+        swapped: module name -> ``repr`` of the layer.
+        kept: module name -> why the layer was not changed.
     """
 
     swapped: dict[str, str]
@@ -40,23 +40,23 @@ def swap(
     exclude: str | Iterable[str] = (),
     dry_run: bool = False,
 ) -> SwapReport:
-    """Every torch.nn.RNN, GRU and LSTM of a model becomes statefeed's, in place.
+    """Convert every torch.nn.RNN, GRU and LSTM of a model to statefeed's layer, in place.
 
-    The module objects stay, and change their class: parameters, names, hooks, training flag, device, dtype and whatever
-    shares or ties them are untouched, and an optimizer built before keeps working.
+    Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
+    weights stay as they are, and an existing optimizer keeps working.
 
     Args:
-        model: any module, also a recurrent layer itself.
-        feedback: the rule of all layers, in every spelling of ``Feedback``. If None, torch's layers become exact
-            (``"bptt"``), and layers that are statefeed's already keep their rule.
-        include: a shell pattern of module names (``"encoder.*"``), or several; the model itself is ``""``.
-        exclude: a pattern of names to leave alone, or several.
-        dry_run: report only, change nothing.
+        model: any module, including a recurrent layer.
+        feedback: the rule of all layers, in any spelling of ``Feedback``. If None, torch's layers become exact
+            (``"bptt"``), and statefeed layers keep their rule.
+        include: shell pattern of module names (``"encoder.*"``), or several; the name of the model itself is ``""``.
+        exclude: pattern of module names to leave alone, or several.
+        dry_run: only report, do not change the model.
 
     Returns:
-        ``SwapReport``: what was swapped, and what was kept and why. Printing it gives one line a layer.
+        ``SwapReport``: the swapped layers, and the others with the reason. It prints one line per layer.
 
-    Gradient: exact by default; otherwise it follows the rule from the next forward pass on.
+    Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
         ValueError: an unknown rule.
@@ -80,7 +80,7 @@ def swap(
             continue
         reason = _reason_to_keep(name, module, rule, include, exclude)
         if reason is None and feedback is None and isinstance(module, RecurrentLayer):
-            reason = f"a statefeed layer already, with feedback {str(module.feedback)!r}"
+            reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}"
         if reason is not None:
             kept[name] = reason
             continue
@@ -93,13 +93,13 @@ def swap(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Every statefeed layer of a model becomes torch.nn's plain layer again, in place.
+    """Convert every statefeed layer of a model back to torch.nn's plain layer, in place.
 
     Args:
         model: any module.
 
     Returns:
-        The same model, plain torch.nn again: torch's types, the same parameters and state_dict.
+        The same model object as plain torch.nn again, with the same parameters and state_dict.
 
     Gradient: exact from the next forward pass on.
 
@@ -128,8 +128,8 @@ def _reason_to_keep(
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
     if kind not in _OURS and kind not in _TORCHS:
-        return f"{kind.__module__}.{kind.__qualname__} is a subclass with code of its own"
-    # Whether a rule fits is a question to our class; the module is of that class only while it answers.
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass with its own code"
+    # Only statefeed's class can check a rule, so the module has that class during the check.
     module.__class__ = _OURS.get(kind, kind)
     try:
         reason: str | None = module.unsupported_reason(rule)  # type: ignore[operator]

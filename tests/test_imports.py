@@ -32,7 +32,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-# The applications use what everyone may use, the trainer's head a kernel besides; the benchmarks time both.
+# The applications use the public API; the trainer's head also uses a kernel, and the benchmarks use the trainer.
 ALLOWED = {"lm": {"public API", "native"}, "bench": {"public API", "lm"}}
 
 
@@ -46,7 +46,7 @@ def is_top_level(name):
 
 
 def imported(file, source):
-    """What a file imports of the package anywhere in it, under TYPE_CHECKING or within a function as well."""
+    """All imports of the package in a file, including those under TYPE_CHECKING and in functions."""
     package = ("statefeed", *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def imported(file, source):
 
 
 def upward_imports(file, source):
-    """What a file imports and must not."""
+    """Imports of a file that its level does not allow."""
     name = top_level_of(file)
     below = {other for other in LEVEL if LEVEL[other] < LEVEL[name]}
     return set(imported(file, source)) - {name} - ALLOWED.get(name, below)
@@ -98,7 +98,7 @@ def test_imports_go_down_only(file):
         ("__main__.py", "from statefeed.lm import cli", set()),
     ],
 )
-def test_the_check_tells_up_from_down(file, line, expected):
+def test_the_check_finds_upward_imports(file, line, expected):
     assert upward_imports(PACKAGE / file, line) == expected
 
 

@@ -501,8 +501,10 @@ def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_triton_one_warning_says_so() -> None:
-    said = program(WITHOUT).stdout
-    assert said.startswith("False False 1 torch does the work of the kernels: the CUDA kernels cannot be used")
+    printed = program(WITHOUT).stdout
+    assert printed.startswith(
+        "False False 1 statefeed uses plain torch operations instead of its kernels: the CUDA kernels cannot be used"
+    )
     assert program(WITHOUT, STATEFEED_KERNELS="off").stdout.split() == ["False", "False", "0"]
     assert "STATEFEED_KERNELS is on, but the CUDA kernels" in program(WITHOUT, STATEFEED_KERNELS="on").stderr
 

@@ -110,7 +110,7 @@ def test_no_gradient_passes_a_reset() -> None:
     ("keywords", "message"),
     [
         ({"lengths": torch.tensor([1, 2, 3])}, r"\(B,\) = \(4,\)"),
-        ({"lengths": torch.tensor([1.0, 2, 3, 4])}, "whole numbers"),
+        ({"lengths": torch.tensor([1.0, 2, 3, 4])}, "integers"),
         ({"lengths": torch.tensor([0, 2, 3, 4])}, "between 1 and T = 9, got 0 to 4"),
         ({"lengths": torch.tensor([1, 2, 3, 10])}, "between 1 and T = 9, got 1 to 10"),
         ({"resets": torch.zeros(T, B)}, "bool"),

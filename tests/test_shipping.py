@@ -42,11 +42,11 @@ def x():
 def trained(x, bidirectional=True):
     """A model after a few steps under a rule, and its outputs of that time, taken on the path with autograd."""
     model = Model("calibrated+1", bidirectional)
-    optimiser = torch.optim.Adam(model.parameters(), 0.05)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (model(x) - x[..., :2]).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
     outputs = model(x)
     assert outputs.requires_grad
@@ -278,7 +278,7 @@ def test_inductor_compiles_the_same(x):
 def test_a_model_learns_under_autocast(rule):
     torch.manual_seed(0)
     model = Model(rule, rnn=False, dropout=0.0)
-    optimiser = torch.optim.Adam(model.parameters(), 0.05)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
     losses = []
     x = torch.randn(8, 6, 3)
     for _ in range(30):
@@ -286,9 +286,9 @@ def test_a_model_learns_under_autocast(rule):
             y = model(x)
         assert y.dtype == torch.bfloat16
         loss = (y.float() - x.cumsum(1)[..., :2].tanh()).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
     assert losses[-1] < 0.5 * losses[0]

@@ -92,14 +92,14 @@ def test_accelerate(data, tmp_path):
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = Counter()
     sf.swap(model, feedback="gate+1")
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
-    model, optimiser, loader = accelerator.prepare(model, optimiser, data)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, data)
     for _ in range(6):
         for x, y in loader:
             loss = nn.functional.binary_cross_entropy_with_logits(model(x), y)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             accelerator.backward(loss)
-            optimiser.step()
+            optimizer.step()
     assert accuracy(model, data) > 0.9
 
     accelerator.save_model(sf.restore(accelerator.unwrap_model(model)), tmp_path)
