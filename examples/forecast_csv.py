@@ -2,8 +2,8 @@
 
     python examples/forecast_csv.py [FILE.csv]
 
-The file has a header, a date in the first column, numbers in the others and one row an hour. Without a file, one of the
-same form is made. Prints the error on the last fifth of the rows, beside that of repeating the last day.
+The file has a header, a date in the first column, numbers in the others and one row per hour. Without a file, it
+uses a synthetic one. Prints the error on the last fifth of the rows, and the error of repeating the last day.
 """
 
 import argparse

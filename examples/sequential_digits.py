@@ -1,9 +1,8 @@
-"""Handwritten digits read pixel by pixel: 64 steps of one number, and the answer only after the last one.
+"""Handwritten digits read pixel by pixel: 64 steps of one value, classified after the last step.
 
     python examples/sequential_digits.py
 
-Needs scikit-learn, whose 1,797 digits of 8 x 8 pixels lie on the disk with it. Prints the share of the 360 digits kept
-apart that are read right.
+Needs scikit-learn, which includes 1,797 digits of 8 x 8 pixels. Prints the accuracy on 360 held-out digits.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""One line in a model that is there already: a tagger of bracket depth with torch.nn's LSTM, trained through statefeed.
+"""One line in an existing model: a tagger of bracket depth with torch.nn's LSTM, trained with statefeed.
 
     python examples/swap_tagger.py
 
-Prints the share of tokens tagged right on sequences that it has not seen, from the plain torch layer that is left.
+Prints the accuracy of the restored plain torch model on unseen sequences.
 """
 
 import torch
