@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test slow wheel interop measured format dist clean
+.PHONY: train test test-core slow wheel interop docs measured format dist clean
 
 train: .venv/.installed-lm
 	$(BIN)/statefeed train recipes/quickstart.yaml
@@ -12,6 +12,13 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Equations, layers and kernels, for daily work: under two minutes on two cores.
+CORE := $(addprefix tests/test_,oracles.py scan.py feedback.py schedule.py recurrence.py layers.py segments.py custom.py \
+	swap.py extending.py kernels_layer.py kernels_safety.py imports.py language.py pickles.py)
+
+test-core: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(CORE)
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow

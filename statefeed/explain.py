@@ -134,7 +134,7 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     backend = choose(cell, tensors, rule.exact)
     reason = _reason(layer, tensors) if backend.fallback else None
     torch_has_it = cell.torch_forward is not None
-    if rule.through_torch and torch_has_it:
+    if rule.through_torch:
         reason = '"torch" selects torch\'s own layer'
     if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"

@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pack_sequence
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import statefeed as sf
+from statefeed import layers, stack
+from statefeed.backends import BACKENDS
 from statefeed.backends.triton import cudnn
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's functions are replaced")
@@ -225,3 +228,46 @@ def test_the_operator_passes_opcheck(cell: str) -> None:
     for x, batch_sizes in ((torch.randn(5, 2, 3), None), (torch.randn(3, 3), torch.tensor([2, 1]))):
         torch.library.opcheck(torch.ops.statefeed.cudnn_layer.default, (cell, x, batch_sizes, state, weights, 2))
     assert GATES.get(cell, 1) * 4 == len(weights[0])
+
+
+def test_a_layer_flattens_its_weights_as_its_rule_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One buffer per layer under a rule, all layers in one under an exact rule and after restore."""
+    calls: list[object] = []
+    on_gpu = property(lambda self: "_feedback" in self.__dict__ and not self._feedback.exact)
+    monkeypatch.setattr(layers.RecurrentLayer, "_layer_by_layer", on_gpu)
+    monkeypatch.setattr(layers, "flatten_weights", lambda cell, w, directions: calls.append((len(w), directions)))
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: calls.append("torch"))
+
+    def new() -> list[object]:
+        made, calls[:] = list(calls), []
+        return made
+
+    layer = sf.LSTM(3, 4, 2, bidirectional=True, feedback="dsf")
+    assert new()[-2:] == [(8, 2), (8, 2)]
+    layer.feedback = "torch"
+    assert new() == ["torch"]
+    layer.double()
+    assert new() == ["torch"]
+    layer.feedback = "gate+1"
+    assert new() == [(8, 2), (8, 2)]
+    layer.float()
+    assert new() == [(8, 2), (8, 2)]
+    sf.restore(layer)
+    assert new() == ["torch"]
+
+
+def test_a_layer_on_a_gpu_runs_layer_by_layer_without_autograd_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = sf.GRU(3, 4, 2, bidirectional=True, dtype=torch.float64, feedback="dsf"), torch.randn(5, 2, 3).double()
+    with torch.no_grad():
+        expected = nn.GRU.forward(layer, x)
+    monkeypatch.setattr(layers.RecurrentLayer, "_layer_by_layer", property(lambda self: True))
+    monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["reference"])
+    calls = []
+    gru = torch._VF.gru
+    monkeypatch.setattr(torch._VF, "gru", lambda *a: calls.append(a) or gru(*a), raising=False)
+    with torch.no_grad():
+        found = layer(x)
+    assert len(calls) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -276,7 +276,7 @@ def _hold(case: Case, entry: Contender, what: str, actual: dict[str, Tensor], ex
 
 def kernels(entry: Contender, x: Tensor) -> dict[str, str] | None:
     """The kernels of a statefeed layer and the reason for them; None for other layers."""
-    if not isinstance(entry.layer, (sf.RNN, sf.GRU, sf.LSTM)):
+    if not isinstance(entry.layer, sf.FeedbackLayer):
         return None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=entry.autocast):
         explanation = sf.explain(entry.layer, x)
