@@ -1,4 +1,4 @@
-"""The feedback rule as a value: its spellings, what it refuses, equality, and where it warns."""
+"""The feedback rule as a value: spellings, errors, equality, and warnings."""
 
 import copy
 import math
@@ -149,7 +149,7 @@ def test_an_invalid_rule_raises(spelling):
         ("logspaced(4)+2", "log_spaced(4)+2"),
     ],
 )
-def test_a_misspelt_rule_gets_a_suggestion(spelling, meant):
+def test_a_misspelled_rule_gets_a_suggestion(spelling, meant):
     with pytest.raises(ValueError, match=re.escape(f'got {spelling!r}: did you mean "{meant}"?') + "$"):
         sf.Feedback(spelling)
     assert sf.Feedback(meant)
@@ -162,7 +162,7 @@ def test_no_suggestion_where_no_rule_is_near(spelling):
 
 
 @pytest.mark.parametrize("spelling", ["fused-bptt", "fused_bptt", "fused-bptt+1"])
-def test_the_old_name_of_the_exact_rule_is_refused_with_the_new_one(spelling):
+def test_the_error_for_the_old_name_of_the_exact_rule_has_the_new_one(spelling):
     with pytest.raises(ValueError, match=r"^fused-bptt is now bptt: [^\n]+$"):
         sf.Feedback(spelling)
 
@@ -174,7 +174,7 @@ def test_corrections_are_a_count(corrections):
 
 
 @pytest.mark.parametrize("rule", [[0.5, 0.5], object(), b"dsf"])
-def test_other_types_are_refused(rule):
+def test_other_types_raise(rule):
     with pytest.raises((TypeError, ValueError), match=r"^[^\n]+$"):
         sf.Feedback(rule)
 
