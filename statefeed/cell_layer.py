@@ -42,6 +42,7 @@ class CellLayer(RecurrentStack):
     Cost: on the reference backend, forward one call of ``cell.step`` per step, without autograd; backward as GRU.
 
     Example:
+        >>> import torch
         >>> from statefeed.cells import CELLS
         >>> class Tanh(CellLayer):
         ...     cell = CELLS["rnn_tanh"]

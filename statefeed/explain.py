@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
@@ -73,7 +73,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
+def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
     """Explain which kernels run a layer on an input, why, and at what cost.
 
     The cost is counted in matrix products and in sequentially dependent products. A warning is given if a rule has as

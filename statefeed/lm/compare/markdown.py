@@ -63,7 +63,7 @@ def update_summary(path: Path, found: Found) -> None:
 
 
 def summary(found: Found) -> str:
-    """The figures of README.md: of every machine single layers, exact and under "dsf", on the most threads; training."""
+    """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
     layers: dict[str, tuple[str, list[Record]]] = {}
     text = ""
     for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
