@@ -184,7 +184,7 @@ def test_a_cell_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", ["gates", "shared_gates", "saved_values"])
 def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(CELLS["gru"]), size, 9)
-    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* written for \(3, 2, 1, 4\)"):
+    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 4\)"):
         cpu.unsupported_reason(CELLS["gru"], [torch.zeros(1)] * 3, False)
 
 
