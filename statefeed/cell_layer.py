@@ -101,6 +101,9 @@ class CellLayer(RecurrentStack):
         """Why the layer cannot run under a rule, in one sentence; None if it can."""
         if str(rule) == "torch":
             return f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt"'
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.is_complex():
+            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
 
     def reset_parameters(self) -> None:
