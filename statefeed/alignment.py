@@ -326,7 +326,8 @@ def _lags(layer: Any, x: Tensor) -> Lags:
 
 def _by_lag(layer: Any, x: Tensor) -> Tensor:
     """Gradient of the last output with respect to the input, (T, rows, I), lag 0 first."""
-    x = x.to(next(layer.parameters()).dtype, copy=True).requires_grad_()
+    weight = next(layer.parameters(), x)
+    x = x.to(weight.dtype, copy=True).requires_grad_()
     with torch.enable_grad():
         y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
         last = y[:, -1] if layer.batch_first else y[-1]

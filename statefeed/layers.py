@@ -62,7 +62,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     @property
     def _layer_by_layer(self) -> bool:
         """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
-        return "_feedback" in self.__dict__ and not self._feedback.exact and next(self.parameters()).is_cuda
+        weight = next(self.parameters(), None)  # None where a hypernetwork sets the weights
+        return "_feedback" in self.__dict__ and not self._feedback.exact and weight is not None and weight.is_cuda
 
     def _rule_changed(self) -> None:
         self.flatten_parameters()

@@ -206,10 +206,13 @@ class RecurrentStack(FeedbackLayer):
             if not (value is None or isinstance(value, Tensor)):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         x, hx, _ = self._batched(x, hx)
+        padded = x
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.T
         (T, B), directions = x.shape[:2], 2 if self.bidirectional else 1
         segments = segment(T, B, lengths, resets, x.device)
+        if not B:
+            return self._forward(padded, hx)
         if hx is not None:
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
