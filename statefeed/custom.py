@@ -166,7 +166,8 @@ class Recurrent(FeedbackLayer):
                 len(initial),
                 autocast_dtype(x),
             )
-            y, *finals = _Custom.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
+            function = _Custom if torch.compiler.is_compiling() else _EagerCustom
+            y, *finals = function.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
             final = tuple(finals)
         return (y.transpose(0, 1) if self.batch_first else y), (final[0] if len(final) == 1 else final)
 
@@ -215,10 +216,6 @@ class _Custom(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, *states, *rest)
         return states[0], *(s[-1].clone() for s in states)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(no_forward_mode(None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,6 +272,14 @@ class _Custom(torch.autograd.Function):
         d_x, *d_parameters = [next(found) if n else None for n in needs]
         d_x = None if d_x is None else d_x.reshape(x.shape)
         return None, d_x, *d_initial, *d_parameters
+
+
+class _EagerCustom(_Custom):
+    """``_Custom`` with a sentence on forward mode; torch.compile takes no function with a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(no_forward_mode(None))
 
 
 def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor]) -> Tensor:

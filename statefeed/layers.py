@@ -18,6 +18,11 @@ _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
 )
 
+_COMPILED_LSTM = (
+    "torch.compile cannot train torch.nn's LSTM: set feedback to \"bptt\", which is exact too, or compile without the "
+    "layer"
+)
+
 
 class RecurrentLayer(RecurrentStack, nn.RNNBase):
     """A stack of a cell that torch has: torch.nn.RNNBase's constructor and parameters, and torch's path."""
@@ -80,6 +85,9 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
+            raise RuntimeError(_COMPILED_LSTM)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:

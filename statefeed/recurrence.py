@@ -182,6 +182,10 @@ class _Layer(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:
         raise RuntimeError(no_vmap(call.cell))
 
+
+class _TransformedLayer(_Layer):
+    """``_Layer`` under torch.func; torch.compile takes no function with a ``jvp``."""
+
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
         raise RuntimeError(no_forward_mode(ctx.call.cell))
@@ -197,12 +201,13 @@ class _EagerLayer(torch.autograd.Function):
         return output
 
     backward = _Layer.backward
-    jvp = _Layer.jvp
+    jvp = _TransformedLayer.jvp
 
 
 def _autograd_function() -> type[torch.autograd.Function]:
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return _Layer if transformed else _EagerLayer
+    if torch.compiler.is_compiling():
+        return _Layer
+    return _TransformedLayer if torch._C._are_functorch_transforms_active() else _EagerLayer
 
 
 class _Gradients(torch.autograd.Function):
