@@ -17,6 +17,7 @@ from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
 from statefeed.mixin import FeedbackLayer
 from statefeed.snapshot import untouched
+from statefeed.stack import RecurrentStack
 
 # Rows of the batch for the measurement by lag: enough for a curve, cheap compared with the whole batch.
 _ROWS = 4
@@ -92,7 +93,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
 
     The lags are measured on every layer alone, with the input of its first call. For packed inputs and inputs with
     ``lengths`` only the longest sequences are used; ``resets`` are ignored. For a bidirectional layer, the forward half
-    of the last output is used.
+    of the last output is used. A subclass with a ``forward`` of its own has no lags.
 
     Args:
         model: any module that contains statefeed layers.
@@ -290,9 +291,11 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
         if lags and name not in inputs and x.is_floating_point():
             inputs[name] = x[-lags:, :_ROWS].detach()
 
+    # What a subclass with a forward of its own takes and returns is not known.
     hooks = [
         layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
         for name, layer in layers.items()
+        if type(layer).forward in (RecurrentStack.forward, Recurrent.forward)
     ]
     try:
         yield inputs

@@ -19,7 +19,7 @@ _TORCHSCRIPT = (
 )
 
 _COMPILED_LSTM = (
-    "torch.compile cannot train torch.nn's LSTM: set feedback to \"bptt\", which is exact too, or compile without the "
+    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile without the '
     "layer"
 )
 

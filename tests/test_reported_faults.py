@@ -25,7 +25,12 @@ from statefeed.cells import CELLS
 LAYERS = {"rnn": sf.RNN, "gru": sf.GRU, "lstm": sf.LSTM}
 TORCHS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 APPROXIMATE = ["dsf", "ft-bptt", "calibrated", "fitted", "jacobian", "dsf+1", 0.5]
-pytestmark = pytest.mark.filterwarnings("ignore:feedback .* adds corrections", "ignore:the initial state")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:feedback .* adds corrections",
+    "ignore:the initial state",
+    "ignore:.torch.jit.script. is deprecated",  # torch's own in forward mode
+    "ignore:There is a performance drop",  # likewise in torch.func
+)
 
 every_layer = pytest.mark.parametrize("cell", LAYERS)
 
@@ -526,7 +531,9 @@ TRANSFORMS = {
     "ExpandedWeights": per_sample,
 }
 SENTENCES = {
-    **dict.fromkeys(["jacrev", "jacobian", "is_grads_batched"], "the backward pass of a feedback rule takes one gradient"),
+    **dict.fromkeys(
+        ["jacrev", "jacobian", "is_grads_batched"], "the backward pass of a feedback rule takes one gradient"
+    ),
     **dict.fromkeys(["jvp", "jacfwd", "forward_ad"], "a feedback rule has no forward-mode derivative"),
     **dict.fromkeys(["vmap", "vmap of grad"], "torch.func.vmap cannot run through a recurrent layer under a feedback"),
     "second derivative": "a feedback rule has no second derivative",
@@ -542,7 +549,6 @@ def test_a_transform_answers_with_one_sentence(cell, rule, transform, x):
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback=rule), x)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_layer
 def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
@@ -610,7 +616,9 @@ def test_fx_is_told_lengths_by_name(x):
 
 
 def test_fx_refuses_what_it_would_draw_wrongly():
-    with pytest.raises(RuntimeError, match=r"^torch.fx cannot trace Doubled, a subclass with a forward of its own[^\n]+$"):
+    with pytest.raises(
+        RuntimeError, match=r"^torch.fx cannot trace Doubled, a subclass with a forward of its own[^\n]+$"
+    ):
         fx.symbolic_trace(nn.Sequential(Doubled(3, 4)))
     with pytest.raises(RuntimeError, match=r"^torch.fx traces a module that holds a recurrent layer, not GRU itself$"):
         fx.symbolic_trace(sf.GRU(3, 4))
@@ -677,7 +685,7 @@ def test_a_compiled_lstm_is_measured_and_follows_a_schedule(x):
         model.zero_grad()
         compiled(x).backward()
         sf.Schedule("torch").apply(model, 0.0)
-        with pytest.raises(Exception, match="torch.compile cannot train torch.nn's LSTM: set feedback to .{1,2}bptt"):
+        with pytest.raises(Exception, match="torch.compile cannot train the LSTM of torch.nn: set feedback to .bptt"):
             compiled(x)
     sf.Schedule("torch").apply(plain, 0.0)
     total(plain["layer"], x).backward()
@@ -733,7 +741,7 @@ def test_weights_that_are_no_parameters(cell, rule, autocast, x):
     if rule in ("bptt", "torch"):
         torch.testing.assert_close(ours.scale.grad, other.scale.grad, rtol=0.05, atol=0)
     ours.layer.feedback = "calibrated"
-    assert 0 < sf.alignment(ours, lambda m, x: m(x).square().sum(), x).total.cosine < 1
+    assert abs(sf.alignment(ours, lambda m, x: m(x).square().sum(), x).total.norm_ratio - 1) > 1e-4
     assert type(sf.restore(ours).layer) is TORCHS[cell]
 
 
