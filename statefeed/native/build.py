@@ -35,7 +35,7 @@ def load() -> str:
     """
     prebuilt = _prebuilt()
     torch.ops.load_library(str(prebuilt or _compiled()))  # type: ignore[no-untyped-call]
-    from statefeed.native import fakes  # noqa: F401
+    from statefeed.native import fakes, flops  # noqa: F401
 
     return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
 
