@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -100,6 +101,47 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     if BASE in values:
         raise UsageError(f"{beside} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
     return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
+
+
+def absolute(path: str | None) -> str | None:
+    """A data.path as it means the same in every working directory; a name of the Hub stays what it is.
+
+    Raises:
+        UsageError: when it begins with the home folder of a user that does not exist.
+
+    >>> absolute("hub:wikitext-2-v1"), absolute("/data/../story.txt")
+    ('hub:wikitext-2-v1', '/story.txt')
+    """
+    return path if path is None or path.startswith("hub:") else os.path.abspath(expand(path))
+
+
+def expand(path: str) -> Path:
+    """A path with `~` and `~user` replaced by the home folder.
+
+    Raises:
+        UsageError: when there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path} begins with a home folder that does not exist: name the folder itself") from None
+
+
+def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
+    """Change single values in the recipe of a run, whose other keys keep the names and values of its version.
+
+    Args:
+        path: of the recipe.
+        values: by section.key.
+        folder: of the same file system, for the unfinished file.
+    """
+    sections = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    unfinished = folder / f"{path.name}.unfinished"
+    unfinished.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _version(record: Path) -> object:

@@ -10,7 +10,6 @@ can be written everything is made each time, with a sentence on stderr.
 
 import hashlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from statefeed.lm.config import Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.tokens import Tokenizer
+from statefeed.lm.errors import notify
 
 WORTH_IT = 1 << 20  # bytes of text; less is tokenized in no time
 _DIGEST = hashlib.sha256().digest_size
@@ -80,7 +80,7 @@ def _read(path: Path) -> NDArray[np.uint8] | None:
                     return whole[:-_DIGEST]
     except OSError:
         return None
-    print(f"statefeed: {path} is broken, perhaps by a full disk: the text is tokenized again", file=sys.stderr)
+    notify(f"{path} is broken, perhaps by a full disk: the text is tokenized again")
     return None
 
 
@@ -98,4 +98,4 @@ def _write(path: Path, content: bytes | memoryview) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        print(f"statefeed: {path} cannot be written for the next time: {error.strerror}", file=sys.stderr)
+        notify(f"{path} cannot be written for the next time: {error.strerror}")

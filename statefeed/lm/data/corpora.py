@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import lzma
 import re
-import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 
 from statefeed.lm.config import Data
-from statefeed.lm.errors import UsageError
+from statefeed.lm.errors import UsageError, notify
+from statefeed.lm.recipe import expand
 
 SPLITS = ("train", "valid", "test")
 KINDS = {  # what data.corpus takes
@@ -157,9 +157,12 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
         forms: names of the files with {} for the split, of which the folder holds one.
     """
     assert data.path is not None
-    folder = Path(data.path).expanduser()
+    folder = expand(data.path)
     if not folder.is_dir():
-        raise UsageError(f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one")
+        raise UsageError(
+            f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one: name it with "
+            "--data.path"
+        )
     found: dict[str, dict[str, Path]] = {form: {} for form in forms}
     for form, split in ((form, split) for form in forms for split in SPLITS):
         for path in (folder / (form.format(split) + suffix) for suffix in ("", ".gz", ".xz")):
@@ -190,7 +193,7 @@ def _hub(name: str) -> Corpus:
         raise UsageError(
             f"data.path=hub:{name} needs the package datasets, which is not installed: pip install statefeed[datasets]"
         ) from None
-    print(f"statefeed: reading {name} from the Hugging Face Hub, or from what was fetched before", file=sys.stderr)
+    notify(f"reading {name} from the Hugging Face Hub, or from what was fetched before")
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", name)
     except Exception as error:  # of many kinds: no network, no such name, no space
@@ -207,11 +210,11 @@ def _hub(name: str) -> Corpus:
 def _text(data: Data) -> Corpus:
     """A file or folder: its own splits where its files name them, else contiguous shares of the whole."""
     assert data.path is not None
-    path = Path(data.path).expanduser()
+    path = expand(data.path)
     if path.is_file():
         return Corpus(path.name, _contiguous(_decode(path), data))
     if not path.is_dir():
-        raise UsageError(f"data.path: there is no file or folder {path}")
+        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     if not files:
         raise UsageError(f"data.path: the folder {path} holds no files")

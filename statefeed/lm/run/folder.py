@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statefeed.lm import identity, recipe
+from statefeed.lm import recipe
 from statefeed.lm.config import Config
 from statefeed.lm.data import tokens
 from statefeed.lm.data.corpora import Corpus
@@ -38,26 +38,12 @@ def check_unused(config: Config) -> None:
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"run.dir: {folder} is a file, not a folder")
-    if any((folder / name).exists() for name in (CONFIG, METRICS, WEIGHTS)):
+    metrics = folder / METRICS  # empty where a process ended before it had made the run
+    if any((folder / name).exists() for name in (CONFIG, WEIGHTS)) or (metrics.exists() and metrics.stat().st_size):
         raise UsageError(
             f"{folder} already holds a run: resume it with --resume, choose another folder with --run.dir, or remove "
             "that one"
         )
-
-
-def check_same_config(config: Config) -> None:
-    """Check that the run in the recipe's folder is a run of this recipe.
-
-    Where and how it is computed and saved may change.
-
-    Raises:
-        UsageError: naming the first key that differs.
-    """
-    folder = Path(config.run.dir)
-    there, here = dataclasses.asdict(recipe.load(folder / CONFIG)), dataclasses.asdict(config)
-    if found := identity.difference(there, here):
-        key, old, new = found
-        raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}")
 
 
 def check_same_text(folder: Path, corpus: Corpus) -> None:
@@ -75,9 +61,8 @@ def check_same_text(folder: Path, corpus: Corpus) -> None:
 def create(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int, group: Group
 ) -> None:
-    """Make the run folder with everything that is known before the first step."""
+    """Write everything that is known before the first step into the run folder, which is there and locked."""
     folder = Path(config.run.dir)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     splits = {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits}
     known = {
         "corpus": corpus.name,
@@ -90,7 +75,8 @@ def create(
     metadata.write(folder, known)
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     unfinished = folder / CHECKPOINTS / CONFIG
-    unfinished.write_text(config.to_yaml(), encoding="utf-8")
+    data = dataclasses.replace(config.data, path=recipe.absolute(config.data.path))
+    unfinished.write_text(dataclasses.replace(config, data=data).to_yaml(), encoding="utf-8")
     os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
 
 
