@@ -98,6 +98,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
         # The temporary folder may be on another file system: copy beside the target, then rename.
         beside = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, beside)
+        beside.chmod(0o700)  # whatever the umask: a library that others may write to is not loaded
         os.replace(beside, target)
 
 
