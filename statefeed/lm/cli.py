@@ -4,11 +4,11 @@ import ctypes
 import dataclasses
 import os
 import platform
+import re
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         "corpora": _corpora,
     }
     try:
+        for word in arguments:
+            _check_utf8(word)
         if arguments and arguments[0] in ("-h", "--help"):
             print(USAGE, end="")
         elif not arguments or arguments[0] not in commands:
@@ -110,6 +112,17 @@ def _report(sentence: str, code: int) -> int:
     return code
 
 
+def _check_utf8(word: str) -> None:
+    """Raise unless an argument is text: other bytes can be neither saved in a recipe nor encoded."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(word[error.start]) & 0xFF
+        raise UsageError(
+            f"arguments must be UTF-8 text, got byte 0x{byte:02x} at offset {error.start} of {word!a}"
+        ) from None
+
+
 def _train(arguments: Sequence[str]) -> None:
     flags = recipes.parser("statefeed train")
     flags.add_argument(
@@ -118,11 +131,16 @@ def _train(arguments: Sequence[str]) -> None:
     flags.add_argument("--resume", action="store_true", help="resume the run in run.dir, bit for bit")
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
     values = recipes.parse(flags, arguments)
-    path = None if values.recipe is None else Path(values.recipe)
+    path = None if values.recipe is None else recipes.expand(values.recipe)
     if values.resume and (path is None or path.is_dir()):
-        folder = path or Path(values.run.dir)
+        folder = path or recipes.expand(values.run.dir)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} holds no run to resume: name its folder, or the recipe to begin with")
+        named = [word for word in arguments if re.match(r"--run\.dir\b", word)]
+        if path is not None and named and recipes.expand(values.run.dir).resolve() != path.resolve():
+            raise UsageError(
+                f"--resume {path} names the folder of the run, and --run.dir another, {values.run.dir}: give one"
+            )
         # The folder may have been moved since.
         values = recipes.parse(flags, [*arguments, f"--run.dir={folder}"], folder / CONFIG)
     elif path is not None:
@@ -157,7 +175,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     )
     values = recipes.parse(flags, arguments)
     device = resolve_device(values.device, "--device")
-    run = run_folder.load(Path(values.run))
+    run = run_folder.load(recipes.expand(values.run))
     corpus = corpora.read(_data(run.config.data, values.data.path))
     if values.split not in ("all", *corpus.splits):
         raise UsageError(f"{corpus.name} has no {values.split} split, only {' and '.join(corpus.splits)}")
@@ -203,7 +221,7 @@ def _generate(arguments: Sequence[str]) -> None:
     require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
     require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
     device = resolve_device(values.device, "--device")
-    run = run_folder.load(Path(values.run))
+    run = run_folder.load(recipes.expand(values.run))
     outside = run.tokenizer.unknown(values.prompt)
     if outside is not None:
         kind = run.config.data.tokens

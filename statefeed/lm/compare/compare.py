@@ -27,6 +27,7 @@ from statefeed.lm.config import Config
 from statefeed.lm.errors import Interrupted, UsageError
 from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
+from statefeed.lm.run.folder import check_apart
 
 _WIDTH = 1000  # characters that no table has
 _RESUME = "the same command resumes it"
@@ -58,7 +59,8 @@ def command(arguments: Sequence[str]) -> None:
     values = recipes.parse(flags, arguments)
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
-    folder = Path(values.out or f"{config.run.dir}-compare")
+    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
+    check_apart(config.data, folder)
     compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
 
 

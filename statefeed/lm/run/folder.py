@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from statefeed.lm import recipe
-from statefeed.lm.config import Config
+from statefeed.lm.config import Config, Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.corpora import Corpus
 from statefeed.lm.data.tokens import Tokenizer
@@ -16,7 +18,8 @@ from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import metadata
 from statefeed.lm.run.best import load_weights
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.files import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, WEIGHTS
+from statefeed.lm.run.files import CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
+from statefeed.lm.run.model_size import check_fits
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,24 @@ def check_unused(config: Config) -> None:
             f"{folder} already holds a run: resume it with --resume, choose another folder with --run.dir, or remove "
             "that one"
         )
+
+
+def check_apart(data: Data, folder: Path) -> None:
+    """Check that a folder of results is not the text that is read, so that neither is taken for the other.
+
+    Args:
+        data: names the text.
+        folder: of the run, or of a comparison.
+
+    Raises:
+        UsageError: when they overlap.
+    """
+    if data.path is None or data.path.startswith("hub:"):
+        return
+    text, results = recipe.expand(data.path).resolve(), folder.resolve()
+    written = {CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES}
+    if text == results or (text.parent == results and text.name in written) or results / CHECKPOINTS in text.parents:
+        raise UsageError(f"run.dir must be another folder than the text of data.path, got {folder} and {data.path}")
 
 
 def check_same_text(folder: Path, corpus: Corpus) -> None:
@@ -91,6 +112,7 @@ def load(folder: Path) -> Run:
     config = recipe.load(folder / CONFIG)
     found = metadata.read(folder)
     tokenizer = tokens.load(config.data, folder / TOKENIZER)
+    check_fits(config.model, tokenizer.size, torch.device("cpu"))
     model = LanguageModel(config.model, tokenizer.size).eval()
     load_weights(model, folder)
     return Run(config, found, tokenizer, model)

@@ -1,11 +1,11 @@
 """Language-model training loop."""
 
+import dataclasses
 import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import statefeed as sf
 from statefeed import native as kernels
+from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches
 from statefeed.lm.data.batches import IGNORED, Batch, Source, to_device
@@ -54,7 +55,8 @@ def train(config: Config, resume: bool = False) -> None:
         PeerLost: when another process of the job has ended.
         KeyboardInterrupt: when a signal ends it.
     """
-    folder = Path(config.run.dir)
+    folder = recipes.expand(config.run.dir)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
     with SignalHandler() as signals, Group.join(config.train) as group, ExitStack() as held:
         with describe_failure(lambda: "training had not begun"):
             resume = resume and (folder / CONFIG).exists()
@@ -65,6 +67,7 @@ def train(config: Config, resume: bool = False) -> None:
                     held.enter_context(lock(folder))
                 changes = resuming.check(config)
             else:
+                run_folder.check_apart(config.data, folder)
                 run_folder.check_unused(config)
             setup = prepare(config, resume, group)
             group.barrier()  # until all have seen what the folder holds
