@@ -19,8 +19,8 @@ _TORCHSCRIPT = (
 )
 
 _COMPILED_LSTM = (
-    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile without the '
-    "layer"
+    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile the model '
+    "without the layer"
 )
 
 
