@@ -218,6 +218,21 @@ def test_autocast_returns_the_dtypes_of_torch(cell, layers, rule, x):
         assert found == expected, (dtype, state, packed, grad)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype, layers, x, monkeypatch):
+    layer = sf.LSTM(3, 4, layers, feedback="dsf")
+    with torch.no_grad():
+        expected, (h, c) = layer(x.to(dtype).float())
+        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
+            with torch.autocast("cpu", torch.bfloat16):
+                y, state = layer(x.to(dtype), hx)
+            torch.testing.assert_close([y, *state], [expected.bfloat16(), h.bfloat16(), c.bfloat16()], rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert y.dtype == layer(x)[0].dtype
+
+
 @pytest.mark.parametrize("feature", ["lengths", "resets"])
 def test_a_linear_layer_feeds_a_gru_under_autocast(feature, x):
     options = {"lengths": torch.tensor([5, 3])} if feature == "lengths" else {"resets": torch.zeros(5, 2).bool()}
@@ -573,7 +588,9 @@ def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
 @pytest.mark.parametrize("transform", ["jacrev", "jacobian", "is_grads_batched", "jvp", "forward_ad", "vmap"])
 def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(transform, x):
     layer = sf.Recurrent(nn.GRUCell(3, 4), "dsf")
-    with pytest.raises(RuntimeError, match='^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'):
+    with pytest.raises(
+        RuntimeError, match=r'^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'
+    ):
         TRANSFORMS[transform](layer, x)
     layer.feedback = "bptt"
     TRANSFORMS[transform](layer, x)
@@ -685,7 +702,7 @@ def test_a_compiled_lstm_is_measured_and_follows_a_schedule(x):
         model.zero_grad()
         compiled(x).backward()
         sf.Schedule("torch").apply(model, 0.0)
-        with pytest.raises(Exception, match="torch.compile cannot train the LSTM of torch.nn: set feedback to .bptt"):
+        with pytest.raises(Exception, match=r"torch.compile cannot train the LSTM of torch.nn: set feedback to .bptt"):
             compiled(x)
     sf.Schedule("torch").apply(plain, 0.0)
     total(plain["layer"], x).backward()
