@@ -121,6 +121,16 @@ def test_alignment_counts_real_and_imaginary_parts_of_a_complex_head(x):
         assert sf.alignment(Model(), lambda model, x: model(x), x).parameters["weight"].cosine == pytest.approx(1)
 
 
+@beta
+@pytest.mark.parametrize("kind", [*LAYERS.values(), lambda *sizes, dtype: sf.Recurrent(nn.GRUCell(*sizes).to(dtype))])
+def test_diagnostics_take_complex_layers(kind):
+    layer, x = kind(3, 4, dtype=torch.cdouble), torch.randn(5, 2, 3, dtype=torch.cdouble)
+    found = sf.alignment(layer, lambda m, x: m(x)[0].abs().square().sum(), x, lags=3)
+    assert [found.total.cosine, *(lag.cosine for lag in found.lags[""].agreement)] == pytest.approx([1.0] * 4)
+    if isinstance(layer, nn.RNNBase):
+        assert sf.explain(layer, x).forward == "torch.nn's own path"
+
+
 # The default device ---------------------------------------------------------------------------------------------------
 
 _FACTORIES = {factory.__name__ for factory in _device_constructors()}
@@ -394,6 +404,23 @@ def test_a_distributed_model_is_measured_and_trained_on(one_process, x):
     for _ in range(2):
         loss(model, x).backward()
     assert model.module.layer.diagonal_updates.tolist() == [2]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.parametrize("rule", ["calibrated+1", "fitted"])
+def test_a_schedule_switches_a_sharded_model_to_a_learned_rule(rule, one_process, x):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = Tagger(), init_device_mesh("cpu", (1,))
+    plain = copy.deepcopy(model)
+    fully_shard(model.layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for fraction, each in product((0.1, 0.9), (model, plain)):
+        sf.Schedule(f"dsf@0.5/{rule}").apply(each, fraction)
+        each(x).square().sum().backward()
+    assert plain.layer.diagonal.any()
+    torch.testing.assert_close(model.layer.diagonal, plain.layer.diagonal)
 
 
 # Parameters that a cell does not use ----------------------------------------------------------------------------------
