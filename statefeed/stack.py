@@ -199,7 +199,8 @@ class RecurrentStack(FeedbackLayer):
         if hx is not None:
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
-        y, final = self.forward(packed, hx)
+        # Not self.forward: a subclass that wraps it is in the middle of its own.
+        y, final = RecurrentStack.forward(self, packed, hx)
         out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, segments.gather_index, y.data)
         out = out.unflatten(0, (T, B))
         ends = self._as_hx(tuple(segments.final(s, directions) for s in self._as_state(final)))

@@ -25,6 +25,7 @@ LEVELS = [
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"modules"},
+    {"subclass"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
     {"lm"},
