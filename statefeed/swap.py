@@ -111,6 +111,8 @@ def swap(
             report.kept[name] = reason
             continue
         if not dry_run:
+            if _is_class_forward(module):
+                del module.forward
             module.__class__ = _our_class(module)
             module.feedback = rule
             hook = _FirstCall(name, report._called)
@@ -159,6 +161,8 @@ def restore(model: nn.Module) -> nn.Module:
         if reason is not None:
             warnings.warn(f"restore left {name or '(the model)'}: {reason}", stacklevel=2)
             continue
+        if _is_class_forward(module):
+            del module.forward
         module.remove_feedback()
         _remove_hooks(module)
         module.__class__ = plain  # type: ignore[assignment]
@@ -233,7 +237,7 @@ def _reason_to_keep(
 
 def _changed_by_others(module: nn.Module, what: str) -> str | None:
     """Why the class of a layer cannot be changed now; ``what`` names the function that would."""
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not _is_class_forward(module):
         return (
             f"its forward was replaced on the object, as accelerate's hooks do: {what} before that, or remove the hooks"
         )
@@ -243,6 +247,12 @@ def _changed_by_others(module: nn.Module, what: str) -> str | None:
     if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.") for base in type(module).__mro__):
         return f"it is sharded by fully_shard: {what} before you parametrize or shard"
     return None
+
+
+def _is_class_forward(module: nn.Module) -> bool:
+    """Whether the forward on the object is its class's own, which accelerate leaves there as it removes a hook."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
 def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:

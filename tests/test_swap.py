@@ -320,6 +320,17 @@ def test_a_changed_layer_is_left_by_swap_and_by_restore(change: Callable[[nn.Mod
     assert str(model[0].feedback) == "dsf"
 
 
+def test_a_forward_of_the_class_that_a_removed_hook_left_on_the_object_is_no_obstacle() -> None:
+    layer, x = nn.GRU(3, 4), torch.randn(6, 2, 3)
+    exact = gradients(layer, x)
+    layer.forward = layer.forward
+    sf.swap(layer, feedback="ft-bptt")
+    assert not torch.allclose(gradients(layer, x)[1], exact[1], rtol=0.01)
+    layer.forward = layer.forward
+    sf.restore(layer)
+    torch.testing.assert_close(gradients(layer, x), exact)
+
+
 def test_restore_names_a_layer_that_torch_lacks() -> None:
     model = nn.ModuleDict({"own": sf.Recurrent(nn.RNNCell(2, 3)), "layer": sf.GRU(2, 3)})
     with pytest.warns(UserWarning, match="restore left own: "):

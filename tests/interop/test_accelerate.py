@@ -52,6 +52,11 @@ def test_a_layer_with_a_hook_is_left_until_the_hook_is_gone(counter):
         report = sf.swap(model)
     assert "replaced on the object" in report.kept["recurrent"]
     remove_hook_from_module(model.recurrent)
-    # Its removal leaves the original forward on the object, where it hides the class's.
-    vars(model.recurrent).pop("forward", None)
+    # Its removal leaves the original forward on the object.
+    assert "forward" in vars(model.recurrent)
     assert list(sf.swap(model).swapped) == ["recurrent"]
+    add_hook_to_module(model.recurrent, ModelHook())
+    with pytest.warns(UserWarning, match="restore left recurrent"):
+        sf.restore(model)
+    remove_hook_from_module(model.recurrent)
+    assert type(sf.restore(model).recurrent) is nn.GRU
