@@ -90,3 +90,7 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
             self.schedule.apply(pl_module, trainer.global_step / trainer.estimated_stepping_batches)
         if self.monitor is not None:
             pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # darts pickles the callback with the model; the report is about the layers of this process.
+        return {**vars(self), "report": None}

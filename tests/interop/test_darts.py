@@ -8,6 +8,17 @@ import statefeed as sf
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 darts_models = pytest.importorskip("darts.models", reason="run `make interop`")
+pytorch_lightning = pytest.importorskip("pytorch_lightning", reason="run `make interop`")
+
+
+class Losses(pytorch_lightning.Callback):
+    """Keeps the loss of every step; a class with a name, because darts pickles the callbacks with the model."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+        self.losses.append(float(outputs["loss"]))
 
 
 @pytest.fixture
@@ -45,15 +56,15 @@ def build(name, cell, callbacks):
 
 
 @pytest.mark.parametrize(("name", "cell"), [("RNNModel", "GRU"), ("RNNModel", "LSTM"), ("BlockRNNModel", "RNN")])
-def test_a_forecaster(compare, series, losses_callback, tmp_path, name, cell):
-    import pytorch_lightning
+def test_a_forecaster(compare, series, tmp_path, name, cell):
+    from darts.utils.serialization import safe_globals
 
     from statefeed.integrations.lightning import SwapCallback
 
     def fit(swapped):
-        losses = losses_callback(pytorch_lightning.Callback)
+        losses = Losses()
         model = build(name, cell, [*[SwapCallback()] * swapped, losses])
-        model.fit(series.astype("float32"))
+        model.fit(series)
         return losses.losses, model
 
     _, model = compare("darts", f"{name} {cell}", "48x16x32", fit)
@@ -63,7 +74,8 @@ def test_a_forecaster(compare, series, losses_callback, tmp_path, name, cell):
 
     # Loading builds plain layers; fitting on swaps them again, because the callback is saved with the model.
     model.save(str(tmp_path / "model.pt"))
-    loaded = getattr(darts_models, name).load(str(tmp_path / "model.pt"))
+    with safe_globals([SwapCallback, Losses]):
+        loaded = getattr(darts_models, name).load(str(tmp_path / "model.pt"))
     assert type(loaded.model.rnn) is kind
     torch.testing.assert_close(torch.tensor(loaded.predict(12, series=series).values()), torch.tensor(forecast))
     loaded.fit(series, epochs=1)

@@ -9,7 +9,7 @@ import statefeed as sf
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 flair = pytest.importorskip("flair", reason="run `make interop`")
 
-WORDS = {"Anna": "S-PER", "Bert": "S-PER", "Paris": "S-LOC", "Rome": "S-LOC", "saw": "O", "left": "O", "and": "O"}
+WORDS = {"Anna": "PER", "Bert": "PER", "Paris": "LOC", "Rome": "LOC", "saw": "O", "left": "O", "and": "O"}
 
 
 @pytest.fixture
@@ -47,7 +47,6 @@ def test_a_tagger(compare, sentences, tmp_path, cell):
             rnn_layers=2,
             rnn_type=cell,
             use_crf=True,
-            tag_format="BIOES",
         )
         if swapped:
             assert list(sf.swap(model).swapped) == ["rnn"]
