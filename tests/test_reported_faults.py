@@ -685,7 +685,7 @@ def test_a_compiled_lstm_is_measured_and_follows_a_schedule(x):
         model.zero_grad()
         compiled(x).backward()
         sf.Schedule("torch").apply(model, 0.0)
-        with pytest.raises(Exception, match="torch.compile cannot train the LSTM of torch.nn: set feedback to .bptt"):
+        with pytest.raises(Exception, match=r"torch.compile cannot train the LSTM of torch.nn: set feedback to .bptt"):
             compiled(x)
     sf.Schedule("torch").apply(plain, 0.0)
     total(plain["layer"], x).backward()
