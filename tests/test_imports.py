@@ -26,15 +26,16 @@ LEVELS = [
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"modules", "snapshot"},
+    {"subclass"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
-    {"lm"},
+    {"lm", "integrations"},
     {"bench"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The applications use the public API; the trainer's head also uses a kernel, and the benchmarks use the trainer.
-ALLOWED = {"lm": {"public API", "native"}, "bench": {"public API", "lm"}}
+ALLOWED = {"lm": {"public API", "native"}, "integrations": {"public API"}, "bench": {"public API", "lm"}}
 
 
 def top_level_of(file):
@@ -93,6 +94,8 @@ def test_imports_go_down_only(file):
         ("lm/cli.py", "from statefeed import GRU", set()),
         ("lm/cli.py", "from statefeed.layers import GRU", {"layers"}),
         ("lm/cli.py", "from .. import bench", {"bench"}),
+        ("integrations/lightning.py", "import statefeed as sf", set()),
+        ("integrations/lightning.py", "from statefeed.swap import swap", {"swap"}),
         ("bench/training.py", "from statefeed.lm import config", set()),
         ("bench/training.py", "from statefeed.layers import GRU", {"layers"}),
         ("__init__.py", "from statefeed.lm import train", {"lm"}),
