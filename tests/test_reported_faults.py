@@ -573,7 +573,9 @@ def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
 @pytest.mark.parametrize("transform", ["jacrev", "jacobian", "is_grads_batched", "jvp", "forward_ad", "vmap"])
 def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(transform, x):
     layer = sf.Recurrent(nn.GRUCell(3, 4), "dsf")
-    with pytest.raises(RuntimeError, match='^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'):
+    with pytest.raises(
+        RuntimeError, match=r'^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'
+    ):
         TRANSFORMS[transform](layer, x)
     layer.feedback = "bptt"
     TRANSFORMS[transform](layer, x)
