@@ -33,14 +33,16 @@ class CellLayer(RecurrentStack):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, and for k >= T corrections.
 
     Raises:
-        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the cell cannot run under.
+        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the layer cannot run under, as
+            ``"torch"``.
 
     Cost: on the reference backend, forward one call of ``cell.step`` per step, without autograd; backward as GRU.
 
     Example:
+        >>> import torch
         >>> from statefeed.cells import CELLS
         >>> class Tanh(CellLayer):
         ...     cell = CELLS["rnn_tanh"]
@@ -99,8 +101,11 @@ class CellLayer(RecurrentStack):
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
         """Why the layer cannot run under a rule, in one sentence; None if it can."""
-        if str(rule) == "torch":
-            return f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt"'
+        if rule.through_torch:
+            return (
+                f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt", or '
+                "statefeed.Recurrent where a second derivative is needed"
+            )
         return super().unsupported_reason(rule)
 
     def reset_parameters(self) -> None:

@@ -33,7 +33,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-# The applications use what everyone may use, the trainer's head a kernel besides; the benchmarks time both.
+# The applications use the public API; the trainer's head also uses a kernel, and the benchmarks use the trainer.
 ALLOWED = {"lm": {"public API", "native"}, "integrations": {"public API"}, "bench": {"public API", "lm"}}
 
 

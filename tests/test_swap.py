@@ -65,13 +65,13 @@ def test_swap_keeps_parameters_sharing_names_and_outputs(model: Tagger, tokens: 
 def test_an_optimiser_built_before_goes_on_and_the_rule_is_in_force(model: Tagger, tokens: torch.Tensor) -> None:
     model.eval()
     exact = copy.deepcopy(model)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sf.swap(model, feedback="dsf")
     for m in (model, exact):
         m(tokens).square().sum().backward()
     assert not torch.allclose(model.decoder.weight_hh_l0.grad, exact.decoder.weight_hh_l0.grad, rtol=0.01)
     before = model.decoder.weight_hh_l0.detach().clone()
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(model.decoder.weight_hh_l0, before - model.decoder.weight_hh_l0.grad)
 
 

@@ -1,4 +1,4 @@
-"""Registration of the operators that torch.compile sees as opaque, with their shapes."""
+"""Registration of the Triton operators, opaque to torch.compile, with their fake implementations."""
 
 from __future__ import annotations
 
