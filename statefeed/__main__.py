@@ -1,5 +1,7 @@
 """Command-line entry point: `statefeed` and `python -m statefeed`."""
 
+import io
+import os
 import sys
 from importlib.util import find_spec
 
@@ -8,6 +10,7 @@ _APPLICATION = ("jsonargparse", "matplotlib", "numpy", "rich", "safetensors", "t
 
 def main() -> None:
     """Run the command line and exit with its code; 2, with an error message, if the application is not installed."""
+    _open_streams()
     if missing := [name for name in _APPLICATION if find_spec(name) is None]:
         print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
         sys.exit(2)
@@ -23,6 +26,22 @@ def main() -> None:
 
     _trainer_process()
     sys.exit(cli.main(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Standard streams that are closed read and write nothing; text that stdout cannot encode is printed with `?`.
+
+    A stream that stayed closed would leave its number to the next file that is opened, which is then written into.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _trainer_process() -> None:

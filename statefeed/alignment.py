@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
 from statefeed.mixin import FeedbackLayer
+from statefeed.snapshot import untouched
+from statefeed.stack import RecurrentStack
 
 # Rows of the batch for the measurement by lag: enough for a curve, cheap compared with the whole batch.
 _ROWS = 4
@@ -82,13 +85,15 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
 
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the fraction of entries with ``sign(g) = sign(g*)``, where
     g* is the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random
-    numbers, so that dropout masks are equal. Rules, ``.grad``, buffers and random generators are restored afterwards.
+    numbers and start from the same hidden state, so that dropout masks are equal. A compiled model is run uncompiled.
+    Rules, ``.grad``, buffers, hidden state in attributes and random generators are restored afterwards. Where a
+    gradient is not finite all numbers are NaN.
 
     A layer under ``"fitted"`` is measured with its current diagonal, not with one of its exact passes.
 
     The lags are measured on every layer alone, with the input of its first call. For packed inputs and inputs with
     ``lengths`` only the longest sequences are used; ``resets`` are ignored. For a bidirectional layer, the forward half
-    of the last output is used.
+    of the last output is used. A subclass with a ``forward`` of its own has no lags.
 
     Args:
         model: any module that contains statefeed layers.
@@ -102,7 +107,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Gradient: none; ``.grad`` is not changed.
 
     Raises:
-        ValueError: the model has no statefeed layer or no parameter that requires grad, or ``lags`` is negative.
+        ValueError: the model has no statefeed layer, no parameter that requires grad and is reached by the loss, or
+            sharded parameters, or ``lags`` is negative.
 
     Cost: one forward and backward pass under the rules and one under torch's own BPTT. The lags take one more pass of
         the recurrent layers each way, over min(lags, T) steps of min(4, B) rows.
@@ -127,16 +133,21 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
+    sharded = _sharded(model)
+    if sharded is not None:
+        raise ValueError(f"alignment needs whole parameters, got {sharded}: measure a model that is not sharded")
 
-    with _restored(model), _inputs(layers, lags) as inputs:
+    with untouched(model), _inputs(layers, lags) as inputs, _eager():
         _freeze(layers.values())
         ours = _gradients(model, loss_fn, batch, parameters)
-    with _restored(model), ExitStack() as stack:
+    with untouched(model), _eager(), ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.exact_rule())
         exact = _gradients(model, loss_fn, batch, parameters)
 
     reached = [name for name, g in exact.items() if g is not None and ours[name] is not None]
+    if not reached:
+        raise ValueError("alignment needs a loss that depends on a parameter, got one that reaches none of them")
     names = {id(p): name for name, p in parameters.items()}
     reached_by_layer = {
         layer_name: [n for n in (names.get(id(p)) for p in layer.parameters()) if n in reached]
@@ -210,6 +221,28 @@ class Monitor:
         return self.history[-1][1].numbers()
 
 
+def _sharded(model: nn.Module) -> str | None:
+    """The first part of a model whose parameters are spread over processes."""
+    # Named rather than imported: torch.distributed takes as long to import as torch.
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"{name or 'a model'} in FullyShardedDataParallel"
+    return next(
+        (f"{name} as a {type(p).__name__}" for name, p in model.named_parameters() if type(p).__name__ == "DTensor"),
+        None,
+    )
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run what torch.compile has compiled uncompiled: torch cannot compile the training of its own LSTM."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
 def _gradients(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor | None]:
@@ -219,17 +252,20 @@ def _gradients(
     return dict(zip(parameters, grads, strict=True))
 
 
+def _real(gradient: Tensor) -> Tensor:
+    """All entries, real and imaginary parts as two."""
+    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).double().flatten()
+
+
 def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreement:
-    pairs = [
-        (g.double().flatten(), h.double().flatten())
-        for g, h in zip(ours, exact, strict=True)
-        if g is not None and h is not None
-    ]
+    pairs = [(_real(g), _real(h)) for g, h in zip(ours, exact, strict=True) if g is not None and h is not None]
+    nan = float("nan")
+    if not all(bool(v.isfinite().all()) for pair in pairs for v in pair):
+        return Agreement(nan, nan, nan)
     dot = sum(float(g @ h) for g, h in pairs)
     right = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
     signed = sum(int((h != 0).sum()) for _, h in pairs)
     rule_norm, exact_norm = (sum(float(v @ v) for v in side) ** 0.5 for side in zip(*pairs, strict=True))
-    nan = float("nan")
     return Agreement(
         dot / (rule_norm * exact_norm) if rule_norm and exact_norm else nan,
         rule_norm / exact_norm if exact_norm else nan,
@@ -255,9 +291,11 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
         if lags and name not in inputs and x.is_floating_point():
             inputs[name] = x[-lags:, :_ROWS].detach()
 
+    # What a subclass with a forward of its own takes and returns is not known.
     hooks = [
         layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
         for name, layer in layers.items()
+        if type(layer).forward in (RecurrentStack.forward, Recurrent.forward)
     ]
     try:
         yield inputs
@@ -277,10 +315,10 @@ def _freeze(layers: Iterable[Any]) -> None:
 
 
 def _lags(layer: Any, x: Tensor) -> Lags:
-    with _restored(layer):
+    with untouched(layer):
         _freeze([layer])
         rule = _by_lag(layer, x)
-    with _restored(layer), layer.exact_rule():
+    with untouched(layer), layer.exact_rule():
         exact = _by_lag(layer, x)
     return Lags(
         tuple(exact.flatten(1).norm(dim=1).tolist()),
@@ -291,7 +329,8 @@ def _lags(layer: Any, x: Tensor) -> Lags:
 
 def _by_lag(layer: Any, x: Tensor) -> Tensor:
     """Gradient of the last output with respect to the input, (T, rows, I), lag 0 first."""
-    x = x.to(next(layer.parameters()).dtype, copy=True).requires_grad_()
+    weight = next(layer.parameters(), x)
+    x = x.to(weight.dtype, copy=True).requires_grad_()
     with torch.enable_grad():
         y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
         last = y[:, -1] if layer.batch_first else y[-1]
@@ -300,20 +339,3 @@ def _by_lag(layer: Any, x: Tensor) -> Tensor:
         projection = (last * torch.randn_like(last)).sum()
     (grad,) = torch.autograd.grad(projection, x)
     return grad.flip(0).double().cpu()
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore rules, buffers and random generators on exit."""
-    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for layer, rule in rules:
-                layer.feedback = rule
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)

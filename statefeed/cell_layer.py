@@ -106,6 +106,9 @@ class CellLayer(RecurrentStack):
                 f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt", or '
                 "statefeed.Recurrent where a second derivative is needed"
             )
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.is_complex():
+            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
 
     def reset_parameters(self) -> None:
@@ -128,7 +131,7 @@ class CellLayer(RecurrentStack):
                 f"the input must have {self.input_size} features per step, as input_size says, got the shape "
                 f"{tuple(x.shape)}"
             )
-        weight = next(self.parameters())
+        weight = self._weights_of(0)[0]
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"the input must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
         B = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])

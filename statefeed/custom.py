@@ -20,9 +20,17 @@ from statefeed.feedback import (
     as_feedback,
 )
 from statefeed.layout import shift_left
-from statefeed.mixin import FeedbackLayer
-from statefeed.recurrence import NO_SECOND_DERIVATIVE, autocast_dtype
+from statefeed.mixin import FeedbackLayer, complex_reason
+from statefeed.recurrence import autocast_dtype
 from statefeed.scan import diagonal_scan
+from statefeed.transforms import (
+    NO_SECOND_DERIVATIVE,
+    NO_TRANSFORM_OF_A_STEP,
+    is_batched,
+    no_batched_gradients,
+    no_forward_mode,
+    traced,
+)
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 
@@ -117,12 +125,19 @@ class Recurrent(FeedbackLayer):
 
         Gradient: that of the rule; plain autograd through the loop under ``"bptt"``.
         """
+        node = traced(self, Recurrent, (x,) if state is None else (x, state), {})
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         if x.dim() != 3:
             raise ValueError(f"x must have the shape (T, B, I), or (B, T, I) with batch_first, got {tuple(x.shape)}")
         if self.batch_first:
             x = x.transpose(0, 1)
         if state is None:
-            initial = tuple(x.new_zeros(x.shape[1], width) for width in self._widths)
+            # Tokens have the state of the parameters: a state of whole numbers has no gradient.
+            weight = next((p for p in self.cell.parameters() if p.is_floating_point() or p.is_complex()), None)
+            real = x.is_floating_point() or x.is_complex()
+            dtype = x.dtype if real else torch.get_default_dtype() if weight is None else weight.dtype
+            initial = tuple(x.new_zeros(x.shape[1], width, dtype=dtype) for width in self._widths)
         else:
             initial = (state,) if isinstance(state, Tensor) else tuple(state)
         shapes = [tuple(s.shape) for s in initial]
@@ -138,10 +153,21 @@ class Recurrent(FeedbackLayer):
             y, final = states[0], tuple(s[-1] for s in states)
         else:
             named = dict(self.cell.named_parameters())
+            for tensor in (x, *initial, *named.values()):
+                if tensor.is_complex():
+                    raise ValueError(complex_reason(self._feedback, tensor.dtype))
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(NO_TRANSFORM_OF_A_STEP)
             call = _Call(
-                self.cell, self._rules[0], self.learned_state(0), tuple(named), len(initial), autocast_dtype(x)
+                self.cell,
+                self._rules[0],
+                self.learned_state(0, x.device),
+                tuple(named),
+                len(initial),
+                autocast_dtype(x),
             )
-            y, *finals = _Custom.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
+            function = _Custom if torch.compiler.is_compiling() else _EagerCustom
+            y, *finals = function.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
             final = tuple(finals)
         return (y.transpose(0, 1) if self.batch_first else y), (final[0] if len(final) == 1 else final)
 
@@ -193,6 +219,8 @@ class _Custom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if any(is_batched(g) for g in grads):
+            raise RuntimeError(no_batched_gradients(None))
         if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         call: _Call = ctx.call
@@ -211,13 +239,15 @@ class _Custom(torch.autograd.Function):
             named = dict(zip(call.names, leaves[1:], strict=True))
             after = torch.cat(_call(call.cell, named, leaves[0], tuple(before)), -1)
 
-        def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+            """None for an input that the cell does not use."""
             rows = delta.flatten(0, 1).to(after.dtype)
-            return torch.autograd.grad(after, inputs, rows, retain_graph=True, materialize_grads=True)
+            return torch.autograd.grad(after, inputs, rows, retain_graph=True, allow_unused=True)
 
         def jacobian_product(delta: Tensor) -> Tensor:
             """J^T delta, (T, B, S)."""
-            return torch.cat(vjp(delta, before), -1).reshape(T, B, sum(widths))
+            found = [torch.zeros_like(s) if g is None else g for g, s in zip(vjp(delta, before), before, strict=True)]
+            return torch.cat(found, -1).reshape(T, B, sum(widths))
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
@@ -242,6 +272,14 @@ class _Custom(torch.autograd.Function):
         d_x, *d_parameters = [next(found) if n else None for n in needs]
         d_x = None if d_x is None else d_x.reshape(x.shape)
         return None, d_x, *d_initial, *d_parameters
+
+
+class _EagerCustom(_Custom):
+    """``_Custom`` with a sentence on forward mode; torch.compile takes no function with a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(no_forward_mode(None))
 
 
 def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor]) -> Tensor:

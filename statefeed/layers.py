@@ -18,6 +18,11 @@ _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
 )
 
+_COMPILED_LSTM = (
+    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile without the '
+    "layer"
+)
+
 
 class RecurrentLayer(RecurrentStack, nn.RNNBase):
     """A stack of a cell that torch has: torch.nn.RNNBase's constructor and parameters, and torch's path."""
@@ -62,7 +67,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     @property
     def _layer_by_layer(self) -> bool:
         """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
-        return "_feedback" in self.__dict__ and not self._feedback.exact and next(self.parameters()).is_cuda
+        weight = next(self.parameters(), None)  # None where a hypernetwork sets the weights
+        return "_feedback" in self.__dict__ and not self._feedback.exact and weight is not None and weight.is_cuda
 
     def _rule_changed(self) -> None:
         self.flatten_parameters()
@@ -79,6 +85,9 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
+            raise RuntimeError(_COMPILED_LSTM)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:

@@ -69,13 +69,21 @@ class Schedule:
 
         Returns:
             Whether the rule of a layer changed.
+
+        Raises:
+            ValueError: a layer cannot run under the rule; then no layer is changed.
         """
         rule = self.at(fraction)
+        # A rule is compared by value only once: a diagonal on a GPU would be read at every step.
+        layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback is not rule]
+        for layer in layers:
+            reason = layer.unsupported_reason(rule)
+            if reason is not None:
+                raise ValueError(reason)
         changed = False
-        for layer in model.modules():
-            if isinstance(layer, FeedbackLayer) and layer.feedback != rule:
-                layer.feedback = rule
-                changed = True
+        for layer in layers:
+            changed |= layer.feedback != rule
+            layer.feedback = rule
         return changed
 
     def __str__(self) -> str:

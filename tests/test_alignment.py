@@ -104,6 +104,7 @@ def test_the_model_is_as_it_was(x):
         assert (p.grad is None and grads[name] is None) or torch.equal(p.grad, grads[name])
     assert {name for name, _ in model.named_buffers()} == {name for name, _ in other.named_buffers()}
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+    assert all(torch.equal(t, other.first.learned_tensors()[k]) for k, t in model.first.learned_tensors().items())
 
 
 def test_the_model_is_as_it_was_after_a_loss_that_fails(x):

@@ -20,11 +20,12 @@ LEVELS = [
     {"cells"},
     {"feedback"},
     {"backends"},
+    {"transforms"},
     {"recurrence"},
     {"mixin"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
-    {"modules"},
+    {"modules", "snapshot"},
     {"subclass"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
@@ -47,7 +48,7 @@ def is_top_level(name):
 
 
 def imported(file, source):
-    """What a file imports of the package anywhere in it, under TYPE_CHECKING or within a function as well."""
+    """All imports of the package in a file, including those under TYPE_CHECKING and in functions."""
     package = ("statefeed", *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -65,7 +66,7 @@ def imported(file, source):
 
 
 def upward_imports(file, source):
-    """What a file imports and must not."""
+    """Imports of a file that its level does not allow."""
     name = top_level_of(file)
     below = {other for other in LEVEL if LEVEL[other] < LEVEL[name]}
     return set(imported(file, source)) - {name} - ALLOWED.get(name, below)
@@ -101,7 +102,7 @@ def test_imports_go_down_only(file):
         ("__main__.py", "from statefeed.lm import cli", set()),
     ],
 )
-def test_the_check_tells_up_from_down(file, line, expected):
+def test_the_check_finds_upward_imports(file, line, expected):
     assert upward_imports(PACKAGE / file, line) == expected
 
 

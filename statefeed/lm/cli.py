@@ -1,13 +1,14 @@
 """The command line: its commands by name; every user error is one sentence and exit code 2."""
 
 import ctypes
+import dataclasses
 import os
 import platform
+import re
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,8 +16,9 @@ from jsonargparse import ArgumentParser
 
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import compare, report
+from statefeed.lm.config import Data
 from statefeed.lm.data import batches, cache, corpora
-from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError, require
+from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError, notify, require
 from statefeed.lm.run import folder as run_folder
 from statefeed.lm.run.device import resolve_device
 from statefeed.lm.run.evaluate import score
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         "corpora": _corpora,
     }
     try:
+        for word in arguments:
+            _check_utf8(word)
         if arguments and arguments[0] in ("-h", "--help"):
             print(USAGE, end="")
         elif not arguments or arguments[0] not in commands:
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     except Diverged as error:
         return _report(str(error), 1)
     except PeerLost as error:
-        print(f"statefeed: {error}", file=sys.stderr)  # by every process that is left
+        notify(str(error))  # by every process that is left
         return 1
     except Interrupted as error:
         return _report(str(error), 128 + error.number)
@@ -104,8 +108,19 @@ def own_process() -> None:
 def _report(sentence: str, code: int) -> int:
     """Print why, once for all processes of a job, since what stops one stops all."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"statefeed: {sentence}", file=sys.stderr)
+        notify(sentence)
     return code
+
+
+def _check_utf8(word: str) -> None:
+    """Raise unless an argument is text: other bytes can be neither saved in a recipe nor encoded."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(word[error.start]) & 0xFF
+        raise UsageError(
+            f"arguments must be UTF-8 text, got byte 0x{byte:02x} at offset {error.start} of {word!a}"
+        ) from None
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -116,11 +131,16 @@ def _train(arguments: Sequence[str]) -> None:
     flags.add_argument("--resume", action="store_true", help="resume the run in run.dir, bit for bit")
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
     values = recipes.parse(flags, arguments)
-    path = None if values.recipe is None else Path(values.recipe)
+    path = None if values.recipe is None else recipes.expand(values.recipe)
     if values.resume and (path is None or path.is_dir()):
-        folder = path or Path(values.run.dir)
+        folder = path or recipes.expand(values.run.dir)
         if not (folder / CONFIG).is_file():
             raise UsageError(f"{folder} holds no run to resume: name its folder, or the recipe to begin with")
+        named = [word for word in arguments if re.match(r"--run\.dir\b", word)]
+        if path is not None and named and recipes.expand(values.run.dir).resolve() != path.resolve():
+            raise UsageError(
+                f"--resume {path} names the folder of the run, and --run.dir another, {values.run.dir}: give one"
+            )
         # The folder may have been moved since.
         values = recipes.parse(flags, [*arguments, f"--run.dir={folder}"], folder / CONFIG)
     elif path is not None:
@@ -145,22 +165,43 @@ def _run_parser(command: str) -> ArgumentParser:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     flags = _run_parser("evaluate")
-    flags.add_argument("--split", type=Literal["train", "valid", "test"], default="valid", help="what to score")
+    splits = Literal["train", "valid", "test", "all"]
+    flags.add_argument("--split", type=splits, default="valid", help="what to score; all: the splits as one text")
+    flags.add_argument(
+        "--data.path",
+        type=str | None,
+        default=None,
+        help="where the text of the run is now, or another text to score; null for where it was in training",
+    )
     values = recipes.parse(flags, arguments)
     device = resolve_device(values.device, "--device")
-    run = run_folder.load(Path(values.run))
-    corpus = corpora.read(run.config.data)
-    if values.split not in corpus.splits:
+    run = run_folder.load(recipes.expand(values.run))
+    corpus = corpora.read(_data(run.config.data, values.data.path))
+    if values.split not in ("all", *corpus.splits):
         raise UsageError(f"{corpus.name} has no {values.split} split, only {' and '.join(corpus.splits)}")
-    recorded = run.metadata["splits"].get(values.split, {}).get("sha256")
-    if recorded not in (None, corpus.digests[values.split]):
-        raise UsageError(
-            f"the {values.split} split of {corpus.name} is not the text of the run: expected sha256 "
-            f"{recorded}, got {corpus.digests[values.split]}"
-        )
-    ids = cache.encode(run.tokenizer, corpus.splits[values.split])
+    chosen = [split for split in corpus.splits if values.split in (split, "all")]
+    what = values.split
+    for split in chosen:
+        recorded = run.metadata["splits"].get(split, {}).get("sha256")
+        if recorded in (None, corpus.digests[split]):
+            continue
+        if values.data.path is None:
+            raise UsageError(
+                f"the {split} split of {corpus.name} is not the text of the run: expected sha256 {recorded}, got "
+                f"{corpus.digests[split]}; name the text to score with --data.path"
+            )
+        what = f"{values.split} of {corpus.name}, another text than the run's"
+    ids = cache.encode(run.tokenizer, "".join(corpus.splits[split] for split in chosen))
     source = batches.scoring(ids, run.config.data, run.config.train)
-    print(f"{values.split}: {score(run.model.to(device), source, corpus.sizes[values.split])}")
+    print(f"{what}: {score(run.model.to(device), source, sum(corpus.sizes[split] for split in chosen))}")
+
+
+def _data(data: Data, path: str | None) -> Data:
+    """How a run reads text, of another path where one is given."""
+    if path is None:
+        return data
+    corpus = "text" if data.corpus == "pydoc" else data.corpus
+    return dataclasses.replace(data, corpus=corpus, path=path)
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -180,7 +221,7 @@ def _generate(arguments: Sequence[str]) -> None:
     require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
     require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
     device = resolve_device(values.device, "--device")
-    run = run_folder.load(Path(values.run))
+    run = run_folder.load(recipes.expand(values.run))
     outside = run.tokenizer.unknown(values.prompt)
     if outside is not None:
         kind = run.config.data.tokens

@@ -1,5 +1,8 @@
 """Errors of the language-model application; the command line turns each into one sentence and an exit code."""
 
+import sys
+from contextlib import suppress
+
 
 class UsageError(ValueError):
     """A user error, described in one sentence; the command line turns it into exit code 2.
@@ -37,6 +40,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, sentence: str, number: int) -> None:
         super().__init__(sentence)
         self.number = number
+
+
+def notify(sentence: str) -> None:
+    """Print a sentence on stderr, where there is one: a notice that cannot be printed ends no work."""
+    with suppress(OSError, ValueError):
+        print(f"statefeed: {sentence}", file=sys.stderr, flush=True)
 
 
 def require(condition: bool, expectation: str, got: object) -> None:

@@ -9,11 +9,12 @@ Every field of a recipe has one of three flags (`statefeed.lm.config.option`), f
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import statefeed as sf
 from statefeed.lm.config import RECURRENT, SECTIONS, Identity
+from statefeed.lm.recipe import absolute
 
 Recipe = Mapping[str, Mapping[str, Any]]  # the values by section and key
 
@@ -64,13 +65,26 @@ def rule(cell: str, feedback: float | str) -> str:
     return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
 
 
-def difference(there: Recipe, here: Recipe) -> tuple[str, Any, Any] | None:
-    """The first key in which two recipes are not the same run, with both values; None where they are the same run."""
+def difference(there: Recipe, here: Recipe, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+    """The first key in which two recipes are not the same run, with both values; None where they are the same run.
+
+    Args:
+        there: the recipe of a run, in which a path is absolute.
+        here: another one.
+        ignored: keys that may differ.
+    """
     first, second = flat(there), flat(here)
     for key in keys("task", "run"):
-        if first[key] != second[key] and not (key == "model.feedback" and _same_rule(first[key], second[key])):
+        if first[key] == second[key] or key in ignored:
+            continue
+        same = {"model.feedback": _same_rule, "data.path": _same_path}.get(key)
+        if same is None or not same(first[key], second[key]):
             return key, first[key], second[key]
     return None
+
+
+def _same_path(first: str | None, second: str | None) -> bool:
+    return absolute(first) == absolute(second)
 
 
 def _same_rule(first: float | str, second: float | str) -> bool:

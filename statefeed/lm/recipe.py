@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,8 +15,26 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from statefeed.lm import migration
 from statefeed.lm.config import SECTIONS, Config
 from statefeed.lm.errors import UsageError
+from statefeed.lm.yaml_file import load_yaml
 
 CONFIG, RECORD = "config.yaml", "record.json"  # of a run folder
+_OTHER_NAMES = {  # of keys, in other programs
+    "learning_rate": "lr",
+    "batch_size": "batch",
+    "seq_len": "context",
+    "block_size": "context",
+    "bptt": "context",
+    "hidden_size": "width",
+    "num_layers": "layers",
+    "n_layer": "layers",
+    "grad_clip": "clip",
+    "max_steps": "steps",
+    "max_iters": "steps",
+    "num_epochs": "epochs",
+    "vocab_size": "vocabulary",
+    "out_dir": "dir",
+    "output_dir": "dir",
+}
 BASE = "base"  # the key of a recipe that names the file whose values it changes
 
 
@@ -63,6 +82,10 @@ def build(values: Namespace) -> Config:
     Raises:
         UsageError: when a value is out of range.
     """
+    for section in SECTIONS:
+        for key, value in vars(values[section]).items():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UsageError(f"{section}.{key} must be below 2^63, got {value}")
     return Config(**{section: kind(**vars(values[section])) for section, kind in SECTIONS.items()})
 
 
@@ -102,6 +125,47 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
 
 
+def absolute(path: str | None) -> str | None:
+    """A data.path as it means the same in every working directory; a name of the Hub stays what it is.
+
+    Raises:
+        UsageError: when it begins with the home folder of a user that does not exist.
+
+    >>> absolute("hub:wikitext-2-v1"), absolute("/data/../story.txt")
+    ('hub:wikitext-2-v1', '/story.txt')
+    """
+    return path if path is None or path.startswith("hub:") else os.path.abspath(expand(path))
+
+
+def expand(path: str) -> Path:
+    """A path with `~` and `~user` replaced by the home folder.
+
+    Raises:
+        UsageError: when there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path} begins with a home folder that does not exist: name the folder itself") from None
+
+
+def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
+    """Change single values in the recipe of a run, whose other keys keep the names and values of its version.
+
+    Args:
+        path: of the recipe.
+        values: by section.key.
+        folder: of the same file system, for the unfinished file.
+    """
+    sections = load_yaml(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    unfinished = folder / f"{path.name}.unfinished"
+    unfinished.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def _version(record: Path) -> object:
     """The version of statefeed that began a run; None where its record does not name it."""
     try:
@@ -111,20 +175,10 @@ def _version(record: Path) -> object:
     return found.get("statefeed") if isinstance(found, dict) else None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in a mapping is an error, as its standard has it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
-            raise yaml.YAMLError(f"the key {twice[0]} stands twice in one mapping")
-        return super().construct_mapping(node, deep)
-
-
 def _sections(path: str | Path) -> dict[str, Any]:
     """What one file holds, its keys checked and under the names of today."""
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        found = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"the recipe {path} does not exist") from None
     except IsADirectoryError:
@@ -134,7 +188,10 @@ def _sections(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        raise UsageError(f"the recipe {path} must hold sections ({', '.join(SECTIONS)}), got {found!r}")
+        raise UsageError(
+            f"the recipe {path} must hold sections ({', '.join(SECTIONS)}), got {_short(found)}; text to train on is "
+            "named by --data.corpus=text --data.path=FILE"
+        )
     sections = migration.recipe(found)
     for section, values in sections.items():
         if section == BASE:
@@ -142,15 +199,24 @@ def _sections(path: str | Path) -> dict[str, Any]:
         if section not in SECTIONS:
             raise UsageError(f"unknown section {section!r} in {path}: expected one of {', '.join(SECTIONS)}")
         if not isinstance(values, dict):
-            raise UsageError(f"section {section!r} of {path} must hold keys and values, got {values!r}")
+            raise UsageError(f"section {section!r} of {path} must hold keys and values, got {_short(values)}")
         known = [f"{section}.{item.name}" for item in fields(SECTIONS[section])]
         if unknown := [key for key in values if f"{section}.{key}" not in known]:
             raise UsageError(f"{path}: {_unknown(f'{section}.{unknown[0]}', known)}")
     return sections
 
 
+def _short(value: object) -> str:
+    """A value in a message, of which the beginning is enough."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
+    name, known = key.rpartition(".")[2], list(known)
+    name = _OTHER_NAMES.get(name.replace("-", "_"), name)
+    # The same name in another section, or what other programs call it, before what is spelled alike.
+    near = [one for one in known if one.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1)
     return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists every key")
 
 

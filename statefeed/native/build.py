@@ -1,7 +1,8 @@
 """Loading of the C++ kernels: a wheel's library, or one compiled for this machine and cached.
 
 The cache key covers the sources, torch, the compiler, its flags and the CPU, so that different machines can share one
-home folder. A lock makes concurrent processes build once; an atomic rename publishes the library.
+home folder. A lock makes concurrent processes build once; an atomic rename publishes the library. The cache
+folder is private, and a library that others may have written is not loaded.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from statefeed.native.cache_folder import cache_folder, distrust, make_private
 from statefeed.native.compile import FLAGS, VARIANTS, compile_library, compiler, sources
 
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -35,7 +37,7 @@ def load() -> str:
     """
     prebuilt = _prebuilt()
     torch.ops.load_library(str(prebuilt or _compiled()))  # type: ignore[no-untyped-call]
-    from statefeed.native import fakes  # noqa: F401
+    from statefeed.native import fakes, flops  # noqa: F401
 
     return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
 
@@ -61,14 +63,25 @@ def _prebuilt() -> Path | None:
 
 def _compiled() -> Path:
     """The library for this machine, from the cache or compiled into it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statefeed"
+    cache = cache_folder()
     target = cache / f"kernels-{_cache_key()}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    make_private(cache)
+    if not _usable(target):
         with _locked(cache / "lock"):
-            if not target.exists():
+            if not _usable(target):
                 compile_library(target, Path(torch.__file__).parent, _machine_flags())
     return target
+
+
+def _usable(library: Path) -> bool:
+    """Whether a compiled library exists and nobody else can have written it: loading it runs its code."""
+    if not library.exists():
+        return False
+    reason = distrust(library)
+    if reason is not None:
+        warnings.warn(f"{reason}: the kernels are compiled again", RuntimeWarning, stacklevel=2)
+        library.unlink()
+    return reason is None
 
 
 def _machine_flags() -> list[str]:

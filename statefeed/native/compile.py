@@ -98,6 +98,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
         # The temporary folder may be on another file system: copy next to the target, then rename.
         temporary = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, temporary)
+        temporary.chmod(0o700)  # whatever the umask: a library that others may write to is not loaded
         os.replace(temporary, target)
 
 

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -25,7 +25,9 @@ from statefeed.lm.compare.table import table as comparison
 from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.config import Config
 from statefeed.lm.errors import Interrupted, UsageError
+from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
+from statefeed.lm.run.folder import check_apart
 
 _WIDTH = 1000  # characters that no table has
 _RESUME = "the same command resumes it"
@@ -57,7 +59,8 @@ def command(arguments: Sequence[str]) -> None:
     values = recipes.parse(flags, arguments)
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
-    folder = Path(values.out or f"{config.run.dir}-compare")
+    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
+    check_apart(config.data, folder)
     compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
 
 
@@ -81,14 +84,13 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         elif (Path(config.run.dir) / CONFIG).exists():
             there = recipes.load(Path(config.run.dir) / CONFIG)
             _check_same_run(config, dataclasses.asdict(there), Path(config.run.dir))
-    console = Console(highlight=False, soft_wrap=True)
+    console = output.console(soft_wrap=True)
     for number, config in enumerate(planned, 1):
         if Path(config.run.dir).name in done:
             continue
         console.print(
             f"run {number} of {len(planned)}: {config.model.feedback}, seed {config.train.seed}, "
             f"rate {config.train.lr:g}, in {config.run.dir}",
-            markup=False,
         )
         outcome, caught = _train(config)
         result = read_run(Path(config.run.dir), outcome)
@@ -147,7 +149,8 @@ def _train(config: Config) -> tuple[str, int | None]:
         try:
             for sentence in process.stderr:
                 if not passed or sentence.startswith("statefeed: "):  # not where its imports were interrupted
-                    sys.stderr.write(sentence)
+                    with suppress(OSError, ValueError):
+                        sys.stderr.write(sentence)
             code = process.wait()
         finally:
             for number, handler in before.items():
@@ -167,7 +170,7 @@ def _train(config: Config) -> tuple[str, int | None]:
 
 def show(compared: Sequence[Result], folder: Path) -> None:
     """Print a table for every task and leave the figures in the folder."""
-    console = Console()
+    console = output.console()
     for title, same in tasks(compared).items():
         headings, rows = comparison(same)
         table = Table(title=title)
@@ -184,6 +187,4 @@ def show(compared: Sequence[Result], folder: Path) -> None:
         f"{folder} keeps the runs, {COMPARISON}{''.join(f', {name}' for name in names)}; "
         f"statefeed report {folder} makes one page of it",
         soft_wrap=True,
-        markup=False,
-        highlight=False,
     )

@@ -1,7 +1,6 @@
 """The command `statefeed report`: runs, comparisons and benchmarks on one page."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -9,6 +8,8 @@ from statefeed.lm import recipe
 from statefeed.lm.compare import figures, markdown, page
 from statefeed.lm.compare.sources import read
 from statefeed.lm.errors import require
+
+_READ = (".jsonl", ".json", ".yaml", ".safetensors")  # the endings of runs, comparisons and benchmarks
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -35,15 +36,20 @@ def command(arguments: Sequence[str]) -> None:
         "--summary", type=str | None, default=None, help="update the figures in this Markdown file instead of the page"
     )
     values = recipe.parse(flags, arguments)
-    output, folder = Path(values.output), None if values.figures is None else Path(values.figures)
-    require(output.parent.is_dir(), "--output must be in a folder that exists", output)
+    output = recipe.expand(values.markdown or values.summary or values.output)
+    folder = None if values.figures is None else recipe.expand(values.figures)
+    paths = [recipe.expand(path) for path in values.paths]
+    require(output.parent.is_dir(), "the page must be in a folder that exists", output)
+    require(
+        output.suffix not in _READ and all(output.resolve() != path.resolve() for path in paths),
+        f"the page must not replace a file that is read, nor be named {', '.join(_READ)}",
+        output,
+    )
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
-    found = read([Path(path) for path in values.paths])
+    found = read(paths)
     if values.markdown is not None:
-        output = Path(values.markdown)
         output.write_text(markdown.page(found), encoding="utf-8")
     elif values.summary is not None:
-        output = Path(values.summary)
         markdown.update_summary(output, found)
     else:
         page.write(found, output)

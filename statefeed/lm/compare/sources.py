@@ -10,7 +10,7 @@ from statefeed.lm import identity, migration
 from statefeed.lm.compare.results import Result, from_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.tasks import split
-from statefeed.lm.errors import UsageError
+from statefeed.lm.errors import UsageError, notify
 from statefeed.lm.run.files import METRICS
 from statefeed.lm.run.schema import validate
 
@@ -39,8 +39,11 @@ class Found:
 def read(paths: Iterable[Path]) -> Found:
     """Everything that run folders, comparison folders, other folders of these and JSONL files hold.
 
+    What cannot be read inside a folder is left out, with a sentence on stderr.
+
     Raises:
-        UsageError: for a path that is missing or holds none of them, and for a file that cannot be read as one.
+        UsageError: for a path that is missing or holds none of them, and for a file or run that is named and cannot be
+            read.
     """
     found = Found()
     for path in paths:
@@ -64,10 +67,13 @@ def _folder(folder: Path, found: Found) -> None:
         found.results.append(read_run(folder))
         return
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix == ".jsonl":
-            _file(path, found)
-        elif path.is_dir() and not (folder / COMPARISON).is_file():  # its records hold its runs
-            _folder(path, found)
+        try:
+            if path.is_file() and path.suffix == ".jsonl":
+                _file(path, found)
+            elif path.is_dir() and not (folder / COMPARISON).is_file():  # its records hold its runs
+                _folder(path, found)
+        except (UsageError, OSError) as error:
+            notify(f"left out: {error}")
 
 
 def _file(path: Path, found: Found) -> None:

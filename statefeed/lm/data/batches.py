@@ -130,7 +130,7 @@ class Sentences(_Segments):
     def __init__(self, tokens: NDArray[np.int32], batch: int, context: int, seed: int | None = None) -> None:
         starts = np.flatnonzero(tokens == tokens[0])
         lengths = np.diff(starts, append=len(tokens)) - 1
-        self.tokens = int(lengths.sum())
+        self.tokens, self.trained = int(lengths.sum()), int(lengths.clip(max=context).sum())
         super().__init__(tokens, starts[lengths > 0], lengths[lengths > 0].clip(max=context), batch, seed)
 
 

@@ -10,7 +10,6 @@ can be written everything is made each time, with a sentence on stderr.
 
 import hashlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from numpy.typing import NDArray
 from statefeed.lm.config import Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.tokens import Tokenizer
+from statefeed.lm.errors import notify
+from statefeed.native.cache_folder import cache_folder, distrust, make_private
 
 WORTH_IT = 1 << 20  # bytes of text; less is tokenized in no time
 _DIGEST = hashlib.sha256().digest_size
@@ -33,9 +34,9 @@ def tokenizer(data: Data, splits: dict[str, str]) -> Tokenizer:
         data: the kind of tokens and how many types.
         splits: text by split.
     """
-    if data.tokens != "bpe" or len(splits["train"]) < WORTH_IT:
+    if data.tokens != "bpe" or len(splits["train"]) < WORTH_IT or (folder := _folder()) is None:
         return tokens.train(data, splits)
-    path = _entry(f"bpe {data.vocabulary} {tokenizers.__version__}", splits["train"])
+    path = folder / _entry(f"bpe {data.vocabulary} {tokenizers.__version__}", splits["train"])
     found = _read(path)
     if found is not None:
         return tokens.BytePairs.from_json(found.tobytes().decode())
@@ -51,9 +52,9 @@ def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
         tokenizer: of any kind.
         text: one split of a corpus.
     """
-    if len(text) < WORTH_IT:
+    if len(text) < WORTH_IT or (folder := _folder()) is None:
         return tokenizer.encode(text)
-    path = _entry(tokenizer.to_json(), text)
+    path = folder / _entry(tokenizer.to_json(), text)
     found = _read(path)
     if found is None:
         ids = tokenizer.encode(text)
@@ -64,15 +65,29 @@ def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
     return found.view(np.int32)
 
 
-def _entry(how: str, text: str) -> Path:
-    """The file of what is made from a text in some way."""
-    key = hashlib.sha256(how.encode() + b"\0" + text.encode()).hexdigest()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statefeed" / "tokens" / key
+def _folder() -> Path | None:
+    """The folder of the cache, whether it is there or not; None, with a sentence, where no cache can be used."""
+    try:
+        folder = cache_folder()
+        if folder.exists():
+            make_private(folder)
+        return folder / "tokens"
+    except OSError as error:
+        notify(f"tokens are not cached: {error}")
+        return None
+
+
+def _entry(how: str, text: str) -> str:
+    """The name of what is made from a text in some way."""
+    return hashlib.sha256(how.encode() + b"\0" + text.encode()).hexdigest()
 
 
 def _read(path: Path) -> NDArray[np.uint8] | None:
     """The content of an entry, mapped into memory; None where there is none or it is not what was written."""
     try:
+        if reason := distrust(path):
+            notify(f"{reason}: the text is tokenized again")
+            return None
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > _DIGEST:
                 whole = np.memmap(file, np.uint8, "r")
@@ -80,14 +95,15 @@ def _read(path: Path) -> NDArray[np.uint8] | None:
                     return whole[:-_DIGEST]
     except OSError:
         return None
-    print(f"statefeed: {path} is broken, perhaps by a full disk: the text is tokenized again", file=sys.stderr)
+    notify(f"{path} is broken, perhaps by a full disk: the text is tokenized again")
     return None
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
     """Write an entry whole, or print a sentence that says why that is not possible."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent.parent)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
             try:
                 file.write(content)
@@ -98,4 +114,4 @@ def _write(path: Path, content: bytes | memoryview) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        print(f"statefeed: {path} cannot be written for the next time: {error.strerror}", file=sys.stderr)
+        notify(f"{path} cannot be written for the next time: {error.strerror or error}")

@@ -1,23 +1,19 @@
 """The corpora: which text is train, valid and test, the same on every reading."""
 
 import ast
-import gzip
 import hashlib
 import importlib
-import lzma
-import re
-import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from statefeed.lm.config import Data
-from statefeed.lm.errors import UsageError
+from statefeed.lm.data.text_files import SPLITS, decode, join, split_files
+from statefeed.lm.errors import UsageError, notify
+from statefeed.lm.recipe import expand
 
-SPLITS = ("train", "valid", "test")
 KINDS = {  # what data.corpus takes
     "pydoc": "help topics and docstrings of the Python that runs this, about 2 MB of English; no file to fetch",
     "ptb": "Penn Treebank as Mikolov prepared it, licensed by the LDC: ptb.train.txt, ptb.valid.txt and, if you have "
@@ -27,14 +23,6 @@ KINDS = {  # what data.corpus takes
     "extra statefeed[datasets]",
     "text": "your own UTF-8 text in data.path: a file, a folder of files, or a folder whose files name their splits "
     "(train, valid, test)",
-}
-_SPLIT_NAMES = {
-    "train": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "test": "test",
 }
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -68,7 +56,10 @@ def read(data: Data) -> Corpus:
     Raises:
         UsageError: when a file is missing, empty or not UTF-8 text.
     """
-    return {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
+    corpus = {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
+    if corpus.splits["train"] == corpus.splits["valid"]:
+        notify(f"the train and valid splits of {corpus.name} are the same text: valid scores say nothing of other text")
+    return corpus
 
 
 # pydoc: the documentation inside Python ------------------------------------------------------------------------------
@@ -157,9 +148,12 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
         forms: names of the files with {} for the split, of which the folder holds one.
     """
     assert data.path is not None
-    folder = Path(data.path).expanduser()
+    folder = expand(data.path)
     if not folder.is_dir():
-        raise UsageError(f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one")
+        raise UsageError(
+            f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one: name it with "
+            "--data.path"
+        )
     found: dict[str, dict[str, Path]] = {form: {} for form in forms}
     for form, split in ((form, split) for form in forms for split in SPLITS):
         for path in (folder / (form.format(split) + suffix) for suffix in ("", ".gz", ".xz")):
@@ -179,7 +173,7 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
                 f"data.path: the folder {folder} holds no {names[split]} (plain, .gz or .xz), which "
                 f"data.corpus={corpus} reads; it holds {held}"
             )
-    return Corpus(folder.name, {split: _decode(path) for split, path in files.items()})
+    return Corpus(folder.name, {split: decode(path) for split, path in files.items()})
 
 
 def _hub(name: str) -> Corpus:
@@ -190,7 +184,7 @@ def _hub(name: str) -> Corpus:
         raise UsageError(
             f"data.path=hub:{name} needs the package datasets, which is not installed: pip install statefeed[datasets]"
         ) from None
-    print(f"statefeed: reading {name} from the Hugging Face Hub, or from what was fetched before", file=sys.stderr)
+    notify(f"reading {name} from the Hugging Face Hub, or from what was fetched before")
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", name)
     except Exception as error:  # of many kinds: no network, no such name, no space
@@ -207,47 +201,15 @@ def _hub(name: str) -> Corpus:
 def _text(data: Data) -> Corpus:
     """A file or folder: its own splits where its files name them, else contiguous shares of the whole."""
     assert data.path is not None
-    path = Path(data.path).expanduser()
+    path = expand(data.path)
     if path.is_file():
-        return Corpus(path.name, _contiguous(_decode(path), data))
+        return Corpus(path.name, _contiguous(decode(path), data))
     if not path.is_dir():
-        raise UsageError(f"data.path: there is no file or folder {path}")
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    if not files:
-        raise UsageError(f"data.path: the folder {path} holds no files")
-    given: dict[str, Path] = {}
-    for file in files:
-        for split in {_SPLIT_NAMES[part] for part in re.split(r"[._-]", file.name.lower()) if part in _SPLIT_NAMES}:
-            if split in given:
-                raise UsageError(f"data.path: {given[split]} and {file} both call themselves the {split} split")
-            given[split] = file
-    if not given:
-        return Corpus(path.name, _contiguous("".join(_decode(file) for file in files), data))
-    for split in ("train", "valid"):
-        if split not in given:
-            raise UsageError(f"data.path: the folder {path} has {', '.join(sorted(given))} but no {split} file")
-    return Corpus(path.name, {split: _decode(given[split]) for split in SPLITS if split in given})
-
-
-def _decode(path: Path) -> str:
-    """The text of one file, unpacked where its name ends in .gz or .xz."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        elif path.suffix == ".xz":
-            raw = lzma.decompress(raw)
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise UsageError(f"{path} cannot be unpacked as {path.suffix}: {error}") from error
-    try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")  # the mark that Windows editors put at the start of a file
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start} cannot be decoded"
-        ) from error
-    if not text.strip():
-        raise UsageError(f"{path} is empty: expected UTF-8 text")
-    return text
+        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
+    given, whole = split_files(path)
+    if given:
+        return Corpus(path.name, {split: decode(given[split]) for split in SPLITS if split in given})
+    return Corpus(path.name, _contiguous(join(decode(file) for file in whole), data))
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from statefeed.lm.config import Data
-from statefeed.lm.errors import UsageError
+from statefeed.lm.errors import UsageError, notify
 
 UNKNOWN, END, BEGIN = "<unk>", "<eos>", "<bos>"
 BYTE_PAIRS = 4096
 PART = 1 << 16  # characters that are encoded at once: a whole corpus takes more memory than it should
+LONG_WORD, WORD = 10_000, 256  # characters without white space that no word has; bytes that are then joined at most
 
 
 class Tokenizer(Protocol):
@@ -189,6 +190,14 @@ class BytePairs:
         """Merge the most frequent pairs until there are `limit` types, of which 256 are the bytes."""
         model = tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        longest = max(map(len, text.split()), default=0)
+        if longest > LONG_WORD:  # finding pairs takes the square of it
+            notify(
+                f"the text has {longest:,} characters without white space between them: byte pairs are found within "
+                f"segments of {WORD} bytes of such text"
+            )
+            fixed = pre_tokenizers.FixedLength(WORD)
+            model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer, fixed])  # type: ignore[list-item]
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

@@ -10,4 +10,9 @@ def learned_state(model: nn.Module) -> dict[str, Tensor]:
     Floating-point tensors are running means, which the processes of a job average; the others are counts, equal in all
     processes.
     """
-    return dict(model.named_buffers())
+    return {
+        f"{name}.{part}" if name else part: tensor
+        for name, layer in model.named_modules()
+        if hasattr(layer, "learned_tensors")
+        for part, tensor in layer.learned_tensors().items()
+    }

@@ -8,7 +8,7 @@ from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError
 
 
 @contextmanager
-def describe_failure(saved: Callable[[], str], remedy: str = "") -> Iterator[None]:
+def describe_failure(saved: Callable[[], str], remedy: Callable[[], str] = str) -> Iterator[None]:
     """Complete the errors raised inside: why the work stopped, what is saved, and how to resume.
 
     Args:
@@ -23,15 +23,15 @@ def describe_failure(saved: Callable[[], str], remedy: str = "") -> Iterator[Non
     try:
         yield
     except Interrupted as error:
-        raise Interrupted(f"{error}: {saved()}{remedy}", error.number) from None
+        raise Interrupted(f"{error}: {saved()}{remedy()}", error.number) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: {saved()}{remedy}") from None
+        raise KeyboardInterrupt(f"interrupted: {saved()}{remedy()}") from None
     except Diverged as error:
         raise Diverged(f"{error}; {saved()}") from None
     except PeerLost as error:
-        raise PeerLost(f"{error}; {saved()}{remedy}") from error
+        raise PeerLost(f"{error}; {saved()}{remedy()}") from error
     except OSError as error:
-        sentence = f"{error.filename or 'the system'}: {error.strerror or error}; {saved()}{remedy}"
+        sentence = f"{error.filename or 'the system'}: {error.strerror or error}; {saved()}{remedy()}"
         raise UsageError(sentence) from error
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -41,7 +41,7 @@ def describe_failure(saved: Callable[[], str], remedy: str = "") -> Iterator[Non
         if not _out_of_memory(error):
             raise
         advice = "lower train.batch or train.context, or raise train.accumulate"
-        raise UsageError(f"out of memory: {advice}; {saved()}{remedy}") from error
+        raise UsageError(f"out of memory: {advice}; {saved()}{remedy()}") from error
 
 
 def _out_of_memory(error: Exception) -> bool:

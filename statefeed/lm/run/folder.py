@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statefeed.lm import identity, recipe
-from statefeed.lm.config import Config
+import torch
+
+from statefeed.lm import recipe
+from statefeed.lm.config import Config, Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.corpora import Corpus
 from statefeed.lm.data.tokens import Tokenizer
@@ -16,7 +18,8 @@ from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import metadata
 from statefeed.lm.run.best import load_weights
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.files import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, WEIGHTS
+from statefeed.lm.run.files import CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
+from statefeed.lm.run.model_size import check_fits
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,30 @@ def check_unused(config: Config) -> None:
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"run.dir: {folder} is a file, not a folder")
-    if any((folder / name).exists() for name in (CONFIG, METRICS, WEIGHTS)):
+    metrics = folder / METRICS  # empty where a process ended before it had made the run
+    if any((folder / name).exists() for name in (CONFIG, WEIGHTS)) or (metrics.exists() and metrics.stat().st_size):
         raise UsageError(
             f"{folder} already holds a run: resume it with --resume, choose another folder with --run.dir, or remove "
             "that one"
         )
 
 
-def check_same_config(config: Config) -> None:
-    """Check that the run in the recipe's folder is a run of this recipe.
+def check_apart(data: Data, folder: Path) -> None:
+    """Check that a folder of results is not the text that is read, so that neither is taken for the other.
 
-    Where and how it is computed and saved may change.
+    Args:
+        data: names the text.
+        folder: of the run, or of a comparison.
 
     Raises:
-        UsageError: naming the first key that differs.
+        UsageError: when they overlap.
     """
-    folder = Path(config.run.dir)
-    there, here = dataclasses.asdict(recipe.load(folder / CONFIG)), dataclasses.asdict(config)
-    if found := identity.difference(there, here):
-        key, old, new = found
-        raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}")
+    if data.path is None or data.path.startswith("hub:"):
+        return
+    text, results = recipe.expand(data.path).resolve(), folder.resolve()
+    written = {CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES}
+    if text == results or (text.parent == results and text.name in written) or results / CHECKPOINTS in text.parents:
+        raise UsageError(f"run.dir must be another folder than the text of data.path, got {folder} and {data.path}")
 
 
 def check_same_text(folder: Path, corpus: Corpus) -> None:
@@ -75,9 +82,8 @@ def check_same_text(folder: Path, corpus: Corpus) -> None:
 def create(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int, group: Group
 ) -> None:
-    """Make the run folder with everything that is known before the first step."""
+    """Write everything that is known before the first step into the run folder, which is there and locked."""
     folder = Path(config.run.dir)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     splits = {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits}
     known = {
         "corpus": corpus.name,
@@ -90,7 +96,8 @@ def create(
     metadata.write(folder, known)
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     unfinished = folder / CHECKPOINTS / CONFIG
-    unfinished.write_text(config.to_yaml(), encoding="utf-8")
+    data = dataclasses.replace(config.data, path=recipe.absolute(config.data.path))
+    unfinished.write_text(dataclasses.replace(config, data=data).to_yaml(), encoding="utf-8")
     os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
 
 
@@ -105,6 +112,7 @@ def load(folder: Path) -> Run:
     config = recipe.load(folder / CONFIG)
     found = metadata.read(folder)
     tokenizer = tokens.load(config.data, folder / TOKENIZER)
+    check_fits(config.model, tokenizer.size, torch.device("cpu"))
     model = LanguageModel(config.model, tokenizer.size).eval()
     load_weights(model, folder)
     return Run(config, found, tokenizer, model)

@@ -40,13 +40,21 @@ def generate(
         prompt = prompt[len(prompt) - 1 - list(reversed(prompt)).index(begin) :]
     logits, states = model(torch.tensor(prompt, device=device).unsqueeze(1))
     while True:
-        probabilities = _distribution(logits[-1, 0].cpu() / temperature, top_k, top_p)
+        probabilities = _distribution(_scale(logits[-1, 0].cpu(), temperature), top_k, top_p)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield int(token)
         if int(token) == end:
             logits, states = model(torch.tensor([[begin]], device=device))
         else:
             logits, states = model(token.unsqueeze(1).to(device), states)
+
+
+def _scale(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature; in its limit, where that is no number, those of the likeliest token alone."""
+    scaled = logits / temperature
+    if bool(scaled.isfinite().all()):
+        return scaled
+    return torch.zeros_like(logits).masked_fill(logits < logits.max(), -torch.inf)
 
 
 def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -1,9 +1,9 @@
 """The log of a run: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere."""
 
+import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +11,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from statefeed.lm.errors import Diverged, UsageError
-from statefeed.lm.run import curves, memory, tensorboard
+from statefeed.lm.run import curves, memory, output, tensorboard
 from statefeed.lm.run.agreement import Agreement
 from statefeed.lm.run.evaluate import Score, perplexity
-from statefeed.lm.run.lock import lock
 from statefeed.lm.run.phases import PhaseTimer
 
 TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
@@ -29,7 +27,7 @@ class Log:
     """The log of one run, used as a context; rows are written as they come and survive whatever follows.
 
     Args:
-        path: metrics.jsonl, which must not exist unless the run is resumed; None prints and writes nothing.
+        path: metrics.jsonl, which must be empty unless the run is resumed; None prints and writes nothing.
         steps: how many optimizer steps there will be.
         state: `state_dict` of the log of a resumed run, empty where it has no checkpoint: rows after it are dropped.
         board: folder of the same metrics for TensorBoard.
@@ -54,8 +52,9 @@ class Log:
                 f"{path} is shorter than when the checkpoint was made: the run cannot be resumed without it"
             )
         self._path = path
-        mode = "x+" if path and state is None else "a+"
-        self._file = Path(path or os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+        if path and state is None and path.exists() and path.stat().st_size:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        self._file = Path(path or os.devnull).open("a+", encoding="utf-8")  # noqa: SIM115
         state = state or {"bytes": 0, "seconds": 0.0, "losses": [], "tokens": 0, "phases": None}
         self._losses: list[Tensor | float] = list(state["losses"])  # of the steps since the last row
         self._tokens: int = state["tokens"]
@@ -63,7 +62,6 @@ class Log:
         self._before: float = state["seconds"]
         if path:
             try:
-                lock(self._file, path.parent)
                 self._read_back(path, state["bytes"])
             except BaseException:
                 self._file.close()
@@ -78,9 +76,9 @@ class Log:
             TextColumn("steps  loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s "),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=Console(highlight=False, soft_wrap=True, quiet=path is None),
+            console=output.console(soft_wrap=True, quiet=path is None),
             transient=True,
-            disable=path is None or not sys.stdout.isatty(),
+            disable=path is None or not output.is_terminal(),
         )
         self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
 
@@ -121,7 +119,7 @@ class Log:
 
     def print(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._bar.console.print(line, markup=False)
+        self._bar.console.print(line)
 
     def time_phase(self, phase: str | None) -> None:
         """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""

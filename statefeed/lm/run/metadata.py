@@ -59,6 +59,17 @@ def update(folder: Path, **metadata: Any) -> None:
     write(folder, {**read(folder), **metadata})
 
 
+def mark_checkpointed(folder: Path) -> bool:
+    """Record that the run has had a checkpoint, so that it is noticed when all of them are missing.
+
+    Returns:
+        True.
+    """
+    if not read(folder).get("checkpointed"):
+        update(folder, checkpointed=True)
+    return True
+
+
 def resume(folder: Path, step: int, group: Group) -> None:
     """Add to the record, under "continued", what differs from when the run began or was last resumed.
 

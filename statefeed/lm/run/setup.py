@@ -13,13 +13,14 @@ from statefeed.lm.data import batches, cache, corpora, tokens
 from statefeed.lm.data.batches import Source
 from statefeed.lm.data.corpora import Corpus
 from statefeed.lm.data.tokens import Tokenizer
-from statefeed.lm.errors import UsageError, require
+from statefeed.lm.errors import UsageError, notify, require
 from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import folder as run_folder
 from statefeed.lm.run import tensorboard
 from statefeed.lm.run.device import autocast_context, device_metadata
 from statefeed.lm.run.distributed import Group
 from statefeed.lm.run.files import TOKENIZER
+from statefeed.lm.run.model_size import check_fits
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,14 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
                 f"{needed:,} of one step (train.batch {columns}, train.context {context})"
             )
     source = batches.training(ids["train"], config.data, recipe)
+    if isinstance(source, batches.Sentences) and source.trained < source.tokens / 2:
+        notify(
+            f"data.batches=sentences trains on {source.trained:,} of {source.tokens:,} tokens: what comes after the "
+            f"first {context} of a line is left out; raise train.context, or use data.batches=stream"
+        )
     valid = batches.scoring(ids["valid"], config.data, recipe)
     steps = recipe.steps or recipe.epochs * len(source)
+    check_fits(config.model, tokenizer.size, group.device, group.size if group.sharded else 1)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config.model, tokenizer.size)
     _check_rules(model, config)

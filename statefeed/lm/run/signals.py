@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a run: an exception at once, or noted until the step is finished and saved."""
+"""SIGINT, SIGTERM and SIGHUP during a run: an exception at once, or noted until the step is finished and saved."""
 
 import signal
 import threading
@@ -9,10 +9,18 @@ from types import FrameType, TracebackType
 from statefeed.lm.errors import Interrupted, PeerLost
 
 
-class SignalHandler:
-    """Handles SIGINT and SIGTERM while this context is entered.
+def _numbers() -> list[int]:
+    """The signals that are handled."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    more = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
+    return [signal.SIGINT, signal.SIGTERM, *more]
 
-    They raise KeyboardInterrupt, SIGTERM its subclass Interrupted. Inside `deferred` they are noted in `caught`, so
+
+class SignalHandler:
+    """Handles SIGINT, SIGTERM and SIGHUP while this context is entered.
+
+    They raise KeyboardInterrupt, all but SIGINT its subclass Interrupted. A process that ignores SIGHUP, as under
+    nohup, goes on ignoring it. Inside `deferred` they are noted in `caught`, so
     that the current step can be finished and saved; a second SIGINT raises at once.
     """
 
@@ -22,7 +30,7 @@ class SignalHandler:
 
     def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._handle) for number in _numbers()}
         else:
             self._before = {}
         return self
@@ -49,7 +57,7 @@ class SignalHandler:
             self._deferred = lost
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred and number == signal.SIGTERM:
+        if not self._deferred and number != signal.SIGINT:
             raise Interrupted("interrupted", number)
         if not self._deferred or self.caught == number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -1,11 +1,11 @@
 """Language-model training loop."""
 
+import dataclasses
 import shlex
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import statefeed as sf
 from statefeed import native as kernels
+from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches
 from statefeed.lm.data.batches import IGNORED, Batch, Source, to_device
@@ -20,6 +21,7 @@ from statefeed.lm.errors import CorruptFile, Diverged, Interrupted
 from statefeed.lm.model import LanguageModel, State, detach_states
 from statefeed.lm.run import folder as run_folder
 from statefeed.lm.run import metadata
+from statefeed.lm.run import resume as resuming
 from statefeed.lm.run.agreement import agreement
 from statefeed.lm.run.best import BestWeights, load_weights
 from statefeed.lm.run.checkpoint import Checkpoints
@@ -27,9 +29,10 @@ from statefeed.lm.run.device import autocast_context
 from statefeed.lm.run.distributed import Group, finite, shard_batch
 from statefeed.lm.run.evaluate import score
 from statefeed.lm.run.failures import describe_failure
-from statefeed.lm.run.files import BOARD, CONFIG, CURVES, METRICS
+from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
 from statefeed.lm.run.learning_rate import learning_rate
+from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
 from statefeed.lm.run.setup import Setup, prepare
 from statefeed.lm.run.signals import SignalHandler
@@ -52,33 +55,54 @@ def train(config: Config, resume: bool = False) -> None:
         PeerLost: when another process of the job has ended.
         KeyboardInterrupt: when a signal ends it.
     """
-    folder = Path(config.run.dir)
-    with SignalHandler() as signals, Group.join(config.train) as group:
+    folder = recipes.expand(config.run.dir)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    with SignalHandler() as signals, Group.join(config.train) as group, ExitStack() as held:
         with describe_failure(lambda: "training had not begun"):
             resume = resume and (folder / CONFIG).exists()
-            (run_folder.check_same_config if resume else run_folder.check_unused)(config)
+            writes = group.rank == 0
+            changes = None
+            if resume:
+                if writes:
+                    held.enter_context(lock(folder))
+                changes = resuming.check(config)
+            else:
+                run_folder.check_apart(config.data, folder)
+                run_folder.check_unused(config)
             setup = prepare(config, resume, group)
             group.barrier()  # until all have seen what the folder holds
-            writes = group.rank == 0
             if not resume and writes:
+                (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(folder))
+                run_folder.check_unused(config)  # another process may have made a run since
                 run_folder.create(config, setup.corpus, setup.tokenizer, setup.model, len(setup.source), group)
             best, checkpoints = BestWeights(folder, writes), Checkpoints(folder, config.run, writes)
             states, log_state, corrupt = None, None, list[CorruptFile]()
-            if resume:
+            if changes is not None:
                 states, log_state, corrupt = checkpoints.load(setup.model, setup.optimizer, setup.scaler)
                 if writes:
                     metadata.resume(folder, checkpoints.step, group)
+                    changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
         remedy = f"; resume with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
+
+        def saved() -> str:
+            return f"{folder} keeps {checkpoints} and {best}" if there() else f"{folder} was removed, and keeps nothing"
+
+        def there() -> bool:
+            return (folder / CONFIG).exists()
+
         with (
-            describe_failure(lambda: f"{folder} keeps {checkpoints} and {best}", remedy),
+            describe_failure(saved, lambda: remedy if there() else ""),
             Log(path if writes else None, setup.steps, log_state, board, group.device) as log,
         ):
             for sentence in corrupt:
                 log.print(f"{sentence}; resuming from {checkpoints}")
             log.print(setup.describe(config.train, group))
-            if resume:
+            if changes is not None:
                 log.print(f"resuming after step {checkpoints.step:,}")
+                if changes.extended is not None:
+                    log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
             _load_kernels(group.device, log)
             try:
                 optimize(setup, config, log, best, checkpoints, group, states, signals)
@@ -123,7 +147,7 @@ def optimize(
     rules, keeps_states = sf.Schedule(config.model.feedback), config.data.batches == "stream"
     autocast = autocast_context(recipe.precision, group.device)
     scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
-    first = checkpoints.step + 1
+    first, marked = checkpoints.step + 1, False
     parts = group.columns(recipe.batch, recipe.accumulate)
     before = [None if states is None else group.shard(states, part) for part in parts]
     with signals.deferred():
@@ -165,6 +189,8 @@ def optimize(
                     _score(setup, recipe, log, best, group, step, epoch + 1)
             if stop or save or step == steps:
                 _save(setup, log, checkpoints, group, step, before)
+                if group.rank == 0 and not marked:
+                    marked = metadata.mark_checkpointed(best.folder)
             if stop and step < steps:
                 raise Interrupted(f"interrupted after step {step:,} of {steps:,}", signals.caught or signal.SIGTERM)
             log.time_phase(None)
@@ -189,6 +215,17 @@ def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: to
     sample += [next(following) for _ in range(SAMPLE)]
     log.print(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{setup.tokenizer.decode(sample)}\n")
     log.print(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
+
+
+def _describe_extension(config: Config, extended: tuple[int, int], step: int, steps_per_epoch: int) -> str:
+    """What an extended run does from here on, in one line."""
+    before, now = extended
+    rate = learning_rate(config.train, step + 1, now, step // steps_per_epoch)
+    return (
+        f"extended from {before:,} to {now:,} steps: learning rate and feedback rule follow train.schedule="
+        f"{config.train.schedule} and model.feedback={config.model.feedback} over {now:,} steps, so that step "
+        f"{step + 1:,} has learning rate {rate:.3g}"
+    )
 
 
 def _batches(source: Source, step: int) -> Iterator[Batch]:

@@ -82,7 +82,7 @@ def test_names_of_the_validation_file(tmp_path: Path, valid: str) -> None:
 def test_a_folder_without_splits_is_one_text_in_the_order_of_its_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", ".hidden"):
         (tmp_path / name).write_text(name[0] * 50)
-    assert "".join(read(tmp_path).splits.values()) == "a" * 50 + "b" * 50
+    assert "".join(read(tmp_path).splits.values()) == "a" * 50 + "\n" + "b" * 50
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -100,11 +100,75 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         "broken.gz": (b"not gz at all", "broken.gz cannot be unpacked as .gz"),
         "cut.gz": (gzip.compress(b"a" * 1000)[:-12], "cut.gz cannot be unpacked as .gz"),
         "cut.xz": (lzma.compress(b"a" * 1000)[:-12], "cut.xz cannot be unpacked as .xz"),
+        "junk.xz": (lzma.compress(b"a" * 1000) + b"junk", "junk.xz cannot be unpacked as .xz"),
+        "junk.gz": (gzip.compress(b"a" * 1000) + b"junk", "junk.gz cannot be unpacked as .gz"),
+        "utf16.txt": ("a text".encode("utf-16-le"), "6 of its 12 characters are NUL, as in UTF-16 or UTF-32"),
+        "utf32.txt": ("a text".encode("utf-32-be"), "18 of its 24 characters are NUL"),
     }
     for name, (raw, sentence) in files.items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(UsageError, match=sentence):
             read(tmp_path / name)
+
+
+def test_packed_streams_one_after_the_other_are_one_text(tmp_path: Path) -> None:
+    (tmp_path / "a.xz").write_bytes(lzma.compress(b"one\n" * 9) + lzma.compress(b"two\n") + b"\0" * 4)
+    assert "".join(read(tmp_path / "a.xz").splits.values()) == "one\n" * 9 + "two\n"
+
+
+def test_files_of_one_text_begin_at_the_start_of_a_line(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "alpha"), ("b.txt", "beta\n"), ("c.txt", "gamma" * 9)):
+        (tmp_path / name).write_text(text)
+    assert "".join(read(tmp_path).splits.values()) == "alpha\nbeta\n" + "gamma" * 9
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train.txt", "valid.txt", "test-of-faith.txt"], ["train", "valid"]),
+        (["train_en.txt", "val_en.txt", "test_en.txt"], ["train", "valid", "test"]),
+        (["train-00000-of-00001.txt", "validation-00000-of-00001.txt"], ["train", "valid"]),
+        (["my_train.txt", "dev"], ["train", "valid"]),
+        (["train.txt", "valid.txt", "train.old.txt"], ["train", "valid"]),
+        (["test-of-faith.txt", "dev-ices.txt", "emma.txt"], None),
+    ],
+)
+def test_which_names_are_those_of_splits(
+    names: list[str], splits: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text(name * 50)
+    corpus = read(tmp_path)
+    if splits is None:
+        assert "".join(corpus.splits.values()) == "\n".join(name * 50 for name in sorted(names))
+        assert capsys.readouterr().err == ""
+    else:
+        used = sorted(names, key=lambda name: ("old" in name, "test" in name, "train" not in name))[: len(splits)]
+        assert list(corpus.splits.items()) == [(s, n * 50) for s, n in zip(splits, used, strict=True)]
+
+
+def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train.txt", "valid.txt", "chapter2.txt", ".hidden"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "more").mkdir()
+    read(tmp_path)
+    assert capsys.readouterr().err == (
+        f"statefeed: data.path: of {tmp_path} train.txt, valid.txt are read; chapter2.txt, more/ are not read\n"
+    )
+
+
+def test_one_text_as_train_and_valid_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "valid"):
+        (tmp_path / f"ptb.{split}.txt").write_text("the same\n")
+    for kind in ("text", "ptb"):
+        corpora.read(Data(corpus=kind, path=str(tmp_path)))  # type: ignore[arg-type]
+        assert "are the same text" in capsys.readouterr().err
+
+
+def test_line_ends_of_cr_alone_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one line\rtwo\r" * 20)
+    read(tmp_path / "a.txt")
+    assert "a.txt has line ends of CR alone" in capsys.readouterr().err
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -115,7 +179,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a")
     with pytest.raises(UsageError, match="has train but no valid file"):
         read(tmp_path)
-    (tmp_path / "train.old.txt").write_text("a")
+    (tmp_path / "old.train.txt").write_text("a")
     with pytest.raises(UsageError, match="both call themselves the train split"):
         read(tmp_path)
 

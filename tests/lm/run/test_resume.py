@@ -264,18 +264,17 @@ def test_no_two_processes_resume_one_run(
     before = (folder / "metrics.jsonl").read_text()
     capsys.readouterr()
     code = (
-        "import sys; from pathlib import Path; from statefeed.lm.run.log import Log\n"
-        "path = Path(sys.argv[1])\n"
-        "with Log(path, 12, {'bytes': path.stat().st_size, 'seconds': 0, 'losses': [], 'tokens': 0, 'phases': {}}):\n"
+        "import sys; from pathlib import Path; from statefeed.lm.run.lock import lock\n"
+        "with lock(Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(folder / "metrics.jsonl")]
+    command = [sys.executable, "-c", code, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         assert cli.main(["train", "--resume", str(folder)]) == 2
         err = capsys.readouterr().err
-        assert err == f"statefeed: {folder} is being trained by another process: wait for its end, or end it\n"
+        assert err.startswith(f"statefeed: {folder} is being trained by another process: wait for its end, or choose")
         assert (folder / "metrics.jsonl").read_text() == before
         other.kill()
     assert cli.main(["train", "--resume", str(folder)]) == 0
@@ -358,6 +357,11 @@ def test_resuming_what_has_not_begun_begins_it(run: Path, tmp_path: Path) -> Non
             shutil.rmtree(folder / "checkpoints")
             (folder / "checkpoints").mkdir()
             (folder / "weights.safetensors").unlink()
+            rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (folder / "metrics.jsonl").write_text("".join(rows[:2]))
+            record = json.loads((folder / "record.json").read_text())
+            assert record.pop("checkpointed")  # killed before that
+            (folder / "record.json").write_text(json.dumps(record))
         assert cli.main(["train", str(recipe), f"--run.dir={folder}", "--resume"]) == 0
         assert metrics(folder) == metrics(run)
 
@@ -384,7 +388,7 @@ def test_what_cannot_be_resumed(
             ["--resume", str(folder), "--train.lr=1"],
             "cannot be resumed with another recipe: train.lr is 0.003 there, got 1.0",
         ),
-        (["--resume", str(folder), f"--data.path={text}"], "cannot be resumed with another recipe: data.path is"),
+        (["--resume", str(folder), f"--data.path={text}"], " split of other.txt has changed"),
         ([*flags, f"--run.dir={folder}"], "already holds a run: resume it with --resume"),
     ):
         assert cli.main(["train", *arguments]) == 2

@@ -1,0 +1,106 @@
+"""What a resumed run may change: how long it trains and where its text is, besides where it is computed and saved."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from statefeed.lm import identity, recipe
+from statefeed.lm.config import Config
+from statefeed.lm.errors import UsageError
+from statefeed.lm.run import metadata
+from statefeed.lm.run.files import CHECKPOINTS, CONFIG, METRICS
+
+_LENGTH = ("train.steps", "train.epochs")
+_PATH = "data.path"  # the text itself is compared by its digests
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What differs from the recipe in the run folder.
+
+    Args:
+        values: by section.key, to be written into that recipe.
+        extended: the steps of the whole run before and now; None where they are the same.
+    """
+
+    values: dict[str, Any]
+    extended: tuple[int, int] | None
+
+    def write(self, folder: Path, step: int) -> None:
+        """Write them into the recipe and the record of the run.
+
+        Args:
+            folder: the run folder.
+            step: of the checkpoint that the run is resumed from.
+        """
+        if self.extended is not None:
+            before, now = self.extended
+            entry = {"step": step, "from": before, "to": now}
+            metadata.update(folder, extended=[*metadata.read(folder).get("extended", []), entry])
+        if self.values:
+            recipe.change(folder / CONFIG, self.values, folder / CHECKPOINTS)
+
+
+def check(config: Config) -> Changes:
+    """Check that the run in the recipe's folder can be resumed with this recipe.
+
+    Raises:
+        UsageError: naming the first key that differs and must not, or what is missing.
+    """
+    folder = Path(config.run.dir)
+    there, here = dataclasses.asdict(recipe.load(folder / CONFIG)), dataclasses.asdict(config)
+    if found := identity.difference(there, here, ignored=(*_LENGTH, _PATH)):
+        _refuse(folder, *found)
+    record = metadata.read(folder)
+    _check_checkpoints(folder, record)
+    before, now = (
+        values["train"]["steps"] or values["train"]["epochs"] * record["steps_per_epoch"] for values in (there, here)
+    )
+    old, new = identity.flat(there), identity.flat(here)
+    changed = [key for key in _LENGTH if old[key] != new[key]]
+    if changed and now <= before:
+        if now == before and old["train.steps"] == new["train.steps"] is not None:
+            raise UsageError(
+                f"train.epochs has no effect while train.steps is {now}: extend the run with --train.steps, or add "
+                "--train.steps=null"
+            )
+        if now < before:
+            _refuse(
+                folder,
+                changed[0],
+                old[changed[0]],
+                new[changed[0]],
+                f": it can be extended beyond its {before:,} steps only",
+            )
+    values = {key: new[key] for key in changed}
+    if recipe.absolute(old[_PATH]) != recipe.absolute(new[_PATH]):
+        values[_PATH] = recipe.absolute(new[_PATH])
+    return Changes(values, (before, now) if now > before else None)
+
+
+def _refuse(folder: Path, key: str, old: object, new: object, more: str = "") -> None:
+    raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}{more}")
+
+
+def _check_checkpoints(folder: Path, record: dict[str, Any]) -> None:
+    """Check that the checkpoints of a run that had some are still there: without them all would be trained again."""
+    if any((folder / CHECKPOINTS).glob("step-*.safetensors")):
+        return
+    step = _last_step(folder / METRICS)
+    if step and (record.get("checkpointed") or not (folder / CHECKPOINTS).is_dir()):
+        raise UsageError(
+            f"{folder} holds metrics of step {step:,} but no checkpoint, from which alone it can be resumed: copy "
+            f"{CHECKPOINTS}/ from where the run was trained, or train again in another folder"
+        )
+
+
+def _last_step(path: Path) -> int:
+    """The last step in the metrics of a run, 0 where there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (KeyError, TypeError, ValueError):  # the last row of a killed run may have no end
+            continue
+    return 0
