@@ -1,4 +1,4 @@
-"""torch.nn's RNN, GRU and LSTM inside a model become statefeed's, and back, in place."""
+"""In-place conversion of a model's torch.nn RNN, GRU and LSTM layers to statefeed layers and back."""
 
 from __future__ import annotations
 
@@ -60,58 +60,40 @@ def swap(
 ) -> SwapReport:
     """Convert every torch.nn.RNN, GRU and LSTM of a model to statefeed's layer, in place.
 
-        Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
-    <<<<<<< HEAD
-        weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits ``forward``
-        or calls ``super().forward`` stays an instance of that subclass: its new class inherits from both.
+    Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
+    weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits ``forward``
+    or calls ``super().forward`` stays an instance of that subclass: its new class inherits from both.
 
-        Args:
-            model: any module, including a recurrent layer.
-            feedback: the rule of all layers, in any spelling of ``Feedback``. If None, torch's layers become exact
-                (``"bptt"``), and statefeed layers keep their rule.
-            include: shell pattern of the names of recurrent layers (``"encoder.*"``), or several; the name of the model
-                itself is ``""``.
-            exclude: pattern of names to leave alone, or several.
-            dry_run: only report, do not change the model.
+    Args:
+        model: any module, including a recurrent layer.
+        feedback: the rule of all layers, in any spelling of ``Feedback``. If None, torch's layers become exact
+            (``"bptt"``), and statefeed layers keep their rule.
+        include: shell pattern of the names of recurrent layers (``"encoder.*"``), or several; the name of the model
+            itself is ``""``.
+        exclude: pattern of names to leave alone, or several.
+        dry_run: only report, do not change the model.
 
-        Returns:
-            ``SwapReport``: the swapped layers, the others with the reason, and recurrent code that ``swap`` cannot reach.
-            It prints one line per layer. After a training step, ``ran()`` says which swapped layers the step called.
-    =======
-        weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits
-        ``forward``, or calls ``super().forward``, stays an instance of that subclass: its new class comes from both.
+    Returns:
+        ``SwapReport``: the swapped layers, the others with the reason, and recurrent code that ``swap`` cannot reach.
+        It prints one line per layer. After a training step, ``ran()`` says which swapped layers the step called.
 
-        Args:
-            model: any module, also a recurrent layer itself.
-            feedback: the rule of all layers, in every spelling of ``Feedback``. If None, torch's layers become exact
-                (``"bptt"``), and layers that are statefeed's already keep their rule.
-            include: a shell pattern of the recurrent layers' names (``"encoder.*"``), or several; the model itself is
-                ``""``.
-            exclude: a pattern of names to leave alone, or several.
-            dry_run: report only, change nothing.
+    Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
-        Returns:
-            ``SwapReport``: what was swapped, what was kept and why, and what ``swap`` does not reach. Printing it gives one
-            line a layer; after a training step ``ran()`` says which of the swapped layers it called.
-    >>>>>>> main
+    Raises:
+        ValueError: an unknown rule, or a pattern that matches no recurrent layer.
 
-        Gradient: exact by default; otherwise it follows the rule from the next forward pass on.
+    Warns:
+        UserWarning: the model has no statefeed layer afterwards.
 
-        Raises:
-            ValueError: an unknown rule, or a pattern that matches no recurrent layer.
+    Cost: none per parameter.
 
-        Warns:
-            UserWarning: the model has no statefeed layer afterwards.
-
-        Cost: none per parameter.
-
-        Example:
-            >>> from torch import nn
-            >>> model = nn.Sequential(nn.GRU(2, 3))
-            >>> print(swap(model))
-            swapped  0: GRU(2, 3, feedback='bptt')
-            >>> print(restore(model)[0])
-            GRU(2, 3)
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.GRU(2, 3))
+        >>> print(swap(model))
+        swapped  0: GRU(2, 3, feedback='bptt')
+        >>> print(restore(model)[0])
+        GRU(2, 3)
     """
     rule = as_feedback("bptt" if feedback is None else feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
@@ -146,32 +128,27 @@ def swap(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Every statefeed layer of a model becomes torch.nn's plain layer again, in place.
+    """Convert every statefeed layer of a model back to torch.nn's plain layer, in place.
 
-        Args:
-            model: any module.
+    Args:
+        model: any module.
 
-        Returns:
-    <<<<<<< HEAD
-            The same model object as plain torch.nn again, with the same parameters and state_dict. Layers of a subclass
-            have their class again.
-    =======
-            The same model, plain torch.nn again: torch's types, or those that came from torch's, the same parameters and
-            state_dict.
-    >>>>>>> main
+    Returns:
+        The same model object as plain torch.nn again, with the same parameters and state_dict. Layers of a subclass
+        have their class again.
 
-        Gradient: exact from the next forward pass on.
+    Gradient: exact from the next forward pass on.
 
-        Warns:
-            UserWarning: for every statefeed layer that could not be restored, with the reason.
+    Warns:
+        UserWarning: for every statefeed layer that could not be restored, with the reason.
 
-        Cost: none per parameter.
+    Cost: none per parameter.
 
-        Example:
-            >>> from torch import nn
-            >>> import statefeed as sf
-            >>> type(restore(sf.GRU(2, 3))) is nn.GRU
-            True
+    Example:
+        >>> from torch import nn
+        >>> import statefeed as sf
+        >>> type(restore(sf.GRU(2, 3))) is nn.GRU
+        True
     """
     for name, module in model.named_modules():
         if not isinstance(module, FeedbackLayer):
