@@ -81,10 +81,18 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
         """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
         without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        if without_grad or torch.compiler.is_exporting() or self._feedback.through_torch:
+        if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
             return None
         name = super()._backend(input, hx, weights)
         return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
+
+    def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer runs a call, whether kernels support it or not; None if a backend may run it."""
+        if self._feedback.through_torch:
+            return '"torch" selects torch\'s own layer'
+        if self._feedback.exact and _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling():
+            return "one step has no recurrence to fuse, and torch's own path costs less per call"
+        return None
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
@@ -104,6 +112,12 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
+
+
+def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes)
+    return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
 
 
 def _lacks_bf16(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""torch.nn's RNN, GRU and LSTM inside a model become statefeed's, and back, in place."""
+"""In-place conversion of a model's torch.nn RNN, GRU and LSTM layers to statefeed layers and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The layers that ``swap`` changed, or would change, and the layers that it left alone.
+    """The layers that ``swap`` changed, or would change, and what it left alone.
 
     Attributes:
         swapped: module name -> ``repr`` of the layer.
@@ -35,11 +35,11 @@ class SwapReport:
     _called: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def ran(self) -> dict[str, bool]:
-        """By name of a swapped layer, whether it, or a copy of it, has been called since.
+        """Whether each swapped layer, or a copy of it, was called since ``swap``, by module name.
 
-        After one training step a layer with False is one that the step goes around: the model calls the layer's
-        ``forward`` directly, uses its weights in code of its own, or runs another network. Calls inside
-        ``torch.compile`` and of a layer loaded from a pickle are not seen.
+        False after a training step means that the step does not use the layer: the model calls ``forward`` directly,
+        uses the weights in its own code, or runs another network. Calls inside ``torch.compile``, and calls of a layer
+        that was loaded from a pickle, are not counted.
         """
         return {name: name in self._called for name in self.swapped}
 
@@ -61,23 +61,23 @@ def swap(
     """Convert every torch.nn.RNN, GRU and LSTM of a model to statefeed's layer, in place.
 
     Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
-    weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits
-    ``forward``, or calls ``super().forward``, stays an instance of that subclass: its new class comes from both.
+    weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits ``forward``
+    or calls ``super().forward`` stays an instance of that subclass: its new class inherits from both.
 
     Args:
-        model: any module, also a recurrent layer itself.
-        feedback: the rule of all layers, in every spelling of ``Feedback``. If None, torch's layers become exact
-            (``"bptt"``), and layers that are statefeed's already keep their rule.
-        include: a shell pattern of the recurrent layers' names (``"encoder.*"``), or several; the model itself is
-            ``""``.
-        exclude: a pattern of names to leave alone, or several.
-        dry_run: report only, change nothing.
+        model: any module, including a recurrent layer.
+        feedback: the rule of all layers, in any spelling of ``Feedback``. If None, torch's layers become exact
+            (``"bptt"``), and statefeed layers keep their rule.
+        include: shell pattern of the names of recurrent layers (``"encoder.*"``), or several; the name of the model
+            itself is ``""``.
+        exclude: pattern of names to leave alone, or several.
+        dry_run: only report, do not change the model.
 
     Returns:
-        ``SwapReport``: what was swapped, what was kept and why, and what ``swap`` does not reach. Printing it gives one
-        line a layer; after a training step ``ran()`` says which of the swapped layers it called.
+        ``SwapReport``: the swapped layers, the others with the reason, and recurrent code that ``swap`` cannot reach.
+        It prints one line per layer. After a training step, ``ran()`` says which swapped layers the step called.
 
-    Gradient: exact by default; otherwise it follows the rule from the next forward pass on.
+    Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
         ValueError: an unknown rule, or a pattern that matches no recurrent layer.
@@ -128,19 +128,19 @@ def swap(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Every statefeed layer of a model becomes torch.nn's plain layer again, in place.
+    """Convert every statefeed layer of a model back to torch.nn's plain layer, in place.
 
     Args:
         model: any module.
 
     Returns:
-        The same model, plain torch.nn again: torch's types, or those that came from torch's, the same parameters and
-        state_dict.
+        The same model object as plain torch.nn again, with the same parameters and state_dict. Layers of a subclass
+        have their class again.
 
     Gradient: exact from the next forward pass on.
 
     Warns:
-        UserWarning: for every layer that had to stay statefeed's, with the reason.
+        UserWarning: for every statefeed layer that could not be restored, with the reason.
 
     Cost: none per parameter.
 
@@ -171,7 +171,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 class _FirstCall:
-    """A forward pre-hook that notes one call and removes itself."""
+    """A forward pre-hook that records one call and removes itself."""
 
     def __init__(self, name: str, called: set[str]) -> None:
         self.name, self.called = name, called
@@ -190,7 +190,7 @@ class _FirstCall:
 
 
 def _remove_hooks(module: nn.Module) -> None:
-    """Remove what ``swap`` hung on a layer to see whether it runs."""
+    """Remove the hooks by which ``swap`` records whether a layer runs."""
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _FirstCall)]:
         del hooks[key]
@@ -227,7 +227,7 @@ def _reason_to_keep(
         reason = unsupported_subclass(module)
     if reason is not None:
         return reason
-    # Whether a rule fits is a question to our class; the module is of that class only while it answers.
+    # Only statefeed's class can check a rule, so the module has that class during the check.
     module.__class__ = _our_class(module)
     try:
         return module.unsupported_reason(rule)  # type: ignore[operator, no-any-return]

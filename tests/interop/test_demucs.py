@@ -28,14 +28,14 @@ def test_demucs_separates_two_tones():
         sources = torch.sin(6.2832 * frequency * t + phase).transpose(0, 1)[:, :, None]
         return sources.sum(1), sources
 
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(40):
         mixture, sources = tones(4)
         loss = (model(mixture) - sources).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     print(f"mean squared error: {losses[0]:.3f}, then {losses[-1]:.3f}")
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
