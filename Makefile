@@ -23,8 +23,9 @@ test-core: .venv/.installed-dev
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-interop: .venv/.installed-interop
-	$(BIN)/python -m pytest -m interop tests/interop
+# Other people's packages, each in an environment of its own under build/interop; `make interop PACKAGES="darts flair"`.
+interop:
+	$(PYTHON) tests/interop/environments.py $(PACKAGES)
 
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
@@ -55,8 +56,4 @@ clean:
 
 .venv/.installed-%: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
-	touch $@
-
-.venv/.installed-interop: .venv/.installed-dev tests/interop/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/interop/requirements.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""Adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder; otherwise the wheel is pure."""
+"""Build hook that adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder."""
 
 import importlib.util
 import os

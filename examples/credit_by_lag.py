@@ -1,10 +1,10 @@
-"""Draws how far back each rule assigns credit: the gradient that the last output sends to the input k steps before it.
+"""Credit by lag under each rule: the gradient of the last output with respect to the input k steps earlier.
 
     python examples/credit_by_lag.py [FIGURE.png]
 
-A GRU is trained with exact BPTT for a moment, so that it remembers something: at the end of 50 vectors it is to say
-whether the sum of their entries, the early ones counting less, is positive. Then `statefeed.alignment` measures every
-rule on it. Prints, per rule, the mean cosine with BPTT over lags 1 to 10; with a file name it draws the decay and the
+A GRU is trained briefly with exact BPTT, so that it has some memory: after 50 vectors it predicts whether the sum of
+their entries, with smaller weights for early ones, is positive. Then `statefeed.alignment` measures every rule on it.
+Prints the mean cosine with BPTT over lags 1 to 10 for every rule; with a file name it also draws the decay and the
 cosine by lag (needs matplotlib).
 """
 
@@ -67,11 +67,11 @@ def main():
 
     torch.manual_seed(0)
     model = Model()
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(model, batch()).backward()
-        optimiser.step()
+        optimizer.step()
 
     measured, held_out = {}, batch()
     for rule in RULES:

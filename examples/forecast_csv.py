@@ -2,8 +2,8 @@
 
     python examples/forecast_csv.py [FILE.csv]
 
-The file has a header, a date in the first column, numbers in the others and one row an hour. Without a file, one of the
-same form is made. Prints the error on the last fifth of the rows, beside that of repeating the last day.
+The file has a header, a date in the first column, numbers in the others and one row per hour. Without a file, it
+uses a synthetic one. Prints the error on the last fifth of the rows, and the error of repeating the last day.
 """
 
 import argparse
@@ -78,15 +78,15 @@ def main():
     torch.manual_seed(0)
     model = Forecaster(series.shape[1])
     schedule = sf.Schedule("dsf@0.5/gate+1")
-    optimiser = torch.optim.Adam(model.parameters(), 4e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         schedule.apply(model, step / STEPS)
         batch = train[torch.randint(len(train), (BATCH,))]
         loss = (model(batch[:, :PAST]) - batch[:, PAST:, -1]).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         decay.step()
         if step % 50 == 0:
             print(f"step {step:3d}: feedback {model.gru.feedback}, mean squared error {loss:.3f}")

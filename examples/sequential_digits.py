@@ -1,9 +1,8 @@
-"""Handwritten digits read pixel by pixel: 64 steps of one number, and the answer only after the last one.
+"""Handwritten digits read pixel by pixel: 64 steps of one value, classified after the last step.
 
     python examples/sequential_digits.py
 
-Needs scikit-learn, whose 1,797 digits of 8 x 8 pixels lie on the disk with it. Prints the share of the 360 digits kept
-apart that are read right.
+Needs scikit-learn, which includes 1,797 digits of 8 x 8 pixels. Prints the accuracy on 360 held-out digits.
 """
 
 import torch
@@ -37,16 +36,16 @@ def main():
 
     model = Reader()
     schedule = sf.Schedule("dsf@0.2/gate+1")  # the cheapest gradient leads early, a better one ends better
-    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for epoch in range(EPOCHS):
         schedule.apply(model, epoch / EPOCHS)
         for rows in train[torch.randperm(len(train))].split(BATCH):
             loss = nn.functional.cross_entropy(model(pixels[:, rows]), digits[rows])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
         decay.step()
         if epoch % 5 == 4:
             print(f"epoch {epoch + 1}: feedback {model.gru.feedback}, loss of the last batch {loss:.3f}")

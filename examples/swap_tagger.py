@@ -1,8 +1,8 @@
-"""One line in a model that is there already: a tagger of bracket depth with torch.nn's LSTM, trained through statefeed.
+"""One line in an existing model: a tagger of bracket depth with torch.nn's LSTM, trained with statefeed.
 
     python examples/swap_tagger.py
 
-Prints the share of tokens tagged right on sequences that it has not seen, from the plain torch layer that is left.
+Prints the accuracy of the restored plain torch model on unseen sequences.
 """
 
 import torch
@@ -42,13 +42,13 @@ def main():
     model = Tagger()
     print(sf.swap(model, feedback="gate+1"))  # the one line
 
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(150):
         tokens, depths = sequences(32)
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), depths.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 50 == 0:
             print(f"step {step:3d}: loss {loss:.3f}")
 

@@ -1,10 +1,12 @@
 """Recurrent networks trained without sequential backpropagation through time: the public API."""
 
 from statefeed.alignment import Agreement, Alignment, Lags, Monitor, alignment
+from statefeed.cell_layer import CellLayer
 from statefeed.custom import Recurrent
 from statefeed.explain import Explanation, explain
 from statefeed.feedback import Feedback
 from statefeed.layers import GRU, LSTM, RNN
+from statefeed.mixin import FeedbackLayer
 from statefeed.scan import diagonal_scan
 from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap
@@ -17,8 +19,10 @@ __all__ = [
     "RNN",
     "Agreement",
     "Alignment",
+    "CellLayer",
     "Explanation",
     "Feedback",
+    "FeedbackLayer",
     "Lags",
     "Monitor",
     "Recurrent",
@@ -31,7 +35,7 @@ __all__ = [
     "swap",
 ]
 
-# Where users import them from is where they are pickled from and documented: files may move.
+# Pickles and documents use the public import path, so that files can move.
 for _name in __all__:
     globals()[_name].__module__ = "statefeed"
 del _name

@@ -1,4 +1,4 @@
-"""The entry point of a shell: `statefeed` and `python -m statefeed`."""
+"""Command-line entry point: `statefeed` and `python -m statefeed`."""
 
 import io
 import os
@@ -9,22 +9,22 @@ _APPLICATION = ("jsonargparse", "matplotlib", "numpy", "rich", "safetensors", "t
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 2, with one sentence, where the application is not installed."""
+    """Run the command line and exit with its code; 2, with an error message, if the application is not installed."""
     _open_streams()
     if missing := [name for name in _APPLICATION if find_spec(name) is None]:
         print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
         sys.exit(2)
     if sys.argv[1:2] == ["bench"]:
-        # A process as a user of the library has it: torch.nn as shipped, denormals and allocator untouched. Training
-        # alone is timed in the trainer's own, its rivals included.
+        # Benchmarks run in a process as users of the library have it: torch.nn as shipped, default denormals and
+        # allocator. Only the training benchmark, baselines included, runs with the trainer's process settings.
         from statefeed import bench
 
         if sys.argv[2:3] == ["training"]:
-            _own_process()
+            _trainer_process()
         sys.exit(bench.main(sys.argv[2:]))
     from statefeed.lm import cli
 
-    _own_process()
+    _trainer_process()
     sys.exit(cli.main(sys.argv[1:]))
 
 
@@ -44,7 +44,7 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _own_process() -> None:
+def _trainer_process() -> None:
     from statefeed.lm import cli
 
     cli.own_process()

@@ -1,7 +1,8 @@
-"""How the gradient under a rule relates to the exact one, on a user's own model and batch: whole, by part, by lag."""
+"""Comparison of a rule's gradient with the exact one on a model and batch: in total, by layer and by time lag."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,19 +16,22 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
 from statefeed.mixin import FeedbackLayer
+from statefeed.snapshot import untouched
+from statefeed.stack import RecurrentStack
 
-# Rows of the batch that show how credit decays with the lag: enough for a curve, little beside the whole batch.
+# Rows of the batch for the measurement by lag: enough for a curve, cheap compared with the whole batch.
 _ROWS = 4
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one gradient compares with the exact one.
+    """Comparison of one gradient with the exact one.
 
     Attributes:
-        cosine: of the angle between the two, 1 where they point the same way; NaN where one of them is zero.
-        norm_ratio: norm under the rule over the exact norm; NaN where the exact gradient is zero.
-        sign_agreement: share of the entries with a nonzero exact gradient whose sign is right; NaN where there is none.
+        cosine: cosine of the angle between the two; NaN if one of them is zero.
+        norm_ratio: norm under the rule divided by the exact norm; NaN if the exact gradient is zero.
+        sign_agreement: fraction of entries with the right sign, among those with a nonzero exact gradient; NaN if there
+            is no such entry.
     """
 
     cosine: float
@@ -37,16 +41,16 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Lags:
-    """How far back one layer assigns credit: one number for every lag k = 0, 1, ...
+    """Credit assignment of one layer by time lag: one value for every lag k = 0, 1, ...
 
-    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, x and y being the layer's input and output and v a random normal vector: the
-    gradient that the last output sends to the input k steps before it, through every state between. The state before
-    the first lag measured is zero.
+    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, where x and y are the layer's input and output and v is a random normal
+    vector: the gradient of the last output with respect to the input k steps earlier, through all states between. The
+    state before the first measured step is zero.
 
     Attributes:
         exact: norm of g[k] under BPTT.
         rule: norm of g[k] under the layer's rule.
-        agreement: of the two.
+        agreement: comparison of the two gradients.
     """
 
     exact: tuple[float, ...]
@@ -59,10 +63,10 @@ class Alignment:
     """The result of ``alignment``.
 
     Attributes:
-        total: over all parameters joined.
-        parameters: by parameter name, those that require grad and that the loss reaches.
-        layers: by module name, over the parameters that a statefeed layer owns, joined.
-        lags: by module name, how credit decays with the time lag through that layer.
+        total: over all parameters concatenated.
+        parameters: by parameter name, for parameters that require grad and have a gradient.
+        layers: by module name, over all parameters of a statefeed layer concatenated.
+        lags: by module name, credit assignment of that layer by time lag.
     """
 
     total: Agreement
@@ -71,41 +75,43 @@ class Alignment:
     lags: dict[str, Lags]
 
     def numbers(self) -> dict[str, float]:
-        """What a logger takes: ``alignment/cosine`` and its like in total, ``alignment/LAYER/cosine`` per layer."""
+        """Values for a logger: ``alignment/cosine`` etc. in total, ``alignment/LAYER/cosine`` etc. per layer."""
         parts = {"alignment": self.total, **{f"alignment/{name or 'model'}": at for name, at in self.layers.items()}}
         return {f"{place}/{what}": value for place, at in parts.items() for what, value in asdict(at).items()}
 
 
 def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, lags: int = 64) -> Alignment:
-    """Cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
+    """Measure cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
 
-    ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the share of entries with ``sign(g) = sign(g*)``, g* being
-    the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random numbers,
-    so that dropout masks are equal; the model is as it was afterwards: rules, ``.grad``, buffers and generators.
+    ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the fraction of entries with ``sign(g) = sign(g*)``, where
+    g* is the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random
+    numbers and start from the same hidden state, so that dropout masks are equal. A compiled model is run uncompiled.
+    Rules, ``.grad``, buffers, hidden state in attributes and random generators are restored afterwards. Where a
+    gradient is not finite all numbers are NaN.
 
-    A layer under ``"fitted"`` is measured under the diagonal that it has by now, not by one of its exact passes.
+    A layer under ``"fitted"`` is measured with its current diagonal, not with one of its exact passes.
 
-    The lags are measured on every layer alone, with the input of its first call (its longest sequences if they are
-    packed or have ``lengths``; ``resets`` are left out), on the forward direction's half of the last output if it has
-    two.
+    The lags are measured on every layer alone, with the input of its first call. For packed inputs and inputs with
+    ``lengths`` only the longest sequences are used; ``resets`` are ignored. For a bidirectional layer, the forward half
+    of the last output is used. A subclass with a ``forward`` of its own has no lags.
 
     Args:
-        model: any module that holds statefeed layers.
+        model: any module that contains statefeed layers.
         loss_fn: (model, batch) -> scalar loss.
-        batch: handed to ``loss_fn`` as it is.
-        lags: how many time lags to measure, on as many last steps of a layer's input; 0 for none.
+        batch: passed to ``loss_fn`` unchanged.
+        lags: number of time lags to measure, on the last ``lags`` steps of a layer's input; 0 for none.
 
     Returns:
         ``Alignment``: in total, per parameter, per layer, and per layer and lag.
 
-    Gradient: none; it measures gradients and leaves ``.grad`` alone.
+    Gradient: none; ``.grad`` is not changed.
 
     Raises:
-        ValueError: a model without a statefeed layer or without a parameter that requires grad, or negative ``lags``.
+        ValueError: the model has no statefeed layer, no parameter that requires grad and is reached by the loss, or
+            sharded parameters, or ``lags`` is negative.
 
-    Cost: one forward and backward pass under the rules and one under torch's own BPTT. For the lags the recurrent
-        layers alone run once more in both ways, over min(lags, T) steps of min(4, B) rows: next to nothing beside a
-        batch of many rows, but as much again for one of four rows or fewer and no more steps than ``lags``.
+    Cost: one forward and backward pass under the rules and one under torch's own BPTT. The lags take one more pass of
+        the recurrent layers each way, over min(lags, T) steps of min(4, B) rows.
 
     Example:
         >>> import torch
@@ -121,22 +127,29 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         raise ValueError(f"lags must be 0 or more, got {lags}")
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, FeedbackLayer)}
     if not layers:
-        raise ValueError("alignment needs a model with a statefeed RNN, GRU, LSTM or Recurrent in it, got one without")
+        raise ValueError(
+            "alignment needs a model with a statefeed RNN, GRU, LSTM or Recurrent layer, got a model without one"
+        )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
+    sharded = _sharded(model)
+    if sharded is not None:
+        raise ValueError(f"alignment needs whole parameters, got {sharded}: measure a model that is not sharded")
 
-    with _untouched(model), _inputs(layers, lags) as inputs:
+    with untouched(model), _inputs(layers, lags) as inputs, _eager():
         _freeze(layers.values())
         ours = _gradients(model, loss_fn, batch, parameters)
-    with _untouched(model), ExitStack() as stack:
+    with untouched(model), _eager(), ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.exact_rule())
         exact = _gradients(model, loss_fn, batch, parameters)
 
     reached = [name for name, g in exact.items() if g is not None and ours[name] is not None]
+    if not reached:
+        raise ValueError("alignment needs a loss that depends on a parameter, got one that reaches none of them")
     names = {id(p): name for name, p in parameters.items()}
-    owned = {
+    reached_by_layer = {
         layer_name: [n for n in (names.get(id(p)) for p in layer.parameters()) if n in reached]
         for layer_name, layer in layers.items()
     }
@@ -147,27 +160,29 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     return Alignment(
         total=over(reached),
         parameters={name: over([name]) for name in reached},
-        layers={name: over(group) for name, group in owned.items() if group},
+        layers={name: over(group) for name, group in reached_by_layer.items() if group},
         lags={name: _lags(layers[name], x) for name, x in inputs.items()},
     )
 
 
 class Monitor:
-    """Alignment on one batch every so many steps, in any training loop.
+    """Measures alignment on one batch at regular steps of any training loop.
 
     Args:
         loss_fn: (model, batch) -> scalar loss, as for ``alignment``.
-        batch: always the same one, so that what changes is the model.
-        every: steps from one measurement to the next, the first at step 0.
-        lags: as for ``alignment``; credit by lag is left in ``history``.
+        batch: the batch of every measurement.
+        every: steps between measurements; the first is at step 0.
+        lags: as for ``alignment``; the results by lag are in ``history``.
 
     Attributes:
         history: (step, ``Alignment``) of every measurement.
 
+    Gradient: none.
+
     Raises:
         ValueError: ``every`` below 1.
 
-    Cost: that of ``alignment`` at every measurement, none in between.
+    Cost: that of ``alignment`` at every measurement, none at other steps.
 
     Example:
         >>> import torch
@@ -175,7 +190,7 @@ class Monitor:
         >>> layer = sf.GRU(2, 4, feedback="gate+9")
         >>> monitor = Monitor(lambda model, x: model(x)[0].square().sum(), torch.ones(5, 1, 2), every=100)
         >>> for step in range(101):
-        ...     numbers = monitor(layer, step)  # hand them to a logger
+        ...     numbers = monitor(layer, step)  # pass them to a logger
         ...     # one training step
         >>> [step for step, _ in monitor.history], round(numbers["alignment/cosine"], 3)
         ([0, 100], 1.0)
@@ -190,17 +205,42 @@ class Monitor:
         self.history: list[tuple[int, Alignment]] = []
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
-        """The numbers to log at a step; none between measurements, nor where every layer's rule is exact.
+        """Measure the alignment if it is due at this step.
 
         Args:
-            model: as for ``alignment``; it is left as it was.
-            step: of the training, counted from 0.
+            model: as for ``alignment``; it is not changed.
+            step: training step, counted from 0.
+
+        Returns:
+            The values to log; empty between measurements and if the rule of every layer is exact.
         """
         rules = [m.feedback for m in model.modules() if isinstance(m, FeedbackLayer)]
         if step % self.every or (rules and all(rule.exact for rule in rules)):
             return {}
         self.history.append((step, alignment(model, self.loss_fn, self.batch, self.lags)))
         return self.history[-1][1].numbers()
+
+
+def _sharded(model: nn.Module) -> str | None:
+    """The first part of a model whose parameters are spread over processes."""
+    # Named rather than imported: torch.distributed takes as long to import as torch.
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"{name or 'a model'} in FullyShardedDataParallel"
+    return next(
+        (f"{name} as a {type(p).__name__}" for name, p in model.named_parameters() if type(p).__name__ == "DTensor"),
+        None,
+    )
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run what torch.compile has compiled uncompiled: torch cannot compile the training of its own LSTM."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 def _gradients(
@@ -212,27 +252,30 @@ def _gradients(
     return dict(zip(parameters, grads, strict=True))
 
 
+def _real(gradient: Tensor) -> Tensor:
+    """All entries, real and imaginary parts as two."""
+    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).double().flatten()
+
+
 def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreement:
-    pairs = [
-        (g.double().flatten(), h.double().flatten())
-        for g, h in zip(ours, exact, strict=True)
-        if g is not None and h is not None
-    ]
+    pairs = [(_real(g), _real(h)) for g, h in zip(ours, exact, strict=True) if g is not None and h is not None]
+    nan = float("nan")
+    if not all(bool(v.isfinite().all()) for pair in pairs for v in pair):
+        return Agreement(nan, nan, nan)
     dot = sum(float(g @ h) for g, h in pairs)
     right = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
     signed = sum(int((h != 0).sum()) for _, h in pairs)
-    ours_norm, exact_norm = (sum(float(v @ v) for v in side) ** 0.5 for side in zip(*pairs, strict=True))
-    nan = float("nan")
+    rule_norm, exact_norm = (sum(float(v @ v) for v in side) ** 0.5 for side in zip(*pairs, strict=True))
     return Agreement(
-        dot / (ours_norm * exact_norm) if ours_norm and exact_norm else nan,
-        ours_norm / exact_norm if exact_norm else nan,
+        dot / (rule_norm * exact_norm) if rule_norm and exact_norm else nan,
+        rule_norm / exact_norm if exact_norm else nan,
         right / signed if signed else nan,
     )
 
 
 @contextmanager
 def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
-    """Collects the input of every layer's first call, its last steps and some rows, (lags, rows, I)."""
+    """Collect the input of every layer's first call: its last steps and a few rows, (lags, rows, I)."""
     inputs: dict[str, Tensor] = {}
 
     def collect(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -245,12 +288,14 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
         if lengths is not None:
             longest = int(lengths.max())
             x = x[:longest, lengths.to(x.device) == longest]
-        if lags and name not in inputs and x.is_floating_point():
+        if lags and name not in inputs and (x.is_floating_point() or x.is_complex()):
             inputs[name] = x[-lags:, :_ROWS].detach()
 
+    # What a subclass with a forward of its own takes and returns is not known.
     hooks = [
         layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
         for name, layer in layers.items()
+        if type(layer).forward in (RecurrentStack.forward, Recurrent.forward)
     ]
     try:
         yield inputs
@@ -260,20 +305,20 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
 
 
 def _freeze(layers: Iterable[Any]) -> None:
-    """Set the rule of every layer whose passes are sometimes exact to the diagonal that it has learned."""
+    """Set the rule of every layer with occasional exact passes to its learned diagonal."""
     for layer in layers:
         diagonal = layer.feedback.diagonal
         if isinstance(diagonal, Learned) and diagonal.takes_exact_passes:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that corrections around a fixed diagonal near 1 may diverge
+                warnings.simplefilter("ignore")  # corrections around a fixed diagonal near 1 may diverge
                 layer.feedback = Feedback(layer.diagonal, layer.feedback.corrections)
 
 
 def _lags(layer: Any, x: Tensor) -> Lags:
-    with _untouched(layer):
+    with untouched(layer):
         _freeze([layer])
         rule = _by_lag(layer, x)
-    with _untouched(layer), layer.exact_rule():
+    with untouched(layer), layer.exact_rule():
         exact = _by_lag(layer, x)
     return Lags(
         tuple(exact.flatten(1).norm(dim=1).tolist()),
@@ -283,30 +328,14 @@ def _lags(layer: Any, x: Tensor) -> Lags:
 
 
 def _by_lag(layer: Any, x: Tensor) -> Tensor:
-    """What the last output sends back to the input, (T, rows, I), lag 0 first."""
-    x = x.to(next(layer.parameters()).dtype, copy=True).requires_grad_()
+    """Gradient of the last output with respect to the input, (T, rows, I), lag 0 first."""
+    weight = next(layer.parameters(), x)
+    x = x.to(weight.dtype, copy=True).requires_grad_()
     with torch.enable_grad():
         y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
         last = y[:, -1] if layer.batch_first else y[-1]
         if getattr(layer, "bidirectional", False):
             last = last[:, : layer.hidden_size]
-        sent = (last * torch.randn_like(last)).sum()
-    (grad,) = torch.autograd.grad(sent, x)
-    return grad.flip(0).double().cpu()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put rules, buffers and random generators back as they were."""
-    rules = [(m, m.feedback) for m in model.modules() if isinstance(m, FeedbackLayer)]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for layer, rule in rules:
-                layer.feedback = rule
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        projection = (last * torch.randn_like(last)).sum()
+    (grad,) = torch.autograd.grad(projection.real if projection.is_complex() else projection, x)
+    return grad.flip(0).to(torch.promote_types(grad.dtype, torch.float64)).cpu()

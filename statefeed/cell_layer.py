@@ -33,14 +33,16 @@ class CellLayer(RecurrentStack):
         dtype: of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: approximate, as the rule says; exact under ``"bptt"`` and for k >= T corrections.
+    Gradient: as the rule says; exact under ``"bptt"``, the default, and for k >= T corrections.
 
     Raises:
-        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the cell cannot run under.
+        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the layer cannot run under, as
+            ``"torch"``.
 
     Cost: on the reference backend, forward one call of ``cell.step`` per step, without autograd; backward as GRU.
 
     Example:
+        >>> import torch
         >>> from statefeed.cells import CELLS
         >>> class Tanh(CellLayer):
         ...     cell = CELLS["rnn_tanh"]
@@ -99,8 +101,14 @@ class CellLayer(RecurrentStack):
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
         """Why the layer cannot run under a rule, in one sentence; None if it can."""
-        if str(rule) == "torch":
-            return f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt"'
+        if rule.through_torch:
+            return (
+                f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt", or '
+                "statefeed.Recurrent where a second derivative is needed"
+            )
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.is_complex():
+            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
 
     def reset_parameters(self) -> None:
@@ -123,7 +131,7 @@ class CellLayer(RecurrentStack):
                 f"the input must have {self.input_size} features per step, as input_size says, got the shape "
                 f"{tuple(x.shape)}"
             )
-        weight = next(self.parameters())
+        weight = self._weights_of(0)[0]
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"the input must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
         B = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])

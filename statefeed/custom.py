@@ -1,4 +1,4 @@
-"""A user's own step, state' = cell(x, state), under a feedback rule: forward loop, batched VJPs, one scan."""
+"""Recurrent layer for any cell, state' = cell(x, state), under a feedback rule."""
 
 from __future__ import annotations
 
@@ -20,40 +20,50 @@ from statefeed.feedback import (
     as_feedback,
 )
 from statefeed.layout import shift_left
-from statefeed.mixin import FeedbackLayer
-from statefeed.recurrence import NO_SECOND_DERIVATIVE, autocast_dtype
+from statefeed.mixin import FeedbackLayer, complex_reason
+from statefeed.recurrence import autocast_dtype
 from statefeed.scan import diagonal_scan
+from statefeed.transforms import (
+    NO_SECOND_DERIVATIVE,
+    NO_TRANSFORM_OF_A_STEP,
+    is_batched,
+    no_batched_gradients,
+    no_forward_mode,
+    traced,
+)
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 class Recurrent(FeedbackLayer):
-    """Any cell, run over time, with a feedback rule for the backward pass.
+    """Runs any cell over time with a feedback rule for the backward pass.
 
-    ``s[t] = cell(x[t], s[t-1])``; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` over the states joined, then one
-    batched VJP of the cell over all T*B rows gives every other gradient (arXiv 2503.23104).
+    ``s[t] = cell(x[t], s[t-1])``; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` over the concatenated states, then
+    one batched VJP of the cell over all T*B rows gives all other gradients (arXiv 2503.23104).
 
     Args:
         cell: a module with the call ``state' = cell(x, state)``; x is (rows, I), the state a tensor (rows, S) or a
-            tuple of such tensors. It must treat rows alone and draw no random numbers: the backward pass calls it once
-            more on all T*B rows. Gradients go to ``cell.parameters()``, to x and the initial state, to nothing else.
-        feedback: the rule, in every spelling of ``Feedback`` but ``"gate"``; a tensor diagonal runs over the states
-            joined, S in all. ``"jacobian"`` and ``"calibrated"`` estimate diag(J) as v * (J^T v) with one random sign
-            vector v per row (Hutchinson): unbiased, its noise the off-diagonal entries; ``"calibrated"`` averages it
-            over all rows and steps. An exact pass of ``"fitted"`` calls the cell once more at every step.
-        state_size: width of the state, or of each of its tensors; the cell's ``hidden_size`` if None, for h and c of an
-            nn.LSTMCell.
-        batch_first: (B, T, .) instead of (T, B, .).
+            tuple of such tensors. Rows must be independent and the cell must not draw random numbers, because the
+            backward pass calls it again on all T*B rows. Only ``cell.parameters()``, x and the initial state receive
+            gradients.
+        feedback: the rule, in any spelling of ``Feedback`` except ``"gate"``. A tensor diagonal has one value per
+            element of the concatenated states, S in total. ``"jacobian"`` and ``"calibrated"`` estimate diag(J) as
+            v * (J^T v) with one random sign vector v per row (Hutchinson's estimator, unbiased; its variance comes from
+            the off-diagonal entries). ``"calibrated"`` averages it over all rows and steps. An exact pass of
+            ``"fitted"`` calls the cell once more at every step.
+        state_size: width of the state, or of each of its tensors; if None, the cell's ``hidden_size``, and for an
+            nn.LSTMCell its ``hidden_size`` for both h and c.
+        batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
 
-    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"`` (the default), ``"torch"`` and with k >= T corrections.
 
     Raises:
-        ValueError: an unknown rule, ``"gate"``, or a cell whose state width is unknown; in a call, a cell
-            that returns no state of that width.
+        ValueError: an unknown rule, ``"gate"``, or a cell with unknown state width; in a call, a cell that returns a
+            state of another width.
         TypeError: a cell that is not a module.
 
-    Cost: forward T calls of the cell, without autograd; backward one call over T*B rows, one VJP, and one more per
-        correction and for an estimate of diag(J).
+    Cost: forward, T calls of the cell without autograd; backward, one call over T*B rows and one VJP, plus one VJP per
+        correction and one for an estimate of diag(J).
 
     Example:
         >>> import torch
@@ -74,18 +84,18 @@ class Recurrent(FeedbackLayer):
     ) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
-            raise TypeError(f"cell must be a torch.nn.Module, whose parameters are trained, got {type(cell).__name__}")
+            raise TypeError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
         self.cell = cell
         self.batch_first = batch_first
         if state_size is None:
             width = getattr(cell, "hidden_size", None)
             if not isinstance(width, int):
                 raise ValueError(
-                    f"state_size must be given: {type(cell).__name__} has no attribute hidden_size to read it from"
+                    f"state_size must be given, because {type(cell).__name__} has no integer attribute hidden_size"
                 )
             state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
         self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
-        # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
+        # Converted here: nn.Module would register a Parameter under this name and bypass the property.
         self.feedback = as_feedback(feedback)
 
     @property
@@ -108,25 +118,32 @@ class Recurrent(FeedbackLayer):
 
         Args:
             x: (T, B, I), or (B, T, I) with batch_first.
-            state: the initial state, a tensor (B, S) or a tuple of them as the cell has it; zeros if None.
+            state: the initial state in the form of the cell, a tensor (B, S) or a tuple of them; zeros if None.
 
         Returns:
-            The first tensor of every state, (T, B, S) or (B, T, S), and the final state as the cell has it.
+            The first tensor of every state, (T, B, S) or (B, T, S), and the final state in the form of the cell.
 
-        Gradient: as the rule says; plain autograd through the loop under ``"bptt"``.
+        Gradient: that of the rule; plain autograd through the loop under ``"bptt"``.
         """
+        node = traced(self, Recurrent, (x,) if state is None else (x, state), {})
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         if x.dim() != 3:
             raise ValueError(f"x must have the shape (T, B, I), or (B, T, I) with batch_first, got {tuple(x.shape)}")
         if self.batch_first:
             x = x.transpose(0, 1)
         if state is None:
-            initial = tuple(x.new_zeros(x.shape[1], width) for width in self._widths)
+            # Tokens have the state of the parameters: a state of whole numbers has no gradient.
+            weight = next((p for p in self.cell.parameters() if p.is_floating_point() or p.is_complex()), None)
+            real = x.is_floating_point() or x.is_complex()
+            dtype = x.dtype if real else torch.get_default_dtype() if weight is None else weight.dtype
+            initial = tuple(x.new_zeros(x.shape[1], width, dtype=dtype) for width in self._widths)
         else:
             initial = (state,) if isinstance(state, Tensor) else tuple(state)
         shapes = [tuple(s.shape) for s in initial]
         expected = [(x.shape[1], width) for width in self._widths]
         if shapes != expected:
-            raise ValueError(f"state must have the shapes {expected}, as state_size says, got {shapes}")
+            raise ValueError(f"state must have the shapes {expected}, given by state_size, got {shapes}")
 
         if not len(x):
             raise ValueError("x must have at least one step, got a sequence of length 0")
@@ -136,10 +153,21 @@ class Recurrent(FeedbackLayer):
             y, final = states[0], tuple(s[-1] for s in states)
         else:
             named = dict(self.cell.named_parameters())
+            for tensor in (x, *initial, *named.values()):
+                if tensor.is_complex():
+                    raise ValueError(complex_reason(self._feedback, tensor.dtype))
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(NO_TRANSFORM_OF_A_STEP)
             call = _Call(
-                self.cell, self._rules[0], self.learned_state(0), tuple(named), len(initial), autocast_dtype(x)
+                self.cell,
+                self._rules[0],
+                self.learned_state(0, x.device),
+                tuple(named),
+                len(initial),
+                autocast_dtype(x),
             )
-            y, *finals = _Custom.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
+            function = _Custom if torch.compiler.is_compiling() else _EagerCustom
+            y, *finals = function.apply(call, x, *initial, *named.values())  # type: ignore[no-untyped-call]
             final = tuple(finals)
         return (y.transpose(0, 1) if self.batch_first else y), (final[0] if len(final) == 1 else final)
 
@@ -160,20 +188,20 @@ def _call(cell: nn.Module, parameters: dict[str, Tensor], x: Tensor, state: tupl
     got = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in states or ()]
     if got != expected:
         raise ValueError(
-            f"{type(cell).__name__} must return its next state and nothing else, of the shapes {expected} here, got "
+            f"{type(cell).__name__} must return only its next state, with the shapes {expected}, got "
             f"{got or type(after).__name__}"
         )
     return tuple(states)
 
 
 class _Call(NamedTuple):
-    """Everything besides tensors that the forward pass hands to the backward pass."""
+    """Non-tensor arguments that the forward pass passes to the backward pass."""
 
     cell: nn.Module
     feedback: Feedback
     learned: LearnedState | None
-    names: tuple[str, ...]  # of the parameters
-    parts: int  # of the state
+    names: tuple[str, ...]  # names of the parameters
+    parts: int  # tensors of the state
     compute_dtype: torch.dtype | None
 
     def autocast(self, x: Tensor) -> torch.autocast:
@@ -191,7 +219,9 @@ class _Custom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # which it is here where, and only where, create_graph=True asks for another
+        if any(is_batched(g) for g in grads):
+            raise RuntimeError(no_batched_gradients(None))
+        if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         call: _Call = ctx.call
         x, *saved = ctx.saved_tensors
@@ -209,13 +239,15 @@ class _Custom(torch.autograd.Function):
             named = dict(zip(call.names, leaves[1:], strict=True))
             after = torch.cat(_call(call.cell, named, leaves[0], tuple(before)), -1)
 
-        def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+            """None for an input that the cell does not use."""
             rows = delta.flatten(0, 1).to(after.dtype)
-            return torch.autograd.grad(after, inputs, rows, retain_graph=True, materialize_grads=True)
+            return torch.autograd.grad(after, inputs, rows, retain_graph=True, allow_unused=True)
 
         def jacobian_product(delta: Tensor) -> Tensor:
             """J^T delta, (T, B, S)."""
-            return torch.cat(vjp(delta, before), -1).reshape(T, B, sum(widths))
+            found = [torch.zeros_like(s) if g is None else g for g, s in zip(vjp(delta, before), before, strict=True)]
+            return torch.cat(found, -1).reshape(T, B, sum(widths))
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
@@ -242,6 +274,14 @@ class _Custom(torch.autograd.Function):
         return None, d_x, *d_initial, *d_parameters
 
 
+class _EagerCustom(_Custom):
+    """``_Custom`` with a sentence on forward mode; torch.compile takes no function with a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(no_forward_mode(None))
+
+
 def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor]) -> Tensor:
     """D, (S,) if stationary, else (T, B, S)."""
 
@@ -251,8 +291,7 @@ def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tenso
 
     def linearize() -> Linearization:
         raise ValueError(
-            f'feedback "{call.feedback}" needs the formulas of a cell, of which Recurrent knows only the step; use '
-            '"jacobian"'
+            f'feedback "{call.feedback}" needs the formulas of a cell, but Recurrent only has its step; use "jacobian"'
         )
 
     if call.learned is not None and not e.numel():
@@ -273,7 +312,7 @@ def _diagonal(call: _Call, e: Tensor, jacobian_product: Callable[[Tensor], Tenso
 
 
 def _exact(cell: nn.Module, x: Tensor, before: list[Tensor], e: Tensor) -> tuple[Tensor, Tensor]:
-    """BPTT, one step after the other: the exact gradient of every state and what each passes back, both (T, B, S)."""
+    """Sequential BPTT: the exact gradient of every state and of the state before it, both (T, B, S)."""
     T, B = x.shape[:2]
     delta, grad_prev = torch.empty_like(e), torch.zeros_like(e)
     for t in reversed(range(T)):

@@ -1,4 +1,4 @@
-"""Which kernel runs a layer forward and backward on a given input, why, and what that costs."""
+"""Explanation of which kernels run a layer on a given input, why, and at what cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
@@ -17,29 +17,29 @@ from statefeed.backends.protocol import Description
 from statefeed.cells.protocol import Cell
 from statefeed.stack import RecurrentStack
 
-# Products, forward and backward, in units of exact BPTT's: above this no saved waiting is expected to pay for them.
+# Matrix products relative to exact BPTT, above which fewer dependent steps are not expected to pay off.
 _TOO_MANY_PRODUCTS = 1.5
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found.
+    """Result of ``explain``.
 
     Attributes:
         rule: the feedback rule.
-        forward: what runs the forward pass.
-        backward: what runs the backward pass.
+        forward: the kernels of the forward pass.
+        backward: the kernels of the backward pass.
         why: the reason for that choice.
-        forward_flops: of the matrix products of all layers and directions.
-        backward_flops: likewise; those of exact BPTT are in ``bptt_flops``.
-        bptt_flops: matrix products of torch.nn's backward pass.
-        backward_steps: products that must wait for one another in the backward pass; T * L for exact BPTT.
-        kept_bytes: what is kept from the forward to the backward pass, outputs included; None where torch.nn's own
-            path decides.
-        warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; None if not.
-        seconds: of a forward and backward pass under the rule; None unless ``timed``.
-        torch_seconds: of torch.nn's own layer, likewise; None where torch lacks the cell.
+        forward_flops: flops of the matrix products of the forward pass, all layers and directions.
+        backward_flops: flops of the matrix products of the backward pass.
+        bptt_flops: flops of the matrix products of torch.nn's backward pass.
+        backward_steps: sequentially dependent products of the backward pass; T * L for exact BPTT.
+        kept_bytes: memory saved for the backward pass, including outputs, in bytes; None if torch.nn's own path runs.
+        warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; else None.
+        seconds: time of a forward and backward pass under the rule; None unless ``timed``.
+        torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``, and None for
+            a cell that torch lacks.
     """
 
     rule: str
@@ -59,12 +59,12 @@ class Explanation:
         lines = [
             f"rule      {self.rule}",
             f"forward   {self.forward}: {self.forward_flops / 1e9:.3g} Gflop",
-            f"backward  {self.backward}: {self.backward_flops / 1e9:.3g} Gflop, {self.backward_steps} in a row "
-            f"(exact BPTT: {self.bptt_flops / 1e9:.3g} Gflop)",
+            f"backward  {self.backward}: {self.backward_flops / 1e9:.3g} Gflop, {self.backward_steps} dependent "
+            f"products (exact BPTT: {self.bptt_flops / 1e9:.3g} Gflop)",
             f"why       {self.why}",
         ]
         if self.kept_bytes is not None:
-            lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB kept for the backward pass")
+            lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB saved for the backward pass")
         if self.seconds is not None:
             torchs = "" if self.torch_seconds is None else f", torch.nn {1e3 * self.torch_seconds:.3g} ms"
             lines.append(f"time      {1e3 * self.seconds:.3g} ms forward and backward{torchs}")
@@ -73,30 +73,30 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
-    """Which kernel runs a layer on an input, why, and what it costs.
+def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
+    """Explain which kernels run a layer on an input, why, and at what cost.
 
-    What it costs is counted: matrix products, and how many of them wait for one another. From these it warns of a rule
-    whose products wait as often as those of exact BPTT, or are more than 1.5 times as many. How long they take depends
-    on the machine and the shape in ways that no count foretells; ``timed`` measures it instead.
+    The cost is counted in matrix products and in sequentially dependent products. A warning is given if a rule has as
+    many dependent products as exact BPTT, or more than 1.5 times its matrix products. The actual time also depends on
+    the machine and the shape; ``timed`` measures it.
 
     Args:
         layer: a statefeed layer.
-        x: an input of it, as its call takes it. Autocast counts as it is at this call.
-        timed: run copies of the layer on x, forward and backward with the gradient of x, under its rule and through
-            torch.nn's own path (the exact rule, where torch lacks the cell) in turns; the medians of 5 turns. Without,
-            nothing is computed.
+        x: an input of the layer. The current autocast state is taken into account.
+        timed: run copies of the layer on x, forward and backward including the gradient of x, alternately under its
+            rule and through torch.nn's own path (the exact rule for a cell that torch lacks), and report the medians
+            of 5 runs. By default nothing is computed.
 
     Returns:
-        ``Explanation``; printing it gives a line a fact.
+        ``Explanation``, which prints one fact per line.
 
     Gradient: none.
 
     Raises:
-        TypeError: another kind of layer.
-        ValueError: x without a step or a row, or of another width than the layer's input.
+        TypeError: not a statefeed layer.
+        ValueError: x has no steps or rows, or not ``input_size`` features.
 
-    Cost: none, but for building the kernels at their first use; with ``timed`` six passes of each.
+    Cost: none, except building the kernels at their first use; with ``timed``, six passes of each layer.
 
     Example:
         >>> import torch
@@ -104,7 +104,7 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
         >>> print(explain(sf.GRU(4, 8, feedback="gate+1"), torch.zeros(5, 2, 4)).rule)
         gate+1
         >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
-        1 product waits for another over T = 1 steps, no fewer than under exact BPTT
+        1 dependent product over T = 1 steps, no fewer than exact BPTT
     """
     if not isinstance(layer, RecurrentStack):
         kind = type(layer)
@@ -114,7 +114,7 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     data = x.data if isinstance(x, PackedSequence) else x
     if not data.numel() or data.shape[-1] != layer.input_size:
         raise ValueError(
-            f"x must have steps and rows of {layer.input_size} features, as the layer takes them, got "
+            f"x must have at least one step and row and {layer.input_size} features, the layer's input_size, got "
             f"{tuple(data.shape)}"
         )
     rows = data.numel() // data.shape[-1]
@@ -132,26 +132,26 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
     backend = choose(cell, tensors, rule.exact)
-    reason = _reason(layer, tensors) if backend.fallback else None
+    reason = layer.torch_path_reason(x)
+    if reason is None and backend.fallback:
+        reason = _reason(layer, tensors)
     torch_has_it = cell.torch_forward is not None
-    if rule.through_torch and torch_has_it:
-        reason = '"torch" means torch\'s own layer'
     if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"
-        said = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
-        return _timed(said, layer, x) if timed else said
+        result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
+        return _timed(result, layer, x) if timed else result
     found = _description(backend, cell, data, rule.exact)
-    kept = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
+    saved_values = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
     backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
-    waiting = T if rule.exact else 1 + rule.corrections
+    dependent = T if rule.exact else 1 + rule.corrections
     if found.saves_gates:
-        kept += rows * H * cell.saved_values * directions * layer.num_layers
+        saved_values += rows * H * cell.saved_values * directions * layer.num_layers
     if found.recomputes_gates:
         backward += inputs + hidden
     warning = (
-        None if rule.exact else _expected_slower(T, waiting, (inputs + hidden + backward) / (inputs + hidden + bptt))
+        None if rule.exact else _expected_slower(T, dependent, (inputs + hidden + backward) / (inputs + hidden + bptt))
     )
-    said = Explanation(
+    result = Explanation(
         rule=str(rule),
         forward=found.forward,
         backward=found.backward,
@@ -159,15 +159,15 @@ def explain(layer: RecurrentStack, x: Tensor | PackedSequence, timed: bool = Fal
         forward_flops=inputs + hidden,
         backward_flops=backward,
         bptt_flops=bptt,
-        backward_steps=waiting * layer.num_layers,
-        kept_bytes=kept * data.element_size(),
+        backward_steps=dependent * layer.num_layers,
+        kept_bytes=saved_values * data.element_size(),
         warning=warning,
     )
-    return _timed(said, layer, x) if timed else said
+    return _timed(result, layer, x) if timed else result
 
 
 def _reason(layer: RecurrentStack, tensors: tuple[Tensor, ...]) -> str:
-    """Why the kernels of the input's device do not run a layer."""
+    """Why the kernels of the input's device do not support a layer."""
     device = tensors[0].device.type
     reasons = unsupported_reasons(layer.feedback_cell, tensors, layer.feedback.exact)
     of_device = [reason for name, reason in reasons.items() if BACKENDS[name].device == device]
@@ -181,17 +181,17 @@ def _description(backend: Backend, cell: Cell, x: Tensor, exact: bool) -> Descri
     return Description(name, name, "it is the first in the table of backends that supports the layer")
 
 
-def _expected_slower(T: int, waiting: int, products: float) -> str | None:
-    """Why the counts speak against a rule."""
-    if waiting >= T:
-        these = "1 product waits" if waiting == 1 else f"{waiting} products wait"
-        return f"{these} for another over T = {T} steps, no fewer than under exact BPTT"
+def _expected_slower(T: int, dependent: int, products: float) -> str | None:
+    """Why the counts predict that a rule is slower than exact BPTT; None if they do not."""
+    if dependent >= T:
+        products_text = "1 dependent product" if dependent == 1 else f"{dependent} dependent products"
+        return f"{products_text} over T = {T} steps, no fewer than exact BPTT"
     if products > _TOO_MANY_PRODUCTS:
-        return f"the products are {products:.1f} times those of exact BPTT; timed=True tells whether they are faster"
+        return f"the products are {products:.1f} times those of exact BPTT; timed=True measures whether they are faster"
     return None
 
 
-def _timed(said: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
+def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
     ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
     seconds: dict[str, list[float]] = {"ours": [], "exact": []}
     with ExitStack() as stack:
@@ -201,15 +201,15 @@ def _timed(said: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence)
             stack.enter_context(module.exact_rule())
             if module is ours:
                 module.feedback = rule
-        for turn in range(1 + _REPEATS):
+        for repeat in range(1 + _REPEATS):
             for name, module in (("ours", ours), ("exact", exact)):
                 took = _seconds(module, x)
-                if turn:
+                if repeat:
                     seconds[name].append(took)
     ours_median, exact_median = (statistics.median(values) for values in seconds.values())
     slower = f"slower than exact BPTT here, {ours_median / exact_median:.2f} times its time"
     return replace(
-        said,
+        result,
         seconds=ours_median,
         torch_seconds=None if layer.feedback_cell.torch_forward is None else exact_median,
         warning=slower if ours_median > exact_median else None,
@@ -217,14 +217,14 @@ def _timed(said: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence)
 
 
 def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
-    """Of one forward and backward pass."""
+    """Time of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
-    wanted = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+    differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     start = _clock(leaf)
     with torch.enable_grad():
         y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
         total = (y.data if isinstance(y, PackedSequence) else y).sum()
-    torch.autograd.grad(total, wanted)
+    torch.autograd.grad(total, differentiated)
     return _clock(leaf) - start
 
 

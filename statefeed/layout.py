@@ -1,10 +1,10 @@
-"""How the rows of a batch lie in time: dense, packed, and segmented by lengths and resets.
+"""Layouts of the rows of a batch: dense, packed, and segmented by lengths and resets.
 
 A layer works on rows, one for every step of every sequence, time first. A dense batch (T, B, .) has B rows per step. A
 packed batch is laid out as in torch's PackedSequence: sequences are sorted by length, longest first, and step t has
-``batch_sizes[t]`` rows, which never grow. Row (t, b) is therefore ``offset[t] + b`` in both, with
+``batch_sizes[t]`` rows, which never increase. In both, row (t, b) is therefore ``offset[t] + b``, with
 ``offset[t] = batch_sizes[:t].sum()`` or ``t * B``, and the row of the same sequence one step earlier is
-``offset[t-1] + b``. Padding never enters a product: rows become a (T, B, .) grid only where a scan runs over time.
+``offset[t-1] + b``. Matrix products never include padding: rows become a (T, B, .) grid only for a scan over time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class Layout:
-    """T steps of at most B rows each; made once per call of a layer, so that what it computes is computed once.
+    """T steps of at most B rows each. One object per call of a layer, which caches its index tensors.
 
     Args:
         T: steps.
@@ -59,7 +59,7 @@ class Layout:
         return rows[: self.B]
 
     def last(self, rows: Tensor, initial: Tensor) -> Tensor:
-        """The row of every sequence's last step, (B, .), as memory of its own; ``initial`` if there is no step."""
+        """A copy of the row of every sequence's last step, (B, .); a copy of ``initial`` if there is no step."""
         if not len(rows):
             return initial.clone()
         if self.batch_sizes is None:
@@ -89,7 +89,7 @@ class Layout:
         return rows[self._cached("reversal", _reversal, rows.device)]
 
     def offsets(self, device: torch.device) -> Tensor | None:
-        """The first row of every step and the end of the last, int64 (T + 1,) on a device; None if dense."""
+        """The first row of every step and the end of the last step, int64 (T + 1,) on a device; None if dense."""
         return None if self.batch_sizes is None else self._cached("offsets", _offsets, device)
 
     def _cached(self, name: str, make: Callable[[Layout], Tensor], device: torch.device) -> Tensor:
@@ -122,19 +122,19 @@ def shift_left(grid: Tensor) -> Tensor:
 
 
 class Segments(NamedTuple):
-    """A padded batch as sequences of their own, split where rows end and where new sequences begin.
+    """A padded batch split into segments, where rows end and where new sequences begin.
 
-    A segment is a run of consecutive steps of one row. Sorted by length, longest first, segments form a packed batch:
-    step s of segment p is step ``start[p] + s`` of row ``row[p]``, and lies at ``(start[p] + s) * B + row[p]`` among
-    the T * B steps of the batch; ``gather_index`` lists these positions in packed order.
+    A segment is a run of consecutive steps of one row. Sorted by length, longest first, segments form a packed batch.
+    Step s of segment p is step ``start[p] + s`` of row ``row[p]``, at position ``(start[p] + s) * B + row[p]`` of the
+    T * B steps of the batch. ``gather_index`` lists these positions in packed order.
 
     Attributes:
-        gather_index: (N,), the step t * B + b of every packed row.
+        gather_index: (N,), the position t * B + b of every packed row.
         batch_sizes: rows of every packed step, on the CPU.
         row: (P,), the row b of every segment.
-        first: (B,), the segment that each row begins with.
-        last: (B,), the segment that each row ends with.
-        is_start: (P,), whether a segment begins with a state of zero.
+        first: (B,), the first segment of every row.
+        last: (B,), the last segment of every row.
+        is_start: (P,), whether a segment starts from a zero state.
     """
 
     gather_index: Tensor
@@ -147,13 +147,14 @@ class Segments(NamedTuple):
     def initial(self, state: Tensor, directions: int) -> Tensor:
         """The initial state of every segment, (K, P, H), from that of every row, (K, B, H).
 
-        The forward direction enters a row at its first segment, the reverse one at its last; others start at zero.
+        The forward direction starts a row at its first segment, the reverse direction at its last; all other segments
+        start from zero.
         """
         keep_mask = ~self.is_start
         if directions == 2:
-            at_end = torch.zeros_like(self.is_start)
-            at_end[self.last] = True
-            keep_mask = torch.stack([keep_mask, at_end]).repeat(len(state) // 2, 1)[..., None]
+            is_last = torch.zeros_like(self.is_start)
+            is_last[self.last] = True
+            keep_mask = torch.stack([keep_mask, is_last]).repeat(len(state) // 2, 1)[..., None]
         else:
             keep_mask = keep_mask[:, None]
         return torch.where(keep_mask, state[:, self.row], torch.zeros_like(state[:, :1]))
@@ -167,35 +168,33 @@ class Segments(NamedTuple):
 
 
 def segment(T: int, B: int, lengths: Tensor | None, resets: Tensor | None, device: torch.device) -> Segments:
-    """Split a (T, B) batch where sequences end and where new ones begin.
+    """Split a (T, B) batch into segments where sequences end and where new ones begin.
 
     Args:
         T: steps.
         B: rows.
-        lengths: (B,), integer, valid steps of every row, 1 to T; all of them if None.
-        resets: (T, B), bool, true where a new sequence begins inside a row; nowhere if None.
+        lengths: (B,), integer, valid steps of every row, 1 to T; T if None.
+        resets: (T, B), bool, true where a new sequence begins inside a row; false everywhere if None.
         device: of the returned tensors, except ``batch_sizes``.
 
     Raises:
-        ValueError: another shape or dtype, or a length outside 1..T.
+        ValueError: wrong shape or dtype, or a length outside 1..T.
     """
     cpu = torch.device("cpu")
     if lengths is None:
         lengths = torch.full((B,), T, device=cpu)
     if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(
-            f"lengths must be whole numbers of shape (B,) = ({B},), got {lengths.dtype} {tuple(lengths.shape)}"
-        )
+        raise ValueError(f"lengths must be integers of shape (B,) = ({B},), got {lengths.dtype} {tuple(lengths.shape)}")
     lengths = lengths.cpu().to(torch.int64)
     if B and (int(lengths.min()) < 1 or int(lengths.max()) > T):
-        raise ValueError(f"lengths must lie between 1 and T = {T}, got {int(lengths.min())} to {int(lengths.max())}")
+        raise ValueError(f"lengths must be between 1 and T = {T}, got {int(lengths.min())} to {int(lengths.max())}")
     if resets is None:
         resets = torch.zeros(T, B, dtype=torch.bool, device=cpu)
     if resets.shape != (T, B) or resets.dtype != torch.bool:
         raise ValueError(f"resets must be bool of shape (T, B) = ({T}, {B}), got {resets.dtype} {tuple(resets.shape)}")
     resets = resets.cpu()
 
-    # Row by row: where segments begin, and where each of them stops (the next begin of the row, or the row's length).
+    # Row by row: the step where each segment begins and where it stops (the next begin, or the row's length).
     begins = resets.clone()
     begins[:1] = True
     begins &= torch.arange(T, device=cpu)[:, None] < lengths
@@ -204,7 +203,7 @@ def segment(T: int, B: int, lengths: Tensor | None, resets: Tensor | None, devic
     new_row[1:] = row[1:] != row[:-1]
     stop = torch.where(new_row.roll(-1), lengths[row], start.roll(-1))
 
-    # Longest first; ``place`` is where each segment went.
+    # Longest first; ``place`` is the new position of every segment.
     length, order = (stop - start).sort(descending=True, stable=True)
     place = order.argsort()
     steps = torch.arange(int(length[0]) if len(length) else 0, device=cpu)[:, None]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,21 @@ from torch import Tensor, nn
 from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
 
-_BUFFERS = ("diagonal", "diagonal_updates")
+_LEARNED = ("diagonal", "diagonal_updates")
 TORCH, BPTT = Feedback("torch"), Feedback("bptt")
 
 
 class FeedbackLayer(nn.Module):
     """A module with a feedback rule; the base of RNN, GRU, LSTM and Recurrent.
 
-    A subclass says with which cell, how wide its state is and how many layers and directions it has. Learned diagonals
-    are in the buffers ``diagonal`` (rows, S) and ``diagonal_updates`` (rows,), which are not in ``state_dict``.
+    A subclass says with which cell, how wide its state is and how many layers and directions it has. What a learned
+    rule stores is in the attributes ``diagonal`` (rows, S) and ``diagonal_updates`` (rows,): they follow ``.to``,
+    copies and pickles as buffers do. They are no buffers, because a module must have the same buffers under every rule:
+    averaged copies of a model pair them by position, and DistributedDataParallel broadcasts them.
     """
 
+    diagonal: Tensor
+    diagonal_updates: Tensor
     _feedback: Feedback
     _rules: tuple[Feedback, ...]  # of every layer and direction
 
@@ -36,12 +41,12 @@ class FeedbackLayer(nn.Module):
         reason = self.unsupported_reason(feedback)
         if reason is not None:
             raise ValueError(reason)
-        if feedback.learned and "diagonal" not in self._buffers:
-            like = next(self.parameters(), torch.empty(0))
-            diagonal = like.new_zeros(self._feedback_rows, self._state_size)
-            self.register_buffer("diagonal", diagonal, persistent=False)
-            updates = torch.zeros(self._feedback_rows, dtype=torch.int64, device=like.device)
-            self.register_buffer("diagonal_updates", updates, persistent=False)
+        if feedback.learned and not self.learned_tensors():
+            like = next(self.parameters(), torch.empty(0, device="cpu"))
+            # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
+            shape = (self._feedback_rows, self._state_size)
+            self.diagonal = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            self.diagonal_updates = torch.zeros(shape[0], dtype=torch.int64, device=like.device)
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(self._feedback_rows))
         self._rule_changed()
@@ -66,15 +71,42 @@ class FeedbackLayer(nn.Module):
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
         """Why the layer cannot run under a rule, in one sentence; None if it can."""
+        complex_dtype = next((p.dtype for p in self.parameters() if p.is_complex()), None)
+        if complex_dtype is not None and not rule.exact:
+            return complex_reason(rule, complex_dtype)
         return rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
 
-    def learned_state(self, row: int) -> LearnedState | None:
-        """What a learned rule stores for one layer and direction; None under the other rules."""
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """What learned rules have stored, by attribute; backward passes change it in place."""
+        return {name: self.__dict__[name] for name in _LEARNED if name in self.__dict__}
+
+    def learned_state(self, row: int, device: torch.device) -> LearnedState | None:
+        """What a learned rule stores for one layer and direction, on a device; None under the other rules."""
         if not self._feedback.learned:
             return None
-        diagonal: Tensor = self.diagonal  # type: ignore[assignment]
-        updates: Tensor = self.diagonal_updates  # type: ignore[assignment]
-        return LearnedState(diagonal[row], updates[row], self.training)
+        if self.diagonal.device != device:  # of a module whose parameters were moved one by one
+            self.diagonal, self.diagonal_updates = self.diagonal.to(device), self.diagonal_updates.to(device)
+        return LearnedState(self.diagonal[row], self.diagonal_updates[row], self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``.to``, ``.half`` and their like call: what was learned follows the parameters."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, tensor in self.learned_tensors().items():
+                setattr(self, name, fn(tensor))
+        if "_feedback" in self.__dict__:
+            reason = self.unsupported_reason(self._feedback)
+            if reason is not None:
+                raise ValueError(reason)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in _LEARNED:  # which version 0.1 pickled as buffers
+            buffer = self._buffers.pop(name, None)
+            if buffer is not None:
+                self._non_persistent_buffers_set.discard(name)
+                setattr(self, name, buffer)
 
     @contextmanager
     def exact_rule(self) -> Iterator[None]:
@@ -93,18 +125,20 @@ class FeedbackLayer(nn.Module):
 
     def reset_diagonal(self) -> None:
         """Forget what was learned about the diagonal."""
-        for name in _BUFFERS:
-            buffer = self._buffers.get(name)
-            if buffer is not None:
-                buffer.zero_()
+        for tensor in self.learned_tensors().values():
+            tensor.zero_()
 
     def remove_feedback(self) -> None:
         """Remove the rule and what was learned, so that the class can be set to a plain layer's."""
         del self._feedback, self._rules
-        for name in _BUFFERS:
-            if self._buffers.pop(name, None) is not None:
-                self._non_persistent_buffers_set.discard(name)
+        for name in self.learned_tensors():
+            delattr(self, name)
 
     def feedback_repr(self) -> str:
         """The rule as ``extra_repr`` prints it."""
         return f"feedback={str(self._feedback)!r}"
+
+
+def complex_reason(rule: Feedback, dtype: torch.dtype) -> str:
+    """Why an approximate rule cannot run on complex numbers."""
+    return f'feedback "{rule}" is defined for real numbers, got {dtype}: set feedback to "torch"'

@@ -1,4 +1,4 @@
-"""Names of version 0.1 under which whole layers were pickled, so that such files load."""
+"""Import path of the layers in version 0.1, for loading whole layers pickled with it."""
 
 from statefeed.layers import GRU, LSTM, RNN
 

@@ -20,15 +20,12 @@ from statefeed.cells.protocol import Cell, State
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
 from statefeed.feedback.value import Feedback
 from statefeed.layout import Layout
-
-NO_SECOND_DERIVATIVE = (
-    "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
-    'gradient penalty): set feedback to "torch"'
-)
-
-_NO_VMAP = (
-    "torch.func.vmap cannot run through a recurrent layer, torch.nn's own included: put what it maps over into the "
-    "batch, or loop over it"
+from statefeed.transforms import (
+    NO_SECOND_DERIVATIVE,
+    is_batched,
+    no_batched_gradients,
+    no_forward_mode,
+    no_vmap,
 )
 
 
@@ -53,6 +50,7 @@ class _Call(NamedTuple):
     parts: int  # of the state
     weights: int  # of one direction
     compute_dtype: torch.dtype | None
+    output_dtype: torch.dtype | None  # of y and the final states, None for the backend's
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
         """One per direction, from x as the layer takes it and states and weights, direction by direction."""
@@ -70,11 +68,6 @@ class _Call(NamedTuple):
             )
             for k in range(self.directions)
         ]
-
-    @property
-    def output_dtype(self) -> torch.dtype | None:
-        """What torch's layer returns under autocast, where the backend returns float32."""
-        return self.compute_dtype if BACKENDS[self.backend].upcasts and self.cell.returns_autocast_dtype else None
 
     @property
     def saves_y(self) -> bool:
@@ -107,6 +100,11 @@ def recurrence(
     """
     if not layout.T:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    compute_dtype = autocast_dtype(x)
+    output_dtype, packed = None, layout.batch_sizes is not None
+    if compute_dtype is not None and BACKENDS[backend].upcasts:
+        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, packed)
+        output_dtype = None if dtype == directions[0].weights[0].dtype else dtype
     call = _Call(
         cell=cell,
         layout=layout,
@@ -116,7 +114,8 @@ def recurrence(
         directions=len(directions),
         parts=len(cell.states),
         weights=len(directions[0].weights),
-        compute_dtype=autocast_dtype(x),
+        compute_dtype=compute_dtype,
+        output_dtype=output_dtype,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
     if torch.is_grad_enabled():
@@ -172,13 +171,24 @@ class _Layer(torch.autograd.Function):
         known = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *states), strict=False)]
         # With autograd off nobody can ask for a second derivative; torch.compile takes none, and traces no function
         # within a backward pass.
-        plain = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling()
+        if not compiling and any(is_batched(g) for g in grads):
+            raise RuntimeError(no_batched_gradients(call.cell))
+        plain = not torch.is_grad_enabled() or compiling
         run = _gradients if plain else _Gradients.apply
         return None, *run(call, ctx.needs_input_grad[1], x, y, *known, *rest)
 
     @staticmethod
-    def vmap(*_: Any) -> None:
-        raise RuntimeError(_NO_VMAP)
+    def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:
+        raise RuntimeError(no_vmap(call.cell))
+
+
+class _TransformedLayer(_Layer):
+    """``_Layer`` under torch.func; torch.compile takes no function with a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(no_forward_mode(ctx.call.cell))
 
 
 class _EagerLayer(torch.autograd.Function):
@@ -191,11 +201,13 @@ class _EagerLayer(torch.autograd.Function):
         return output
 
     backward = _Layer.backward
+    jvp = _TransformedLayer.jvp
 
 
 def _autograd_function() -> type[torch.autograd.Function]:
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return _Layer if transformed else _EagerLayer
+    if torch.compiler.is_compiling():
+        return _Layer
+    return _TransformedLayer if torch._C._are_functorch_transforms_active() else _EagerLayer
 
 
 class _Gradients(torch.autograd.Function):
@@ -218,8 +230,8 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
     @staticmethod
-    def vmap(*_: Any) -> None:  # as torch.func.jacrev asks for
-        raise RuntimeError(_NO_VMAP)
+    def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:  # as torch.func.jacrev asks for
+        raise RuntimeError(no_batched_gradients(call.cell))
 
 
 # torch asks for a signature at every call, and finding it costs more than a small layer's kernel.

@@ -1,4 +1,4 @@
-"""A feedback rule that changes while training: "dsf@0.3/gate+1" is dsf for the first 30% of the steps, then gate+1."""
+"""Schedule of feedback rules: "dsf@0.3/gate+1" is dsf for the first 30% of the steps, then gate+1."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from statefeed.mixin import FeedbackLayer
 
 
 class Schedule:
-    """Feedback rules in a row, each until a fraction of training.
+    """A sequence of feedback rules, each used until a fraction of training.
 
-    The cheap gradients lead early and fall behind late; a schedule starts on one and ends on a better one.
+    Cheap gradients reduce the loss fastest early in training and less well later; a schedule starts with a cheap rule
+    and ends with a better one.
 
     Args:
-        spelling: ``"rule@until/rule@until/.../rule"``, the fractions rising between 0 and 1 and the last rule without
-            one; a rule alone, in every spelling of ``Feedback``, holds throughout.
+        spelling: ``"rule@until/rule@until/.../rule"``, with increasing fractions between 0 and 1 and no fraction for
+            the last rule. A single rule, in any spelling of ``Feedback``, is used throughout.
 
     Raises:
         ValueError: an invalid spelling.
@@ -45,33 +46,44 @@ class Schedule:
                 stages.append((_fraction(fraction, stage, spelling), Feedback(rule)))
             if "@" in last:
                 raise ValueError(
-                    f"the last rule of a feedback schedule holds to the end and takes no @, got {spelling!r}"
+                    f"the last rule of a feedback schedule is used to the end and takes no @, got {spelling!r}"
                 )
             stages.append((1.0, Feedback(last)))
         else:
             stages.append((1.0, as_feedback(spelling)))
         untils = [until for until, _ in stages[:-1]]
         if untils != sorted(set(untils)):
-            raise ValueError(f"the fractions of a feedback schedule must rise, got {spelling!r}")
+            raise ValueError(f"the fractions of a feedback schedule must increase, got {spelling!r}")
         self.stages = tuple(stages)
 
     def at(self, fraction: float) -> Feedback:
-        """The rule in force after this fraction of training, 0 to 1."""
+        """The rule used after this fraction of training, 0 to 1."""
         return next((rule for until, rule in self.stages if fraction < until), self.stages[-1][1])
 
     def apply(self, model: nn.Module, fraction: float) -> bool:
-        """Set the rule of every statefeed layer in a model; returns whether one changed.
+        """Set the rule of every statefeed layer in a model.
 
         Args:
             model: any module.
-            fraction: of training that is done, 0 to 1; step / steps before each step.
+            fraction: completed fraction of training, 0 to 1; ``step / steps`` before each step.
+
+        Returns:
+            Whether the rule of a layer changed.
+
+        Raises:
+            ValueError: a layer cannot run under the rule; then no layer is changed.
         """
         rule = self.at(fraction)
+        # A rule is compared by value only once: a diagonal on a GPU would be read at every step.
+        layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback is not rule]
+        for layer in layers:
+            reason = layer.unsupported_reason(rule)
+            if reason is not None:
+                raise ValueError(reason)
         changed = False
-        for layer in model.modules():
-            if isinstance(layer, FeedbackLayer) and layer.feedback != rule:
-                layer.feedback = rule
-                changed = True
+        for layer in layers:
+            changed |= layer.feedback != rule
+            layer.feedback = rule
         return changed
 
     def __str__(self) -> str:

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import choose
 from statefeed.cells.protocol import Cell, State
 from statefeed.layout import Layout, segment
-from statefeed.mixin import FeedbackLayer
+from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import Direction, recurrence
+from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 
 
 class RecurrentStack(FeedbackLayer):
@@ -78,14 +79,25 @@ class RecurrentStack(FeedbackLayer):
         Raises:
             RuntimeError: traced by TorchScript while autograd is on; ``statefeed.restore`` the model first.
         """
+        arguments = (input,) if hx is None else (input, hx)
+        options = {"lengths": lengths, "resets": resets}
+        node = traced(self, RecurrentStack, arguments, {k: v for k, v in options.items() if v is not None})
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         if lengths is not None or resets is not None:
             return self._forward_segments(input, hx, lengths, resets)
+        return self._forward(input, hx)
+
+    def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        """The forward pass on a padded, packed or unbatched input; not overridden by a subclass's ``forward``."""
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
         if backend is None:
             return self._torch_path(input, hx)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(self._torchscript)
+        if is_expanded(weights[0][0]):
+            raise RuntimeError(NO_EXPANDED_WEIGHTS)
         packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
@@ -103,6 +115,8 @@ class RecurrentStack(FeedbackLayer):
         else:
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
+        if x.is_complex() and not self._feedback.exact:
+            raise ValueError(complex_reason(self._feedback, x.dtype))
 
         rows = x if packed or not self.batch_first else x.transpose(0, 1)
         y, final = self._layers(backend, rows, layout, state, weights)
@@ -124,6 +138,10 @@ class RecurrentStack(FeedbackLayer):
         state = () if hx is None else self._as_state(hx)
         tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
         return choose(self.feedback_cell, tensors, self._feedback.exact).name
+
+    def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer runs a call; None if a backend may run it, as it does where torch lacks the cell."""
+        return None
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """The forward pass of torch's own layer."""
@@ -192,14 +210,17 @@ class RecurrentStack(FeedbackLayer):
             if not (value is None or isinstance(value, Tensor)):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         x, hx, _ = self._batched(x, hx)
+        padded = x
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.T
         (T, B), directions = x.shape[:2], 2 if self.bidirectional else 1
         segments = segment(T, B, lengths, resets, x.device)
+        if not B:
+            return self._forward(padded, hx)
         if hx is not None:
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
-        y, final = self.forward(packed, hx)
+        y, final = self._forward(packed, hx)
         out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, segments.gather_index, y.data)
         out = out.unflatten(0, (T, B))
         ends = self._as_hx(tuple(segments.final(s, directions) for s in self._as_state(final)))
@@ -251,7 +272,7 @@ class RecurrentStack(FeedbackLayer):
                     state=tuple(s[layer * count + k] for s in state),
                     weights=tuple(of_layer[k * each : (k + 1) * each]),
                     rule=self._rules[layer * count + k],
-                    learned=self.learned_state(layer * count + k),
+                    learned=self.learned_state(layer * count + k, x.device),
                 )
                 for k in range(count)
             ]

@@ -1,35 +1,53 @@
-"""torch.nn's RNN, GRU and LSTM inside a model become statefeed's, and back, in place."""
+"""In-place conversion of a model's torch.nn RNN, GRU and LSTM layers to statefeed layers and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
-from statefeed.layers import GRU, LSTM, RNN, RecurrentLayer
+from statefeed.mixin import FeedbackLayer
+from statefeed.subclass import OURS, joined, torchs_class, unsupported_subclass
 
-_OURS: dict[type[nn.Module], type[RecurrentLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
-_TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in OURS.items()}
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What ``swap`` did, or would do.
+    """The layers that ``swap`` changed, or would change, and what it left alone.
 
     Attributes:
-        swapped: by module name, the layer as it prints.
-        kept: by module name, why the layer was left as it is.
+        swapped: module name -> ``repr`` of the layer.
+        kept: module name -> why the layer was not changed.
+        outside: module name -> recurrent code that ``swap`` cannot reach, and what to do about it.
     """
 
     swapped: dict[str, str]
     kept: dict[str, str]
+    outside: dict[str, str] = field(default_factory=dict)
+    _called: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    def ran(self) -> dict[str, bool]:
+        """Whether each swapped layer, or a copy of it, was called since ``swap``, by module name.
+
+        False after a training step means that the step does not use the layer: the model calls ``forward`` directly,
+        uses the weights in its own code, or runs another network. Calls inside ``torch.compile``, and calls of a layer
+        that was loaded from a pickle, are not counted.
+        """
+        return {name: name in self._called for name in self.swapped}
 
     def __str__(self) -> str:
-        lines = [f"swapped  {name or '(the model)'}: {layer}" for name, layer in self.swapped.items()]
-        lines += [f"kept     {name or '(the model)'}: {reason}" for name, reason in self.kept.items()]
+        groups = {"swapped": self.swapped, "kept": self.kept, "outside": self.outside}
+        lines = [
+            f"{group:<8} {name or '(the model)'}: {text}" for group, of in groups.items() for name, text in of.items()
+        ]
         return "\n".join(lines) or "no torch.nn.RNN, GRU or LSTM in this model"
 
 
@@ -40,26 +58,32 @@ def swap(
     exclude: str | Iterable[str] = (),
     dry_run: bool = False,
 ) -> SwapReport:
-    """Every torch.nn.RNN, GRU and LSTM of a model becomes statefeed's, in place.
+    """Convert every torch.nn.RNN, GRU and LSTM of a model to statefeed's layer, in place.
 
-    The module objects stay, and change their class: parameters, names, hooks, training flag, device, dtype and whatever
-    shares or ties them are untouched, and an optimizer built before keeps working.
+    Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
+    weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits ``forward``
+    or calls ``super().forward`` stays an instance of that subclass: its new class inherits from both.
 
     Args:
-        model: any module, also a recurrent layer itself.
-        feedback: the rule of all layers, in every spelling of ``Feedback``. If None, torch's layers become exact
-            (``"bptt"``), and layers that are statefeed's already keep their rule.
-        include: a shell pattern of module names (``"encoder.*"``), or several; the model itself is ``""``.
-        exclude: a pattern of names to leave alone, or several.
-        dry_run: report only, change nothing.
+        model: any module, including a recurrent layer.
+        feedback: the rule of all layers, in any spelling of ``Feedback``. If None, torch's layers become exact
+            (``"bptt"``), and statefeed layers keep their rule.
+        include: shell pattern of the names of recurrent layers (``"encoder.*"``), or several; the name of the model
+            itself is ``""``.
+        exclude: pattern of names to leave alone, or several.
+        dry_run: only report, do not change the model.
 
     Returns:
-        ``SwapReport``: what was swapped, and what was kept and why. Printing it gives one line a layer.
+        ``SwapReport``: the swapped layers, the others with the reason, and recurrent code that ``swap`` cannot reach.
+        It prints one line per layer. After a training step, ``ran()`` says which swapped layers the step called.
 
-    Gradient: exact by default; otherwise it follows the rule from the next forward pass on.
+    Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: an unknown rule, or a pattern that matches no recurrent layer.
+
+    Warns:
+        UserWarning: the model has no statefeed layer afterwards.
 
     Cost: none per parameter.
 
@@ -73,66 +97,194 @@ def swap(
     """
     rule = as_feedback("bptt" if feedback is None else feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
-    swapped: dict[str, str] = {}
-    kept: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.RNNBase):
-            continue
+    layers: dict[str, Any] = {
+        name: m for name, m in model.named_modules() if isinstance(m, (nn.RNNBase, FeedbackLayer))
+    }
+    _check_patterns("include", include, layers)
+    _check_patterns("exclude", exclude, layers)
+    report = SwapReport({}, {}, dict(_outside(model)))
+    for name, module in layers.items():
         reason = _reason_to_keep(name, module, rule, include, exclude)
-        if reason is None and feedback is None and isinstance(module, RecurrentLayer):
-            reason = f"a statefeed layer already, with feedback {str(module.feedback)!r}"
+        if reason is None and feedback is None and isinstance(module, FeedbackLayer):
+            reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}"
         if reason is not None:
-            kept[name] = reason
+            report.kept[name] = reason
             continue
         if not dry_run:
-            module.__class__ = _OURS.get(type(module), type(module))
+            if _is_class_forward(module):
+                del module.forward
+            module.__class__ = _our_class(module)
             module.feedback = rule
-        described = nn.RNNBase.extra_repr(module)
-        swapped[name] = f"{type(module).__name__}({described}, feedback={str(rule)!r})"
-    return SwapReport(swapped, kept)
+            hook = _FirstCall(name, report._called)
+            module.register_forward_pre_hook(hook)
+        # The class of ours prints its rule, torch's does not.
+        base = torchs_class(type(module))
+        described = module.extra_repr() if base is None else base.extra_repr(module)
+        rule_shown = "" if base is None else f", feedback={str(rule)!r}"
+        report.swapped[name] = f"{type(module).__name__}({described}{rule_shown})"
+    if not dry_run and not any(isinstance(m, FeedbackLayer) for m in model.modules()):
+        warnings.warn(f"swap changed nothing: {report}", stacklevel=2)
+    return report
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Every statefeed layer of a model becomes torch.nn's plain layer again, in place.
+    """Convert every statefeed layer of a model back to torch.nn's plain layer, in place.
 
     Args:
         model: any module.
 
     Returns:
-        The same model, plain torch.nn again: torch's types, the same parameters and state_dict.
+        The same model object as plain torch.nn again, with the same parameters and state_dict. Layers of a subclass
+        have their class again.
 
     Gradient: exact from the next forward pass on.
+
+    Warns:
+        UserWarning: for every statefeed layer that could not be restored, with the reason.
 
     Cost: none per parameter.
 
     Example:
         >>> from torch import nn
-        >>> type(restore(GRU(2, 3))) is nn.GRU
+        >>> import statefeed as sf
+        >>> type(restore(sf.GRU(2, 3))) is nn.GRU
         True
     """
-    for module in model.modules():
-        plain = _TORCHS.get(type(module))
-        if plain is not None and isinstance(module, RecurrentLayer):
-            module.remove_feedback()
-            module.__class__ = plain  # type: ignore[assignment]
-            module.flatten_parameters()
+    for name, module in model.named_modules():
+        if not isinstance(module, FeedbackLayer):
+            continue
+        kind = type(module)
+        plain = _TORCHS.get(kind) or vars(kind).get("plain_class")
+        reason = _changed_by_others(module, "restore")
+        if reason is None and plain is None:
+            reason = f"{kind.__module__}.{kind.__qualname__} is built on statefeed, and torch has no such layer"
+        if reason is not None:
+            warnings.warn(f"restore left {name or '(the model)'}: {reason}", stacklevel=2)
+            continue
+        if _is_class_forward(module):
+            del module.forward
+        module.remove_feedback()
+        _remove_hooks(module)
+        module.__class__ = plain  # type: ignore[assignment]
+        module.flatten_parameters()  # type: ignore[operator]
     return model
 
 
-def _reason_to_keep(
-    name: str, module: nn.RNNBase, rule: Feedback, include: tuple[str, ...], exclude: tuple[str, ...]
-) -> str | None:
+class _FirstCall:
+    """A forward pre-hook that records one call and removes itself."""
+
+    def __init__(self, name: str, called: set[str]) -> None:
+        self.name, self.called = name, called
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.called.add(self.name)
+            _remove_hooks(module)
+
+    def __deepcopy__(self, memo: Any) -> _FirstCall:
+        # A package that trains a copy of the model trains what was swapped.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FirstCall, (self.name, set())
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Remove the hooks by which ``swap`` records whether a layer runs."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _FirstCall)]:
+        del hooks[key]
+
+
+def _check_patterns(option: str, patterns: tuple[str, ...], layers: Iterable[str]) -> None:
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in layers):
+            found = ", ".join(repr(name) for name in layers) or "none"
+            raise ValueError(
+                f"{option}={pattern!r} must match the name of a recurrent layer; the model's recurrent layers: {found}"
+            )
+
+
+def _our_class(module: nn.Module) -> type[nn.Module]:
     kind = type(module)
+    if isinstance(module, FeedbackLayer):
+        return kind
+    return OURS[kind] if kind in OURS else joined(kind)
+
+
+def _reason_to_keep(
+    name: str, module: nn.Module, rule: Feedback, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> str | None:
     if not any(fnmatchcase(name, pattern) for pattern in include):
         return "not included"
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
-    if kind not in _OURS and kind not in _TORCHS:
-        return f"{kind.__module__}.{kind.__qualname__} is a subclass with code of its own"
-    # Whether a rule fits is a question to our class; the module is of that class only while it answers.
-    module.__class__ = _OURS.get(kind, kind)
+    if isinstance(module, FeedbackLayer):
+        return module.unsupported_reason(rule)
+    kind = type(module)
+    reason = _changed_by_others(module, "swap")
+    if reason is None and kind not in OURS:
+        reason = unsupported_subclass(module)
+    if reason is not None:
+        return reason
+    # Only statefeed's class can check a rule, so the module has that class during the check.
+    module.__class__ = _our_class(module)
     try:
-        reason: str | None = module.unsupported_reason(rule)  # type: ignore[operator]
+        return module.unsupported_reason(rule)  # type: ignore[operator, no-any-return]
     finally:
         module.__class__ = kind
-    return reason
+
+
+def _changed_by_others(module: nn.Module, what: str) -> str | None:
+    """Why the class of a layer cannot be changed now; ``what`` names the function that would."""
+    if "forward" in vars(module) and not _is_class_forward(module):
+        return (
+            f"its forward was replaced on the object, as accelerate's hooks do: {what} before that, or remove the hooks"
+        )
+    # Both give the object a class of its own, and find the original one by its position among the bases.
+    if parametrize.is_parametrized(module):
+        return f"it is parametrized: {what} before you parametrize or shard"
+    if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.") for base in type(module).__mro__):
+        return f"it is sharded by fully_shard: {what} before you parametrize or shard"
+    return None
+
+
+def _is_class_forward(module: nn.Module) -> bool:
+    """Whether the forward on the object is its class's own, which accelerate leaves there as it removes a hook."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+
+
+def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Recurrent code of a model that is no layer of torch's, by name, and what to do about it."""
+    known = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.RNNCellBase):
+            layer = kind.removesuffix("Cell")
+            yield (
+                name,
+                f"{kind} is called in a loop: use statefeed.{layer} over the whole sequence, or statefeed.Recurrent",
+            )
+        backend = getattr(module, "recurrent_backend", None)
+        if backend in ("scan", "triton"):
+            yield name, f"{kind} runs its layer by its own code: build it with recurrent_backend='pad'"
+        for attribute, value in vars(module).items():
+            for hidden in _modules_in(value):
+                if id(hidden) not in known and any(_is_torchs(m) and id(m) not in known for m in hidden.modules()):
+                    path = f"{name}.{attribute}".lstrip(".")
+                    yield path, f"{type(hidden).__name__} is not among the model's modules: call swap on it as well"
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase) and not isinstance(module, FeedbackLayer)
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """The modules that an attribute holds outside ``_modules``, in a list, tuple or dict as well."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict):
+        yield from (v for v in value.values() if isinstance(v, nn.Module))
+    elif isinstance(value, (list, tuple)):
+        yield from (v for v in value if isinstance(v, nn.Module))

@@ -1,4 +1,4 @@
-"""Compiles what the launchers of the GPU kernels would launch, for architectures that are not there; prints each."""
+"""Script that compiles every launch of the GPU kernels for A100 and H100, without a GPU, and prints each."""
 
 import torch
 from triton import compile
@@ -21,7 +21,7 @@ def tensors(args):
 
 
 def compiled(kernel, *args, grid, warmup, **constants):
-    """In place of a launch: the specialisation that Triton makes of these arguments, through to the binary."""
+    """Replacement of a launch: compile Triton's specialization for these arguments to a binary."""
     for target in TARGETS:
         backend = make_backend(target)
         bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
@@ -35,7 +35,7 @@ def compiled(kernel, *args, grid, warmup, **constants):
             done.add(key)
             binary = compile(ASTSource(kernel, signature, constants_of, attributes), target, options.__dict__)
             assert binary.asm["cubin"]
-            # Half precision with an even H: loads of four bytes, which are issued ahead of the step that needs them.
+            # Half precision with an even H: loads of four bytes, which can be issued ahead.
             if (
                 constants.get("PAIRS")
                 and "LOCAL" in constants
@@ -51,7 +51,7 @@ whole, GATES = chunks.steps, {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
 def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, reverse=False):
-    """One backward pass on small tensors; nothing is computed but torch's products."""
+    """One backward pass on small tensors; only torch's products are computed."""
     chunks.steps = (lambda *_: 2) if chunked else whole
     T, B, states = 4, 2, 2 if cell == "lstm" else 1
     sizes = torch.tensor([2, 2, 1, 1]) if packed else None

@@ -1,4 +1,4 @@
-"""Text and a trained run for the tests of the language-model application."""
+"""Shared fixtures: a text, a trained run, and the settings of GPU tests."""
 
 import json
 import os
@@ -10,27 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-# cuBLAS reads it when CUDA starts; without it deterministic mode refuses every product on a GPU.
+# cuBLAS reads it when CUDA starts; without it, products on a GPU raise in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Triton decides at its own import whether it compiles or interprets: without a GPU, its interpreter runs the kernels.
+# Triton chooses between compiler and interpreter when it is imported: without a GPU the interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A shell that starts a command in the background has it ignore Ctrl-C, and so would every process that the tests start.
+# A shell makes background commands ignore Ctrl-C, which the processes started by tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["compile_triton.py"]  # a script that a test runs
 
-ROOT = Path(__file__).parent.parent  # of the repository
+ROOT = Path(__file__).parent.parent
 
 # Words in a fixed pseudo-random order: enough structure to learn, several hundred contexts long.
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "who", "ran", "to", "my", "old", "house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU say so where there is none."""
+    """Skip tests that need a GPU if there is none."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def ieee_float32() -> Iterator[None]:
-    """Float32 products on a GPU are computed in float32, where torch as shipped lets cuDNN use TF32."""
+    """Compute float32 products on a GPU in float32; by default torch lets cuDNN use TF32."""
     from statefeed.bench.precision import tf32
 
     with tf32(False):
@@ -54,12 +54,12 @@ def _ieee_float32_on_a_gpu(request: pytest.FixtureRequest) -> None:
 
 def sentences(count: int) -> str:
     """`count` lines of five to nine words each."""
-    place, lines = 7, []
+    state, lines = 7, []
     for line in range(count):
         words = []
         for _ in range(5 + line % 5):
-            place = (place * 1103 + 12345) % 65536
-            words.append(WORDS[place // 256 % len(WORDS)])
+            state = (state * 1103 + 12345) % 65536
+            words.append(WORDS[state // 256 % len(WORDS)])
         lines.append(" ".join(words) + "\n")
     return "".join(lines)
 
@@ -90,7 +90,7 @@ def flags(text: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder that `statefeed train` left."""
+    """The run folder of a `statefeed train` run."""
     from statefeed.lm import cli
 
     folder = tmp_path_factory.mktemp("runs") / "char"
@@ -99,7 +99,7 @@ def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run without what differs from machine to machine: times and memory."""
+    """The metrics rows of a run without times and memory, which differ between machines."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     differs = ("seconds", "tokens_per_s", "peak_bytes")
     return [{k: v for k, v in row.items() if k not in differs and not k.endswith("_ms")} for row in rows]

@@ -1,4 +1,4 @@
-"""Checks of what a launch in Triton's interpreter does to memory: programs in random order, bounds, and races.
+"""Memory checks of launches in Triton's interpreter: random program order, bounds, and races.
 
 A launch is wrong if an access leaves the elements of its tensor arguments (their gaps included), if an address is
 written twice, if one program writes what another reads, or if a program reads what this launch wrote.
@@ -21,7 +21,7 @@ class MemoryErrorFound(AssertionError):
 
 
 class Buffer:
-    """One storage: which of its elements are arguments of the launch, and which program read or wrote each."""
+    """One storage: the elements that are arguments of the launch, and the programs that read or wrote each."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -37,7 +37,7 @@ class Buffer:
 
 
 class Checker:
-    """Of one process; ``launches`` and ``programs`` count what was checked."""
+    """Checks of one process; ``launches`` and ``programs`` count the checked ones."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -92,7 +92,7 @@ class Checker:
 
 @contextmanager
 def checked(seed: int) -> Iterator[Checker]:
-    """All launches inside are checked."""
+    """Check all launches inside the context."""
     checker, builder, executor = Checker(seed), interpreter.interpreter_builder, interpreter.GridExecutor
     arguments, dimensions, place = executor._init_args_hst, builder.set_grid_dim, builder.set_grid_idx
     load, store = builder.create_masked_load, builder.create_masked_store

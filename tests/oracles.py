@@ -1,4 +1,4 @@
-"""The truth, slowly: every rule from its equations, in float64 loops that know nothing of the package.
+"""Reference gradients: every rule from its equations, in float64 loops independent of the package.
 
 Letters as in the package: T time, B batch, I input, H hidden, S state width. A state s is h, or for the LSTM (h, c)
 joined, so S = H or 2H; states[0] is the initial state and states[t + 1] the state after step t. Step t is the
@@ -21,13 +21,13 @@ Weights = dict[str, Tensor]
 
 def gates(cell: str, w: Weights, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     """The gates of one step, after their nonlinearities: (r, z, n) or (i, f, g, o)."""
-    fed = w["weight_ih"] @ x + w.get("bias_ih", 0.0)
-    kept = w["weight_hh"] @ h + w.get("bias_hh", 0.0)
+    input_part = w["weight_ih"] @ x + w.get("bias_ih", 0.0)
+    hidden_part = w["weight_hh"] @ h + w.get("bias_hh", 0.0)
     if cell == "gru":
-        (r, z, n), (r_h, z_h, n_h) = fed.chunk(3), kept.chunk(3)
+        (r, z, n), (r_h, z_h, n_h) = input_part.chunk(3), hidden_part.chunk(3)
         r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
         return r, z, torch.tanh(n + r * n_h)
-    i, f, g, o = (fed + kept).chunk(4)
+    i, f, g, o = (input_part + hidden_part).chunk(4)
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
@@ -80,7 +80,7 @@ def diagonals(cell: str, w: Weights, x: Tensor, states: Tensor, diagonal: str | 
 
 
 def feedbacks(cell: str, w: Weights, x: Tensor, states: Tensor, D: Tensor) -> Tensor:
-    """F[t], the stand-in for J[t]: diag(D), and in the LSTM what D_c feeds back to c is the whole gradient at c."""
+    """F[t], the approximation of J[t]: diag(D); in the LSTM D_c multiplies the whole gradient at c."""
     F = torch.diag_embed(D)
     if cell == "lstm":
         width = w["weight_hh"].shape[1]
@@ -91,12 +91,12 @@ def feedbacks(cell: str, w: Weights, x: Tensor, states: Tensor, D: Tensor) -> Te
 
 
 def returned(M: Tensor, delta: Tensor) -> Tensor:
-    """What each step gives back to the state before it: M^T delta."""
+    """Gradient of the state before each step: M^T delta."""
     return torch.einsum("...ij,...i->...j", M, delta)
 
 
 def shift(back: Tensor) -> Tensor:
-    """What reaches the state after step t is what step t + 1 gave back."""
+    """Gradients of step t + 1 moved to step t, zero at the last step."""
     return torch.cat((back[1:], torch.zeros_like(back[:1])))
 
 
@@ -120,7 +120,7 @@ def adjoint(e: Tensor, J: Tensor, F: Tensor, corrections: int) -> tuple[Tensor, 
 
 
 def local_gradients(cell: str, w: Weights, x: Tensor, states: Tensor, delta: Tensor) -> tuple[Weights, Tensor]:
-    """Gradients of weights and inputs, each step's state before it held fixed."""
+    """Gradients of weights and inputs, with the state before each step held constant."""
     total, dx = {name: torch.zeros_like(value) for name, value in w.items()}, torch.zeros_like(x)
     for t in range(len(x)):
         for b in range(x.shape[1]):
@@ -146,7 +146,7 @@ def layer_gradients(
 
 
 def truncated_gradients(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Tensor, k: int) -> Weights:
-    """k-step truncated BPTT by its own definition: each step's loss differentiated alone, through k transitions."""
+    """k-step truncated BPTT by its definition: the loss of each step is differentiated through k transitions."""
     states = run(cell, w, x, initial)
     leaves = {**{name: value.clone().requires_grad_() for name, value in w.items()}, "x": x.clone().requires_grad_()}
     leaves["initial"] = initial.clone().requires_grad_()
@@ -162,10 +162,10 @@ def truncated_gradients(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Te
 
 
 def least_squares(cell: str, w: Weights, x: Tensor, states: Tensor, J: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator, (S,), of the stationary a that gives back most nearly what J does.
+    """Numerator and denominator, (S,), of the stationary a that is the least-squares fit to J^T delta.
 
-    a_i = sum (g_t - e_t)_i g_(t+1),i / sum g_(t+1),i^2 over all steps and rows; g - e is what J gives back, and what
-    meets a in the LSTM's c is the whole gradient at c, as in ``feedbacks``.
+    a_i = sum (g_t - e_t)_i g_(t+1),i / sum g_(t+1),i^2 over all steps and rows; g - e is J^T delta, and for the LSTM's
+    c, a multiplies the whole gradient at c, as in ``feedbacks``.
     """
     F = feedbacks(cell, w, x, states, torch.ones_like(states[1:]))
     numerator, denominator = torch.zeros_like(states[0, 0]), torch.zeros_like(states[0, 0])
@@ -186,7 +186,7 @@ def fitted(cell: str, w: Weights, x: Tensor, initial: Tensor, e: Tensor) -> Tens
 
 
 def running_mean(values: Sequence[Tensor]) -> Tensor:
-    """The calibrated diagonal after updates with these means: weight 1/n, and never less than one hundredth."""
+    """The calibrated diagonal after updates with these means, with weight max(1/n, 0.01)."""
     mean = torch.zeros_like(values[0])
     for n, value in enumerate(values, start=1):
         mean = mean + max(1 / n, 0.01) * (value - mean)
@@ -197,7 +197,7 @@ def running_mean(values: Sequence[Tensor]) -> Tensor:
 
 
 class Network(NamedTuple):
-    """What a whole network computes: one output (T_b, directions * H) per sequence, final states, gradients."""
+    """Results of a whole network: one output (T_b, directions * H) per sequence, final states, gradients."""
 
     outputs: list[Tensor]
     final: Tensor  # (layers * directions, B, S)
@@ -210,7 +210,7 @@ class Network(NamedTuple):
 
 
 def weights_of(parameters: Weights, suffix: str) -> Weights:
-    """The weights of one layer and direction, their suffix ("_l0", "_l1_reverse") taken off."""
+    """The weights of one layer and direction, without their suffix ("_l0", "_l1_reverse")."""
     return {name[: -len(suffix)]: value for name, value in parameters.items() if name.endswith(suffix)}
 
 
@@ -223,31 +223,31 @@ def network(
     final_gradients: Tensor,
     rule: tuple[str | float | Tensor | Callable[[int, Tensor], Tensor], int] | None,
 ) -> Network:
-    """Every sequence alone through every layer and direction, forward and back.
+    """Run every sequence separately through every layer and direction, forward and backward.
 
-    The initial state is (layers * directions, B, S). A callable diagonal is given the index of the layer and direction
+    The initial state is (layers * directions, B, S). A callable diagonal receives the index of the layer and direction
     and the mean of diag(J) over all its steps.
     """
     directions = ["", "_reverse"] if "weight_ih_l0_reverse" in parameters else [""]
     suffixes = [f"_l{n}{d}" for n in range(len(initial) // len(directions)) for d in directions]
     width = parameters["weight_hh_l0"].shape[1]
 
-    def turned(suffix: str, value: Tensor) -> Tensor:
+    def in_time_order(suffix: str, value: Tensor) -> Tensor:
         return value.flip(0) if suffix.endswith("_reverse") else value
 
-    inputs, final, taken, means = [sequences], [], [], []
+    inputs, final, per_direction, means = [sequences], [], [], []
     for index in range(0, len(suffixes), len(directions)):
         outputs = [[] for _ in sequences]
         for place, suffix in enumerate(suffixes[index : index + len(directions)], start=index):
             w = weights_of(parameters, suffix)
-            x = [turned(suffix, sequence)[:, None] for sequence in inputs[-1]]
+            x = [in_time_order(suffix, sequence)[:, None] for sequence in inputs[-1]]
             states = [run(cell, w, x[b], initial[place, b : b + 1]) for b in range(len(x))]
             J = [jacobians(cell, w, x[b], states[b]) for b in range(len(x))]
-            taken.append((suffix, w, x, states, J))
+            per_direction.append((suffix, w, x, states, J))
             means.append(torch.cat([j.diagonal(dim1=-2, dim2=-1).flatten(0, 1) for j in J]).mean(0))
             final.append(torch.cat([s[-1] for s in states]))
             for b, s in enumerate(states):
-                outputs[b].append(turned(suffix, s[1:, 0, :width]))
+                outputs[b].append(in_time_order(suffix, s[1:, 0, :width]))
         inputs.append([torch.cat(parts, -1) for parts in outputs])
 
     gradients, first = {}, torch.zeros_like(initial)
@@ -257,11 +257,11 @@ def network(
         below = [torch.zeros_like(sequence) for sequence in inputs[index // len(directions)]]
         for side in range(len(directions)):
             place = index + side
-            suffix, w, x, states, J = taken[place]
+            suffix, w, x, states, J = per_direction[place]
             total = {name: torch.zeros_like(value) for name, value in w.items()}
             for b in range(len(sequences)):
                 e = torch.zeros_like(states[b][1:])
-                e[:, 0, :width] = turned(suffix, above[b][:, side * width : (side + 1) * width])
+                e[:, 0, :width] = in_time_order(suffix, above[b][:, side * width : (side + 1) * width])
                 e[-1, 0] += final_gradients[place, b]
                 if rule is None:
                     delta, start = adjoint(e, J[b], J[b], 0)
@@ -272,7 +272,7 @@ def network(
                 fits[:, place] += torch.stack(least_squares(cell, w, x[b], states[b], J[b], delta))
                 dw, dx = local_gradients(cell, w, x[b], states[b], delta)
                 total = {name: total[name] + dw[name] for name in total}
-                below[b] += turned(suffix, dx[:, 0])
+                below[b] += in_time_order(suffix, dx[:, 0])
                 first[place, b] = start[0]
             gradients.update({name + suffix: value for name, value in total.items()})
         above = below

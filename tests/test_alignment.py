@@ -1,4 +1,4 @@
-"""alignment: cosine and norm ratio against gradients taken by hand, on a model that it leaves as it was."""
+"""alignment: cosine, norm ratio and signs against gradients by autograd; the model is not changed."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def x():
 
 
 def gradients(model, x):
-    """By plain autograd, under the rules that a copy of the model has."""
+    """Gradients by plain autograd, under the rules of a copy of the model."""
     model = copy.deepcopy(model)
     model.zero_grad()
     loss(model, x).backward()
@@ -81,7 +81,7 @@ def test_it_measures_what_autograd_gives(x):
 
 
 @pytest.mark.parametrize("rule", ["torch", "jacobian+8"])
-def test_exact_rules_agree_wholly(rule, x):
+def test_exact_rules_agree_fully(rule, x):
     """Dropout masks are the same in both passes, or the two would differ."""
     found = sf.alignment(Model(rule, rule), loss, x)
     for value in (found.total, *found.parameters.values(), *found.layers.values()):
@@ -104,6 +104,7 @@ def test_the_model_is_as_it_was(x):
         assert (p.grad is None and grads[name] is None) or torch.equal(p.grad, grads[name])
     assert {name for name, _ in model.named_buffers()} == {name for name, _ in other.named_buffers()}
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+    assert all(torch.equal(t, other.first.learned_tensors()[k]) for k, t in model.first.learned_tensors().items())
 
 
 def test_the_model_is_as_it_was_after_a_loss_that_fails(x):
@@ -148,7 +149,7 @@ def test_a_gradient_of_zero_has_no_angle(x):
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 1), nn.GRU(3, 4), sf.GRU(3, 4).requires_grad_(False)])
-def test_a_model_without_anything_to_align_is_refused(model):
+def test_a_model_without_anything_to_align_raises(model):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         sf.alignment(model, lambda model, x: model(x).sum(), torch.zeros(2, 1, 3))
 
@@ -172,7 +173,7 @@ def test_sign_agreement_is_the_share_of_entries_whose_sign_is_right(x):
 
 
 def by_lag(layer, x, v):
-    """What v on the last output sends to the input of every lag, by plain autograd."""
+    """Gradients of the last output with respect to the input at every lag, by plain autograd."""
     leaf = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad((layer(leaf)[0][-1] * v).sum(), leaf)
     return list(grad.flip(0))
@@ -184,7 +185,7 @@ def outputs(model, x):
 
 @pytest.mark.parametrize("rule", ["dsf", "gate+1", "jacobian"])
 @pytest.mark.parametrize("cell", [sf.GRU, sf.LSTM])
-def test_lags_are_the_gradients_that_the_last_output_sends_back(cell, rule, x):
+def test_lags_are_the_gradients_of_the_last_output(cell, rule, x):
     torch.manual_seed(0)
     layer = cell(3, 5, num_layers=2, feedback=rule).double()
     torch.manual_seed(7)
@@ -203,7 +204,7 @@ def test_lags_are_the_gradients_that_the_last_output_sends_back(cell, rule, x):
 
 
 @pytest.mark.parametrize("corrections", [0, 1, 3])
-def test_truncation_to_k_steps_is_exact_up_to_lag_k_and_nothing_behind(corrections, x):
+def test_truncation_to_k_steps_is_exact_up_to_lag_k_and_zero_after(corrections, x):
     layer = sf.GRU(3, 5, feedback=f"ft-bptt+{corrections}").double()
     lags = sf.alignment(layer, outputs, x).lags[""]
     assert len(lags.exact) == len(lags.rule) == len(lags.agreement) == 8
@@ -249,7 +250,7 @@ def test_lags_of_every_form_of_input(form, bidirectional, x):
     assert all(0 < at.cosine < 1 for at in lags.agreement[1:4])
 
 
-def test_a_cell_of_ones_own_is_measured_too(x):
+def test_a_custom_cell_is_measured(x):
     layer = sf.Recurrent(nn.GRUCell(3, 5), feedback="calibrated").double()
     found = sf.alignment(layer, outputs, x)
     assert set(found.parameters) == {name for name, _ in layer.named_parameters()}
@@ -267,7 +268,7 @@ def test_a_layer_called_twice_shows_its_first_call_and_hooks_of_the_user_see_two
     assert not layer._forward_pre_hooks
 
 
-def test_so_many_lags_as_asked_for(x):
+def test_the_number_of_lags(x):
     layer = sf.GRU(3, 5, feedback="gate").double()
     assert sf.alignment(layer, outputs, x, lags=0).lags == {}
     torch.manual_seed(7)
@@ -278,7 +279,7 @@ def test_so_many_lags_as_asked_for(x):
         sf.alignment(layer, outputs, x, lags=-1)
 
 
-# A fitted diagonal, and other people's loops --------------------------------------------------------------------------
+# A fitted diagonal, and monitors --------------------------------------------------------------------------------------
 
 
 def test_a_fitted_layer_is_measured_under_its_diagonal_and_not_by_an_exact_pass(x):
@@ -314,7 +315,7 @@ def test_a_monitor_measures_every_so_many_steps_and_gives_numbers_to_log(x):
     assert monitor.history[0][1] == expected
 
 
-def test_a_monitor_is_still_where_every_rule_is_exact_and_refuses_what_cannot_be_measured(x):
+def test_a_monitor_measures_nothing_if_every_rule_is_exact_and_raises_on_invalid_arguments(x):
     monitor = sf.Monitor(loss, x, every=1)
     model = Model("torch", "bptt")
     model.idle.feedback = "torch"

@@ -1,4 +1,4 @@
-"""statefeed bench: its baseline computes what it stands for, parity comes first, and the numbers mean what they say."""
+"""statefeed bench: the baseline is correct, parity is checked first, and records have the right values."""
 
 import json
 
@@ -26,7 +26,7 @@ def one_thread():
 
 
 def run(tmp_path, *flags):
-    """The exit code, and where the records are to be."""
+    """The exit code, and the path of the records."""
     output = tmp_path / "records.jsonl"
     return main([*flags, f"--output={output}"]), output
 
@@ -69,7 +69,7 @@ class WrongForward(sf.GRU):
 
 
 class WrongGradient(sf.GRU):
-    """Truncates whatever the rule is, but for complete corrections."""
+    """Truncates under every rule without corrections."""
 
     def forward(self, input, hx=None):
         rule = self.feedback
@@ -81,7 +81,7 @@ class WrongGradient(sf.GRU):
 
 
 class WrongCorrection(sf.GRU):
-    """Corrects once too few."""
+    """Applies one correction too few."""
 
     def forward(self, input, hx=None):
         rule = self.feedback
@@ -109,7 +109,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(
         raise AssertionError("timed")
 
     monkeypatch.setattr(layers, "interleaved", timed)
-    monkeypatch.setattr(memory, "_in_a_fresh_process", timed)
+    monkeypatch.setattr(memory, "_in_a_new_process", timed)
     monkeypatch.setattr(sf, "GRU", wrong)
     code, output = run(tmp_path, benchmark, "--smoke", "--cells=gru", f"--rules={rule}")
     printed = capsys.readouterr().err
@@ -249,10 +249,10 @@ def test_a_scan_that_would_not_fit_is_not_run(monkeypatch):
 
 
 def test_the_published_procedure_holds_more_memory_than_the_outputs():
-    """A peak that knew of tensors alone, or of nothing, would miss this."""
+    """The peak includes memory that autograd saves, not only the outputs."""
     case = layers.Case("gru", Shape(64, 32, 64), "float32", "cpu")
     outputs = 4 * 64 * 32 * 64
-    peak = memory._in_a_fresh_process(case, "dsf", 1)
+    peak = memory._in_a_new_process(case, "dsf", 1)
     # autograd keeps h before, three gates' products twice, r, z and n for every step
     assert 8 * outputs < peak < 80 * outputs
 
@@ -294,18 +294,18 @@ def test_a_second_run_replaces_the_records(tmp_path):
 @pytest.mark.parametrize(
     ("stop", "code", "sentence"),
     [
-        (KeyboardInterrupt(), 130, "statefeed bench: interrupted: the records that were told of are kept\n"),
+        (KeyboardInterrupt(), 130, "statefeed bench: interrupted: the records printed so far are saved\n"),
         (OSError(28, "No space left on device", "bench.jsonl"), 2, "bench: bench.jsonl: No space left on device\n"),
     ],
 )
-def test_what_stops_a_benchmark_is_one_sentence_and_its_records_stay(
+def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
     stop, code, sentence, tmp_path, capsys, monkeypatch
 ):
-    def cut(options):
+    def interrupted(options):
         yield {"bench": "scan"}
         raise stop
 
-    monkeypatch.setattr(scan, "run", cut)
+    monkeypatch.setattr(scan, "run", interrupted)
     output = tmp_path / "bench.jsonl"
     assert main(["scan", "--smoke", f"--output={output}"]) == code
     assert capsys.readouterr().err.endswith(sentence)
@@ -330,16 +330,16 @@ def test_what_stops_a_benchmark_is_one_sentence_and_its_records_stay(
         (["layers", "--repeats=many"], "repeats"),
         (["layers", "--threads=0"], "threads must be at least 1"),
         (["layers", "--output=records.csv"], ".jsonl"),
-        (["layers", "--output=no/such/folder.jsonl"], "a folder that exists"),
-        (["scan", "--steps=64,0"], "steps must be whole numbers"),
-        (["scan", "--widths=wide"], "widths must be whole numbers"),
+        (["layers", "--output=no/such/folder.jsonl"], "in an existing folder"),
+        (["scan", "--steps=64,0"], "steps must be integers"),
+        (["scan", "--widths=wide"], "widths must be integers"),
         (["scan", "--methods=newton"], "methods must be among"),
         (["scan", "--device=tpu"], "device"),
         (["recall", "--delay=0"], "delay must be at least 1"),
         (["recall", "--rules=fast"], "feedback must be"),
     ],
 )
-def test_a_mistake_is_one_sentence(flags, sentence, capsys, tmp_path, monkeypatch):
+def test_a_user_error_prints_one_line(flags, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     printed = capsys.readouterr()
@@ -349,13 +349,13 @@ def test_a_mistake_is_one_sentence(flags, sentence, capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused():
+def test_a_missing_gpu_raises():
     with pytest.raises(OptionError, match="torch sees no GPU"):
         layers.Options(device="cuda")
 
 
 @pytest.mark.parametrize("package", ["jsonargparse", "rich", "matplotlib"])
-def test_a_missing_dependency_is_one_sentence(package, capsys, monkeypatch):
+def test_a_missing_dependency_prints_one_line(package, capsys, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec

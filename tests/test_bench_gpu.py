@@ -1,4 +1,4 @@
-"""The measurements of a GPU, as far as a machine without one can show: stages, parity, timing, and their records."""
+"""GPU benchmark without a GPU: stages, parity, timing, and their records."""
 
 import json
 import os
@@ -44,7 +44,7 @@ sys.exit(stage.main(sys.argv[1:]))
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replaces what a stage does by some lines of Python, in the process that the runner starts."""
+    """Replace the work of a stage by some lines of Python, in the process that the runner starts."""
     real, bodies = subprocess.Popen, {}
 
     def start(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -77,7 +77,7 @@ def test_a_stage_that_fails_does_not_stop_the_others(planted: dict[str, str], tm
     assert not (tmp_path / "gpu-training.jsonl").exists()
 
 
-def test_a_stage_that_does_not_end_is_ended(planted: dict[str, str], tmp_path: Path) -> None:
+def test_a_stage_that_does_not_finish_is_killed(planted: dict[str, str], tmp_path: Path) -> None:
     planted["scan"] = "import subprocess; subprocess.run(['sleep', '600'])"
     start = time.monotonic()
     assert not command.run_stage("scan", "cpu", True, tmp_path, limit=20.0)
@@ -105,14 +105,14 @@ def test_every_stage_ends_before_four_minutes() -> None:
         ),
     ],
 )
-def test_a_user_error_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_prints_one_line(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(flags)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_work_that_no_time_is_left_for_is_recorded() -> None:
+def test_work_without_time_left_is_recorded() -> None:
     late = stage.Options("cpu", True, time.monotonic() - 1)
     for module in (parity, layers, training):
         found = list(module.run(late))
@@ -160,7 +160,7 @@ MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "gru": "GRU", "lstm": "LSTM"}
 
 @pytest.mark.parametrize("cell", MODES)
 def test_the_truth_is_that_of_the_equations(cell: str) -> None:
-    """Two implementations of the equations, neither of which knows of the other or of the package's."""
+    """Two independent implementations of the equations, in the tests and in the benchmark."""
     name = "rnn" if MODES[cell].startswith("RNN") else cell
     special = {"nonlinearity": cell} if name == "rnn" else {}
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_parity_holds_on_a_gpu(case: parity.Case) -> None:
 
 
 class Gpu:
-    """Stands for a GPU: a pass takes it two seconds, the host one, and events note its clock."""
+    """Fake GPU: a pass takes two seconds on the device and one on the host; events record the clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host, self.device, self.replays, self.captures = 0.0, 0.0, 0, True
@@ -319,7 +319,7 @@ def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.Monkey
     assert found["dsf"]["ms"]["median"] == pytest.approx(2000.0)
 
 
-def test_the_cases_are_those_that_decide() -> None:
+def test_the_most_important_cases_come_first() -> None:
     """Widths for which cuDNN has no persistent kernels, or packed input, come first; the sizes span those asked for."""
     assert all(case.H > 192 or case.packed for case in layers.DECIDING)
     cases = (*layers.DECIDING, *layers.BROAD)
@@ -361,7 +361,7 @@ def test_the_model_is_that_of_the_trainer() -> None:
 
 # The command ----------------------------------------------------------------------------------------------------------
 
-# What an environment with torch, triton and numpy alone has not.
+# Packages that an environment with only torch, triton and numpy lacks.
 BARE = """
 import sys
 
@@ -407,25 +407,25 @@ def test_the_command_finds_an_interpreter(tmp_path: Path) -> None:
         path.write_text('#!/bin/sh\necho "$0 $@"\n')
         path.chmod(0o755)
 
-    def said(**more: str) -> str:
+    def printed(**more: str) -> str:
         return subprocess.run(
             ["sh", script, "scan"], capture_output=True, text=True, check=True, env={**environment, **more}
         ).stdout.strip()
 
     rest = "-m statefeed.bench.gpu --device=cuda scan"
     interpreter(tmp_path / "python3")
-    assert said() == f"{tmp_path}/python3 {rest}"
+    assert printed() == f"{tmp_path}/python3 {rest}"
     interpreter(tmp_path / ".venv" / "bin" / "python")
-    assert said() == f".venv/bin/python {rest}"
+    assert printed() == f".venv/bin/python {rest}"
     interpreter(tmp_path / "other")
     expected = f"{tmp_path}/other -m statefeed.bench.gpu --device=cpu --output=/x scan"
-    assert said(PYTHON=str(tmp_path / "other"), DEVICE="cpu", OUT="/x") == expected
+    assert printed(PYTHON=str(tmp_path / "other"), DEVICE="cpu", OUT="/x") == expected
 
 
 def test_the_layers_are_ours_and_torchs() -> None:
-    timed, said = layers.contenders(layers.Case("gru", 4, 3, 5, packed=True), "shipped", "cpu")
+    timed, kernels = layers.contenders(layers.Case("gru", 4, 3, 5, packed=True), "shipped", "cpu")
     assert list(timed) == ["torch.nn", *layers.RULES]
-    assert said.keys() == set(layers.RULES)
+    assert kernels.keys() == set(layers.RULES)
     gradients = {name: work.backward(work.forward()) for name, work in timed.items()}
     for a, b, other in zip(gradients["torch.nn"], gradients["bptt"], gradients["dsf"], strict=True):
         torch.testing.assert_close(a, b)

@@ -1,4 +1,4 @@
-"""statefeed bench recall: the task is what it says, its records tell what was learnt, and credit decides who learns."""
+"""statefeed bench recall: the task, its records, and the need of credit to learn it."""
 
 import json
 
@@ -31,13 +31,13 @@ def test_smoke(tmp_path, capsys):
     assert output.with_suffix(".png").stat().st_size > 1000
 
 
-def test_it_is_learnt_where_credit_crosses_the_delay_and_guessed_where_none_does():
+def test_the_task_is_learned_only_if_credit_passes_the_delay():
     accuracy = {rule: recall.train(rule, 1, 16, 120, "cpu")[-1][1] for rule in ("dsf", "ft-bptt")}
     assert accuracy["dsf"] > 0.9
     assert accuracy["ft-bptt"] < 0.3
 
 
-def test_what_was_learnt_is_the_first_nine_in_ten(monkeypatch):
+def test_learnt_is_the_first_step_with_accuracy_0_9(monkeypatch):
     curves = {"dsf": [(5, 0.2), (10, 0.9), (15, 0.8)], "gate": [(5, 0.2), (10, 0.3), (15, 0.4)]}
     monkeypatch.setattr(recall, "train", lambda rule, *_: curves[rule])
     records = list(recall.run(recall.Options(rules="dsf,gate")))

@@ -1,4 +1,4 @@
-"""statefeed bench training: everyone trains the same model on the same batches, and the numbers mean what they say."""
+"""statefeed bench training: all contenders train the same model on the same batches, and records are correct."""
 
 import json
 import lzma
@@ -114,11 +114,11 @@ def test_speeds_and_ratios_are_taken_turn_by_turn(monkeypatch):
     assert ours["tokens_per_s"]["median"] == pytest.approx(statistics.median(speeds))
 
 
-def test_everyone_takes_the_same_steps():
+def test_all_contenders_take_the_same_steps():
     """Three steps later the exact ones still have the same weights, and those of dsf; the two kinds differ."""
     source, entries = small()
     for entry in entries:
-        entry.turn(source, 3)
+        entry.train(source, 3)
     weights = {
         e.name: {training._ours(name): p.detach().double() for name, p in e.model.named_parameters()} for e in entries
     }
@@ -147,7 +147,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
 
     def loss(self, batch, states=None):
         found = right(self, batch, states)
-        if wrong == "loss":  # a mean over the filling too
+        if wrong == "loss":  # a mean that includes padding
             return found._replace(tokens=batch.targets.numel())
         return found._replace(sum=found.sum * 0.5 + found.sum.detach() * 0.5)
 
@@ -173,10 +173,10 @@ def test_a_corpus_that_is_given_is_read(tmp_path):
     text = "a b c\nb c\n" * 40
     (tmp_path / "ptb.train.txt.xz").write_bytes(lzma.compress(text.encode()))
     (tmp_path / "ptb.valid.txt").write_text("a b\n")
-    source, vocabulary, told = training._text(training.Options(data=str(tmp_path)), PTB)
+    source, vocabulary, corpus = training._text(training.Options(data=str(tmp_path)), PTB)
     (batch,) = source.epoch(0)
     assert sorted(batch.lengths.tolist()) == [3] * 40 + [4] * 40
-    assert told == {"corpus": "the training split in --data", "vocabulary": vocabulary}
+    assert corpus == {"corpus": "the training split in --data", "vocabulary": vocabulary}
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_a_corpus_that_is_given_is_read(tmp_path):
         ({"repeats": 4}, "repeats must be at least 5"),
     ],
 )
-def test_a_mistake_is_refused(options, sentence):
+def test_a_user_error_raises(options, sentence):
     with pytest.raises(OptionError, match=sentence):
         training.Options(**options)
 
 
-def test_a_folder_without_the_corpus_is_refused(tmp_path):
+def test_a_folder_without_the_corpus_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("a\n")
     with pytest.raises(OptionError, match=r"ptb\..*train"):
         list(training.run(training.Options(data=str(tmp_path))))

@@ -1,4 +1,4 @@
-"""Recurrent over cells of one's own: their autograd BPTT with enough corrections, the layers where they meet."""
+"""Recurrent with custom cells: autograd BPTT with enough corrections, and equality with the built-in layers."""
 
 import copy
 
@@ -172,7 +172,7 @@ def test_state_sizes_shapes_and_refusals() -> None:
             a, b = state
             return torch.tanh(a + x), b * 0.5 + a.sum(-1, keepdim=True)
 
-    with pytest.raises(ValueError, match="state_size must be given: Bare"):
+    with pytest.raises(ValueError, match="state_size must be given, because Bare"):
         sf.Recurrent(Bare())
     layer = sf.Recurrent(Bare(), state_size=(3, 1), batch_first=True)
     x = torch.randn(2, 7, 3, requires_grad=True)
@@ -194,7 +194,7 @@ def test_state_sizes_shapes_and_refusals() -> None:
 
 
 class Returns(nn.Module):
-    """A cell that returns whatever it is told to."""
+    """A cell that returns a given value."""
 
     hidden_size = H
 
@@ -216,17 +216,15 @@ class Returns(nn.Module):
         (None, "NoneType"),
     ],
 )
-def test_a_cell_that_returns_no_next_state_is_refused_in_a_sentence(after: object, got: str) -> None:
-    sentence = rf"^Returns must return its next state and nothing else, of the shapes \[\(3, 5\)\] here, got {got}$"
+def test_a_cell_that_returns_no_next_state_raises(after: object, got: str) -> None:
+    sentence = rf"^Returns must return only its next state, with the shapes \[\(3, 5\)\], got {got}$"
     for rule in ("dsf", "torch"):
         with pytest.raises(ValueError, match=sentence):
             sf.Recurrent(Returns(after), feedback=rule)(torch.zeros(T, B, I))
 
 
 def test_a_function_is_no_cell_and_a_parameter_is_a_fixed_diagonal() -> None:
-    with pytest.raises(
-        TypeError, match=r"^cell must be a torch.nn.Module, whose parameters are trained, got function$"
-    ):
+    with pytest.raises(TypeError, match=r"^cell must be a torch.nn.Module, got function$"):
         sf.Recurrent(lambda x, h: h, state_size=H)  # type: ignore[arg-type]
     layer = sf.Recurrent(MinimalCell(I, H), feedback=nn.Parameter(torch.full((H,), 0.5)))
     assert str(layer.feedback) == f"tensor({H})"

@@ -1,4 +1,4 @@
-"""The documentation: every Python block runs, every path and name that it gives exists."""
+"""Documentation: every Python block runs, every path and name in it exists, and it builds."""
 
 import ast
 import re
@@ -13,12 +13,12 @@ import torch
 
 import statefeed
 
-HOUSE = Path(__file__).resolve().parent.parent
-DOCS = HOUSE / "docs"
-PAGES = [HOUSE / "README.md", *sorted(DOCS.glob("*.md"))]
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^```(\S*).*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Python runs; directives of Sphinx are built; what cannot run here says console.
+# Python blocks run, Sphinx directives are built, and all other blocks are console.
 KNOWN = {"python", "console", "{toctree}", "{eval-rst}", "{include}"}
 
 page = pytest.mark.parametrize("name", TEXTS)
@@ -55,7 +55,7 @@ def test_the_tables_on_scaling_are_what_its_blocks_print(capsys):
 
 
 @page
-def test_every_block_says_what_it_is(name):
+def test_every_block_has_a_language(name):
     assert {block[1] for block in FENCE.finditer(TEXTS[name])} <= KNOWN
 
 
@@ -81,7 +81,7 @@ def names_in(file):
 def missing(reference):
     """Why `path`, `path.py:name` or `path.py::test` cannot be found; None if it can."""
     path, _, name = re.sub("::", ":", reference).partition(":")
-    file = HOUSE / path
+    file = ROOT / path
     if not file.exists():
         return f"{path} does not exist"
     if name and name not in names_in(file):
@@ -99,13 +99,13 @@ def test_every_path_and_name_exists(name):
 
 
 @page
-def test_a_link_leads_where_its_text_says(name):
+def test_the_target_of_a_link_is_its_text(name):
     for text, target in LINK.findall(TEXTS[name]):
         assert target == f"../{text.partition(':')[0]}"
 
 
 @page
-def test_links_between_pages_lead_somewhere(name):
+def test_targets_of_links_between_pages_exist(name):
     for target in re.findall(r"\]\((\w[\w-]*\.md)[^)]*\)", TEXTS[name]):
         assert (DOCS / target).exists()
 
@@ -113,7 +113,7 @@ def test_links_between_pages_lead_somewhere(name):
 @pytest.mark.parametrize(
     "reference", ["statefeed/nowhere.py", "statefeed/cells.py:nobody", "tests/test_scan.py::test_x"]
 )
-def test_what_is_not_there_is_found_missing(reference):
+def test_a_missing_reference_is_found(reference):
     assert REFERENCE.findall(f"`{reference}`") == [reference]
     assert missing(reference)
 
@@ -128,7 +128,7 @@ def test_every_equation_has_its_code_and_its_test(section):
     assert any(text.startswith("tests/") and "::test_" in text for text in linked)
 
 
-def test_the_reference_has_the_whole_front_door():
+def test_the_reference_lists_the_public_api():
     listed = set(re.findall(r"^\.\. auto\w+:: statefeed\.(\w+)$", TEXTS["api"], re.MULTILINE))
     assert listed == set(statefeed.__all__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-UNCOMPILED = "torch does the work of the kernels"  # the warning on a machine without a compiler
+UNCOMPILED = "statefeed uses plain torch operations"  # the warning on a machine without a compiler
 
 
 def run(name, *arguments):

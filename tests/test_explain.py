@@ -1,4 +1,4 @@
-"""What explain says against counts by hand, and the exact rule through the kernels against torch's."""
+"""explain against counts by hand, and the exact rule through the kernels against torch's."""
 
 import importlib
 
@@ -16,24 +16,24 @@ needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no kernels:
 
 @needs_kernels
 def test_products_and_memory_of_a_fused_gru() -> None:
-    said = sf.explain(sf.GRU(I, H, feedback="gate+2"), torch.zeros(T, B, I))
+    result = sf.explain(sf.GRU(I, H, feedback="gate+2"), torch.zeros(T, B, I))
     unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
-    assert said.forward_flops == unit_input + unit_hidden
-    assert said.backward_flops == 2 * unit_input + unit_hidden + 2 * unit_hidden
-    assert said.bptt_flops == 2 * unit_input + 2 * unit_hidden
-    assert said.backward_steps == 3
-    assert said.kept_bytes == 4 * T * B * (I + H + 4 * H)
-    assert "fused" in said.forward
-    assert "fused" in said.backward
+    assert result.forward_flops == unit_input + unit_hidden
+    assert result.backward_flops == 2 * unit_input + unit_hidden + 2 * unit_hidden
+    assert result.bptt_flops == 2 * unit_input + 2 * unit_hidden
+    assert result.backward_steps == 3
+    assert result.kept_bytes == 4 * T * B * (I + H + 4 * H)
+    assert "fused" in result.forward
+    assert "fused" in result.backward
 
 
 def test_the_reason_is_named() -> None:
     layer = sf.GRU(I, H)
     assert "bfloat16" in sf.explain(layer.bfloat16(), torch.zeros(T, B, I, dtype=torch.bfloat16)).why
-    said = sf.explain(sf.GRU(I, H, 2, bidirectional=True, feedback="torch"), torch.zeros(T, B, I))
-    assert "torch" in said.why
-    assert said.backward_steps == 2 * T
-    assert said.kept_bytes is None
+    result = sf.explain(sf.GRU(I, H, 2, bidirectional=True, feedback="torch"), torch.zeros(T, B, I))
+    assert "torch" in result.why
+    assert result.backward_steps == 2 * T
+    assert result.kept_bytes is None
 
 
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,25 +44,25 @@ def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with FakeTensorMode():
         x = torch.zeros(T, B, I, device="cuda")
-    said = sf.explain(sf.GRU(I, H, feedback="gate+1"), x)
-    assert "cuDNN" in said.forward
-    assert "Triton" in said.backward
-    assert "products run in TF32, as cuDNN is set" in said.why
+    result = sf.explain(sf.GRU(I, H, feedback="gate+1"), x)
+    assert "cuDNN" in result.forward
+    assert "Triton" in result.backward
+    assert "products run in TF32, as cuDNN is set" in result.why
     unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
-    assert said.backward_flops == 3 * unit_input + 3 * unit_hidden
-    assert said.kept_bytes == 4 * T * B * (I + H)
+    assert result.backward_flops == 3 * unit_input + 3 * unit_hidden
+    assert result.kept_bytes == 4 * T * B * (I + H)
     assert "cuDNN" in sf.explain(sf.GRU(I, H, feedback="bptt"), x).why
 
 
 def test_packed_and_batch_first_inputs_count_their_rows() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.zeros(5, I), torch.zeros(2, I)])
-    said = sf.explain(sf.GRU(I, H, feedback="bptt"), packed)
-    assert said.forward_flops == 2 * 7 * 3 * H * (I + H)
-    said = sf.explain(sf.RNN(I, H, batch_first=True, feedback="torch"), torch.zeros(B, T, I))
-    assert said.backward_steps == T
+    result = sf.explain(sf.GRU(I, H, feedback="bptt"), packed)
+    assert result.forward_flops == 2 * 7 * 3 * H * (I + H)
+    result = sf.explain(sf.RNN(I, H, batch_first=True, feedback="torch"), torch.zeros(B, T, I))
+    assert result.backward_steps == T
 
 
-def test_printing_says_every_fact() -> None:
+def test_every_fact_is_printed() -> None:
     lines = str(sf.explain(sf.LSTM(I, H, feedback="dsf"), torch.zeros(T, B, I))).splitlines()
     assert [line.split()[0] for line in lines] == ["rule", "forward", "backward", "why", "memory"]
 
@@ -72,7 +72,7 @@ def test_printing_says_every_fact() -> None:
     [
         ("dsf", 1, "T = 1 steps, no fewer"),
         ("gate", 1, "T = 1 steps, no fewer"),
-        ("gate+3", 4, "4 products wait for another over T = 4 steps"),
+        ("gate+3", 4, "4 dependent products over T = 4 steps"),
         ("gate+2", 4, None),
         ("gate+9", 64, "times those of exact BPTT"),
         ("dsf", 64, None),
@@ -81,25 +81,23 @@ def test_printing_says_every_fact() -> None:
         ("bptt", 1, None),
     ],
 )
-def test_a_rule_that_is_expected_slower_than_exact_bptt_is_warned_of(
-    rule: str, steps: int, expected: str | None
-) -> None:
-    said = sf.explain(sf.GRU(8, 8, feedback=rule), torch.zeros(steps, 2, 8))
+def test_a_rule_that_is_expected_slower_than_exact_bptt_warns(rule: str, steps: int, expected: str | None) -> None:
+    result = sf.explain(sf.GRU(8, 8, feedback=rule), torch.zeros(steps, 2, 8))
     if expected is None:
-        assert said.warning is None
-        assert "warning" not in str(said)
+        assert result.warning is None
+        assert "warning" not in str(result)
     else:
-        assert expected in str(said.warning)
-        assert str(said).splitlines()[-1] == f"warning   {said.warning}"
+        assert expected in str(result.warning)
+        assert str(result).splitlines()[-1] == f"warning   {result.warning}"
 
 
 @needs_kernels
 def test_products_are_counted_against_those_of_exact_bptt() -> None:
     """With I = H exact BPTT takes 6 units, a fused rule 5 + k: more than 9 from k = 5 on."""
     for k, warned in ((4, False), (5, True)):
-        said = sf.explain(sf.GRU(8, 8, feedback=f"jacobian+{k}"), torch.zeros(64, 2, 8))
-        assert (said.warning is not None) == warned
-    assert "1.7 times" in str(said.warning)
+        result = sf.explain(sf.GRU(8, 8, feedback=f"jacobian+{k}"), torch.zeros(64, 2, 8))
+        assert (result.warning is not None) == warned
+    assert "1.7 times" in str(result.warning)
 
 
 @pytest.mark.parametrize("slower", [False, True])
@@ -127,10 +125,10 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
     monkeypatch.setattr(sf.LSTM, "forward", forward)
     monkeypatch.setattr(importlib.import_module("statefeed.explain"), "_clock", clock)
     state = torch.get_rng_state()
-    said = sf.explain(layer, x, timed=True)
-    assert (said.seconds, said.torch_seconds) == (4.0 if slower else 1.0, 2.0)
-    assert (said.warning is not None) == slower
-    assert "torch.nn 2e+03 ms" in str(said)
+    result = sf.explain(layer, x, timed=True)
+    assert (result.seconds, result.torch_seconds) == (4.0 if slower else 1.0, 2.0)
+    assert (result.warning is not None) == slower
+    assert "torch.nn 2e+03 ms" in str(result)
     assert ran == ["calibrated", "torch"] * 6
     # The layer is as it was, and so is the generator that dropout draws from.
     assert not layer.diagonal.any()
@@ -139,10 +137,10 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
 
 
 def test_timing_is_real() -> None:
-    said = sf.explain(sf.GRU(I, H), torch.zeros(T, B, I), timed=True)
-    assert said.seconds is not None
-    assert said.torch_seconds is not None
-    assert min(said.seconds, said.torch_seconds) > 0
+    result = sf.explain(sf.GRU(I, H), torch.zeros(T, B, I), timed=True)
+    assert result.seconds is not None
+    assert result.torch_seconds is not None
+    assert min(result.seconds, result.torch_seconds) > 0
 
 
 def test_other_layers_are_refused() -> None:
@@ -152,7 +150,7 @@ def test_other_layers_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(0, B, I), (T, 0, I), (T, B, I + 1)])
 def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"^x must have steps and rows of {I} features, [^\n]+$"):
+    with pytest.raises(ValueError, match=rf"^x must have at least one step and row and {I} features, [^\n]+$"):
         sf.explain(sf.GRU(I, H), torch.zeros(shape))
 
 

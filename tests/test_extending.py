@@ -1,15 +1,18 @@
 """A cell, three rules, a backend and a recipe option from outside the package, as docs/extending.md adds them."""
 
+import contextlib
 import copy
 import inspect
+import io
 import math
+import re
 from typing import NamedTuple
 
 import oracles
 import pytest
 import tables
 import torch
-from test_docs import run_blocks
+from test_docs import TEXTS, run_blocks
 from tolerances import SAME_BY_CANCELLATION, assert_different, assert_same
 from torch import Tensor, nn
 from torch.func import jacrev, vjp, vmap
@@ -31,9 +34,12 @@ I, H, B, T = 3, 4, 3, 6
 
 @pytest.fixture(scope="module")
 def page():
-    """What the blocks of the page define; the tables have their members for the tests of this file only."""
+    """What the blocks of the page define and print; the tables have their members in this file only."""
+    printed = io.StringIO()
     with tables.restored():
-        yield run_blocks("extending")
+        with contextlib.redirect_stdout(printed):
+            found = run_blocks("extending")
+        yield {**found, "printed": printed.getvalue()}
 
 
 # A cell whose state has two parts, as the page has none --------------------------------------------------------------
@@ -583,6 +589,12 @@ def test_the_new_recipe_option_is_a_flag_and_a_key_that_is_checked(page, tmp_pat
     assert "mean over all types" in recipe.parser("train").format_help()
     with pytest.raises(UsageError, match=r"^train\.smoothing must be at least 0 and below 1, got 2\.0$"):
         recipe.build(recipe.parse(recipe.parser("train"), ["--train.smoothing=2"]))
+
+
+def test_the_page_prints_what_its_comments_say(page):
+    commented = re.findall(r"^print\(.*\)  # (.*)$", TEXTS["extending"], re.MULTILINE)
+    assert commented
+    assert page["printed"].splitlines() == commented
 
 
 def test_the_tables_are_restored():

@@ -1,4 +1,4 @@
-"""The feedback rule as a value: its spellings, what it refuses, equality, and where it warns."""
+"""The feedback rule as a value: spellings, errors, equality, and warnings."""
 
 import copy
 import math
@@ -124,7 +124,7 @@ def test_a_rule_cannot_be_changed_through_what_it_was_made_of():
 
 
 @pytest.mark.parametrize("spelling", REFUSED)
-def test_what_is_no_rule_is_refused_in_one_sentence(spelling):
+def test_an_invalid_rule_raises(spelling):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         sf.Feedback(spelling)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
@@ -149,7 +149,7 @@ def test_what_is_no_rule_is_refused_in_one_sentence(spelling):
         ("logspaced(4)+2", "log_spaced(4)+2"),
     ],
 )
-def test_a_misspelt_rule_gets_a_suggestion(spelling, meant):
+def test_a_misspelled_rule_gets_a_suggestion(spelling, meant):
     with pytest.raises(ValueError, match=re.escape(f'got {spelling!r}: did you mean "{meant}"?') + "$"):
         sf.Feedback(spelling)
     assert sf.Feedback(meant)
@@ -162,7 +162,7 @@ def test_no_suggestion_where_no_rule_is_near(spelling):
 
 
 @pytest.mark.parametrize("spelling", ["fused-bptt", "fused_bptt", "fused-bptt+1"])
-def test_the_old_name_of_the_exact_rule_is_refused_with_the_new_one(spelling):
+def test_the_error_for_the_old_name_of_the_exact_rule_has_the_new_one(spelling):
     with pytest.raises(ValueError, match=r"^fused-bptt is now bptt: [^\n]+$"):
         sf.Feedback(spelling)
 
@@ -174,7 +174,7 @@ def test_corrections_are_a_count(corrections):
 
 
 @pytest.mark.parametrize("rule", [[0.5, 0.5], object(), b"dsf"])
-def test_other_types_are_refused(rule):
+def test_other_types_raise(rule):
     with pytest.raises((TypeError, ValueError), match=r"^[^\n]+$"):
         sf.Feedback(rule)
 
@@ -198,7 +198,7 @@ def test_a_ramp_rises_evenly_to_its_cap():
     assert torch.equal(stationary("ramp(1)"), stationary("dsf"))
 
 
-def test_log_spaced_horizons_are_in_even_ratios_from_one_step_to_the_longest():
+def test_log_spaced_horizons_are_geometrically_spaced():
     horizons = (1 / (1 - stationary("log_spaced(81)"))).tolist()
     assert horizons == pytest.approx([1.0, 3.0, 9.0, 27.0, 81.0])
     assert stationary("log_spaced(81)", size=1).tolist() == [0.0]
@@ -251,7 +251,7 @@ def test_a_layer_takes_gives_and_shows_its_rule(cls):
 
 
 @pytest.mark.parametrize("diagonal", ["dsf", "log_spaced(64)", "ramp(0.95)", 1.0, torch.tensor([0.1, 0.2, -1.0])])
-def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagonal):
+def test_corrections_around_a_fixed_diagonal_near_one_warn_once(diagonal):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         layer = sf.GRU(2, 3, feedback=sf.Feedback(diagonal, corrections=1))
@@ -267,7 +267,7 @@ def test_corrections_around_a_fixed_diagonal_near_one_are_warned_of_once(diagona
     "rule",
     ["dsf", "calibrated+1", "gate+2", "jacobian+3", "ft-bptt+5", "0.5+1", "torch", 1.0, "fitted+1", "ramp(0.9)+1"],
 )
-def test_other_rules_are_not_warned_of(rule):
+def test_other_rules_do_not_warn(rule):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer = sf.GRU(2, 3, feedback=rule)

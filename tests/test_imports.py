@@ -20,20 +20,22 @@ LEVELS = [
     {"cells"},
     {"feedback"},
     {"backends"},
+    {"transforms"},
     {"recurrence"},
     {"mixin"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
-    {"modules"},
+    {"modules", "snapshot"},
+    {"subclass"},
     {"alignment", "explain", "swap", "schedule"},
     {"public API"},
-    {"lm"},
+    {"lm", "integrations"},
     {"bench"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-# The applications use what everyone may use, the trainer's head a kernel besides; the benchmarks time both.
-ALLOWED = {"lm": {"public API", "native"}, "bench": {"public API", "lm"}}
+# The applications use the public API; the trainer's head also uses a kernel, and the benchmarks use the trainer.
+ALLOWED = {"lm": {"public API", "native"}, "integrations": {"public API"}, "bench": {"public API", "lm"}}
 
 
 def top_level_of(file):
@@ -46,7 +48,7 @@ def is_top_level(name):
 
 
 def imported(file, source):
-    """What a file imports of the package anywhere in it, under TYPE_CHECKING or within a function as well."""
+    """All imports of the package in a file, including those under TYPE_CHECKING and in functions."""
     package = ("statefeed", *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,7 +66,7 @@ def imported(file, source):
 
 
 def upward_imports(file, source):
-    """What a file imports and must not."""
+    """Imports of a file that its level does not allow."""
     name = top_level_of(file)
     below = {other for other in LEVEL if LEVEL[other] < LEVEL[name]}
     return set(imported(file, source)) - {name} - ALLOWED.get(name, below)
@@ -92,13 +94,15 @@ def test_imports_go_down_only(file):
         ("lm/cli.py", "from statefeed import GRU", set()),
         ("lm/cli.py", "from statefeed.layers import GRU", {"layers"}),
         ("lm/cli.py", "from .. import bench", {"bench"}),
+        ("integrations/lightning.py", "import statefeed as sf", set()),
+        ("integrations/lightning.py", "from statefeed.swap import swap", {"swap"}),
         ("bench/training.py", "from statefeed.lm import config", set()),
         ("bench/training.py", "from statefeed.layers import GRU", {"layers"}),
         ("__init__.py", "from statefeed.lm import train", {"lm"}),
         ("__main__.py", "from statefeed.lm import cli", set()),
     ],
 )
-def test_the_check_tells_up_from_down(file, line, expected):
+def test_the_check_finds_upward_imports(file, line, expected):
     assert upward_imports(PACKAGE / file, line) == expected
 
 

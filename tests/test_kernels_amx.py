@@ -1,4 +1,4 @@
-"""The products in Intel's tiles: in a model of the instructions that keeps their rules, and on a CPU that has them."""
+"""Products in AMX tiles: in a model of the instructions that checks their rules, and on a CPU that has them."""
 
 import platform
 import shutil
@@ -48,7 +48,7 @@ def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
 
 
 def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
-    """The model's rules are seen to be broken, one after the other."""
+    """Every rule of the model detects its violation."""
     (tmp_path / "misuse.cc").write_text(
         """
         #include <cstdint>
@@ -90,11 +90,11 @@ def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
         assert words in found.stderr
 
 
-# Which library a machine gets ---------------------------------------------------------------------------------------
+# Choice of the library ----------------------------------------------------------------------------------------------
 
 
 def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
-    """A CPU that has all instruction sets, under a Linux that gives a process the tiles or refuses them."""
+    """A CPU that has all instruction sets, under a Linux that permits the tiles or not."""
     flags, read = " ".join(sorted(frozenset().union(*(v.required for v in VARIANTS)))), Path.read_text
 
     def read_text(path: Path, *arguments: str) -> str:
@@ -105,7 +105,7 @@ def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) ->
 
 
 @pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
-def test_tiles_are_used_where_linux_gives_them(
+def test_tiles_are_used_if_linux_permits_them(
     permitted: bool, best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variant in VARIANTS:
@@ -117,7 +117,7 @@ def test_tiles_are_used_where_linux_gives_them(
     assert ("-U__AMX_BF16__" in build._machine_flags()) == (not permitted)
 
 
-def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_depends_on_the_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = set()
     for permitted in (True, False):
         with monkeypatch.context() as patch:
@@ -126,7 +126,7 @@ def test_the_cache_tells_permitted_from_refused(monkeypatch: pytest.MonkeyPatch)
     assert len(keys) == 2
 
 
-def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
+def test_linux_does_not_permit_tiles_that_the_cpu_lacks() -> None:
     if "amx_tile" in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has tiles")
     assert not build._tiles_permitted()
@@ -134,7 +134,7 @@ def test_linux_refuses_tiles_that_the_cpu_has_not() -> None:
 
 # Whole layers ---------------------------------------------------------------------------------------------------------
 
-# Another process, because one can load but one library.
+# A separate process, because a process can load only one library.
 WITH_LIBRARY = """
 import ctypes, sys, torch
 from pathlib import Path

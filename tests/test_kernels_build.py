@@ -1,4 +1,4 @@
-"""Building the kernels: when, where, once, and what happens where it cannot be done; each case is its own process."""
+"""Building the kernels: time, place, locking and failures; each case is a separate process."""
 
 import os
 import shutil
@@ -60,18 +60,18 @@ def test_off_is_silent() -> None:
     assert output_of(PROGRAM, STATEFEED_KERNELS="off") == "False 0"
 
 
-def test_another_word_is_refused() -> None:
+def test_an_invalid_setting_raises() -> None:
     process = python(PROGRAM, STATEFEED_KERNELS="yes")
-    assert "must be on, off or auto, not 'yes'" in process.communicate()[1]
+    assert "must be on, off or auto, got 'yes'" in process.communicate()[1]
 
 
-def test_without_a_compiler_one_warning_says_so(tmp_path: Path) -> None:
+def test_without_a_compiler_there_is_one_warning(tmp_path: Path) -> None:
     answer = output_of(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
     assert answer.startswith("False 1 ")
-    assert "there is no C++ compiler" in answer
+    assert "no C++ compiler found" in answer
 
 
-def test_on_raises_where_the_kernels_cannot_be_had(tmp_path: Path) -> None:
+def test_on_raises_if_the_kernels_are_unavailable(tmp_path: Path) -> None:
     process = python(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path), STATEFEED_KERNELS="on")
     assert "RuntimeError: STATEFEED_KERNELS is on, but" in process.communicate()[1]
 
@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, quick_compiler: str) ->
     assert not list((tmp_path / "statefeed").glob("*.so"))
 
 
-def test_a_program_that_is_no_compiler_is_named(tmp_path: Path) -> None:
+def test_an_invalid_compiler_is_named(tmp_path: Path) -> None:
     program = tmp_path / "c++"
     program.write_text("#!/bin/sh\nexit 3\n")
     program.chmod(0o755)

@@ -261,7 +261,7 @@ def test_packed_rows_are_their_sequences(cell: str, diagonal: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0)])
-def test_nothing_in_nothing_out(cell: str, T: int, B: int) -> None:
+def test_empty_inputs(cell: str, T: int, B: int) -> None:
     found = Case(cell, T, B, 2, 3, torch.float32).run("direct", 1)
     assert found["y"].shape == (T, B, 3)
     assert all(not found[name].any() for name in NAMES)
@@ -278,7 +278,7 @@ def test_strided_inputs(cell: str) -> None:
     assert_same(case.run("direct", 1), expected)
 
 
-def test_what_lies_in_memory_does_not_matter() -> None:
+def test_uninitialized_memory_does_not_matter() -> None:
     case = Case("gru", 64, 32, 64, 64, torch.float32)
     expected = case.run("direct", 1)
     buffers = [empty(64 * 32, width, case.x) for width in (64, 64, 64, 64, 192, 192)]

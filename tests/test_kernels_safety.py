@@ -1,4 +1,4 @@
-"""What the C++ operators refuse, and what they do when memory is short: an error in Python, and the next call works."""
+"""Errors of the C++ operators: invalid arguments and out of memory raise in Python, and the next call works."""
 
 import shutil
 import subprocess
@@ -87,7 +87,7 @@ def test_right_arguments_are_accepted(cell: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
-def test_a_tensor_of_another_dtype_is_refused(op: str, name: str) -> None:
+def test_a_tensor_of_another_dtype_raises(op: str, name: str) -> None:
     arguments = OPERATORS[op]()
     arguments[name] = arguments[name].to(torch.bfloat16)
     with pytest.raises(RuntimeError, match=rf"{op}: .*(float32|float64|int64).*got.* bfloat16"):
@@ -95,7 +95,7 @@ def test_a_tensor_of_another_dtype_is_refused(op: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
-def test_a_tensor_of_another_shape_is_refused(op: str, name: str) -> None:
+def test_a_tensor_of_another_shape_raises(op: str, name: str) -> None:
     for change in (lambda t: torch.zeros(1, dtype=t.dtype), lambda t: t[..., :-1].contiguous(), lambda t: t[None]):
         arguments = OPERATORS[op]()
         arguments[name] = change(arguments[name])
@@ -104,7 +104,7 @@ def test_a_tensor_of_another_shape_is_refused(op: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in TENSORS if OPERATORS[op]()[name].dim() > 1])
-def test_a_strided_tensor_is_refused(op: str, name: str) -> None:
+def test_a_strided_tensor_raises(op: str, name: str) -> None:
     arguments = OPERATORS[op]()
     arguments[name] = torch.stack([arguments[name]] * 2, -1)[..., 0]
     with pytest.raises(RuntimeError, match=rf"{op}: {name} must be a contiguous .* got a strided"):
@@ -118,7 +118,7 @@ OPTIONAL = [
 
 
 @pytest.mark.parametrize(("op", "name"), OPTIONAL)
-def test_a_missing_tensor_is_refused(op: str, name: str) -> None:
+def test_a_missing_tensor_raises(op: str, name: str) -> None:
     arguments = OPERATORS[op]()
     arguments[name] = None
     with pytest.raises(RuntimeError, match=f"{op}: {name} must be given .*, got None"):
@@ -146,7 +146,7 @@ def test_a_missing_tensor_is_refused(op: str, name: str) -> None:
         (head_arguments, {"grad_w": None}, "grad_w must be given"),
     ],
 )  # fmt: skip
-def test_arguments_that_contradict_one_another_are_refused(
+def test_arguments_that_contradict_one_another_raise(
     make: Callable[[], dict[str, Any]], changes: dict[str, Any], words: str
 ) -> None:
     arguments = make() | changes
@@ -156,18 +156,18 @@ def test_arguments_that_contradict_one_another_are_refused(
 
 
 @pytest.mark.parametrize("op", ["layer_forward", "layer_backward", "sum_jacobians"])
-def test_an_unknown_cell_is_refused_and_the_known_are_named(op: str) -> None:
+def test_an_unknown_cell_raises_and_known_names_are_listed(op: str) -> None:
     with pytest.raises(RuntimeError, match="the cell 'mgu': expected one of gru, lstm, rnn_tanh, rnn_relu"):
         call(op, OPERATORS[op]() | {"cell": "mgu"})
 
 
-def test_an_unknown_rule_is_refused_and_the_known_are_named() -> None:
+def test_an_unknown_rule_raises_and_known_names_are_listed() -> None:
     with pytest.raises(RuntimeError, match=r"the rule 'gate': .* stationary, per_row, direct, jacobian, exact"):
         call("layer_backward", backward_arguments() | {"rule": "gate"})
 
 
 @pytest.mark.parametrize("wrong", [-1, V, 2**62])
-def test_a_target_outside_the_classes_is_refused(wrong: int) -> None:
+def test_a_target_outside_the_classes_raises(wrong: int) -> None:
     arguments = head_arguments()
     arguments["targets"][3] = wrong
     with pytest.raises(IndexError, match=f"ids of the {V} classes, got {wrong}"):
@@ -184,13 +184,13 @@ def test_a_cell_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", ["gates", "shared_gates", "saved_values"])
 def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(CELLS["gru"]), size, 9)
-    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* written for \(3, 2, 1, 4\)"):
+    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 4\)"):
         cpu.unsupported_reason(CELLS["gru"], [torch.zeros(1)] * 3, False)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-# What every program of this section begins with.
+# Common beginning of every program of this section.
 PROGRAM = """
 import ctypes, resource, torch
 from statefeed import native
@@ -246,7 +246,7 @@ rule = KernelRule("direct", None, 1)
 library = ctypes.CDLL(None)
 successes, failures = (ctypes.c_int.in_dll(library, name) for name in ("successes", "failures"))
 last, shape, failed = False, 8, 0
-while not last:  # every time larger, or no memory would be needed
+while not last:  # larger every time, so that memory is needed
     shape, last = shape + 24, True
     for run in (lambda: layer(5, 9, shape, shape, rule), lambda: loss(2 * shape, shape, 3 * shape)):
         before = failures.value

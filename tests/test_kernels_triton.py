@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import pack_sequence
 
 import statefeed as sf
-from statefeed import layers
+from statefeed import stack
 from statefeed.backends import BACKENDS, Problem, Upstream, reference
 from statefeed.cells import CELLS as TABLE
 from statefeed.feedback import KernelRule
@@ -410,7 +410,7 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     found = []
     for name in ("reference", "triton"):
-        monkeypatch.setattr(layers, "choose", lambda *_, name=name: BACKENDS[name])
+        monkeypatch.setattr(stack, "choose", lambda *_, name=name: BACKENDS[name])
         given = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
         if rule == "calibrated":
             model.diagonal.zero_(), model.diagonal_updates.zero_()
@@ -423,7 +423,7 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
 @interpreted
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "choose", lambda *_: BACKENDS["triton"])
+    monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     torch.manual_seed(0)
     model, x = sf.LSTM(3, 4, dtype=torch.float64, feedback="gate+1"), torch.randn(4, 2, 3, dtype=torch.float64)
     torch._dynamo.reset()
@@ -435,7 +435,7 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_the_graphs_of_a_layer_do_not_depend_on_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "choose", lambda *_: BACKENDS["triton"])
+    monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     model, graphs = sf.GRU(3, 4, 2, bidirectional=True, feedback="dsf"), []
 
     def count(graph: torch.fx.GraphModule, _: object) -> object:
@@ -501,8 +501,10 @@ def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_triton_one_warning_says_so() -> None:
-    said = program(WITHOUT).stdout
-    assert said.startswith("False False 1 torch does the work of the kernels: the CUDA kernels cannot be used")
+    printed = program(WITHOUT).stdout
+    assert printed.startswith(
+        "False False 1 statefeed uses plain torch operations instead of its kernels: the CUDA kernels cannot be used"
+    )
     assert program(WITHOUT, STATEFEED_KERNELS="off").stdout.split() == ["False", "False", "0"]
     assert "STATEFEED_KERNELS is on, but the CUDA kernels" in program(WITHOUT, STATEFEED_KERNELS="on").stderr
 

@@ -1,4 +1,4 @@
-"""RNN, GRU and LSTM in the place of torch.nn's: every constructor and input form, and everything done to a layer."""
+"""RNN, GRU and LSTM as replacements of torch.nn's: constructors, input forms, and operations on layers."""
 
 import copy
 import io
@@ -29,10 +29,10 @@ FEWER = settings(EXAMPLES, max_examples=40)
 def layer(cell, torchs=False, feedback="dsf", **options):
     """A layer of ours or of torch's; the same seed gives both the same weights."""
     torch.manual_seed(0)
-    room = nn if torchs else sf
-    cls = {"gru": room.GRU, "lstm": room.LSTM}.get(cell, room.RNN)
+    package = nn if torchs else sf
+    cls = {"gru": package.GRU, "lstm": package.LSTM}.get(cell, package.RNN)
     options = {"input_size": 3, "hidden_size": 4} | options
-    options |= {"nonlinearity": cell} if cls is room.RNN else {}
+    options |= {"nonlinearity": cell} if cls is package.RNN else {}
     made = cls(**options, **({} if torchs else {"feedback": feedback}))
     for weight in made.parameters():
         nn.init.normal_(weight, std=0.4)
@@ -128,7 +128,7 @@ def test_forward_and_bptt_are_torchs_in_every_form(form, rule, training):
 
 
 def arguments(made, x, hx=None, lengths=None, enforce_sorted=True):
-    """The call as the layer takes it."""
+    """The positional arguments of the call."""
     x = x if lengths is None else pack_padded_sequence(x, lengths, made.batch_first, enforce_sorted)
     return x, None if hx is None else hx[0] if len(hx) == 1 else tuple(hx)
 
@@ -150,9 +150,11 @@ def test_as_many_corrections_as_steps_are_as_accurate_as_bptt_in_float32(form, n
     options["dropout"] = 0.0  # its mask is another one in float64
     theirs = layer(cell, torchs=True, **options)
     ours = layer(cell, feedback=f"{name}+{T}", **options)
-    wide = {key: [t.double() for t in v] if key == "hx" else v.double() if key == "x" else v for key, v in call.items()}
+    in_float64 = {
+        key: [t.double() for t in v] if key == "hx" else v.double() if key == "x" else v for key, v in call.items()
+    }
     found, reference = run(ours, **call)[2], run(theirs, **call)[2]
-    assert_as_accurate(found, reference, run(theirs.double(), **wide)[2])
+    assert_as_accurate(found, reference, run(theirs.double(), **in_float64)[2])
 
 
 # Against the equations ------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, 
     ours = layer(cell, feedback=sf.Feedback(name, corrections=corrections), **options)
     answer, _, found = run(ours, **call)
 
-    # What the loss of run weighs each output by, in the shape of that output.
+    # The weights of the outputs in the loss of ``run``.
     generator = torch.Generator().manual_seed(1)
     outputs = tensors(answer)
     e = [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in outputs]
@@ -231,7 +233,7 @@ def test_a_diagonal_may_have_a_row_for_every_layer_and_direction(cell):
 
 
 @pytest.mark.parametrize("rule", ["calibrated", "fitted"])
-def test_a_diagonal_learnt_in_training_is_frozen_by_making_it_the_rule(rule):
+def test_a_learned_diagonal_set_as_the_rule_is_frozen(rule):
     made = layer("lstm", feedback=rule, num_layers=2)
     x = torch.randn(5, 2, 3)
     run(made, x)
@@ -247,7 +249,7 @@ def test_a_diagonal_learnt_in_training_is_frozen_by_making_it_the_rule(rule):
 
 @pytest.mark.parametrize("rule", ["dsf", "calibrated", "jacobian+1", "torch"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_an_empty_batch_is_empty_and_leaves_no_trace(cell, rule):
+def test_an_empty_batch_gives_empty_results_and_no_update(cell, rule):
     ours = layer(cell, feedback=rule, num_layers=2, bidirectional=True)
     theirs = layer(cell, torchs=True, num_layers=2, bidirectional=True)
     x = torch.zeros(5, 0, 3)
@@ -276,7 +278,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_torch_refuses_is_refused_alike(cell, wrong):
+def test_errors_are_those_of_torch(cell, wrong):
     def state(*shape, **options):
         zeros = torch.zeros(*shape, **options)
         return (zeros, zeros) if cell == "lstm" else zeros
@@ -290,7 +292,7 @@ def test_what_torch_refuses_is_refused_alike(cell, wrong):
 
 
 def test_the_state_of_an_lstm_is_a_pair():
-    """Iterating over one tensor of two layers would give two, and a third state would be left out in silence."""
+    """A tensor with two layers would unpack into two states, and a third state would be ignored."""
     ours, theirs = layer("lstm", num_layers=2), layer("lstm", torchs=True, num_layers=2)
     x, h = torch.zeros(5, 2, 3), torch.zeros(2, 2, 4)
     for call in (lambda made: made(x, (h, h, h)), lambda made: made(x, torch.stack([h, h]))):
@@ -302,7 +304,7 @@ def test_the_state_of_an_lstm_is_a_pair():
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_projection_is_refused_in_one_sentence(size):
+def test_a_projection_raises(size):
     with pytest.raises(ValueError, match=r"^proj_size[^\n]+$"):
         sf.LSTM(3, 4, proj_size=size)
     assert sf.LSTM(3, 4, proj_size=0).proj_size == 0
@@ -310,7 +312,7 @@ def test_a_projection_is_refused_in_one_sentence(size):
 
 @pytest.mark.parametrize("wrong", [{"hidden_size": 0}, {"hidden_size": -1}, {"num_layers": 0}, {"dropout": 1.5}])
 @pytest.mark.parametrize("cell", CELLS)
-def test_constructors_refuse_what_torchs_do(cell, wrong):
+def test_constructors_raise_as_torch_does(cell, wrong):
     with pytest.raises(ValueError, match=r".+") as theirs:
         layer(cell, torchs=True, **wrong)
     with pytest.raises(ValueError, match=r".+") as ours:
@@ -349,10 +351,10 @@ def test_a_layer_on_meta_gives_shapes_as_torchs_does(cell, rule):
 
 
 @pytest.mark.parametrize("rule", ["calibrated", "fitted"])
-def test_weights_drawn_anew_begin_without_a_learnt_diagonal(rule):
+def test_reset_parameters_resets_the_learned_diagonal(rule):
     made = layer("gru", feedback=rule, device="meta").to_empty(device="cpu")
     with torch.no_grad():
-        made.diagonal.fill_(float("nan"))  # as memory that nobody has written may hold
+        made.diagonal.fill_(float("nan"))  # as uninitialized memory may contain
         made.diagonal_updates.fill_(7)
     made.reset_parameters()
     assert not made.diagonal.any()
@@ -375,8 +377,8 @@ def test_a_batch_that_overflows_does_not_spoil_a_calibrated_diagonal(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_loss_that_overflows_is_fitted_by_the_next_pass(cell):
-    """As of a GradScaler, whose first scales are too high."""
+def test_after_an_overflow_the_next_pass_fits_the_diagonal(cell):
+    """A GradScaler begins with scales that overflow."""
     made, exact = layer(cell, feedback="fitted").double(), layer(cell, feedback="torch").double()
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     (made(x)[0].sum() * float("inf")).backward()
@@ -395,7 +397,7 @@ def test_the_same_seed_draws_the_same_weights(cell):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-# What one does to a layer ---------------------------------------------------------------------------------------------
+# Operations on a layer ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["dsf", "calibrated", "gate+1", "torch"])
@@ -423,7 +425,7 @@ def saved(made):
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made)), saved])
 @pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "torch", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_copy_computes_the_same_and_is_its_own(cell, rule, again):
+def test_a_copy_computes_the_same_and_is_independent(cell, rule, again):
     rule = torch.linspace(0, 0.8, 8 if cell == "lstm" else 4) if rule == "tensor" else rule
     made = layer(cell, feedback=rule, num_layers=2)
     x = torch.randn(5, 2, 3)
@@ -549,7 +551,7 @@ def test_a_checkpointed_call_has_the_same_gradient(cell, rule):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_inputs_are_read_as_they_lie_in_memory(cell):
+def test_strided_inputs(cell):
     made = layer(cell, dtype=torch.float64)
     x = torch.randn(10, 4, 6, dtype=torch.float64)[::2, ::2, ::2]
     hx = [torch.randn(1, 4, 8, dtype=torch.float64)[:, ::2, ::2] for _ in range(2 if cell == "lstm" else 1)]

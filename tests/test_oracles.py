@@ -1,4 +1,4 @@
-"""The oracles themselves: each agrees with autograd where it must, and rejects the errors one is likely to make."""
+"""Tests of the oracles: they agree with autograd, and they reject planted errors."""
 
 import oracles
 import pytest
@@ -12,7 +12,7 @@ T, B, I, H = 6, 2, 3, 4
 
 
 def layer(cell, **options):
-    """The torch.nn layer of a cell in float64, its weights drawn wide enough that every term of J counts."""
+    """The torch.nn layer of a cell in float64, with weights large enough that every term of J matters."""
     torch.manual_seed(0)
     kind = {"gru": nn.GRU, "lstm": nn.LSTM}.get(cell)
     made = kind(I, H, dtype=torch.float64, **options) if kind else nn.RNN(I, H, 1, cell, dtype=torch.float64, **options)
@@ -128,10 +128,14 @@ def test_diagonal_of_the_jacobian_has_the_published_formulas(cell):
     found = oracles.diagonals(cell, weights, x, states, "jacobian")
     h, after, W = states[:-1, :, :H], states[1:], weights["weight_hh"]
     if cell == "gru":
-        fed = (x @ weights["weight_ih"].T + weights["bias_ih"]).chunk(3, -1)
-        kept = (h @ W.T + weights["bias_hh"]).chunk(3, -1)
-        r, z, q = torch.sigmoid(fed[0] + kept[0]), torch.sigmoid(fed[1] + kept[1]), kept[2]
-        n = torch.tanh(fed[2] + r * q)
+        input_part = (x @ weights["weight_ih"].T + weights["bias_ih"]).chunk(3, -1)
+        hidden_part = (h @ W.T + weights["bias_hh"]).chunk(3, -1)
+        r, z, q = (
+            torch.sigmoid(input_part[0] + hidden_part[0]),
+            torch.sigmoid(input_part[1] + hidden_part[1]),
+            hidden_part[2],
+        )
+        n = torch.tanh(input_part[2] + r * q)
         d_r, d_z, d_n = (block.diagonal() for block in W.chunk(3))
         expected = z + (h - n) * z * (1 - z) * d_z + (1 - z) * (1 - n**2) * (r * d_n + q * r * (1 - r) * d_r)
     elif cell == "lstm":

@@ -1,4 +1,4 @@
-"""One layer, one direction: the gradient of every rule against the oracles, and where it must be exact, must not be."""
+"""Gradients of one layer in one direction under every rule, against the oracles and exact BPTT."""
 
 import oracles
 import pytest
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import statefeed as sf
 
-# What the two warnings are about is wanted here: initial states without corrections, corrections around a ramp to one.
+# The tests use the cases of two warnings: initial states without corrections, corrections around a ramp to one.
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
 
 CELLS = ["tanh", "relu", "gru", "lstm"]
@@ -19,11 +19,11 @@ B, I, H = 2, 3, 4
 
 
 def layer(cell, feedback, width=H, torchs=False, dtype=torch.float64, **options):
-    """A layer of ours or torch's, its weights the same for both and wide enough that every term of J counts."""
+    """A layer of ours or torch's, with the same weights for both, large enough that every term of J matters."""
     torch.manual_seed(0)
-    room = nn if torchs else sf
-    cls = {"gru": room.GRU, "lstm": room.LSTM}.get(cell, room.RNN)
-    options |= {"nonlinearity": cell} if cls is room.RNN else {}
+    package = nn if torchs else sf
+    cls = {"gru": package.GRU, "lstm": package.LSTM}.get(cell, package.RNN)
+    options |= {"nonlinearity": cell} if cls is package.RNN else {}
     options |= {} if torchs else {"feedback": feedback}
     made = cls(I, width, dtype=torch.float64, **options)
     for weight in made.parameters():
@@ -75,12 +75,12 @@ def losses(y, last, e):
     return (y * e[..., :width]).sum() + (last[0, :, width:] * e[-1, :, width:]).sum()
 
 
-def gradients(cell, made, x, initial, e, cut=None):
-    """Gradients of all weights, of "x" and of "initial", in one call or cut in two with the state carried across."""
+def gradients(cell, made, x, initial, e, split=None):
+    """Gradients of all weights, of "x" and of "initial", in one call, or in two calls that pass the state."""
     x, initial = x.detach().clone().requires_grad_(), initial.detach().clone().requires_grad_()
-    y, last = made(x[:cut], parted(cell, initial.unsqueeze(0)))
-    if cut is not None:
-        rest, last = made(x[cut:], last)
+    y, last = made(x[:split], parted(cell, initial.unsqueeze(0)))
+    if split is not None:
+        rest, last = made(x[split:], last)
         y = torch.cat((y, rest))
     made.zero_grad()
     losses(y, joined(last), e.to(y.dtype)).backward()
@@ -92,7 +92,7 @@ def bptt(cell, x, initial, e, **options):
     return gradients(cell, layer(cell, None, torchs=True, **options), x, initial, e)
 
 
-# Every rule is what its equations say ---------------------------------------------------------------------------------
+# Every rule follows its equations -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("corrections", [0, 1, 2])
@@ -219,13 +219,13 @@ def test_bptt_is_torchs(cell):
     assert_same(gradients(cell, layer(cell, "torch"), x, initial, e), bptt(cell, x, initial, e))
 
 
-# Where it must not ----------------------------------------------------------------------------------------------------
+# Where it must differ -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("corrections", [0, 1, 3])
 @pytest.mark.parametrize(("cell", "name"), PAIRS)
 def test_too_few_corrections_are_not_exact(cell, name, corrections):
-    """Nothing falls back to autograd in silence, for weights and inputs alike."""
+    """There is no silent fallback to autograd, for weights and inputs."""
     x, initial, e = problem(cell, 6)
     found = gradients(cell, layer(cell, feedback(cell, name, corrections)), x, initial, e)
     expected = bptt(cell, x, initial, e)
@@ -235,24 +235,24 @@ def test_too_few_corrections_are_not_exact(cell, name, corrections):
         assert_different(found, expected)
 
 
-# Cutting a sequence ---------------------------------------------------------------------------------------------------
+# Splitting a sequence -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("corrections", [0, 6])
 @pytest.mark.parametrize(("cell", "name"), PAIRS)
-def test_cutting_a_sequence_changes_nothing_without_corrections_or_with_enough(cell, name, corrections):
+def test_splitting_a_sequence_changes_nothing_without_corrections_or_with_enough(cell, name, corrections):
     x, initial, e = problem(cell, 6)
     made = layer(cell, feedback(cell, name, corrections))
     if name == "calibrated":
         gradients(cell, made, x, initial, e)
         made.eval()
     whole = gradients(cell, made, x, initial, e)
-    for cut in (1, 3, 5):
-        assert_same(gradients(cell, made, x, initial, e, cut), whole, SAME_BY_CANCELLATION)
+    for split in (1, 3, 5):
+        assert_same(gradients(cell, made, x, initial, e, split), whole, SAME_BY_CANCELLATION)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_cutting_a_sequence_in_between_is_another_answer(cell):
+def test_splitting_a_sequence_with_few_corrections_changes_the_gradient(cell):
     x, initial, e = problem(cell, 6)
     made = layer(cell, feedback(cell, -0.7, 2))
     assert_different(gradients(cell, made, x, initial, e, 3), gradients(cell, made, x, initial, e))
@@ -329,8 +329,8 @@ def test_fitted_diagonal_is_the_least_squares_fit_to_an_exact_pass(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_other_diagonal_gives_back_more_nearly_what_the_jacobian_does(cell):
-    """The fit by its meaning rather than its formula: every unit alone, to either side."""
+def test_the_fitted_diagonal_minimizes_the_squared_error(cell):
+    """Independent of the formula: the error of every unit increases in both directions."""
     made = layer(cell, "fitted")
     x, initial, e = problem(cell, 6)
     gradients(cell, made, x, initial, e)
@@ -339,16 +339,16 @@ def test_no_other_diagonal_gives_back_more_nearly_what_the_jacobian_does(cell):
     J = oracles.jacobians(cell, w, x, states)
     delta, _ = oracles.adjoint(e, J, J, 0)
 
-    def missed(a):
+    def squared_error(a):
         F = oracles.feedbacks(cell, w, x, states, a.expand(states[1:].shape))
         return oracles.returned(J - F, delta).square().sum((0, 1))
 
     fitted = made.diagonal[0]
-    assert (missed(fitted) < missed(fitted + 1e-3)).all()
-    assert (missed(fitted) < missed(fitted - 1e-3)).all()
+    assert (squared_error(fitted) < squared_error(fitted + 1e-3)).all()
+    assert (squared_error(fitted) < squared_error(fitted - 1e-3)).all()
 
 
-def test_every_fiftieth_training_backward_is_exact_and_fits_anew():
+def test_every_fiftieth_training_backward_is_exact_and_fits_again():
     made = layer("gru", "fitted+1")
     x, initial, e = problem("gru", 3)
     exact = bptt("gru", x, initial, e)
@@ -365,7 +365,7 @@ def test_every_fiftieth_training_backward_is_exact_and_fits_anew():
     assert_different(expected, exact)
 
 
-def test_a_fit_is_of_training_alone_and_of_nothing_where_there_is_no_gradient():
+def test_only_training_fits_and_units_without_gradient_stay_zero():
     made = layer("gru", "fitted").eval()
     x, initial, e = problem("gru", 4)
     zero = oracles.layer_gradients("gru", weights(made), x, initial, e, (0.0, 0))
@@ -380,7 +380,7 @@ def test_a_fit_is_of_training_alone_and_of_nothing_where_there_is_no_gradient():
     assert made.diagonal[0, 1:].all()
 
 
-# What autograd asks ---------------------------------------------------------------------------------------------------
+# Autograd -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["dsf", "jacobian+1"])
@@ -399,7 +399,7 @@ def test_each_argument_may_need_its_gradient_alone(cell, rule):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_that_needs_no_gradient_gets_one(cell):
+def test_outputs_of_a_frozen_layer_need_no_gradient(cell):
     made = layer(cell, "dsf").requires_grad_(False)
     y, last = made(problem(cell, 5)[0])
     assert not y.requires_grad
@@ -407,7 +407,7 @@ def test_nothing_that_needs_no_gradient_gets_one(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_output_may_bear_the_loss_alone(cell):
+def test_the_loss_may_use_one_output_only(cell):
     x, initial, _ = problem(cell, 5)
     S = initial.shape[-1]
     for places in ((slice(None), slice(H)), (slice(-1, None), slice(H)), (slice(-1, None), slice(H, S))):
@@ -418,8 +418,8 @@ def test_each_output_may_bear_the_loss_alone(cell):
         made = layer(cell, "dsf+1")
         y, last = made(x, parted(cell, initial.unsqueeze(0)))
         last = last if isinstance(last, tuple) else (last,)
-        borne = y if places[0] == slice(None) else last[0] if places[1] == slice(H) else last[1]
-        (1.5 * borne).sum().backward()
+        used = y if places[0] == slice(None) else last[0] if places[1] == slice(H) else last[1]
+        (1.5 * used).sum().backward()
         expected = oracles.layer_gradients(cell, weights(made), x, initial, e, ("dsf", 1))
         found = {name.removesuffix("_l0"): p.grad for name, p in made.named_parameters()}
         assert_same(found, {name: expected[name] for name in found})
@@ -447,7 +447,7 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error_as_in_torch(c
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_second_derivative_is_refused_and_not_silently_wrong(cell):
+def test_a_second_derivative_raises(cell):
     made = layer(cell, "dsf")
     x = problem(cell, 4)[0].requires_grad_()
     y, _ = made(x)
@@ -457,7 +457,7 @@ def test_a_second_derivative_is_refused_and_not_silently_wrong(cell):
             torch.autograd.grad(first.square().sum(), wanted, retain_graph=True)
 
 
-def test_an_initial_state_that_needs_a_gradient_without_corrections_is_warned_of():
+def test_an_initial_state_that_needs_a_gradient_without_corrections_warns():
     x, initial, _ = problem("gru", 4)
     initial = initial.unsqueeze(0).requires_grad_()
     for rule, warned in (("dsf", True), ("gate", True), ("gate+1", False), ("torch", False)):
@@ -467,7 +467,7 @@ def test_an_initial_state_that_needs_a_gradient_without_corrections_is_warned_of
                 made(x, initial)
         else:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned of nothing"))
+                patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("unexpected warning"))
                 made(x, initial)
 
 

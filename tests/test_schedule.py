@@ -40,7 +40,7 @@ def test_apply_changes_every_layer_once() -> None:
         ("dsf/gate", r"in \(0, 1\), got 'dsf'"),
         ("dsf@30/gate", r"in \(0, 1\), got 'dsf@30'"),
         ("dsf@x/gate", r"in \(0, 1\)"),
-        ("dsf@0.5/gate@0.4/bptt", "must rise"),
+        ("dsf@0.5/gate@0.4/bptt", "must increase"),
         ("dfs@0.5/gate", "feedback must be"),
     ],
 )

@@ -1,4 +1,4 @@
-"""lengths= and resets=: the same numbers as the pieces run apart through torch.nn, outputs, states and gradients."""
+"""lengths= and resets=: outputs, states and gradients equal those of separate calls of torch.nn per segment."""
 
 import itertools
 
@@ -14,8 +14,8 @@ RESETS = torch.zeros(T, B, dtype=torch.bool)
 RESETS[[3, 6, 2, 0, 4, 8], [0, 1, 1, 3, 3, 3]] = True
 
 
-def apart(layer: nn.RNNBase, x: torch.Tensor, hx: tuple, lengths: torch.Tensor, resets: torch.Tensor) -> tuple:
-    """Each piece as an unbatched call of a plain layer, both directions of every layer cut at the same places."""
+def separately(layer: nn.RNNBase, x: torch.Tensor, hx: tuple, lengths: torch.Tensor, resets: torch.Tensor) -> tuple:
+    """Every segment in its initial unbatched call of a plain layer."""
     directions = 2 if layer.bidirectional else 1
     rows = []
     for b in range(x.shape[1]):
@@ -26,12 +26,12 @@ def apart(layer: nn.RNNBase, x: torch.Tensor, hx: tuple, lengths: torch.Tensor, 
         for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             state = []
             for s in hx:
-                own = torch.zeros_like(s[:, b])
-                for k in range(len(own)):
+                initial = torch.zeros_like(s[:, b])
+                for k in range(len(initial)):
                     forward = k % directions == 0
                     enters = (i == 0 and not resets[0, b]) if forward else i == len(starts) - 1
-                    own[k] = s[k, b] if enters else 0
-                state.append(own)
+                    initial[k] = s[k, b] if enters else 0
+                state.append(initial)
             y, final = layer(x[start:stop, b], tuple(state) if len(state) == 2 else state[0])
             outputs.append(y)
             finals.append(final if isinstance(final, tuple) else (final,))
@@ -52,9 +52,9 @@ CASES = list(itertools.product(["RNN", "GRU", "LSTM"], [False, True], ["lengths"
 
 @pytest.mark.parametrize(("cell", "bidirectional", "given"), CASES)
 @pytest.mark.parametrize("rule", ["torch", "jacobian+9", "dsf"])
-def test_equals_the_pieces_apart(cell: str, bidirectional: bool, given: str, rule: str) -> None:
+def test_segments_equal_separate_calls(cell: str, bidirectional: bool, given: str, rule: str) -> None:
     torch.manual_seed(0)
-    # One layer: with more, a piece's upper layer would see only its own piece here too, but states multiply.
+    # One layer is enough: more layers only add states.
     layer = getattr(sf, cell)(I, H, 1, bidirectional=bidirectional, feedback=rule, dtype=torch.float64)
     plain = layer if rule == "dsf" else getattr(nn, cell)(I, H, 1, bidirectional=bidirectional, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())
@@ -77,7 +77,7 @@ def test_equals_the_pieces_apart(cell: str, bidirectional: bool, given: str, rul
         y, final = layer(leaf, tuple(hx) if len(hx) == 2 else hx[0], **given_keywords)
         return (y, *(final if isinstance(final, tuple) else (final,)))
 
-    expected = run(lambda leaf: apart(plain, leaf, tuple(hx), lengths, resets), plain)
+    expected = run(lambda leaf: separately(plain, leaf, tuple(hx), lengths, resets), plain)
     for a, b in zip(run(ours, layer), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -110,7 +110,7 @@ def test_no_gradient_passes_a_reset() -> None:
     ("keywords", "message"),
     [
         ({"lengths": torch.tensor([1, 2, 3])}, r"\(B,\) = \(4,\)"),
-        ({"lengths": torch.tensor([1.0, 2, 3, 4])}, "whole numbers"),
+        ({"lengths": torch.tensor([1.0, 2, 3, 4])}, "integers"),
         ({"lengths": torch.tensor([0, 2, 3, 4])}, "between 1 and T = 9, got 0 to 4"),
         ({"lengths": torch.tensor([1, 2, 3, 10])}, "between 1 and T = 9, got 1 to 10"),
         ({"resets": torch.zeros(T, B)}, "bool"),
@@ -124,12 +124,12 @@ def test_refusals(keywords: dict, message: str) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", ["lengths", "resets"])
-def test_a_list_is_refused_in_a_sentence(name: str, batch_first: bool) -> None:
+def test_a_list_raises(name: str, batch_first: bool) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be a tensor, got list$"):
         sf.GRU(I, H, batch_first=batch_first)(torch.zeros(T, T, I), **{name: [T] * T})
 
 
-def test_packed_input_is_refused() -> None:
+def test_packed_input_raises() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, I)])
     with pytest.raises(ValueError, match="PackedSequence"):
         sf.GRU(I, H)(packed, lengths=torch.tensor([3]))

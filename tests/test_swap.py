@@ -1,11 +1,16 @@
 """swap and restore on models of one's own: same parameters, same outputs, nothing left behind."""
 
 import copy
+import functools
 import pickle
+from abc import ABC
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import _VF, nn
+from torch.nn.utils import parametrize
 
 import statefeed as sf
 
@@ -60,13 +65,13 @@ def test_swap_keeps_parameters_sharing_names_and_outputs(model: Tagger, tokens: 
 def test_an_optimiser_built_before_goes_on_and_the_rule_is_in_force(model: Tagger, tokens: torch.Tensor) -> None:
     model.eval()
     exact = copy.deepcopy(model)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sf.swap(model, feedback="dsf")
     for m in (model, exact):
         m(tokens).square().sum().backward()
     assert not torch.allclose(model.decoder.weight_hh_l0.grad, exact.decoder.weight_hh_l0.grad, rtol=0.01)
     before = model.decoder.weight_hh_l0.detach().clone()
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(model.decoder.weight_hh_l0, before - model.decoder.weight_hh_l0.grad)
 
 
@@ -114,16 +119,12 @@ def test_one_pattern_alone_is_a_pattern_and_not_its_letters(model: Tagger) -> No
 
 
 def test_what_cannot_run_under_the_rule_is_kept_and_says_why() -> None:
-    class Mine(nn.GRU):
-        pass
-
-    model = nn.ModuleList([nn.RNN(2, 3), nn.LSTM(2, 4, proj_size=2), Mine(2, 3), nn.GRU(2, 3)])
+    model = nn.ModuleList([nn.RNN(2, 3), nn.LSTM(2, 4, proj_size=2), nn.GRU(2, 3)])
     report = sf.swap(model, feedback="gate")
-    assert list(report.swapped) == ["3"]
+    assert list(report.swapped) == ["2"]
     assert "RNN" in report.kept["0"]
     assert "proj_size" in report.kept["1"]
-    assert "subclass" in report.kept["2"]
-    assert [type(m) for m in model[:3]] == [nn.RNN, nn.LSTM, Mine]
+    assert [type(m) for m in model[:2]] == [nn.RNN, nn.LSTM]
 
 
 def test_a_bad_rule_changes_nothing(model: Tagger) -> None:
@@ -138,3 +139,279 @@ def test_a_layer_of_ours_takes_the_new_rule_and_the_model_may_be_the_layer() -> 
     assert str(layer.feedback) == "jacobian"
     assert "(the model)" in str(report)
     assert type(sf.restore(layer)) is nn.GRU
+
+
+# Subclasses -----------------------------------------------------------------------------------------------------------
+
+
+class Inherits(nn.GRU):
+    """Adds a method and nothing else, as pytorch-forecasting's layers do."""
+
+    def zeros(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(self.num_layers, x.shape[1], self.hidden_size)
+
+
+class Wraps(nn.LSTM):
+    """Works before and after torch's forward."""
+
+    def __init__(self, *args: Any, scale: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+
+    def forward(self, input: torch.Tensor, hx: Any = None, **kwargs: Any) -> Any:
+        y, state = super().forward(self.scale * input, hx, **kwargs)
+        return self.scale * y, state
+
+
+class Mixin(ABC, nn.RNNBase):
+    """A base beside torch's own, with a metaclass."""
+
+
+class Mixed(Mixin, nn.RNN):
+    pass
+
+
+SUBCLASSES = [Inherits, Wraps, Mixed]
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_a_subclass_runs_ours_under_the_rule_and_is_restored(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(3, 4, num_layers=2), torch.randn(6, 2, 3)
+    plain, exact, before = copy.deepcopy(layer), gradients(layer, x), layer(x)[0]
+    report = sf.swap(layer)
+    assert list(report.swapped) == [""]
+    assert isinstance(layer, kind)
+    assert str(layer).startswith(f"{kind.__name__}(3, 4, num_layers=2, feedback='bptt'")
+    torch.testing.assert_close(layer(x)[0], before)
+    torch.testing.assert_close(gradients(layer, x), exact)
+    # That another rule gives other gradients shows that ours runs at all.
+    sf.swap(layer, feedback="ft-bptt")
+    torch.testing.assert_close(layer(x)[0], before)
+    assert not torch.allclose(gradients(layer, x)[1], exact[1], rtol=0.01)
+    sf.restore(layer)
+    assert type(layer) is kind
+    assert set(vars(layer)) == set(vars(plain))
+    torch.testing.assert_close(gradients(layer, x), exact)
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_a_swapped_subclass_has_one_type_and_pickles_and_copies_with_its_rule(kind: type[nn.RNNBase]) -> None:
+    first, second = kind(3, 4), kind(3, 4)
+    sf.swap(nn.ModuleList([first, second]), feedback="jacobian")
+    assert type(first) is type(second)
+    x = torch.randn(6, 2, 3)
+    pickles = [pickle.loads(pickle.dumps(first, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for layer in (copy.copy(first), copy.deepcopy(first), *pickles):
+        assert type(layer) is type(first)
+        assert str(layer.feedback) == "jacobian"
+        torch.testing.assert_close(gradients(layer, x), gradients(first, x))
+        assert type(sf.restore(copy.deepcopy(layer))) is kind
+
+
+def test_a_subclass_that_wraps_forward_does_its_work_once_when_given_lengths() -> None:
+    layer = Wraps(3, 4)
+    x, lengths = torch.randn(6, 2, 3), torch.tensor([6, 6])
+    expected = layer(x)[0]
+    sf.swap(layer)
+    torch.testing.assert_close(layer(x, lengths=lengths)[0], expected)
+
+
+class CallsVF(nn.GRU):
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        if hx is not None:
+            return super().forward(input, hx)
+        state = input.new_zeros(1, input.shape[1], self.hidden_size)
+        return torch._VF.gru(input, state, self._flat_weights, True, 1, 0.0, self.training, False, False)
+
+
+class CallsImportedVF(nn.GRU):
+    def run(self, input: torch.Tensor) -> Any:
+        state = input.new_zeros(1, input.shape[1], self.hidden_size)
+        return _VF.gru(input, state, self._flat_weights, True, 1, 0.0, self.training, False, False)
+
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        return self.run(input) if hx is None else super().forward(input, hx)
+
+
+class CallsByName(nn.GRU):
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        return (lambda: nn.GRU.forward(self, input, hx))()
+
+
+class OwnLoop(nn.GRU):
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        return torch.tanh(input @ self.weight_ih_l0.T), None
+
+
+class OwnAttribute(nn.GRU):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.feedback = "a tensor that this class feeds back"
+
+
+class NotOfACell(nn.RNNBase):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: CallsVF(3, 4), "CallsVF.forward calls torch._VF.gru by name"),
+        (lambda: CallsImportedVF(3, 4), "CallsImportedVF.run calls _VF.gru by name"),
+        (lambda: CallsByName(3, 4), "CallsByName.forward calls nn.GRU.forward by name"),
+        (lambda: OwnLoop(3, 4), "OwnLoop has a forward of its own"),
+        (lambda: OwnAttribute(3, 4), "OwnAttribute has an attribute 'feedback' of its own"),
+        (lambda: NotOfACell("GRU", 3, 4), "NotOfACell is a subclass of torch.nn.RNNBase"),
+    ],
+    ids=["torch._VF", "_VF", "GRU.forward", "loop", "attribute", "RNNBase"],
+)
+def test_a_subclass_that_goes_around_ours_is_left_with_the_reason(make: Callable[[], nn.RNNBase], reason: str) -> None:
+    model = nn.ModuleList([make(), nn.GRU(3, 4)])
+    kind = type(model[0])
+    report = sf.swap(model)
+    assert reason in report.kept["0"]
+    assert type(model[0]) is kind
+    assert list(report.swapped) == ["1"]
+
+
+# Layers that others have changed --------------------------------------------------------------------------------------
+
+
+def hooked(layer: nn.Module) -> None:
+    """Replace forward on the object, as accelerate.hooks.add_hook_to_module does."""
+    forward = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(lambda self, *a, **k: forward(*a, **k), layer), forward)
+
+
+def parametrized(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
+
+
+def sharded(layer: nn.Module) -> None:
+    """What fully_shard does to the class; to the weights it needs a process group."""
+    from torch.distributed.fsdp import FSDPModule
+
+    layer.__class__ = type(f"FSDP{type(layer).__name__}", (FSDPModule, type(layer)), {})
+
+
+CHANGES = {hooked: "replaced on the object", parametrized: "before you parametrize", sharded: "before you parametrize"}
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.items(), ids=[c.__name__ for c in CHANGES])
+def test_a_changed_layer_is_left_by_swap_and_by_restore(change: Callable[[nn.Module], None], reason: str) -> None:
+    model = nn.Sequential(nn.GRU(3, 4))
+    change(model[0])
+    kind = type(model[0])
+    with pytest.warns(UserWarning, match="swap changed nothing"):
+        report = sf.swap(model)
+    assert reason in report.kept["0"]
+    assert type(model[0]) is kind
+    model = nn.Sequential(sf.GRU(3, 4, feedback="dsf"), sf.GRU(3, 4))
+    change(model[0])
+    kind = type(model[0])
+    with pytest.warns(UserWarning, match="restore left 0: .*restore before"):
+        assert sf.restore(model) is model
+    assert [type(m) for m in model] == [kind, nn.GRU]
+    assert str(model[0].feedback) == "dsf"
+
+
+def test_a_forward_of_the_class_that_a_removed_hook_left_on_the_object_is_no_obstacle() -> None:
+    layer, x = nn.GRU(3, 4), torch.randn(6, 2, 3)
+    exact = gradients(layer, x)
+    layer.forward = layer.forward
+    sf.swap(layer, feedback="ft-bptt")
+    assert not torch.allclose(gradients(layer, x)[1], exact[1], rtol=0.01)
+    layer.forward = layer.forward
+    sf.restore(layer)
+    torch.testing.assert_close(gradients(layer, x), exact)
+
+
+def test_restore_names_a_layer_that_torch_lacks() -> None:
+    model = nn.ModuleDict({"own": sf.Recurrent(nn.RNNCell(2, 3)), "layer": sf.GRU(2, 3)})
+    with pytest.warns(UserWarning, match="restore left own: "):
+        sf.restore(model)
+    assert isinstance(model["own"], sf.Recurrent)
+    assert type(model["layer"]) is nn.GRU
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_no_layer_is_an_error_and_changes_nothing(model: Tagger, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}='deocder' must match.*'encoder', 'decoder'"):
+        sf.swap(model, **{option: ["encoder", "deocder"]})
+    assert type(model.encoder) is nn.GRU
+
+
+def test_a_model_without_a_layer_warns_and_a_second_swap_does_not() -> None:
+    with pytest.warns(UserWarning, match="no torch.nn.RNN, GRU or LSTM"):
+        sf.swap(nn.Linear(2, 3))
+    model = nn.Sequential(nn.GRU(2, 3))
+    sf.swap(model)
+    report = sf.swap(model)
+    assert "already" in report.kept["0"]
+    assert not sf.swap(nn.Linear(2, 3), dry_run=True).swapped
+
+
+def test_the_report_names_cells_and_what_a_package_runs_by_its_own_code() -> None:
+    class Scan(nn.Module):
+        """As torchrl's LSTMModule with a backend of its own."""
+
+        def __init__(self, backend: str) -> None:
+            super().__init__()
+            self.lstm, self.recurrent_backend = nn.LSTM(2, 3), backend
+
+    class Loss(nn.Module):
+        """As a loss that does not register its network."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.__dict__["network"] = network
+            self.networks = [nn.Linear(2, 3), network]
+
+    model = nn.ModuleDict(
+        {"cell": nn.LSTMCell(2, 3), "scan": Scan("scan"), "pad": Scan("pad"), "loss": Loss(nn.Sequential(nn.GRU(2, 3)))}
+    )
+    report = sf.swap(model)
+    assert set(report.outside) == {"cell", "scan", "loss.network", "loss.networks"}
+    assert "statefeed.LSTM" in report.outside["cell"]
+    assert "recurrent_backend" in report.outside["scan"]
+    assert "outside  loss.network: Sequential is not among the model's modules" in str(report)
+    # What the model registers as well is no news.
+    shared = nn.Sequential(nn.GRU(2, 3))
+    assert not sf.swap(nn.ModuleList([shared, Loss(shared)])).outside
+
+
+def test_the_report_tells_what_ran(model: Tagger, tokens: torch.Tensor) -> None:
+    model.unused = nn.GRU(2, 3)
+    report = sf.swap(model)
+    assert report.ran() == {"encoder": False, "decoder": False, "unused": False}
+    # A package that trains a copy, or pickles the model before its first step.
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    copied(tokens)
+    assert not any(report.ran().values())
+    copy.deepcopy(model)(tokens)
+    assert report.ran() == {"encoder": True, "decoder": True, "unused": False}
+    model(tokens)
+    sf.restore(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_whether_a_layer_ran_costs_one_call(model: Tagger, tokens: torch.Tensor) -> None:
+    sf.swap(model)
+    model(tokens)
+    assert not model.encoder._forward_pre_hooks
+
+
+def test_swap_gives_a_rule_to_every_layer_of_ours() -> None:
+    model = nn.ModuleList([nn.GRU(2, 3), sf.Recurrent(nn.RNNCell(2, 3)), sf.LSTM(2, 3, feedback="dsf")])
+    assert list(sf.swap(model).swapped) == ["0"]
+    report = sf.swap(model, feedback="jacobian")
+    assert [str(m.feedback) for m in model] == ["jacobian"] * 3
+    assert len(report.swapped) == 3

@@ -1,4 +1,4 @@
-"""How close is equal: an error is measured against the largest value expected, and bounded by what the reference loses.
+"""Tolerances of comparisons: errors relative to the largest expected value, bounded by the error of a reference.
 
 The rule for float32 and below: the error against float64 is at most a small multiple of the error that the reference
 itself makes at that precision. In float64, two right answers differ by the order of their sums alone.

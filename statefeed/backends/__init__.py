@@ -1,4 +1,4 @@
-"""Backends: what runs one layer forward and backward under a feedback rule, and the table of them."""
+"""Table of the backends, which run one layer forward and backward under a feedback rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statefeed.backends.protocol import Backend, Forward, Gradients, Problem, Up
 from statefeed.backends.triton import backend as triton
 from statefeed.cells.protocol import Cell
 
-# The first that supports a layer runs it; the reference supports every one.
+# The first backend that supports a layer runs it; the reference supports every layer.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
 
 
@@ -19,7 +19,7 @@ def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
     """The backend that runs a layer.
 
     Args:
-        cell: of the layer.
+        cell: cell of the layer.
         tensors: x, initial states and weights.
         exact: whether the rule is exact.
     """
@@ -27,10 +27,10 @@ def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
 
 
 def flatten_weights(cell: Cell, weights: Sequence[Tensor], directions: int) -> None:
-    """Lay the weights of one layer in memory as the forward pass of their device reads them; values stay.
+    """Move the weights of one layer into the memory layout of their device's forward pass, without changing values.
 
     Args:
-        cell: of the layer.
+        cell: cell of the layer.
         weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
         directions: 1 or 2.
     """
@@ -41,7 +41,7 @@ def flatten_weights(cell: Cell, weights: Sequence[Tensor], directions: int) -> N
 
 
 def unsupported_reasons(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> dict[str, str]:
-    """Why the backends that come before the chosen one do not run a layer, by name."""
+    """Why the backends listed before the selected one do not support a layer, by name."""
     reasons = {}
     for backend in BACKENDS.values():
         reason = backend.unsupported_reason(cell, tensors, exact)

@@ -1,4 +1,4 @@
-"""Owns ``statefeed bench``: which benchmark runs, and what is made of its records: a table, a JSONL file, a figure."""
+"""Entry point of ``statefeed bench``: runs a benchmark and writes its records, table and figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import torch
 
 from statefeed.bench import layers, memory, recall, scan, training
-from statefeed.bench.measure import ParityError, circumstances
+from statefeed.bench.measure import ParityError, environment
 from statefeed.bench.options import OptionError, Options
 
 __all__ = ["OptionError", "ParityError", "main"]
@@ -21,19 +21,19 @@ __all__ = ["OptionError", "ParityError", "main"]
 _BENCHMARKS = {"layers": layers, "scan": scan, "memory": memory, "training": training, "recall": recall}
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
 _PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype", "seed")
-# Characters that the widest table takes, where no terminal says how many there are.
+# Table width in characters if the output is not a terminal.
 _WIDTH = 190
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark: measure, write each record as it comes, print a table and draw a figure.
+    """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
-        argv: what follows ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
+        argv: arguments after ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
 
     Returns:
-        0; 1 where parity fails and nothing was timed; 2 for a mistake in the flags, a missing dependency or a full
-        disk; 130 when interrupted by Ctrl-C.
+        Exit code: 0; 1 if parity fails and nothing was timed; 2 for invalid flags, a missing dependency or a full disk;
+        130 if interrupted by Ctrl-C.
     """
     try:
         _require_application()
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"statefeed bench: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("statefeed bench: interrupted: the records that were told of are kept", file=sys.stderr)
+        print("statefeed bench: interrupted: the records printed so far are saved", file=sys.stderr)
         return 130
     return 0
 
@@ -62,10 +62,10 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> None:
     records: list[dict[str, Any]] = []
     torch.set_num_threads(options.threads or threads)
     try:
-        facts = circumstances(argv, options.device)
+        metadata = environment(argv, options.device)
         for record in bench.run(options):
             with output.open("a" if records else "w", encoding="utf-8") as lines:
-                lines.write(json.dumps({**record, **facts}) + "\n")
+                lines.write(json.dumps({**record, **metadata}) + "\n")
             records.append(record)
             print(f"{name}: {' '.join(str(record[key]) for key in _PLACE if key in record)}", file=sys.stderr)
     finally:
@@ -73,8 +73,8 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    machine, versions = facts["machine"], facts["versions"]
-    console.print(f"{machine['gpu'] or machine['cpu']}, {facts['threads']} threads, torch {versions['torch']}")
+    machine, versions = metadata["machine"], metadata["versions"]
+    console.print(f"{machine['gpu'] or machine['cpu']}, {metadata['threads']} threads, torch {versions['torch']}")
     console.print(bench.table(records))
     picture = output.with_suffix(".png")
     bench.figure(records).savefig(picture, dpi=100)

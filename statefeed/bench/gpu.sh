@@ -2,8 +2,8 @@
 # Measures one GPU in five stages: preflight, parity, layers, scan, training. Needs torch, triton and numpy only.
 #
 #     statefeed/bench/gpu.sh                              all stages, each under four minutes
-#     statefeed/bench/gpu.sh parity layers                the stages that are named
-#     DEVICE=cpu statefeed/bench/gpu.sh --smoke           the same path on tiny shapes: shows that it runs, not how fast
+#     statefeed/bench/gpu.sh parity layers                only the named stages
+#     DEVICE=cpu statefeed/bench/gpu.sh --smoke           tiny shapes, to check that the stages run
 #
 # PYTHON names the interpreter (.venv/bin/python, else python3), OUT the folder of the records.
 set -eu

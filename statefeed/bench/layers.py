@@ -1,4 +1,4 @@
-"""Owns ``statefeed bench layers``: one layer forward and backward, against torch.nn and the published procedure."""
+"""``statefeed bench layers``: one layer forward and backward, against torch.nn and the published procedure."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-# By device; tf32 is float32 whose products cuBLAS and cuDNN may round to ten bits.
+# By device; tf32 is float32 with products in TF32 (10 bits of mantissa) by cuBLAS and cuDNN.
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16")}
 # Products of T*B rows with (H, G*H) that every method needs: forward x W_ih and h W_hh, backward dW_ih, dW_hh and dx.
 UNITS = 5
 
 _PARITY_STEPS = 16
-# A rule with k = T - 1 corrections is exact in x and the parameters (the initial state takes one more), and with fewer
-# it is not; but it is so by cancellation of terms that grow like binom(T, k): few steps.
+# A rule with k = T - 1 corrections is exact in x and the parameters (the initial state needs one more), but only by
+# cancellation of terms that grow like binom(T, k), so few steps are used.
 _CORRECTED_STEPS = 3
-# Allowed parts of the largest value: some hundred roundings; a wrong sign or step is off by a tenth and more.
+# Allowed errors relative to the largest value: some hundred roundings; a wrong sign or step gives 0.1 or more.
 _ALLOWED = {
     "float32": {"output": 2e-5, "gradient": 2e-4},
     "tf32": {"output": 1e-2, "gradient": 3e-2},
@@ -59,18 +59,16 @@ class Options(Common):
     cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
     rules: str = option(
         "bptt,dsf,gate,jacobian,gate+1",
-        "feedback rules, separated by commas; gate is left out for an rnn, which has none",
+        "feedback rules, separated by commas; gate is skipped for an rnn, which has no gate",
     )
     shapes: str = option(
         "64x32x256,64x128x256,512x4x256,1024x1x128",
-        "steps x sequences x width, separated by commas; the input is as wide as the state",
+        "steps x sequences x width, separated by commas; input and state have the same width",
     )
     dtypes: str = option(
         "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
     )
-    output: str = option(
-        "layers.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
-    )
+    output: str = option("layers.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,14 +76,14 @@ class Options(Common):
         names("dtypes", self.dtypes, DTYPES[self.device])
         for cell in names("cells", self.cells, tuple(GATES)):
             if not rules_of(cell, self.rules):
-                raise OptionError(f"rules must hold one that an {cell} has, got {self.rules!r}: it has no gate")
+                raise OptionError(f"rules must include one that an {cell} supports, got {self.rules!r}: it has no gate")
 
 
 def rules_of(cell: str, rules: str) -> list[str]:
-    """The rules that a cell has.
+    """The rules that a cell supports.
 
     Raises:
-        OptionError: a spelling that is none.
+        OptionError: an invalid spelling.
 
     Example:
         >>> rules_of("rnn", "dsf,gate+1")
@@ -103,7 +101,7 @@ def rules_of(cell: str, rules: str) -> list[str]:
 
 
 class Case(NamedTuple):
-    """What one comparison is about; I = H."""
+    """One comparison; I = H."""
 
     cell: str
     shape: Shape
@@ -121,7 +119,7 @@ class Case(NamedTuple):
         return x.requires_grad_(), grad
 
     def layer(self, package: Any, **feedback: str) -> nn.RNNBase:
-        """The cell's layer out of torch.nn or statefeed, always with the same weights."""
+        """The cell's layer of torch.nn or statefeed, always with the same weights."""
         torch.manual_seed(0)
         kind = getattr(package, self.cell.upper())
         layer: nn.RNNBase = kind(self.shape.H, self.shape.H, device=self.device, **feedback)
@@ -134,10 +132,10 @@ class Contender(NamedTuple):
     Attributes:
         implementation: ``"torch.nn"``, ``"published"`` or ``"statefeed"``.
         variant: torch.nn's setting, or the rule.
-        layer: that holds the parameters.
+        layer: the module with the parameters.
         forward: x -> outputs and final state.
-        setting: of torch while it runs.
-        autocast: to bfloat16 in the forward pass.
+        setting: torch setting during the run.
+        autocast: whether the forward pass runs under bfloat16 autocast.
     """
 
     implementation: str
@@ -156,7 +154,7 @@ class Contender(NamedTuple):
             return self.forward(x)[0]
 
     def gradients(self, x: Tensor, y: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """The gradient in the input and in every parameter."""
+        """The gradients of the input and of every parameter."""
         named = {"x": x, **dict(self.layer.named_parameters())}
         return dict(zip(named, torch.autograd.grad(y, list(named.values()), grad), strict=True))
 
@@ -174,21 +172,21 @@ class Contender(NamedTuple):
 
 
 def contenders(case: Case, rules: Sequence[str], tried: Sequence[Setting]) -> list[Contender]:
-    """torch.nn under every setting; the published procedure and statefeed under every rule, all under the first.
+    """torch.nn under every setting, and the published procedure and statefeed's rules under the first setting.
 
-    Where bfloat16 is allowed, torch.nn runs under autocast, and every float32 setting is a rival besides.
+    For bfloat16, torch.nn runs under autocast and also in float32 under every setting.
 
     Args:
         case: the comparison.
-        rules: of statefeed.
-        tried: settings of torch, that of everyone first.
+        rules: rules of statefeed.
+        tried: settings of torch, the common one first.
     """
     plain, first = case.layer(nn), tried[0]
     autocast = case.dtype == "bfloat16"
     result = [Contender("torch.nn", first.name, plain, plain, first, autocast)]
     for setting in tried:
         if setting == NO_ONEDNN and case.cell != "lstm":
-            continue  # torch.nn's RNN and GRU as shipped make no use of it
+            continue  # torch.nn's RNN and GRU do not use oneDNN
         if autocast:
             result.append(Contender("torch.nn", f"float32 {setting.name}", plain, plain, setting, False))
         elif setting != first:
@@ -201,20 +199,20 @@ def contenders(case: Case, rules: Sequence[str], tried: Sequence[Setting]) -> li
 
 
 def check_parity(case: Case, entries: Sequence[Contender]) -> dict[str, dict[str, float]]:
-    """Hold every contender against float64, at the case's batch and width and few steps.
+    """Compare every contender with float64, at the case's batch and width and a few steps.
 
-    Outputs against torch.nn; ``"dsf"`` against the published procedure; every rule of statefeed, with corrections
-    enough to be exact, against backpropagation through time.
+    Outputs are compared with torch.nn, ``"dsf"`` with the published procedure, and every rule of statefeed, with enough
+    corrections to be exact, with backpropagation through time.
 
     Args:
         case: the comparison.
         entries: its contenders.
 
     Returns:
-        name -> the largest error of each check, as part of the largest value.
+        name -> the largest error of each check, relative to the largest value.
 
     Raises:
-        ParityError: the first error above what is allowed.
+        ParityError: an error is above the allowed one.
     """
     exact = case.layer(nn).double()
     truth = {
@@ -237,12 +235,12 @@ def check_parity(case: Case, entries: Sequence[Contender]) -> dict[str, dict[str
 
 
 def _corrected(entry: Contender, corrections: int) -> Contender:
-    """The same layer under its rule with corrections enough to be exact."""
+    """The same layer under its rule with enough corrections to be exact."""
     rule = sf.Feedback(entry.variant)
     if rule.exact:
         return entry
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some diverge with many steps, none with so few
+        warnings.simplefilter("ignore")  # some rules diverge with many steps, none with so few
         complete = sf.Feedback(rule.diagonal, corrections=corrections)
 
     def forward(x: Tensor) -> tuple[Tensor, Any]:
@@ -277,25 +275,25 @@ def _hold(case: Case, entry: Contender, what: str, actual: dict[str, Tensor], ex
 
 
 def kernels(entry: Contender, x: Tensor) -> dict[str, str] | None:
-    """What runs a layer of ours forward and backward, and why; None for the others."""
-    if not isinstance(entry.layer, (sf.RNN, sf.GRU, sf.LSTM)):
+    """The kernels of a statefeed layer and the reason for them; None for other layers."""
+    if not isinstance(entry.layer, sf.FeedbackLayer):
         return None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=entry.autocast):
-        said = sf.explain(entry.layer, x)
-    return {"forward": said.forward, "backward": said.backward, "why": said.why}
+        explanation = sf.explain(entry.layer, x)
+    return {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure; one record for every contender of every case.
+    """Measure all contenders of all cases.
 
     Args:
-        options: checked.
+        options: checked options.
 
     Yields:
-        the records, once parity holds for all of them.
+        One record per contender and case, after the parity check of all of them.
 
     Raises:
-        ParityError: before anything is timed.
+        ParityError: a contender is wrong; nothing was timed.
     """
     rates = matmul_rates(options.device, options.smoke)
     sizes = [Shape(5, 2, 16), Shape(7, 1, 8)] if options.smoke else shapes(options.shapes)
@@ -314,7 +312,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _tried(case: Case, settings: list[Setting]) -> list[Setting]:
-    """torch.nn's settings for a case: where bfloat16 is allowed, so is a product of a CPU that computes in it."""
+    """torch.nn's settings for a case; for bfloat16 they include oneDNN products, which may compute in bfloat16."""
     if case.device != "cpu":
         return [usual(case.device, case.dtype)]
     if case.dtype == "float32" or ONEDNN_MATMUL in settings:
@@ -325,13 +323,13 @@ def _tried(case: Case, settings: list[Setting]) -> list[Setting]:
 def compare(
     case: Case, entries: Sequence[Contender], rounds: int, rates: dict[str, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Time a case's contenders in turns; one record each.
+    """Time the contenders of a case alternately and yield one record each.
 
     Args:
         case: the comparison.
         entries: its contenders, torch.nn as shipped first.
         rounds: repetitions.
-        rates: of this machine's products, from ``matmul_rates``.
+        rates: product rates of this machine, from ``matmul_rates``.
     """
     x, grad = case.data()
     seconds = interleaved({entry.name: lambda entry=entry: entry.once(x, grad) for entry in entries}, rounds)  # type: ignore[misc]
@@ -374,12 +372,12 @@ def compare(
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row a record."""
+    """One row per record."""
     from rich.table import Table
 
     result = Table(
-        title="forward + backward of one layer: median of the repetitions (least to largest)",
-        caption="x: times faster than (below 1: slower), turn by turn; *: torch.nn at its best; limit: five products "
+        title="forward + backward of one layer: median of the repetitions (min-max)",
+        caption="x: times faster than (below 1: slower), per repetition; *: torch.nn at its best; limit: five products "
         "at this machine's best rate",
     )
     for heading in ("cell", "T x B x H", "dtype", "what"):
@@ -391,10 +389,10 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
         case = (r["cell"], f"{r['T']}x{r['B']}x{r['H']}", r["dtype"])
         if before not in (None, case):
             result.add_section()
-        chosen = r["implementation"] == "torch.nn" and r["variant"] == r["torch_nn_best"]
+        is_best = r["implementation"] == "torch.nn" and r["variant"] == r["torch_nn_best"]
         result.add_row(
             *(case if case != before else ("", "", "")),
-            f"{r['implementation']} {r['variant']}" + (" *" if chosen else ""),
+            f"{r['implementation']} {r['variant']}" + (" *" if is_best else ""),
             f"{r['forward_ms']['median']:.2f}",
             f"{r['backward_ms']['median']:.2f}",
             f"{r['ms']['median']:.2f} ({r['ms']['min']:.2f} to {r['ms']['max']:.2f})",

@@ -1,4 +1,4 @@
-"""Owns how a number is taken: turns and medians, torch's settings, the rate of this machine's products, its record."""
+"""Measurement: interleaved timing, torch settings, product rates of the machine, and the environment of a record."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _PRODUCTS = ((1024, 1024, 1024), (2048, 256, 768), (4096, 512, 2048))
 _GPU_PRODUCTS = (*_PRODUCTS, (8192, 4096, 4096))
 _SMOKE_PRODUCTS = ((64, 64, 64),)
 _RATE_REPEATS = 10
-# Another order of summation may double an error; a product computed in bfloat16 multiplies it by a thousand.
+# Another order of summation may double the error; computing in bfloat16 multiplies it by about a thousand.
 _STILL_FLOAT32 = 8.0
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve")
 
 
 class ParityError(RuntimeError):
-    """What was to be timed computes something else; ``statefeed bench`` turns it into exit code 1."""
+    """A contender computes a wrong result; ``statefeed bench`` exits with code 1."""
 
 
 class Setting(NamedTuple):
-    """One way for a user to set torch up for float32 work.
+    """One configuration of torch for float32 products.
 
     Attributes:
-        name: as it stands in the records.
-        onednn_matmul: float32 products go to oneDNN instead of the BLAS library. torch sends them there only with leave
-            to compute in bfloat16, of which oneDNN makes use on some machines: see ``product_error``.
-        onednn: oneDNN is used at all.
-        tf32: on a GPU, whether cuBLAS and cuDNN compute float32 products in TF32; None leaves both as they are.
+        name: name in the records.
+        onednn_matmul: float32 products use oneDNN instead of the BLAS library. torch does so only if bfloat16 is also
+            permitted, which oneDNN uses on some machines: see ``product_error``.
+        onednn: whether oneDNN is used at all.
+        tf32: on a GPU, whether cuBLAS and cuDNN compute float32 products in TF32; None for the current setting.
     """
 
     name: str
@@ -59,7 +59,7 @@ NO_ONEDNN = Setting("no oneDNN", onednn=False)
 
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
-    """torch as the setting says; what it was is restored. ``SHIPPED`` touches nothing."""
+    """Apply a setting inside the context and restore the previous one afterwards; ``SHIPPED`` changes nothing."""
     onednn: Any = torch.backends.mkldnn
     enabled = onednn.enabled
     with contextlib.ExitStack() as settings:
@@ -86,10 +86,10 @@ def product_error(setting: Setting) -> float:
 
 
 def usual(device: str, dtype: str) -> Setting:
-    """What everyone runs under: torch as shipped on a CPU.
+    """The setting of all contenders: torch as shipped on a CPU.
 
-    On a GPU the dtype says how float32 products are computed: exactly, but for "tf32". As shipped, torch lets cuDNN's
-    layers use TF32 and keeps other products exact.
+    On a GPU float32 products are computed in float32 unless the dtype is "tf32". As shipped, torch lets cuDNN's layers
+    use TF32 and computes other products in float32.
 
     Args:
         device: cpu or cuda.
@@ -99,7 +99,7 @@ def usual(device: str, dtype: str) -> Setting:
 
 
 def float32_settings(device: str) -> list[Setting]:
-    """The settings under which a float32 product is one: the usual first, a CPU's others by their error in float64."""
+    """The settings that compute in float32: the usual one, then a CPU's others whose error is small enough."""
     if device != "cpu" or not torch._C._has_mkldnn:
         return [usual(device, "float32")]
     allowed = _STILL_FLOAT32 * product_error(SHIPPED)
@@ -107,18 +107,18 @@ def float32_settings(device: str) -> list[Setting]:
 
 
 def clock(device: str) -> float:
-    """Seconds, after everything queued on the device is done."""
+    """Time in seconds, after all queued work of the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
-    """Every contender's seconds, taken in turns so that a slow moment of the machine meets all alike.
+    """Time all contenders alternately, so that slow periods of the machine affect all of them.
 
     Args:
         contenders: name -> a call that does the work once and returns the seconds of its phases.
-        rounds: how often everyone has a turn; the order is turned round every time. One more comes first, unmeasured.
+        rounds: number of measurements of every contender; the order alternates. A warm-up round comes first.
 
     Returns:
         name -> one tuple of seconds per round.
@@ -138,7 +138,7 @@ def interleaved(contenders: Mapping[str, Callable[[], Seconds]], rounds: int) ->
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest.
+    """Median, minimum and maximum.
 
     Example:
         >>> spread([3.0, 1.0, 2.0])
@@ -148,22 +148,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
-    """The best rate of a matrix product that this process finds on this machine, in exact float32 and in narrower.
+    """The best measured rate of a matrix product on this machine, in float32 and in lower precision.
 
     Args:
         device: cpu or cuda.
         smoke: one tiny product.
 
     Returns:
-        dtype -> ``gflops``, and the ``product`` (MxKxN) and ``setting`` that reached it.
+        dtype -> ``gflops``, and the ``product`` (MxKxN) and ``setting`` with that rate.
     """
     tried = [("float32", setting) for setting in float32_settings(device)]
     tried += [(dtype, usual(device, dtype)) for dtype in ("tf32", "bfloat16") if device == "cuda" or dtype != "tf32"]
     rates: dict[str, dict[str, Any]] = {}
     for dtype, setting in tried:
-        held = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        dtype_of = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         for M, K, N in _SMOKE_PRODUCTS if smoke else _GPU_PRODUCTS if device == "cuda" else _PRODUCTS:
-            a, w = (torch.randn(shape, device=device).to(held) for shape in ((M, K), (N, K)))
+            a, w = (torch.randn(shape, device=device).to(dtype_of) for shape in ((M, K), (N, K)))
             seconds = []
             with applied(setting):
                 for _ in range(1 + _RATE_REPEATS):
@@ -176,11 +176,11 @@ def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
     return rates
 
 
-def circumstances(arguments: Sequence[str], device: str) -> dict[str, Any]:
-    """What stands in every record besides the numbers: command, commit, machine, threads, versions and date.
+def environment(arguments: Sequence[str], device: str) -> dict[str, Any]:
+    """Metadata of every record: command, commit, machine, threads, versions and date.
 
     Args:
-        arguments: of the command, after ``statefeed bench``.
+        arguments: arguments after ``statefeed bench``.
         device: cpu or cuda.
     """
     return {
@@ -205,5 +205,5 @@ def circumstances(arguments: Sequence[str], device: str) -> dict[str, Any]:
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread flushes them, as the user has left it."""
+    """Whether this thread flushes denormals to zero."""
     return not bool(torch.tensor([1e-30]) * torch.tensor([1e-10]))

@@ -1,10 +1,10 @@
-"""Owns ``statefeed bench memory``: the most memory that one layer's forward and backward pass hold at once.
+"""``statefeed bench memory``: peak memory of one layer's forward and backward pass.
 
-What is measured is what the operating system counts, so that memory taken by a kernel, a library or an allocator is
-seen like a tensor: every number comes from a fresh process, which runs two steps to load what is loaded once, gives
-free memory back, resets its high-water mark (VmHWM, Linux), runs forward and backward once and reads how far the mark
-grew above what was held. On a GPU it is the growth of torch's own high-water mark. Input and output gradient are there
-before; outputs, what is saved for the backward pass, and all gradients count.
+The operating system's count is used, so that memory of kernels, libraries and allocators is included. Every number
+comes from a new process. It runs two warm-up steps, releases free memory, resets its high-water mark (VmHWM, Linux),
+runs forward and backward once, and reads how far the mark has grown. On a GPU the number is the growth of torch's own
+high-water mark. Input and output gradient are allocated before; outputs, values saved for the backward pass, and all
+gradients count.
 """
 
 from __future__ import annotations
@@ -41,34 +41,32 @@ class Options(Common):
 
     cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
     rules: str = option(
-        "bptt,dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is left out for an rnn, which has none"
+        "bptt,dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is skipped for an rnn, which has no gate"
     )
     shapes: str = option("64x32x256,256x32x512", "steps x sequences x width, separated by commas")
-    output: str = option(
-        "memory.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
-    )
+    output: str = option("memory.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shapes(self.shapes)
         for cell in names("cells", self.cells, tuple(GATES)):
             if not rules_of(cell, self.rules):
-                raise OptionError(f"rules must hold one that an {cell} has, got {self.rules!r}: it has no gate")
+                raise OptionError(f"rules must include one that an {cell} supports, got {self.rules!r}: it has no gate")
         if self.device == "cpu" and not _MARK.exists():
-            raise OptionError(f"memory on a cpu must run on Linux, which counts it for a process, got {sys.platform}")
+            raise OptionError(f"memory on a cpu needs Linux, which counts the memory of a process, got {sys.platform}")
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure; one record for every contender of every case.
+    """Measure all contenders of all cases.
 
     Args:
-        options: checked.
+        options: checked options.
 
     Yields:
-        the records, once parity holds for all of them.
+        One record per contender and case, after the parity check of all of them.
 
     Raises:
-        ParityError: before anything is measured.
+        ParityError: a contender is wrong; nothing was measured.
     """
     sizes = [Shape(32, 8, 64)] if options.smoke else shapes(options.shapes)
     plans = []
@@ -81,7 +79,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     for case, entries in plans:
         T, B, H = case.shape
         peaks = [
-            spread([_in_a_fresh_process(case, options.rules, k) for _ in range(options.rounds)])
+            spread([_in_a_new_process(case, options.rules, k) for _ in range(options.rounds)])
             for k in range(len(entries))
         ]
         peak_of = {entry.implementation: peak["median"] for entry, peak in zip(entries, peaks, strict=True)}
@@ -107,8 +105,8 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             }
 
 
-def _in_a_fresh_process(case: Case, rules: str, contender: int) -> int:
-    """The peak of one contender, in bytes, out of a new Python that runs ``measure``."""
+def _in_a_new_process(case: Case, rules: str, contender: int) -> int:
+    """The peak of one contender in bytes, measured by ``measure`` in a new Python process."""
     task = json.dumps([case.cell, case.shape, case.dtype, case.device, rules, contender, torch.get_num_threads()])
     code = "import sys; from statefeed.bench.memory import measure; measure(sys.argv[1])"
     result = subprocess.run([sys.executable, "-c", code, task], stdout=subprocess.PIPE, text=True, check=True)
@@ -116,10 +114,10 @@ def _in_a_fresh_process(case: Case, rules: str, contender: int) -> int:
 
 
 def measure(task: str) -> None:
-    """Run one contender once and print its peak in bytes; to be called in a process of its own.
+    """Run one contender once and print its peak in bytes; called in a separate process.
 
     Args:
-        task: JSON of cell, shape, dtype, device, rules, the number of the contender, and threads.
+        task: JSON list of cell, shape, dtype, device, rules, index of the contender, and threads.
     """
     cell, shape, dtype, device, rules, contender, threads = json.loads(task)
     torch.set_num_threads(threads)
@@ -134,12 +132,12 @@ def measure(task: str) -> None:
         entry.once(x, grad)
         print(torch.cuda.max_memory_allocated() - before)
         return
-    if give_back := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        give_back(0)
-    _MARK.write_text("5")  # VmHWM falls to what is held now
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    _MARK.write_text("5")  # resets VmHWM to the current memory
     before = _high_water_mark()
     entry.once(x, grad)
-    print(max(_high_water_mark() - before, mmap.PAGESIZE))  # less than a page cannot be seen
+    print(max(_high_water_mark() - before, mmap.PAGESIZE))  # the resolution is one page
 
 
 def _high_water_mark() -> int:
@@ -148,12 +146,12 @@ def _high_water_mark() -> int:
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row a record."""
+    """One row per record."""
     from rich.table import Table
 
     result = Table(
-        title="most memory held by forward + backward of one layer: median of the repetitions (least to largest)",
-        caption="outputs: in units of the layer's outputs, T*B*H numbers; x: times less than (below 1: more)",
+        title="peak memory of forward + backward of one layer: median of the repetitions (min-max)",
+        caption="outputs: in units of the layer's outputs, T*B*H values; x: times less than (below 1: more)",
     )
     for heading in ("cell", "T x B x H", "what"):
         result.add_column(heading, no_wrap=True)
@@ -173,7 +171,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """One panel for every cell and shape, one bar a contender."""
+    """One panel per cell and shape, one bar per contender."""
     from matplotlib.figure import Figure
 
     places = list(dict.fromkeys((r["cell"], r["T"], r["B"], r["H"]) for r in records))

@@ -1,4 +1,4 @@
-"""Owns how a benchmark is asked for: each option a dataclass field and a flag, checked once, here."""
+"""Options of the benchmarks: dataclass fields that are also flags, and their checks."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ FEWEST_REPEATS = 5
 
 
 class OptionError(ValueError):
-    """A mistake of the user's, told in one sentence; ``statefeed bench`` turns it into exit code 2."""
+    """Invalid option; ``statefeed bench`` prints the message and exits with code 2."""
 
 
 def option(default: V, help: str) -> V:
-    """A dataclass field with its default and the one line that documents it, here and in ``--help``."""
+    """A dataclass field with its default and its help text."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark takes."""
+    """Options of every benchmark."""
 
     repeats: int = option(
-        9, "repetitions, at least 5, what is compared taking turns; medians and spreads are over them"
+        9, "repetitions, at least 5; contenders are interleaved, and medians and spreads are over repetitions"
     )
-    threads: int | None = option(None, "threads of torch; null is torch's own choice")
-    device: Literal["cpu", "cuda"] = option("cpu", "where it runs")
-    smoke: bool = option(False, "tiny shapes, one repetition: shows that it runs, not how fast")
-    output: str = option(
-        "bench.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
-    )
+    threads: int | None = option(None, "torch threads; null for torch's default")
+    device: Literal["cpu", "cuda"] = option("cpu", "device")
+    smoke: bool = option(False, "tiny shapes and one repetition, to check that the benchmark runs")
+    output: str = option("bench.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         if self.repeats < FEWEST_REPEATS:
@@ -48,11 +46,11 @@ class Options:
         if Path(self.output).suffix != ".jsonl":
             raise OptionError(f"output must name a .jsonl file, got {self.output!r}")
         if not Path(self.output).parent.is_dir():
-            raise OptionError(f"output must lie in a folder that exists, got {self.output!r}")
+            raise OptionError(f"output must be in an existing folder, got {self.output!r}")
 
     @property
     def rounds(self) -> int:
-        """Repetitions that are in fact made."""
+        """Repetitions of this run."""
         return 1 if self.smoke else self.repeats
 
 
@@ -68,10 +66,10 @@ class Shape(NamedTuple):
 
 
 def names(flag: str, text: str, allowed: tuple[str, ...]) -> list[str]:
-    """Comma-separated words.
+    """Parse comma-separated words.
 
     Raises:
-        OptionError: a word that is not allowed, or none at all.
+        OptionError: no word, or a word that is not allowed.
 
     Example:
         >>> names("cells", "gru,lstm", ("rnn", "gru", "lstm"))
@@ -85,7 +83,7 @@ def names(flag: str, text: str, allowed: tuple[str, ...]) -> list[str]:
 
 
 def numbers(flag: str, text: str) -> list[int]:
-    """Comma-separated whole numbers of at least 1, in ascending order.
+    """Parse comma-separated integers of at least 1; returns them in ascending order.
 
     Raises:
         OptionError: anything else.
@@ -99,12 +97,12 @@ def numbers(flag: str, text: str) -> list[int]:
     except ValueError:
         values = [0]
     if values[0] < 1:
-        raise OptionError(f"{flag} must be whole numbers of at least 1, separated by commas, got {text!r}")
+        raise OptionError(f"{flag} must be integers of at least 1, separated by commas, got {text!r}")
     return values
 
 
 def shapes(text: str) -> list[Shape]:
-    """Comma-separated TxBxH.
+    """Parse comma-separated shapes TxBxH.
 
     Raises:
         OptionError: anything else.

@@ -1,4 +1,4 @@
-"""The precision of float32 products on a GPU: one switch for cuBLAS and cuDNN, and what it is set to."""
+"""Precision of float32 products on a GPU: one switch for cuBLAS and cuDNN, and its current value."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 # torch has two sets of switches for one state. After a call of a new setter (fp32_precision) that an old one does not
-# know of, the old getters (allow_tf32, get_float32_matmul_precision) raise, also inside torch.compile, cudnn.flags and
-# the profiler. The old setters change both sets, so they come first; the new ones then say the same by name.
+# support, the old getters (allow_tf32, get_float32_matmul_precision) raise, also inside torch.compile, cudnn.flags and
+# the profiler. The old setters change both sets, so they are called first, and then the new ones with the same values.
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def onednn_bfloat16() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
-    """Every setting afterwards as before."""
+    """Restore every setting on exit."""
     switches, cudnn = _switches(), torch.backends.cudnn
     precisions = [switch.fp32_precision for switch in switches]
     # An old getter raises where the caller has used a new setter alone.
@@ -67,7 +67,7 @@ def _restored() -> Iterator[None]:
 
 
 def _switches() -> list[Any]:
-    """What has a setting by name: products of a GPU, cuDNN's layers and convolutions, products of a CPU."""
+    """Objects with a precision setting: products on a GPU, cuDNN's layers and convolutions, products on a CPU."""
     backends: Any = torch.backends
     return [backends.cuda.matmul, backends.cudnn.rnn, backends.cudnn.conv, backends.mkldnn.matmul]
 
@@ -80,7 +80,7 @@ def _answer(getter: Callable[[], Any], otherwise: Any) -> Any:
 
 
 def flags() -> dict[str, str | bool]:
-    """Every setting that decides whether a float32 product on a GPU is computed in TF32.
+    """All settings that determine whether a float32 product on a GPU is computed in TF32.
 
     Returns:
         name -> value, or ``"mixed"`` where an old getter raises because old and new setters were mixed.

@@ -1,7 +1,7 @@
-"""Owns ``statefeed bench recall``: what a GRU learns of long memory under every rule, not how fast it runs.
+"""``statefeed bench recall``: long-term memory that a GRU learns under every rule (accuracy, not speed).
 
-The first step of a sequence shows one of eight symbols, every later step one of eight others at random, and the last
-output is to tell the first symbol. Guessing is right one time in eight; credit must cross every step in between.
+The first step of a sequence shows one of eight symbols, every later step a random one of eight others, and the last
+output must be the first symbol. Guessing has an accuracy of 1/8; credit must pass through all steps in between.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ _HELD_OUT, _EVALUATIONS, _LEARNT = 512, 40, 0.9
 
 @dataclass(frozen=True)
 class Options(Common):
-    """What a GRU of 64 units learns of long memory under every rule: recall of the first symbol."""
+    """Recall of the first symbol of a sequence by a GRU of 64 units, trained under every rule."""
 
-    repeats: int = option(5, "seeds, at least 5: of the initial weights and of the sequences")
+    repeats: int = option(5, "seeds of the initial weights and the sequences, at least 5")
     rules: str = option(
         "bptt,gate,ft-bptt,0.5,0.9,dsf,ramp(0.9),log_spaced(16),log_spaced(64),calibrated,fitted",
         "feedback rules, separated by commas",
     )
-    delay: int = option(24, "steps between the symbol and the question for it")
+    delay: int = option(24, "steps between the symbol and the last output")
     steps: int = option(250, "training steps")
-    output: str = option(
-        "recall.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
-    )
+    output: str = option("recall.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,14 +71,17 @@ def sequences(T: int, B: int, generator: torch.Generator) -> Tensor:
 
 
 def train(rule: str, seed: int, delay: int, steps: int, device: str) -> list[tuple[int, float]]:
-    """(step, accuracy on sequences held out) at evenly spread evaluations, the last after the last step.
+    """Train a GRU and evaluate it on held-out sequences.
 
     Args:
-        rule: of the GRU.
-        seed: of the initial weights and the sequences, the same for every rule.
-        delay: steps between the symbol and the question.
-        steps: of training.
+        rule: rule of the GRU.
+        seed: seed of the initial weights and the sequences, the same for every rule.
+        delay: steps between the symbol and the last output.
+        steps: training steps.
         device: cpu or cuda.
+
+    Returns:
+        (step, accuracy) at evenly spaced evaluations, the last one after the last step.
     """
     torch.manual_seed(seed)
     model = Model(rule).to(device)
@@ -103,13 +104,13 @@ def train(rule: str, seed: int, delay: int, steps: int, device: str) -> list[tup
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Train; one record for every seed and rule.
+    """Train under every rule with every seed.
 
     Args:
-        options: checked.
+        options: checked options.
 
     Yields:
-        the records; ``learnt`` is the first step at which nine answers in ten were right, None if there was none.
+        One record per seed and rule; ``learnt`` is the first evaluated step with an accuracy of at least 0.9, or None.
     """
     delay, steps = (2, 4) if options.smoke else (options.delay, options.steps)
     for seed in range(1, options.rounds + 1):
@@ -131,7 +132,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def by_rule(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The records of every rule, over its seeds."""
+    """The records grouped by rule."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         found.setdefault(record["variant"], []).append(record)
@@ -139,12 +140,12 @@ def by_rule(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row a rule."""
+    """One row per rule."""
     from rich.table import Table
 
     result = Table(
         title=f"recall of a symbol over {records[0]['delay']} steps, after {records[0]['steps']} steps of training",
-        caption="accuracy: mean over the seeds (least to largest), guessing 0.125; learnt: step of the first 90 %",
+        caption="accuracy: mean over the seeds (min-max), guessing 0.125; learnt: step of the first 90 %",
     )
     result.add_column("rule", no_wrap=True)
     for heading in ("seeds", "accuracy", "learnt by", "learnt at step"):
@@ -163,11 +164,11 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """One line a rule: accuracy over training, mean over the seeds."""
+    """One line per rule: accuracy over training, mean over seeds."""
     from matplotlib.figure import Figure
 
     result = Figure(figsize=(8, 5), layout="constrained")
-    axes = result.add_subplot(xlabel="training step", ylabel="share of first symbols recalled", ylim=(0, 1.02))
+    axes = result.add_subplot(xlabel="training step", ylabel="fraction of first symbols recalled", ylim=(0, 1.02))
     for k, (rule, rows) in enumerate(by_rule(records).items()):
         steps = [step for step, _ in rows[0]["curve"]]
         means = [statistics.mean(values) for values in zip(*([a for _, a in r["curve"]] for r in rows), strict=True)]

@@ -1,4 +1,4 @@
-"""Owns ``statefeed bench scan``: the methods of diagonal_scan over T and S, their time, its growth, and their error."""
+"""``statefeed bench scan``: time, growth of time with T, and error of the methods of diagonal_scan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 METHODS = ("auto", "sequential", "prefix", "fft")
-# Bytes per element of x that were seen to be held at once, rounded up; the float64 answer alone takes 50.
+# Measured peak bytes per element of x, rounded up; the float64 reference alone takes 50.
 _BYTES = {"auto": 60, "sequential": 60, "prefix": 60, "fft": 100}
 _PARITY = 1e-9
 
@@ -36,7 +36,7 @@ class Options(Common):
     steps: str = option("64,256,1024,4096,16384,65536", "values of T, separated by commas")
     widths: str = option("64,256,512,2048", "values of S, separated by commas")
     methods: str = option("auto,sequential,prefix,fft", f"among {', '.join(METHODS)}, separated by commas")
-    output: str = option("scan.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside")
+    output: str = option("scan.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,21 +53,21 @@ def problem(T: int, S: int, varying: bool, device: str) -> tuple[Tensor, Tensor]
 
 
 def largest_error(y: Tensor, exact: Tensor) -> float:
-    """The largest over units of a unit's largest error, as part of its largest value."""
+    """The largest error of a unit relative to the largest value of that unit, maximum over units."""
     return float(((y.double() - exact).abs().amax(0) / exact.abs().amax(0)).max())
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure; one record for every method, length, width and kind of diagonal.
+    """Measure every method, length, width and kind of diagonal.
 
     Args:
-        options: checked.
+        options: checked options.
 
     Yields:
-        the records; one that would not fit into memory says so in ``not_run``.
+        One record each; ``not_run`` gives the reason if the problem does not fit into memory.
 
     Raises:
-        ParityError: the methods disagree in float64; before anything is timed.
+        ParityError: the methods disagree in float64; nothing was timed.
     """
     methods = names("methods", options.methods, METHODS)
     lengths = [4, 8] if options.smoke else numbers("steps", options.steps)
@@ -92,10 +92,10 @@ def _allowed(methods: list[str], varying: bool) -> list[str]:
 
 
 def check_parity(methods: Sequence[str], varying: bool, device: str) -> None:
-    """Hold the methods against the sequential one in float64, over 67 steps of 5 units.
+    """Compare the methods with the sequential one in float64, over 67 steps of 5 units.
 
     Raises:
-        ParityError: one that disagrees.
+        ParityError: a method disagrees.
     """
     x, a = (value.double() for value in problem(67, 5, varying, device))
     exact = sf.diagonal_scan(x, a, reverse=True, method="sequential")
@@ -109,7 +109,7 @@ def check_parity(methods: Sequence[str], varying: bool, device: str) -> None:
 
 
 def compare(methods: Sequence[str], T: int, S: int, varying: bool, options: Options) -> Iterator[dict[str, Any]]:
-    """Time the methods in turns on float32 inputs (T, S), running in reverse as a backward pass does."""
+    """Time the methods alternately on float32 inputs (T, S), in reverse as in a backward pass."""
     free = _free_bytes(options.device)
     fitting = [method for method in methods if _BYTES[method] * T * S <= free]
     seconds: dict[str, list[Seconds]] = {}
@@ -147,7 +147,7 @@ def compare(methods: Sequence[str], T: int, S: int, varying: bool, options: Opti
 
 
 def _free_bytes(device: str) -> float:
-    """Three quarters of the memory that is free, or, where the system does not say, of all."""
+    """Three quarters of the free memory, or of all memory if the system does not report free memory."""
     if device == "cuda":
         return 0.75 * torch.cuda.mem_get_info()[0]
     linux = Path("/proc/meminfo")
@@ -157,13 +157,13 @@ def _free_bytes(device: str) -> float:
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row a record."""
+    """One row per record."""
     from rich.table import Table
 
     result = Table(
-        title="diagonal_scan in float32, in reverse: median of the repetitions (least to largest)",
-        caption="growth: time goes with T to this power since the T before; error: against float64, part of the unit's "
-        "largest value, worst unit",
+        title="diagonal_scan in float32, in reverse: median of the repetitions (min-max)",
+        caption="growth: exponent of T in the time, from the previous T; error: against float64, relative to the "
+        "largest value of the unit, worst unit",
     )
     for heading in ("S", "diagonal", "T", "method"):
         result.add_column(heading, no_wrap=True)
@@ -186,7 +186,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """For every width: time over T and error over T, one line a method."""
+    """Time and error over T for every width, one line per method."""
     from matplotlib.figure import Figure
 
     widths = list(dict.fromkeys(r["S"] for r in records))
@@ -200,10 +200,10 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
         for (method, diagonal), rows in lines.items():
             T = [r["T"] for r in rows]
             style = "-" if diagonal == "stationary" else "--"
-            colour = f"C{METHODS.index(method)}"
+            color = f"C{METHODS.index(method)}"
             label = f"{method}, {diagonal}"
-            axes[0, k].plot(T, [r["ms"]["median"] for r in rows], style, color=colour, marker="o", label=label)
-            axes[1, k].plot(T, [r["error"] for r in rows], style, color=colour, marker="o", label=label)
+            axes[0, k].plot(T, [r["ms"]["median"] for r in rows], style, color=color, marker="o", label=label)
+            axes[1, k].plot(T, [r["error"] for r in rows], style, color=color, marker="o", label=label)
         axes[0, k].set(title=f"S = {S}", ylabel="milliseconds", xscale="log", yscale="log")
         axes[1, k].set(xlabel="T", ylabel="largest error against float64", xscale="log", yscale="log")
     axes[0, 0].legend(fontsize=7)

@@ -1,9 +1,9 @@
-"""Owns ``statefeed bench training``: the trainer end to end, against the published procedure and torch.nn in its loop.
+"""``statefeed bench training``: the trainer end to end, against the published procedure and torch.nn in the same loop.
 
-The models are two of the published ones: on words of Penn Treebank, in sentences, a GRU of 1x256 with a path around it;
-on byte pairs of WikiText-103, in blocks, pre-norm blocks around a GRU of 3x512, whose tokens are made up here. Everyone
-has the same weights and trains on the same batches, cut anew in every turn. The rivals are what one writes with torch
-alone: sentences filled up to the longest, the recurrence over the filling too, and logits at all positions.
+The models are two of the published ones: a GRU of 1x256 with a skip connection on sentences of Penn Treebank words, and
+pre-norm blocks with GRUs of 3x512 on blocks of WikiText-103 byte pairs, with synthetic tokens. All contenders have the
+same weights and train on the same batches, which are formed again in every repetition. The baselines are plain torch
+code: sentences padded to the longest, the recurrence over padding too, and logits at all positions.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Recipe(NamedTuple):
-    """What the published recipe of the same name says."""
+    """Settings of the published recipe with the same name."""
 
     layers: int
     width: int
@@ -65,11 +65,11 @@ RECIPES = {
     "wikitext103-gru-3x512": Recipe(3, 512, "prenorm", "blocks", context=256, weight_decay=0.0),
 }
 
-# Words of a Penn Treebank sentence at every twentieth of all sentences, and how many words and sentences there are.
+# Quantiles (steps of 1/20) of the sentence length in Penn Treebank, and its numbers of words and sentences.
 _LENGTHS = (1, 6, 9, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 24, 26, 27, 29, 31, 34, 39, 82)
 _WORDS, _SENTENCES = 9_999, 42_068
 _BYTE_PAIRS, _STEPS_OF_BLOCKS = 16_000, 16
-# Allowed parts of the largest value, as for one layer; what is narrower than float32 is held against float32.
+# Allowed errors relative to the largest value, as for one layer; lower precision is compared with float32.
 _ALLOWED = {
     "float32": {"loss": 1e-5, "gradient": 1e-3},
     "tf32": {"loss": 1e-3, "gradient": 3e-2},
@@ -81,9 +81,9 @@ _ALLOWED = {
 class Options(Common):
     """Training end to end: a GRU of 1x256 on Penn Treebank, or of 3x512 on WikiText-103."""
 
-    recipe: Literal["ptb-gru-1x256", "wikitext103-gru-3x512"] = option("ptb-gru-1x256", "which published one")
+    recipe: Literal["ptb-gru-1x256", "wikitext103-gru-3x512"] = option("ptb-gru-1x256", "published recipe")
     data: str | None = option(
-        None, "folder with the train and valid split of Penn Treebank; null makes up text of the recipe's kind"
+        None, "folder with the train and valid split of Penn Treebank; null for synthetic text of the recipe's kind"
     )
     rules: str = option(
         "torch,bptt,dsf,gate+1", "feedback rules, separated by commas; torch is the trainer with torch's own layer"
@@ -91,10 +91,8 @@ class Options(Common):
     dtypes: str = option(
         "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
     )
-    steps: int = option(3, "training steps of one turn")
-    output: str = option(
-        "training.jsonl", "the records, one JSON object a line, replaced if there; the figure goes beside"
-    )
+    steps: int = option(3, "training steps per repetition")
+    output: str = option("training.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,9 +101,7 @@ class Options(Common):
         if self.steps < 1:
             raise OptionError(f"steps must be at least 1, got {self.steps}")
         if self.data is not None and self.recipe != "ptb-gru-1x256":
-            raise OptionError(
-                f"data is for the recipe ptb-gru-1x256, and {self.recipe} makes its text up: leave it out"
-            )
+            raise OptionError(f"data is for the recipe ptb-gru-1x256, but {self.recipe} uses synthetic text: omit it")
         if self.data is not None and not Path(self.data).is_dir():
             raise OptionError(f"data must be a folder with the splits of Penn Treebank, got {self.data!r}")
 
@@ -114,11 +110,11 @@ Recurrence = Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]
 
 
 class Plain(nn.Module):
-    """torch's layer in the place of ours, called like it.
+    """torch's layer with the call of statefeed's.
 
     Args:
-        layer: of statefeed, whose weights it takes.
-        recurrence: (torch.nn.GRU, inputs) -> outputs and state; of all positions.
+        layer: the statefeed layer whose weights are copied.
+        recurrence: (torch.nn.GRU, inputs) -> outputs at all positions and state.
     """
 
     def __init__(self, layer: nn.GRU, recurrence: Recurrence) -> None:
@@ -127,26 +123,26 @@ class Plain(nn.Module):
         self.gru.load_state_dict(layer.state_dict())
 
     def forward(self, x: Tensor, state: None) -> tuple[Tensor, Any]:
-        """Outputs at all positions and the final state; every sequence begins anew."""
+        """Outputs at all positions and the final state, from a zero state."""
         return self.recurrence(self.gru, x)
 
 
 def rival(model: LanguageModel, recurrence: Recurrence) -> LanguageModel:
-    """The model with torch's layers in place of ours."""
+    """The model with torch's layers instead of statefeed's."""
     for block in model.blocks:
         block.rnn = Plain(block.rnn, recurrence)  # type: ignore[arg-type]
     return model
 
 
 def everywhere(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the targets that count, from logits at all positions."""
+    """Mean cross-entropy over the valid targets, from logits at all positions."""
     device = model.head.weight.device
     logits, _ = model(batch.inputs.to(device))
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten().to(device))
 
 
 def counted(model: LanguageModel, batch: Batch) -> Tensor:
-    """The same as the trainer computes it."""
+    """Mean cross-entropy as the trainer computes it."""
     return model.loss(batch).mean
 
 
@@ -161,10 +157,10 @@ class Contender:
         implementation: ``"torch.nn"``, ``"published"`` or ``"statefeed"``.
         variant: torch.nn's setting, or the rule.
         dtype: bfloat16 runs the forward pass under autocast.
-        model: with the weights that everyone has.
+        model: the model, with the common weights.
         loss: (model, batch) -> mean loss.
-        setting: of torch while it runs.
-        recipe: of the optimizer.
+        setting: torch setting during the run.
+        recipe: recipe with the optimizer's values.
     """
 
     def __init__(
@@ -182,7 +178,7 @@ class Contender:
         self._loss, self._device = loss, model.head.weight.device.type
         rates: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         self._optimizer = torch.optim.Adam(model.parameters(), fused=True, **rates)
-        self._turns = itertools.count()
+        self._epochs = itertools.count()
 
     @property
     def name(self) -> str:
@@ -194,18 +190,18 @@ class Contender:
             return self._loss(self.model, batch)
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss and the gradient in every parameter, under our names of them."""
+        """Loss and gradient of every parameter, by the parameter names of statefeed's model."""
         with applied(self.setting):
             loss = self.loss(batch)
             found = torch.autograd.grad(loss, list(self.model.parameters()))
         parameters = [_ours(name) for name, _ in self.model.named_parameters()]
         return {"loss": loss.detach(), **dict(zip(parameters, found, strict=True))}
 
-    def turn(self, source: Source, steps: int) -> Seconds:
-        """Seconds of some steps, cutting the batches included; every turn takes those of another epoch."""
+    def train(self, source: Source, steps: int) -> Seconds:
+        """Seconds of some steps, including forming the batches; every call uses another epoch."""
         with applied(self.setting):
             start = clock(self._device)
-            for batch in itertools.islice(source.epoch(next(self._turns)), steps):
+            for batch in itertools.islice(source.epoch(next(self._epochs)), steps):
                 loss = self.loss(batch)
                 self._optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -214,17 +210,17 @@ class Contender:
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure; one record for every contender and dtype.
+    """Measure every contender in every dtype.
 
     Args:
-        options: checked.
+        options: checked options.
 
     Yields:
-        the records, once parity holds for all of them.
+        One record per contender and dtype, after the parity check of all of them.
 
     Raises:
-        ParityError: before anything is timed.
-        OptionError: when ``data`` does not hold the corpus.
+        ParityError: a contender is wrong; nothing was timed.
+        OptionError: ``data`` does not contain the corpus.
     """
     recipe = RECIPES[options.recipe]
     if options.smoke:
@@ -233,7 +229,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     tried = {}
     for dtype in names("dtypes", options.dtypes, DTYPES[options.device]):
         own = [usual(options.device, dtype)]
-        if dtype == "float32":  # a GRU makes no use of oneDNN
+        if dtype == "float32":  # a GRU does not use oneDNN
             own = [setting for setting in float32_settings(options.device) if setting != NO_ONEDNN]
         tried[dtype] = own
     entries = contenders(recipe, vocabulary, rules_of("gru", options.rules), tried, options.device)
@@ -241,14 +237,14 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     check_parity(recipe, entries, batch)
     steps = min(options.steps, len(source))
     seconds = interleaved(
-        {entry.name: lambda entry=entry: entry.turn(source, steps) for entry in entries},  # type: ignore[misc]
+        {entry.name: lambda entry=entry: entry.train(source, steps) for entry in entries},  # type: ignore[misc]
         options.rounds,
     )
     tokens = [
-        sum(int((batch.targets >= 0).sum()) for batch in itertools.islice(source.epoch(turn), steps))
-        for turn in range(1, options.rounds + 1)  # the first is not measured
+        sum(int((batch.targets >= 0).sum()) for batch in itertools.islice(source.epoch(epoch), steps))
+        for epoch in range(1, options.rounds + 1)  # epoch 0 is the warm-up
     ]
-    total = {name: [sum(phases) for phases in turns] for name, turns in seconds.items()}
+    total = {name: [sum(phases) for phases in repetitions] for name, repetitions in seconds.items()}
     for entry in entries:
         mine = total[entry.name]
         baselines = _baselines(entries, total, entry.dtype)
@@ -279,7 +275,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _baselines(entries: Sequence[Contender], total: dict[str, list[float]], dtype: str) -> dict[str, str]:
-    """Who everyone is compared with: the published procedure in float32 and in the dtype, and torch.nn in the dtype."""
+    """The baselines: the published procedure in float32 and in the dtype, and torch.nn in the dtype."""
     rivals = [e.name for e in entries if e.implementation == "torch.nn" and e.dtype == dtype]
     best = min(rivals, key=lambda name: spread(total[name])["median"])
     found = {"published float32": "published dsf float32", f"published {dtype}": f"published dsf {dtype}"}
@@ -290,13 +286,13 @@ def _baselines(entries: Sequence[Contender], total: dict[str, list[float]], dtyp
 def contenders(
     recipe: Recipe, vocabulary: int, rules: Sequence[str], tried: Mapping[str, Sequence[Setting]], device: str
 ) -> list[Contender]:
-    """torch.nn's exact gradient; the published procedure; the trainer under every rule.
+    """torch.nn's exact gradient, the published procedure, and the trainer under every rule.
 
     Args:
-        recipe: of the model.
+        recipe: recipe of the model.
         vocabulary: V.
-        rules: of the trainer.
-        tried: settings of torch.nn by dtype; the first of each is everyone's.
+        rules: rules of the trainer.
+        tried: settings of torch.nn by dtype; all contenders use the first.
         device: cpu or cuda.
     """
 
@@ -330,15 +326,15 @@ def _model(recipe: Recipe, vocabulary: int, rule: str) -> LanguageModel:
 
 
 def check_parity(recipe: Recipe, entries: Sequence[Contender], batch: Batch) -> None:
-    """Hold every loss against that of torch.nn, and exact gradients and those of dsf against each other, on one batch.
+    """Compare losses with torch.nn, and the gradients of exact rules and of dsf with a reference, on one batch.
 
     Args:
-        recipe: of the model.
+        recipe: recipe of the model.
         entries: all contenders.
-        batch: as they will see it.
+        batch: a batch of the training text.
 
     Raises:
-        ParityError: the first error above what is allowed.
+        ParityError: an error is above the allowed one.
     """
     weight = entries[0].model.embedding.weight
     device, vocabulary = weight.device.type, len(weight)
@@ -362,49 +358,53 @@ def check_parity(recipe: Recipe, entries: Sequence[Contender], batch: Batch) -> 
 
 
 def _kernels(entry: Contender, batch: Batch) -> dict[str, str] | None:
-    """What runs our layer forward and backward, and why; None for the others."""
+    """The kernels of a statefeed layer and the reason for them; None for other layers."""
     layer = next((module for module in entry.model.modules() if isinstance(module, sf.GRU)), None)
     if layer is None:
         return None
     device = entry.model.head.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=entry.dtype == "bfloat16"):
-        said = sf.explain(layer, torch.zeros(*batch.inputs.shape, layer.input_size, device=device))
-    return {"forward": said.forward, "backward": said.backward, "why": said.why}
+        explanation = sf.explain(layer, torch.zeros(*batch.inputs.shape, layer.input_size, device=device))
+    return {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
 
 
 # The text ------------------------------------------------------------------------------------------------------------
 
 
 def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
-    """The training text in batches, the size of its vocabulary, and what the records say of it."""
+    """The training text in batches, the size of its vocabulary, and the description for the records."""
     from statefeed.lm import config
     from statefeed.lm.data import batches, corpora, tokens
     from statefeed.lm.errors import UsageError
 
-    cut = config.Train(batch=recipe.batch, context=recipe.context)
+    train = config.Train(batch=recipe.batch, context=recipe.context)
     if recipe.batches == "blocks":
         types = 257 if options.smoke else _BYTE_PAIRS
         ids = _byte_pairs(types, _STEPS_OF_BLOCKS * recipe.batch * recipe.context)
-        told = "made-up byte pairs"
-        return batches.training(ids, config.Data(batches="blocks"), cut), types, {"corpus": told, "vocabulary": types}
+        corpus = "made-up byte pairs"
+        return (
+            batches.training(ids, config.Data(batches="blocks"), train),
+            types,
+            {"corpus": corpus, "vocabulary": types},
+        )
     if options.data is None:
         data = config.Data(tokens="word", batches="sentences")
         text = made_up(200, 50) if options.smoke else made_up(_SENTENCES, _WORDS)
-        told = "made-up sentences with the lengths of Penn Treebank and as many words"
+        corpus = "made-up sentences with the lengths of Penn Treebank and as many words"
     else:
         try:
             data = config.Data(corpus="ptb", path=options.data, tokens="word", batches="sentences")
             text = corpora.read(data).splits["train"]
         except UsageError as error:
             raise OptionError(str(error)) from None
-        told = "the training split in --data"
+        corpus = "the training split in --data"
     tokenizer = tokens.train(data, {"train": text})
     ids = tokenizer.encode(text)
-    return batches.training(ids, data, cut), tokenizer.size, {"corpus": told, "vocabulary": tokenizer.size}
+    return batches.training(ids, data, train), tokenizer.size, {"corpus": corpus, "vocabulary": tokenizer.size}
 
 
 def _byte_pairs(types: int, count: int) -> NDArray[np.int32]:
-    """Ids that follow Zipf's law."""
+    """Random ids that follow Zipf's law."""
     import numpy as np
 
     weights = 1 / (np.arange(types) + 2.7)
@@ -412,11 +412,11 @@ def _byte_pairs(types: int, count: int) -> NDArray[np.int32]:
 
 
 def made_up(sentences: int, words: int) -> str:
-    """Sentences with the lengths of Penn Treebank, of words that follow Zipf's law; each word occurs.
+    """Synthetic sentences with the lengths of Penn Treebank and words that follow Zipf's law; each word occurs.
 
     Args:
-        sentences: how many; those that the words need at least once come first.
-        words: how many different ones.
+        sentences: number of sentences.
+        words: number of different words; each occurs once at the beginning of the text.
 
     Example:
         >>> len(made_up(5, 3).splitlines())
@@ -435,20 +435,20 @@ def made_up(sentences: int, words: int) -> str:
     return "".join(" ".join(f"w{k}" for k in itertools.islice(order, length)) + "\n" for length in lengths)
 
 
-# What is made of the records -----------------------------------------------------------------------------------------
+# Tables and figures --------------------------------------------------------------------------------------------------
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One row a record."""
+    """One row per record."""
     from rich.table import Table
 
     result = Table(
-        title="training end to end: median of the repetitions (least to largest)",
-        caption="x: times faster than (below 1: slower), turn by turn",
+        title="training end to end: median of the repetitions (min-max)",
+        caption="x: times faster than (below 1: slower), per repetition",
     )
     for heading in ("dtype", "what"):
         result.add_column(heading, no_wrap=True)
-    for heading in ("tokens/s", "ms a step", "x published float32", "x published", "x nn shipped", "x nn best"):
+    for heading in ("tokens/s", "ms per step", "x published float32", "x published", "x nn shipped", "x nn best"):
         result.add_column(heading, justify="right", no_wrap=True)
     for r in records:
         speed, ratios = r["tokens_per_s"], r["times_faster_than"]
@@ -464,15 +464,15 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """One bar a record: tokens per second."""
+    """Tokens per second, one bar per record."""
     from matplotlib.figure import Figure
 
     result = Figure(figsize=(8, 1 + 0.4 * len(records)), layout="constrained")
     axes = result.add_subplot(xlabel="tokens per second")
     speeds = [r["tokens_per_s"] for r in records]
     reach = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
-    colours = ["C0" if r["implementation"] == "statefeed" else "0.6" for r in records]
-    axes.barh(range(len(records)), [s["median"] for s in speeds], xerr=reach, color=colours)
+    colors = ["C0" if r["implementation"] == "statefeed" else "0.6" for r in records]
+    axes.barh(range(len(records)), [s["median"] for s in speeds], xerr=reach, color=colors)
     axes.set_yticks(range(len(records)), [f"{r['implementation']} {r['variant']}, {r['dtype']}" for r in records])
     axes.invert_yaxis()
     return result

@@ -34,7 +34,10 @@ class GRU(Cell):
     saved_type = Saved
     saved_values = 4
     torch_forward = "gru"
-    returns_autocast_dtype = False
+
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+        """That of z h', which takes h' as it is."""
+        return torch.promote_types(compute_dtype, state_dtype)
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
         _, z, n, _ = _gates(inputs, hidden)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from statefeed.layout import Layout
@@ -45,7 +46,6 @@ class Cell(ABC):
         saved_values: values per row and unit that a fused forward pass saves for the backward pass, besides h.
         has_direct_path: whether a part of the Jacobian passes no weight.
         torch_forward: the function of ``torch._VF`` that runs the layer, None if torch has none.
-        returns_autocast_dtype: whether torch's layer returns bfloat16 under autocast on a CPU; its GRU does not.
     """
 
     name: ClassVar[str]
@@ -56,7 +56,6 @@ class Cell(ABC):
     saved_values: ClassVar[int] = 0
     has_direct_path: ClassVar[bool] = True
     torch_forward: ClassVar[str | None] = None
-    returns_autocast_dtype: ClassVar[bool] = True
 
     def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters of one layer and direction, by torch's names, biases last."""
@@ -71,6 +70,16 @@ class Cell(ABC):
     def state_widths(self, hidden_size: int) -> tuple[int, ...]:
         """Width of every part of the state; S is their sum."""
         return (hidden_size,) * len(self.states)
+
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+        """What torch's layer returns under autocast on a CPU.
+
+        Args:
+            compute_dtype: of the products.
+            state_dtype: of the initial state.
+            packed: whether rows are packed.
+        """
+        return compute_dtype
 
     @abstractmethod
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:

@@ -88,6 +88,10 @@ class Given(Stationary):
                 "a feedback diagonal must be a real floating-point tensor of shape (S,) or (L * directions, S), got "
                 f"{values.dtype} of shape {tuple(values.shape)}"
             )
+        if values.is_meta:
+            raise ValueError(
+                'a feedback diagonal must have values, got a tensor on the device "meta": make it with device="cpu"'
+            )
         if not bool(torch.isfinite(values).all()):
             raise ValueError("a feedback diagonal must be finite, got a tensor with NaN or infinity")
         object.__setattr__(self, "values", values.detach().clone())

@@ -111,7 +111,7 @@ def own_process() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """A warning of the library as one line, without the code that it came from; others as Python prints them."""
+    """A warning of the library as one line, without the line of code it came from; others as Python prints them."""
     if category is RuntimeWarning:
         notify(" ".join(str(message).split()))
     else:

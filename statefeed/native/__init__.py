@@ -1,4 +1,4 @@
-"""Whether the fused kernels of a device can be used; builds and loads them at first use, never at import."""
+"""Availability of the fused kernels; they are built and loaded at first use, never at import."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from typing import NamedTuple
 
 
 def available(device: str = "cpu") -> bool:
-    """Whether the fused kernels of a device, ``"cpu"`` or ``"cuda"``, can be used; loads them at the first call.
+    """Whether the fused kernels of a device can be used; the first call loads them.
 
-    With ``STATEFEED_KERNELS=off`` they cannot. With ``auto``, the default, one warning says why they cannot.
+    With ``STATEFEED_KERNELS=off`` they are not used. With ``auto``, the default, one warning is issued if they are
+    unavailable.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
         RuntimeError: ``STATEFEED_KERNELS=on`` and they cannot be used.
-        ValueError: ``STATEFEED_KERNELS`` is none of on, off, auto.
+        ValueError: ``STATEFEED_KERNELS`` is not on, off or auto.
     """
     return unavailable(device) is None
 
 
 def unavailable(device: str = "cpu") -> str | None:
-    """Why the fused kernels of a device cannot be used, None if they can; otherwise like ``available``."""
+    """Why the fused kernels of a device cannot be used; None if they can. Loads and raises as ``available``."""
     return _load(device).reason
 
 
-# What torch.compiler.assume_constant_result sets; the decorator itself would import all of dynamo with statefeed.
+# The attribute set by torch.compiler.assume_constant_result, whose import would load all of dynamo with statefeed.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def described(device: str = "cpu") -> str:
-    """Which kernels are loaded; on a CPU, also their instruction set and the number of threads."""
+    """Description of the loaded kernels; on a CPU with their instruction set and the number of threads."""
     if device != "cpu":
         return _load(device).library
     import torch
@@ -48,7 +52,7 @@ class _Loaded(NamedTuple):
 def _load(device: str) -> _Loaded:
     setting = os.environ.get("STATEFEED_KERNELS", "auto")
     if setting not in ("auto", "on", "off"):
-        raise ValueError(f"STATEFEED_KERNELS must be on, off or auto, not {setting!r}")
+        raise ValueError(f"STATEFEED_KERNELS must be on, off or auto, got {setting!r}")
     if setting == "off":
         return _Loaded("none", "STATEFEED_KERNELS is off")
     try:
@@ -57,7 +61,9 @@ def _load(device: str) -> _Loaded:
         reason = f"the {device.upper()} kernels cannot be used: {error}"
         if setting == "on":
             raise RuntimeError(f"STATEFEED_KERNELS is on, but {reason}") from error
-        warnings.warn(f"torch does the work of the kernels: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"statefeed uses plain torch operations instead of its kernels: {reason}", RuntimeWarning, stacklevel=2
+        )
         return _Loaded("none", str(error))
 
 

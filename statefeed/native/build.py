@@ -1,7 +1,7 @@
-"""Loads the C++ kernels: a wheel's library, or one compiled for this machine and cached.
+"""Loading of the C++ kernels: a wheel's library, or one compiled for this machine and cached.
 
-The cache key covers the sources, torch, the compiler, its flags and the CPU, so that one home folder serves different
-machines. A lock makes processes that start together build once; a rename makes the library appear whole. The cache
+The cache key covers the sources, torch, the compiler, its flags and the CPU, so that different machines can share one
+home folder. A lock makes concurrent processes build once; an atomic rename publishes the library. The cache
 folder is private, and a library that others may have written is not loaded.
 """
 
@@ -27,17 +27,17 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 
 
 def load() -> str:
-    """Load the operators of ``torch.ops.statefeed``; compile them first if neither wheel nor cache has them.
+    """Load the operators of ``torch.ops.statefeed``; compile them if neither wheel nor cache contains them.
 
     Returns:
-        What was loaded, for ``sf.explain``.
+        A description of the library, for ``sf.explain``.
 
     Raises:
         OSError, RuntimeError: the library cannot be compiled, cached or loaded.
     """
     prebuilt = _prebuilt()
     torch.ops.load_library(str(prebuilt or _compiled()))  # type: ignore[no-untyped-call]
-    from statefeed.native import fakes  # noqa: F401
+    from statefeed.native import fakes, flops  # noqa: F401
 
     return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
 
@@ -88,17 +88,17 @@ def _machine_flags() -> list[str]:
     """The compiler flags for this CPU."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["-mcpu=native"]
-    # Tuned for some CPUs, GCC reads a product's weights from memory once for every row instead of once for all. The
-    # compiler asks the CPU alone, but Linux may refuse the tiles that the CPU has.
+    # With the tuning for some CPUs, GCC loads the weights of a product once per row instead of once in total. The
+    # compiler only checks the CPU, but Linux may not permit its tile registers.
     tiles = "amx_bf16" in _cpu_flags().split()
     return ["-march=native", "-mtune=generic", *([] if tiles else ["-U__AMX_BF16__"])]
 
 
 def _cache_key() -> str:
-    asked = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise RuntimeError(f"{compiler()} --version failed with exit code {asked.returncode}: is CXX a compiler?")
-    parts = [torch.__version__, sys.platform, platform.machine(), _cpu_flags(), compiler(), asked.stdout]
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
+    if version.returncode:
+        raise RuntimeError(f"{compiler()} --version failed with exit code {version.returncode}: is CXX a compiler?")
+    parts = [torch.__version__, sys.platform, platform.machine(), _cpu_flags(), compiler(), version.stdout]
     digest = hashlib.sha256("\n".join([*parts, *FLAGS, *_machine_flags()]).encode())
     for source in sources(".cc", ".h"):
         digest.update(source.read_bytes())
@@ -106,7 +106,7 @@ def _cache_key() -> str:
 
 
 def _cpu_flags() -> str:
-    """The instruction sets of this CPU that this process may use, separated by spaces."""
+    """The CPU flags that this process may use, separated by spaces."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -118,7 +118,7 @@ def _cpu_flags() -> str:
 
 @functools.cache
 def _tiles_permitted() -> bool:
-    """Ask Linux for the AMX registers, which a process has only on request: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
+    """Request permission for the AMX registers from Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
     return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (158, 0x1023, 18))) == 0)
 
 

@@ -1,4 +1,4 @@
-"""Runs the C++ compiler; needs torch's folder only, not torch, so that any Python can build a wheel."""
+"""Compilation of the C++ kernels; needs only torch's folder, not torch, so that any Python can build a wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 NATIVE = Path(__file__).parent
 PACKAGE = NATIVE.parent
 SOURCE_FOLDERS = (NATIVE, PACKAGE / "backends" / "cpu")
-# Torch 2.10 is the first whose stable ABI has everything that register.cc uses.
+# Torch 2.10 is the first version whose stable ABI has all functions that register.cc uses.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -20,10 +20,10 @@ class Variant(NamedTuple):
     """One library of a wheel.
 
     Attributes:
-        name: of the file, without its ending.
-        machine: as ``platform.machine()`` names it.
-        required: the CPU flags that it needs.
-        flags: what selects the instruction set at compile time.
+        name: file name without suffix.
+        machine: value of ``platform.machine()``.
+        required: required CPU flags.
+        flags: compiler flags that select the instruction set.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Variant(NamedTuple):
 
 _V3 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-# The best first.
+# Best first.
 VARIANTS = [
     Variant(
         "x86-64-v4-amx",
@@ -53,12 +53,12 @@ def compiler() -> str:
     """The path of the C++ compiler: ``CXX``, else g++, clang++ or c++.
 
     Raises:
-        OSError: there is none.
+        OSError: no compiler is found.
     """
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and (path := shutil.which(name)):
             return path
-    raise OSError("there is no C++ compiler: install g++ or clang++, or set CXX")
+    raise OSError("no C++ compiler found: install g++ or clang++, or set CXX")
 
 
 def sources(*suffixes: str) -> list[Path]:
@@ -67,18 +67,18 @@ def sources(*suffixes: str) -> list[Path]:
 
 
 def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None:
-    """Compile every source file, all at once, and link them to ``target``.
+    """Compile all source files in parallel and link them to ``target``.
 
     Args:
-        target: the library, replaced as a whole.
+        target: path of the library, replaced atomically.
         torch: the folder of the torch package.
-        machine_flags: further flags, as the instruction set.
+        machine_flags: further compiler flags, such as the instruction set.
 
     Raises:
-        RuntimeError: the compiler fails; with its first error.
+        RuntimeError: the compiler fails; the message contains its first error.
     """
     command = [compiler(), *FLAGS, *machine_flags]
-    # Not -I: warnings are for the kernels, not for torch's headers. Error messages name files from the package on.
+    # -isystem instead of -I suppresses warnings in torch's headers. The prefix map shortens paths in error messages.
     include = [f"-isystem{torch / 'include'}", *(f"-I{folder}" for folder in SOURCE_FOLDERS)]
     include.append(f"-fmacro-prefix-map={PACKAGE.parent}/=")
     with tempfile.TemporaryDirectory() as directory:
@@ -87,19 +87,19 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
             subprocess.Popen([*command, *include, "-c", str(source), "-o", made], stderr=subprocess.PIPE, text=True)
             for source, made in objects.items()
         ]
-        errors = [job.communicate()[1] for job in jobs]  # of all jobs, before any is judged
+        errors = [job.communicate()[1] for job in jobs]  # wait for all jobs before checking any
         for job, error in zip(jobs, errors, strict=True):
             _check(command[0], job.returncode, error)
         library = Path(directory) / "library.so"
-        link = [command[0], "-shared", *command[1:]]  # the flags again: a sanitizer is linked, too
+        link = [command[0], "-shared", *command[1:]]  # with the same flags, because sanitizers need them at link time
         link += [*objects.values(), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)]
         linked = subprocess.run(link, capture_output=True, text=True, check=False)
         _check(command[0], linked.returncode, linked.stderr)
-        # The temporary folder may be on another file system: copy beside the target, then rename.
-        beside = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(library, beside)
-        beside.chmod(0o700)  # whatever the umask: a library that others may write to is not loaded
-        os.replace(beside, target)
+        # The temporary folder may be on another file system: copy next to the target, then rename.
+        temporary = target.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(library, temporary)
+        temporary.chmod(0o700)  # whatever the umask: a library that others may write to is not loaded
+        os.replace(temporary, target)
 
 
 def _check(program: str, status: int, messages: str) -> None:

@@ -1,9 +1,8 @@
-"""The loss of a softmax head through the fused kernel, with its gradients.
+"""Loss and gradients of a softmax head by the fused kernel.
 
     p = softmax(x W^T + b),   loss = -log p[target],   e = p - onehot(target),   dx = e W,   dW = e^T x,   db = sum e
 
-Logits are computed for some two hundred rows and a strip of classes at a time, and become exponentials while they are
-in cache.
+Logits are computed for about two hundred rows and one strip of classes at a time and exponentiated while in cache.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ def losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool 
     """The cross-entropy of every row.
 
     Args:
-        x: (N, H), float32 like everything but the targets.
+        x: (N, H), float32, as all arguments except the targets.
         weight: (V, H).
         bias: (V,).
         targets: class ids, int64 (N,).
-        bf16: convert the operands of products to bfloat16, as autocast does, where the CPU has instructions for it;
-            sums and exponentials stay float32.
+        bf16: convert the operands of products to bfloat16, as autocast does, if the CPU has instructions for it; sums
+            and exponentials stay float32.
 
     Returns:
         Losses in nats (N,).
@@ -41,7 +40,7 @@ def losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, bf16: bool 
     Raises:
         IndexError: a target is not an id of the V classes.
 
-    Cost: one product over all rows; about 100,000 values of workspace and a packed copy of the weights.
+    Cost: one product over all rows; a workspace of about 100,000 values and a packed copy of the weights.
     """
     return _run(x, weight, bias, targets, bf16, None)
 
@@ -51,10 +50,10 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The cross-entropy of every row, and the gradients of the sum of all losses; arguments as for ``losses``.
 
-    The gradient of the weight lies on reused memory and must not leave the package.
+    The gradient of the weight is in reused memory and must not leave the package.
 
-    Cost: three products over all rows; 384 V values of workspace, 192 V for each thread, and three packed copies of
-    the weights.
+    Cost: three products over all rows; a workspace of 384 V values, 192 V values per thread, and three packed copies of
+        the weights.
     """
     grads = Gradients(x.new_empty(x.shape), empty(len(weight), weight.shape[1], weight), bias.new_empty(bias.shape))
     return _run(x, weight, bias, targets, bf16, grads), grads

@@ -1,7 +1,7 @@
-"""Memory for what the forward pass saves, reused from step to step.
+"""Reusable memory for the tensors that the forward pass saves.
 
-Faulting in new pages costs as much as filling them. Only for tensors that never leave this package: unlike an ordinary
-tensor, one on such memory cannot be resized.
+Page faults of new memory cost as much as filling it. Only for tensors that never leave this package: unlike an ordinary
+tensor, a tensor in this memory cannot be resized.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import threading
 import torch
 from torch import Tensor
 
-_MIN_BYTES = 1 << 18  # below, torch's allocator is as fast
+_MIN_BYTES = 1 << 18  # for smaller tensors torch's allocator is as fast
 _MAX_IDLE_BYTES = 1 << 27
 _blocks: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
 def empty(rows: int, width: int, like: Tensor) -> Tensor:
-    """An uninitialized (rows, width) tensor of the dtype of ``like``, on memory that is idle again when it is freed."""
+    """An uninitialized (rows, width) tensor with the dtype of ``like``; its memory is reused after it is freed."""
     count = rows * width
     size = count * like.element_size()
     if size < _MIN_BYTES or sys.platform == "win32" or torch.compiler.is_compiling():
@@ -55,5 +55,5 @@ def _reference_count(blocks: list[mmap.mmap], index: int) -> int:
     return sys.getrefcount(blocks[index])
 
 
-# What this Python counts when only the list references a block: a tensor on it would be one more.
+# Reference count of a block that only the list references; a tensor in the block adds one.
 _IDLE_COUNT = _reference_count([mmap.mmap(-1, 1)], 0)

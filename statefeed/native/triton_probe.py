@@ -1,4 +1,4 @@
-"""Whether the Triton kernels run here: one tiny launch, before anything depends on it."""
+"""Check that Triton kernels run on this machine, by one tiny launch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
-# What Triton's documentation lists as supported; it refuses nothing itself, and fails in the middle of a compilation.
+# The minimum that Triton documents; Triton does not check it and fails during compilation.
 MINIMUM_CAPABILITY = (8, 0)
 
 
 def probe(device: torch.device | None = None) -> str:
-    """Launch one tiny kernel and check what it wrote.
+    """Launch one tiny kernel and check its output.
 
-    The first launch of a process compiles Triton's launcher with a C compiler and Python's headers; a machine without
-    them fails there, and not when Triton is imported.
+    The first launch of a process compiles Triton's launcher with a C compiler and Python's headers. Without them the
+    launch fails, but importing Triton does not.
 
     Args:
         device: a CUDA device, the current one if None.
 
     Returns:
-        The version of Triton, as ``"Triton 3.7.1"``.
+        The version of Triton, for example ``"Triton 3.7.1"``.
 
     Raises:
-        RuntimeError: the device is too old, the launch failed or computed something else; one sentence with the cause.
+        RuntimeError: the device is too old, or the launch failed or gave a wrong result; the message names the cause.
 
     Cost: about a second in a process whose caches are empty, a millisecond otherwise; one synchronization.
     """
@@ -40,7 +40,7 @@ def probe(device: torch.device | None = None) -> str:
             found = torch.zeros(1, dtype=torch.int32, device=device)
             _write_one[(1,)](found)
             value = int(found)
-    except Exception as error:  # the compiler, its subprocess, the driver: each raises its own kind
+    except Exception as error:  # the compiler, its subprocess and the driver raise different types
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
             f"a Triton kernel could not be launched ({type(error).__name__}: {cause}); the first launch needs a C "

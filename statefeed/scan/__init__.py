@@ -1,4 +1,4 @@
-"""The linear recurrence y[t] = a[t] y[t-1] + x[t], forward or reverse, one definition and three methods."""
+"""Linear recurrence y[t] = a[t] y[t-1] + x[t], forward or reverse, by three methods."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def diagonal_scan(
     initial: Tensor | None = None,
     method: str = "auto",
 ) -> Tensor:
-    """The states of a diagonal linear recurrence.
+    """Compute the states of a diagonal linear recurrence.
 
     ``y[t] = a[t] * y[t-1] + x[t]`` with ``y[-1] = initial``; with ``reverse``, ``y[t] = a[t] * y[t+1] + x[t]`` with
-    ``y[T] = initial``, which is the same scan on inputs flipped in time. Nothing is divided by ``a``: zero and negative
-    values are as good as others.
+    ``y[T] = initial``, which is the same scan on inputs flipped in time. No method divides by ``a``: zero and negative
+    values are allowed.
 
     Args:
         x: inputs, shape (T, ..., S), real or complex floating point, time first.
@@ -36,11 +36,12 @@ def diagonal_scan(
             - ``"sequential"``: a loop, T dependent steps, work O(T).
             - ``"prefix"``: odd-even prefix sum, 2 log2(T) dependent steps, work O(T).
             - ``"fft"``: a convolution with (1, a, a^2, ...), stationary ``a`` only, work O(T log T), computed in double
-              precision. With diagonals up to and including 1 and T up to 65,536, inputs of unit variance in float32,
-              its largest error was no larger than that of the prefix sum (``tests/test_scan.py`` holds it to that).
-            - ``"auto"``: ``"prefix"`` for every diagonal. An output's error then depends only on the steps it is made
-              of, and it was the fastest of the three at every length measured (``statefeed bench scan``). On a CUDA
-              device real inputs go through one Triton kernel: a loop over time within chunks that run side by side.
+              precision. For diagonals up to 1, T up to 65,536 and float32 inputs of unit variance, its largest error
+              is no larger than that of the prefix sum (``tests/test_scan.py`` checks this).
+            - ``"auto"``: ``"prefix"`` for every diagonal. The error of an output then depends only on the steps that
+              contribute to it, and ``"prefix"`` was the fastest of the three at every length measured
+              (``statefeed bench scan``). On a CUDA device, real inputs use one Triton kernel: a loop over time within
+              chunks that run in parallel.
 
     Returns:
         y, the shape of x, dtype the promotion of all arguments. bfloat16 and float16 are accumulated in float32.
@@ -48,8 +49,8 @@ def diagonal_scan(
     Gradient: exact, in x, a and initial, to any order.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown method, or ``"fft"`` with a time-varying diagonal.
-        TypeError: an argument that is not floating point or complex.
+        ValueError: incompatible shapes, an unknown method, or ``"fft"`` with a time-varying diagonal.
+        TypeError: an argument that is neither floating point nor complex.
 
     Cost: O(T * B * S) time and memory, O(T log T * B * S) for ``"fft"``.
 
@@ -62,9 +63,9 @@ def diagonal_scan(
     dtype = torch.promote_types(x.dtype, a.dtype)
     if initial is not None:
         dtype = torch.promote_types(dtype, initial.dtype)
-    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    start = None if initial is None else initial.to(wide)
-    y: Tensor = _Scan.apply(x.to(wide), a.to(wide), start, reverse, method)  # type: ignore[no-untyped-call]
+    compute_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    start = None if initial is None else initial.to(compute_dtype)
+    y: Tensor = _Scan.apply(x.to(compute_dtype), a.to(compute_dtype), start, reverse, method)  # type: ignore[no-untyped-call]
     return y.to(dtype)
 
 
@@ -80,9 +81,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         a, initial, y = ctx.saved_tensors
         conj = a.conj().resolve_conj()
-        # The adjoint runs the other way, and meets at step t the factor that led out of t.
-        led_out = conj if a.dim() == 1 else _shift(conj, None, not ctx.reverse)
-        grad_x = diagonal_scan(grad_y, led_out, not ctx.reverse, None, ctx.method)
+        # The adjoint runs in the opposite direction; at step t it uses the factor of the transition out of t.
+        factor = conj if a.dim() == 1 else _shift(conj, None, not ctx.reverse)
+        grad_x = diagonal_scan(grad_y, factor, not ctx.reverse, None, ctx.method)
         grad_a = grad_initial = None
         if ctx.needs_input_grad[1]:
             grad_a = grad_x * _shift(y, initial, ctx.reverse).conj()

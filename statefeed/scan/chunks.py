@@ -1,8 +1,8 @@
-"""Chunks of time for the Triton kernels: how many, how a launch is laid out, and where the rows of a step are.
+"""Chunks of time for the Triton kernels: their number, the launch grid, and the rows of a step.
 
-a chunk as a whole     carry_out = A carry_in + B          one pass finds (A, B) of every chunk, all at once
-carry into chunk c     the (A, B) of the chunks before it, folded                a second pass runs every chunk
-dependent steps        T in one chunk;  2 T / C + C in C of them
+a chunk as a whole     carry_out = A carry_in + B          the first pass computes (A, B) of all chunks in parallel
+carry into chunk c     the (A, B) of the chunks before it, composed              the second pass runs every chunk
+dependent steps        T with one chunk;  2 T / C + C with C chunks
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of one multiprocessor: with two steps' loads under way ahead of each, what hides the latency of memory.
+# Programs per multiprocessor: enough to hide memory latency when each program prefetches two steps.
 _PROGRAMS = 8
-# The second launch and its prologue, in dependent steps of somewhat under a microsecond.
+# Cost of the second launch and its prologue, in dependent steps of just under a microsecond.
 _LAUNCH = 16
 
 
 class Launch(NamedTuple):
-    """How B * H lanes over T steps become programs.
+    """Launch grid for B * H lanes over T steps.
 
     Attributes:
         lanes: lanes of one program.
@@ -37,10 +37,10 @@ class Launch(NamedTuple):
 
 
 def launch(T: int, lanes: int, like: Tensor) -> Launch:
-    """How to launch T steps of B * H lanes; ``like`` gives the device, and the dtype of what is read.
+    """Launch grid for T steps of B * H lanes; ``like`` gives the device and the dtype of the inputs.
 
-    A program has 128 threads, and every thread four bytes of a step, one unit or two: a warp's loads make one access to
-    memory, of four bytes per thread, which can be issued ahead.
+    A program has 128 threads, and every thread reads four bytes of a step (one or two units), so that the loads of a
+    warp form one memory access, which can be issued ahead.
     """
     per_program = 256 if like.element_size() == 2 else 128
     blocks = math.ceil(lanes / per_program)
@@ -49,15 +49,15 @@ def launch(T: int, lanes: int, like: Tensor) -> Launch:
 
 
 def steps(T: int, blocks: int, device: torch.device) -> int:
-    """How many steps a chunk has, T where chunks gain nothing.
+    """Steps per chunk; T if chunks bring no gain.
 
-    As many chunks as the device runs at once, but not more than sqrt(2 T), where the dependent steps are fewest, and
-    only if they are fewer than without chunks.
+    There are as many chunks as the device runs at once, up to sqrt(2 T), where the number of dependent steps is
+    smallest. Chunks are used only if they reduce the number of dependent steps.
 
     Args:
         T: steps of the sequence.
         blocks: programs of one chunk.
-        device: whose multiprocessors count; a CPU, under Triton's interpreter, counts as one.
+        device: the CUDA device; a CPU (Triton's interpreter) counts as one multiprocessor.
     """
     at_once = multiprocessors(device) * _PROGRAMS // max(blocks, 1)
     count = max(min(at_once, math.isqrt(2 * T)), 1)
@@ -76,17 +76,17 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def pairs(H: int, *tensors: Tensor | None) -> bool:
-    """Whether units can be read two at a time: H is even, and so is every row's offset and stride.
+    """Whether units can be read in pairs: H and the offset and stride of every row are even.
 
-    Triton finds alignment only in multiples of 16; without this, half-precision rows of, say, H = 650 are read two
-    bytes at a time, which cannot be issued ahead.
+    Triton detects alignment only in multiples of 16. Without this hint, half-precision rows with, say, H = 650 are read
+    two bytes at a time, and such loads cannot be issued ahead.
     """
     return H % 2 == 0 and all(t is None or (t.stride(0) % 2 == 0 and t.storage_offset() % 2 == 0) for t in tensors)
 
 
 @triton.jit
 def even(n, PAIRS: tl.constexpr):
-    """n itself; under PAIRS in a form that tells the compiler that n is even."""
+    """n; with PAIRS, in a form that shows the compiler that n is even."""
     if PAIRS:
         n = (n // 2) * 2
     return n
@@ -94,14 +94,14 @@ def even(n, PAIRS: tl.constexpr):
 
 @triton.jit
 def lanes_of(B, H, LANES: tl.constexpr):
-    """The lanes of a program: index, sequence, unit, and which of them exist."""
+    """The lanes of a program: index, sequence, unit, and the mask of valid lanes."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     return lane, lane // H, lane % H, lane < B * H
 
 
 @triton.jit
 def row_at(t, b, B, offsets, mask):
-    """The rows of sequences b at time t, and which of them exist: all, if no step has an offset."""
+    """The rows of sequences b at time t, and the mask of valid rows; without offsets all are valid."""
     row = tl.cast(t, tl.int64) * B + b
     in_bounds = mask
     if offsets is not None:
@@ -113,5 +113,5 @@ def row_at(t, b, B, offsets, mask):
 
 @triton.jit
 def scaled(carry, factor):
-    """factor * carry, and 0 where carry is 0: the product of a chunk's diagonal may overflow where no state does."""
+    """factor * carry, and 0 where carry is 0: the product of a chunk's diagonal may overflow although no state does."""
     return tl.where(carry == 0, 0, factor * carry)

@@ -1,4 +1,4 @@
-"""y = x * (1, a, a^2, ...) as a convolution by FFT, for stationary a: O(T log T), no dependent steps."""
+"""FFT method: y = x * (1, a, a^2, ...) as a convolution, for stationary a; O(T log T), no dependent steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
     """Run the recurrence as one causal convolution, in double precision.
 
-    A float32 transform mixes all T steps into every output with a relative error near 1e-7 of the *largest* one, which
-    drowns the small outputs of fast-decaying units; in double precision what remains is the rounding of the result.
+    A float32 transform adds to every output an error near 1e-7 of the *largest* output, which exceeds the small outputs
+    of fast-decaying units. In double precision only the rounding of the result remains.
 
     Args:
         x: (T, ..., S).
@@ -23,14 +23,14 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
     T = len(x)
     if not x.numel():
         return x.clone()
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    powers = _powers(a.to(wide), T + 1).reshape(T + 1, *[1] * (x.dim() - 2), -1)
+    compute_dtype = torch.complex128 if x.is_complex() else torch.float64
+    powers = _powers(a.to(compute_dtype), T + 1).reshape(T + 1, *[1] * (x.dim() - 2), -1)
     n = 1 << max(2 * T - 1, 1).bit_length()
     if x.is_complex():
-        spectrum = torch.fft.fft(x.to(wide), n, dim=0) * torch.fft.fft(powers[:T], n, dim=0)
+        spectrum = torch.fft.fft(x.to(compute_dtype), n, dim=0) * torch.fft.fft(powers[:T], n, dim=0)
         y = torch.fft.ifft(spectrum, dim=0)[:T]
     else:
-        spectrum = torch.fft.rfft(x.to(wide), n, dim=0) * torch.fft.rfft(powers[:T], n, dim=0)
+        spectrum = torch.fft.rfft(x.to(compute_dtype), n, dim=0) * torch.fft.rfft(powers[:T], n, dim=0)
         y = torch.fft.irfft(spectrum, n, dim=0)[:T]
     if initial is not None:
         y = y + powers[1:] * initial
@@ -39,7 +39,7 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
 
 
 def _powers(a: Tensor, count: int) -> Tensor:
-    """1, a, a^2, ..., (count, S), by doubling: no logarithm, so that zero and negative values are as good as others."""
+    """1, a, a^2, ..., (count, S), by doubling, without a logarithm, so that zero and negative values are allowed."""
     powers = torch.ones_like(a)[None]
     while len(powers) < count:
         powers, a = torch.cat([powers, powers * a]), a * a

@@ -1,6 +1,6 @@
-"""y[t] = a[t] y[t-1] + x[t] as a prefix sum over pairs (a, x): O(T) work, 2 log2(T) dependent steps.
+"""Prefix method: y[t] = a[t] y[t-1] + x[t] as a prefix sum over pairs (a, x); O(T) work, 2 log2(T) dependent steps.
 
-Two neighbours compose to one step, (a, x) then (a', x') = (a' a, a' x + x'). Odd positions obey the composed recurrence
+Two neighbors compose to one step: (a, x) then (a', x') is (a' a, a' x + x'). Odd positions obey the composed recurrence
 of half the length; even positions follow from the odd ones before them (Blelloch, 1990, odd-even reduction).
 """
 
@@ -23,7 +23,7 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
     """
     stationary = a.dim() == 1
     if stationary:
-        # Squaring doubles a relative error; in double precision the powers of a stationary diagonal stay exact enough.
+        # Squaring doubles the relative error, so powers of a stationary diagonal are computed in double precision.
         a = a.to(torch.complex128 if a.is_complex() else torch.float64)
 
     def factor(start: int, stop: int | None = None) -> Tensor:

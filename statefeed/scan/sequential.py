@@ -1,4 +1,4 @@
-"""y[t] = a[t] y[t-1] + x[t] as a loop: T dependent steps, the definition the other methods are held against."""
+"""Sequential method: y[t] = a[t] y[t-1] + x[t] as a loop of T dependent steps; the reference for the other methods."""
 
 from __future__ import annotations
 

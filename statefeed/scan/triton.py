@@ -1,4 +1,4 @@
-"""y[t] = a[t] y[t-1] + x[t] in one pass over memory, in two where time is divided into chunks.
+"""Triton method: y[t] = a[t] y[t-1] + x[t] in one pass over memory, or two passes if time is split into chunks.
 
 chunk (t0 .. t1]      A = a[t1] ... a[t0+1],   B = y[t1] from y[t0] = 0
 """
@@ -17,20 +17,21 @@ from statefeed.scan.chunks import lanes_of, row_at, scaled
 
 
 def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-    """The states of a diagonal linear recurrence.
+    """Compute the states of a diagonal linear recurrence.
 
     Args:
         x: (T, ..., S), float32 or float64.
         a: (S,) or the shape of x.
         initial: state before the first step, (..., S); zero if None.
-        reverse: from T - 1 down to 0.
+        reverse: run from T - 1 down to 0.
 
     Returns:
         y, the shape of x.
 
-    Gradient: none by itself; ``statefeed.scan`` differentiates it.
+    Gradient: none; ``statefeed.scan`` differentiates it.
 
-    Cost: 2 values per step and unit read and 1 written, 4 and 1 in chunks; 1 less each where a is stationary.
+    Cost: per step and unit, 2 values read and 1 written; with chunks 4 read and 1 written. A stationary ``a`` saves one
+        read per pass.
     """
     y: Tensor = torch.ops.statefeed.triton_scan(x, a, initial, reverse)
     return y
@@ -60,17 +61,17 @@ def solve(
     stationary: bool,
     before: bool,
 ) -> None:
-    """Launch a scan that writes y.
+    """Launch the kernels of a scan and write y.
 
     Args:
         step: Triton function ``(x, a, row, unit, H, mask, STATIONARY, ACC)`` that returns the factor and the input of
             a row.
-        x, a: what ``step`` reads.
+        x, a: inputs of ``step``.
         initial: state before the first step, (B, H).
-        offsets: first row of every step and the end of the last, (T + 1,), int64; None if all steps have B rows.
-        y: (N, H), written.
+        offsets: first row of every step and the end of the last step, (T + 1,), int64; None if all steps have B rows.
+        y: (N, H), overwritten.
         sizes: T, B, H.
-        reverse: from T - 1 down to 0.
+        reverse: run from T - 1 down to 0.
         stationary: passed to ``step``.
         before: write the state before each step instead of the state after it.
     """
@@ -87,7 +88,7 @@ def solve(
 
 
 def device_of(tensor: Tensor) -> Any:
-    """Launches go to the tensor's device, whichever is current; nothing to do on a CPU (Triton's interpreter)."""
+    """Context in which kernels launch on the device of a tensor; it has no effect on a CPU (Triton's interpreter)."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
 
 
@@ -104,7 +105,7 @@ def _summarize(
     STEP: tl.constexpr, REVERSE: tl.constexpr, STATIONARY: tl.constexpr, BEFORE: tl.constexpr, PAIRS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk as a map: the product of its factors, and its last state from zero."""
+    """Summary of a chunk: the product of its factors, and its last state when it starts from zero."""
     H = chunks.even(H, PAIRS)
     lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
@@ -114,7 +115,7 @@ def _summarize(
         t = T - 1 - s if REVERSE else s
         row, in_bounds = row_at(t, b, B, offsets, mask)
         factor, added = STEP(x, a, row, unit, H, in_bounds, STATIONARY, ACC)
-        # An overflowed product that meets a zero factor is zero again, as the state is.
+        # After an overflow, a zero factor must reset the product to zero, as it resets the state.
         product = tl.where(in_bounds, scaled(factor, product), product)
         state = tl.where(in_bounds, factor * state + added, state)
     at = summary + chunk * 2 * (B * H).to(tl.int64) + lane
@@ -128,7 +129,7 @@ def _run(
     STEP: tl.constexpr, REVERSE: tl.constexpr, STATIONARY: tl.constexpr, BEFORE: tl.constexpr, PAIRS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk from the state before it, which is folded from the summaries of the chunks before."""
+    """Run a chunk from the state before it, composed from the summaries of the earlier chunks."""
     H = chunks.even(H, PAIRS)
     lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)

@@ -1,7 +1,6 @@
 """The folders of the application: imports go down only, and files stay short."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -38,18 +37,6 @@ def test_imports_go_down_and_files_are_short(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert not above(path, source)
     assert len(source.splitlines()) <= 305
-
-
-# Words of the glossary that are not used any more, in prose and messages.
-RETIRED = re.compile(
-    r"\b(anew|[Oo]wns|(?<!there )is none|told|lives|front door|put back|in even ratios|go(es)? on exactly)\b"
-)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_no_retired_word_is_used(path: Path) -> None:
-    assert not RETIRED.findall(path.read_text(encoding="utf-8"))
-    assert RETIRED.findall("It lives here, which nobody is told.")
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,14 @@ def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> st
 
 
 def _cell_reason(name: str, *sizes: int) -> str | None:
-    """Why the kernels cannot run a cell: they do not have it. Sizes that differ from the kernels' are an error."""
+    """Why the kernels do not support a cell; raises if its sizes differ from those of its kernel."""
     found = _cell_sizes(name)
     if not found:
         return f"the fused kernels have no cell {name!r}"
     if found != sizes:
         raise RuntimeError(
-            f"the cell {name!r} has (gates, shared gates, states, saved values) = {sizes}, but its CPU kernel was "
-            f"written for {found}: change the one to match the other"
+            f"the cell {name!r} has (gates, shared gates, states, saved values) = {sizes}, but its CPU kernel has "
+            f"{found}: change one to match the other"
         )
     return None
 
@@ -73,7 +73,7 @@ def forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
 
 
 def recompute(problem: Problem, done: Forward) -> Forward:
-    """The forward pass has saved everything."""
+    """The forward pass has already saved all values."""
     return done
 
 
@@ -89,9 +89,9 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
 
 def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     kernels = f"fused kernels ({native.described()})"
-    why = f"everything is {x.dtype} on the cpu"
+    why = f"all tensors are {x.dtype} on the cpu"
     if torch.is_autocast_enabled("cpu"):
-        why += ", products rounded to bfloat16 under autocast"
+        why += ", products in bfloat16 under autocast"
     return Description(kernels, kernels, why, saves_gates=True)
 
 

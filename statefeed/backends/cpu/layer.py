@@ -19,9 +19,9 @@ from statefeed.native.memory import empty
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    """Outputs and final state, and with ``save`` what ``backward`` needs: the gates, and the GRU's q or the LSTM's c.
+    """Outputs and final state; with ``save`` also the gates, and the GRU's q or the LSTM's c, for ``backward``.
 
-    Gradient: none by itself; ``backward`` computes it.
+    Gradient: none; ``backward`` computes it.
 
     Cost: two products over all rows; ``cell.saved_values`` values per row and unit are saved.
     """
@@ -47,10 +47,10 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
 
         carry[t] = D[t] * delta_k[t] + ((J - D)^T delta_{k-1})[t],     delta_k[t] = e[t] + carry[t+1]
 
-    Gradient: none; it is one.
+    Gradient: none; this function computes gradients.
 
     Raises:
-        RuntimeError: an argument has another shape or dtype than the cell and the rule ask for.
+        RuntimeError: an argument does not have the shape or dtype that the cell and the rule require.
 
     Cost: three products over all rows, one more per correction or for ``"exact"``; S values per row with corrections.
     """
@@ -74,7 +74,7 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     )  # fmt: skip
     grad_weights = [grad_w_ih, grad_w_hh]
     if biases:
-        # The rows are the gates at x W_ih^T, then those at h W_hh^T that differ.
+        # The rows are the gates at x W_ih^T, then the gates at h W_hh^T with separate gradients.
         hidden_sums = torch.cat([sums[: cell.shared_gates], sums[cell.gates :]])
         grad_weights += [sums[: cell.gates].reshape(-1), hidden_sums.reshape(-1)]
     return Gradients(grad_x, tuple(torch.split(carry, H, 1)), tuple(grad_weights))
@@ -83,7 +83,7 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
     """The mean of diag(J[t]) over all rows, (S,).
 
-    Cost: one pass over what is saved.
+    Cost: one pass over the saved values.
     """
     h0, *c0 = (s.contiguous() for s in problem.state)
     sums = done.y.new_zeros(len(problem.state) * done.y.shape[1])
@@ -101,7 +101,7 @@ def _w_hh_diagonals(w_hh: Tensor) -> Tensor:
 
 
 def _add_biases(biases: list[Tensor], shared: int) -> tuple[Tensor | None, Tensor | None]:
-    """The bias that the input product takes, and the part of b_hh that a gate of its own adds to h W_hh^T."""
+    """The bias of the input product, and the part of b_hh that a separate gate adds to h W_hh^T."""
     if not biases:
         return None, None
     b_ih, b_hh = biases

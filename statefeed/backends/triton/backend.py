@@ -21,7 +21,7 @@ from statefeed.backends.protocol import (
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
 
-# Triton is imported where a CUDA tensor comes, never with the package.
+# Triton is imported when a CUDA tensor is used, never with the package.
 
 
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
@@ -80,9 +80,9 @@ def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
 
 
 def _precision_mark(y: Tensor) -> tuple[Tensor, ...]:
-    """An empty tensor whose width says whether the forward pass ran in TF32; what is saved must be tensors.
+    """An empty tensor whose width encodes whether the forward pass ran in TF32, because only tensors can be saved.
 
-    In a compiled graph nothing is saved, and the backward pass asks for the setting when it runs.
+    In a compiled graph nothing is saved, and the backward pass reads the setting when it runs.
     """
     if y.dtype != torch.float32 or torch.compiler.is_compiling():
         return ()
@@ -124,10 +124,10 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
 
 def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     recomputes = cell.gates > 1
-    backward = f"fused kernels ({native.described('cuda')}){', the gates computed again' if recomputes else ''}"
+    backward = f"fused kernels ({native.described('cuda')}){', which recompute the gates' if recomputes else ''}"
     rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     precision = "TF32" if rnn == "tf32" else "float32"
-    why = f"everything is {x.dtype} on the GPU; where that is float32, products run in {precision}, as cuDNN is set"
+    why = f"all tensors are {x.dtype} on the GPU; float32 products run in {precision}, as cuDNN is set"
     return Description("torch's layer without autograd, through cuDNN", backward, why, recomputes_gates=recomputes)
 
 

@@ -1,9 +1,9 @@
-"""The backward pass of a rule, and the mean Jacobian.
+"""Backward pass of a rule, and mean Jacobian.
 
-    d      = local gradients of delta[t] = e[t] + D[t+1] * delta[t+1]      one reverse pass, two where time is in chunks
+    d      = local gradients of delta[t] = e[t] + D[t+1] * delta[t+1]      one reverse pass, two with chunks
     dx     = d_input W_ih,   dW_ih = d_input^T x,   dW_hh = d_hidden^T h'  torch's products over all rows
 
-Whatever the dtype of the rows, sums run in float32 (float64 for float64).
+Sums are computed in float32 for every dtype except float64, which uses float64.
 """
 
 from __future__ import annotations
@@ -68,25 +68,25 @@ def backward(
         carry[t] = D[t] * delta_k[t] + ((J - D)^T delta_{k-1})[t],     delta_k[t] = e[t] + carry[t+1]
 
     Args:
-        cell, x, y, state, weights, offsets, reverse, precision: as given to ``recompute``.
+        cell, x, y, state, weights, offsets, reverse, precision: as for ``recompute``.
         rule: ``"stationary"``, ``"per_row"``, ``"direct"`` or ``"jacobian"``.
-        inputs, gates, saved: what ``recompute`` returned; gates and saved are overwritten.
-        grads: gradient of y, then of every final state (B, H); None is zero.
+        inputs, gates, saved: results of ``recompute``; gates and saved are overwritten.
+        grads: gradient of y, then of every final state (B, H); None means zero.
         diagonal: D, (S,) for ``"stationary"``, (N, S) for ``"per_row"``, else None.
-        corrections: how often the dense rest of the Jacobian is fed back.
-        needs_x: whether the gradient of x is wanted.
+        corrections: number of corrections with the full Jacobian.
+        needs_x: whether to compute the gradient of x.
 
     Returns:
-        The gradients of x, h, c, w_ih, w_hh, b_ih and b_hh, in the dtypes of what they belong to; empty where there is
-        no such argument.
+        The gradients of x, h, c, w_ih, w_hh, b_ih and b_hh, in the dtypes of these tensors; empty if the argument does
+        not exist.
 
-    Gradient: none; it is one.
+    Gradient: none; this function computes gradients.
 
     Raises:
-        ValueError: an unknown rule, or a diagonal of another shape.
+        ValueError: an unknown rule, or a diagonal of the wrong shape.
 
-    Cost: three products over all rows and one more per correction. The pass between them reads e and the gates and, in
-        chunks, as much of them as the diagonal takes once more; it writes the gradients at the gates.
+    Cost: three products over all rows and one more per correction. The pass over time reads e and the gates, with
+        chunks those that the diagonal depends on twice, and writes the gradients at the gates.
     """
     this, size = CELLS[cell], sizes_of(x, state[0], offsets)
     H, where = size.H, columns_of(this, size, y.dtype)
@@ -101,7 +101,7 @@ def backward(
         initial = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in state]
         fixed = (w_hh, diagonal, None if grads[0] is None else adjacent(grads[0]), grads[1:], initial)
 
-        # d_hidden part by part, and the rows of W_hh that each belongs to.
+        # The parts of d_hidden, each with its rows of W_hh.
         shared = this.shared_gates * H
         hidden = [(d if d_candidate is None else d[:, :shared], w_hh[:shared])]
         if d_candidate is not None:
@@ -134,7 +134,7 @@ def backward(
 
 
 def _checked_diagonal(rule: str, diagonal: Tensor | None, size: Sizes, cell: Cell) -> Tensor | None:
-    """D as the kernels read it; kernels check nothing."""
+    """D, contiguous and with checked shape; the kernels do not check it."""
     S = cell.states * size.H
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(RULES)
     shapes |= {"stationary": (S,), "per_row": (size.N, S)}
@@ -169,7 +169,7 @@ def _weight_gradients(
 
 
 class _Reverse:
-    """The launches of one pass over time, with what all passes of a rule share."""
+    """The launches of one pass over time, with the arguments that all passes of a rule share."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Reverse:
         d_candidate: Tensor | None,
         sums: Tensor | None,
     ) -> None:
-        """One pass; ``residual`` holds what the pass before left, ``next_residual`` takes its direct part."""
+        """One pass; reads ``residual`` of the previous pass and writes the direct part of ``next_residual``."""
         T, B, N, _, H = self.size
         if not N:
             return

@@ -1,7 +1,7 @@
-"""The forward pass of one layer with all its directions in one call of torch's cuDNN path, and the weights' layout.
+"""Forward pass of one layer with all directions in one cuDNN call, and the memory layout of its weights.
 
 cuDNN reads the weights of a layer from one buffer: W_ih and W_hh of every direction, then b_ih and b_hh of every
-direction. torch copies weights in another layout into one at every call, with a warning.
+direction. torch copies weights in another layout into such a buffer at every call, with a warning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def layer(
     directions: int = 1,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Outputs and final states of all directions of one layer; one node in a compiled graph, whatever T is.
+    """Outputs and final states of all directions of one layer; one node in a compiled graph for any T.
 
     Args:
         cell: ``"gru"``, ``"lstm"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
@@ -35,18 +35,18 @@ def layer(
         state: h, for an LSTM h and c, each (directions, B, H).
         weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
         directions: 1 or 2.
-        dtype: what x, states and weights are cast to, as autocast does (float64 excepted); as they are if None.
+        dtype: dtype to which x, states and weights are cast, as autocast does (float64 is not cast); None for no cast.
 
     Returns:
         y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
         as ``state``.
 
-    Gradient: none; the backward pass of a rule follows it. ``exact`` is torch's own, differentiable.
+    Gradient: none; the backward pass of a rule computes it. ``exact`` is differentiable.
 
     Raises:
-        ValueError: x in another dtype than the weights, without autocast.
+        ValueError: x does not have the dtype of the weights and ``dtype`` is None.
 
-    Cost: one call of cuDNN, without its reserve space; one copy of the weights where they are in another layout.
+    Cost: one call of cuDNN, without its reserve space; one copy of the weights if they are in another layout.
     """
     if dtype is None and x.dtype != weights[0].dtype:
         raise ValueError(f"x must have the dtype of the weights, {weights[0].dtype}, got {x.dtype}: cast one of them")
@@ -64,10 +64,10 @@ def exact(
     weights: Sequence[Tensor],
     directions: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As ``layer``, but torch differentiates it: exact BPTT in training and in eval mode.
+    """As ``layer``, but differentiable by torch: exact BPTT in training and eval mode.
 
-    cuDNN runs a backward pass only after a forward pass in training mode, so that mode depends on whether autograd
-    records this call, not on the module's ``training`` flag. Without dropout, both compute the same.
+    cuDNN runs a backward pass only after a forward pass in training mode. That mode is therefore used whenever autograd
+    records this call, whatever the module's ``training`` flag is. Without dropout both modes compute the same.
 
     Gradient: exact, by cuDNN's own backward pass.
     """
@@ -78,10 +78,10 @@ def exact(
 
 
 def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
-    """Move the weights of one layer into one buffer in cuDNN's layout; their values and identities stay.
+    """Move the weights of one layer into one buffer in cuDNN's layout; values and parameter objects stay.
 
-    Call it where the weights are created or replaced. Nothing happens where they are in that layout, where two of
-    them share memory, or where cuDNN does not run.
+    Call it after the weights are created or replaced. It has no effect if they are already in that layout, if two of
+    them share memory, or if cuDNN is not used.
 
     Args:
         cell: as for ``layer``.
@@ -100,7 +100,7 @@ def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
     at, itemsize = first.data_ptr(), first.element_size()
     per = len(weights) // directions
     H = weights[1].shape[1]
-    # cuDNN reserves memory for biases whether there are any or not.
+    # cuDNN reserves memory for biases even if there are none.
     biases = 0 if per > 2 else 2 * directions * (len(first) // H) * H
     total = sum(w.numel() for w in weights) + biases
     if first.storage_offset() or first.untyped_storage().nbytes() < total * itemsize:
@@ -182,7 +182,7 @@ def run_layer(
     weights: Sequence[Tensor],
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator runs: y, h and c, which is empty where there is none; arguments as for ``layer``."""
+    """Implementation of the operator: y, h and c (empty if there is no c); arguments as for ``layer``."""
     if _uses_cudnn(weights[0]):
         if weights[0].dtype != x.dtype or not in_one_buffer(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)

@@ -1,4 +1,4 @@
-"""The rows that a layer's products read, side by side: x and h before the step, in the dtype of the products."""
+"""Gathered rows for a layer's products: x and h before the step next to each other, in the dtype of the products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LANES = 1024
 
 
 class Columns(NamedTuple):
-    """Where x and h are in a row of the gathered inputs; both begin at a multiple of 16 bytes."""
+    """Columns of x and h in a row of the gathered inputs; both begin at a multiple of 16 bytes."""
 
     I: int
     start: int
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
 
 
 def columns(I: int, H: int, dtype: torch.dtype) -> Columns:
-    """Columns for I features of x (0 leaves x out) and H of h."""
+    """Columns for I features of x (0 omits x) and H features of h."""
     align = max(16 // dtype.itemsize, 1)
     start = (I + align - 1) // align * align
     return Columns(I, start, H, start + (H + align - 1) // align * align)
@@ -43,9 +43,9 @@ def gather(
 
     Args:
         x: rows (N, I); None where ``where.I`` is 0.
-        y: h after every step, rows (N, H), whose dtype the result has.
+        y: h after every step, rows (N, H); the result has its dtype.
         initial: h before the first step, (B, H).
-        offsets: first row of every step and the end of the last, (T + 1,); None if all steps have B rows.
+        offsets: first row of every step and the end of the last step, (T + 1,); None if all steps have B rows.
         reverse: h before step t is h after step t + 1.
         where: from ``columns``.
 

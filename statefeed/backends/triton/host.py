@@ -1,4 +1,4 @@
-"""Time that Python spends on one backward pass, without the device: launches are replaced by nothing."""
+"""Host time of one backward pass: the time in Python, with kernel launches disabled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from statefeed.backends.triton.cells import CELLS
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Kernels are looked up and called, and do nothing: for timing, and for tests of what else a pass calls."""
+    """Disable kernel launches, for timing Python and for tests of the other calls of a pass."""
     kind: Any = type(reverse.run)
     before = kind.run
     kind.run = lambda *_args, **_kwargs: None
@@ -56,7 +56,7 @@ def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> C
 
 
 def microseconds(cell: str, rule: str, repeats: int = 200) -> float:
-    """The least time that one backward pass took Python, on tensors so small that arithmetic does not count."""
+    """The shortest time of one backward pass in Python, on tensors so small that arithmetic is negligible."""
     run, least = backward_pass(cell, rule), float("inf")
     with without_launches(), torch.no_grad():
         for _ in range(repeats):

@@ -1,8 +1,9 @@
-"""Registration of the operators that torch.compile sees as opaque, with their shapes."""
+"""Registration of the Triton operators, opaque to torch.compile, with their fake implementations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from statefeed.backends.triton.backward import backward, mean_jacobian
 from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.gather import columns
 from statefeed.backends.triton.recompute import recompute
+from statefeed.native.flop_table import register
 
 _LIBRARY = torch.library.Library("statefeed", "FRAGMENT")
 _LIBRARY.define(
@@ -86,3 +88,20 @@ def _backward_fake(
 
     parts = (*state, None)[:2], (*weights, None, None)[:4]
     return like(x if needs_x else None), *(like(s) for s in parts[0]), *(like(w) for w in parts[1])
+
+
+def _recompute_flops(cell: str, x: Any, y: Any, state: Any, weights: Any, *others: Any, **_: Any) -> int:
+    """The products of both sides of every gate, where a cell's gates are not functions of its output."""
+    (gates, inputs), (__, hidden) = weights[:2]
+    return 2 * int(x[0] * gates * (inputs + hidden)) if CELLS[cell].gates > 1 else 0
+
+
+def _backward_flops(cell: str, rule: str, *others: Any, **_: Any) -> int:
+    """The gradients of both weights and of x, and one product more per correction."""
+    x, weights, corrections, needs_x = others[3], others[6], others[10], others[12]
+    (gates, inputs), (__, hidden) = weights[:2]
+    return 2 * int(x[0] * gates * (inputs * (1 + needs_x) + hidden * (1 + corrections)))
+
+
+register(torch.ops.statefeed.triton_recompute, _recompute_flops)
+register(torch.ops.statefeed.triton_backward, _backward_flops)

@@ -1,4 +1,4 @@
-"""Precision of float32 products: the backward pass follows what the forward pass used."""
+"""Precision of float32 products: the backward pass uses the precision of the forward pass."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def forward_precision() -> str:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Float32 matrix products on CUDA run in ``"tf32"`` or ``"ieee"`` inside, and as before after; ``""`` asks cuDNN.
+    """Run float32 matrix products on CUDA in ``"tf32"`` or ``"ieee"``; ``""`` uses cuDNN's current setting.
 
-    torch holds the setting twice, and raises where one copy is read and the two disagree. So inside, both copies are
-    set through the one switch that writes both, and after, both are restored. Where they disagreed before, because the
-    user set one of them alone, only ``fp32_precision``, which torch's products read, is switched.
+    torch stores the setting twice, and raises if one copy is read while the two disagree. Inside the context both
+    copies are set through the switch that writes both, and on exit both are restored. If they already disagreed,
+    because the user set only one of them, only ``fp32_precision``, which torch's products read, is switched.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""Gates and cell states of one layer, recomputed from its outputs: the forward pass stores nothing else."""
+"""Recomputation of the gates and cell states of one layer from its outputs; the forward pass stores nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recompute(
     reverse: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gathered inputs, pre-activations (N, G * H) and what else the cell needs, in the dtype of y.
+    """Gathered inputs, pre-activations (N, G * H) and the cell's other saved values, in the dtype of y.
 
     Args:
         cell: name in the table of cells.
@@ -34,13 +34,13 @@ def recompute(
         y: h after every step, (N, H).
         state: initial (h,) or (h, c), each (B, H).
         weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
-        offsets: first row of every step and the end of the last, (T + 1,), int64, on the device; None if every step
-            has B rows.
+        offsets: first row of every step and the end of the last step, (T + 1,), int64, on the device; None if every
+            step has B rows.
         reverse: time runs from T - 1 down to 0.
-        precision: ``"tf32"`` or ``"ieee"``, of float32 products on CUDA; ``""`` for what cuDNN's RNNs use now.
+        precision: of float32 products on CUDA, ``"tf32"`` or ``"ieee"``; ``""`` for cuDNN's current RNN setting.
 
     Returns:
-        ``inputs`` from ``gather``; ``gates`` and ``saved``, empty where the cell has none.
+        ``inputs`` from ``gather``; ``gates`` and ``saved``, empty if the cell has none.
 
     Gradient: none.
 

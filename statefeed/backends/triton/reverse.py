@@ -1,10 +1,10 @@
-"""A backward pass over time: every row's gradients at its gates from what comes from the step after it.
+"""Backward pass over time: the gradients at the gates of every row from the gradient of the next step.
 
     delta = e + carry,   d = k delta,   carry' = D delta + residual
     with a cell state    gamma = dh_dc delta + carry_c,   carry_c' = D_c gamma + residual_c
 
-One program runs one chunk of time for a block of units, from the last processed step to the first; rows that do not
-exist at a step leave the carry as it is. Under REVERSE a layer processes time from T - 1 down to 0.
+One program runs one chunk of time for a block of units, from the last processed step to the first. Rows that do not
+exist at a step do not change the carry. With REVERSE a layer processes time from T - 1 down to 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def summarize(
     FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, RULE: tl.constexpr,
     REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk as a map of what reaches its last step: carry_h = a h + u; with a cell state carry_c = m h + p c + v."""
+    """Summary of a chunk, a map of its incoming carry: carry_h = a h + u; with a cell state carry_c = m h + p c + v."""
     H = even(H, PAIRS)
     state_stride = even(state_stride, PAIRS)
     e_stride = even(e_stride, PAIRS)

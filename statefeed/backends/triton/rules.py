@@ -1,4 +1,4 @@
-"""The diagonal D of a rule, row by row: "stationary", "per_row", "direct" or "jacobian"."""
+"""Diagonal D of a rule at one row: "stationary", "per_row", "direct" or "jacobian"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RULES = ("stationary", "per_row", "direct", "jacobian")
 
 @triton.jit
 def w_hh_diagonal(w_hh, unit, H, GATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
-    """The weight from every unit to itself, gate by gate: the diagonals of W_hh (G * H, H); zeros if D needs none."""
+    """The weight from every unit to itself for each gate: the diagonals of W_hh (G * H, H); zeros if D needs none."""
     w0 = tl.zeros_like(unit).to(ACC)
     w1 = w0
     w2 = w0
@@ -29,7 +29,7 @@ def w_hh_diagonal(w_hh, unit, H, GATES: tl.constexpr, RULE: tl.constexpr, ACC: t
 
 @triton.jit
 def stationary_diagonal(diagonal, unit, H, STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
-    """D of h and of c, (S,), the same at every step; zeros under another rule."""
+    """D of h and of c, (S,), the same at every step; zeros for other rules."""
     fixed_h = tl.zeros_like(unit).to(ACC)
     fixed_c = fixed_h
     if RULE == "stationary":
@@ -44,7 +44,7 @@ def diagonals(
     direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, mask,
     STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """D of h and of c at one row; ``diagonal`` has rows (N, S) under "per_row"."""
+    """D of h and of c at one row; ``diagonal`` has rows (N, S) for "per_row"."""
     D_h = fixed_h
     D_c = fixed_c
     if RULE == "direct":

@@ -1,4 +1,4 @@
-"""Sizes of one layer's rows."""
+"""Sizes of one layer and its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.gather import Columns, columns
 
-# Weights side by side save passes over the rows, and cost four over the weights: not where there are few rows.
+# Concatenated weights save passes over the rows but cost four passes over the weights, so they need many rows.
 _FUSE_ROWS = 4
 
 
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        """Whether x and h are multiplied by the weights at once."""
+        """Whether x and h are multiplied by the concatenated weights."""
         return self.N >= _FUSE_ROWS * self.H
 
 
@@ -41,7 +41,7 @@ def steps_of(N: int, B: int, offsets: Tensor | None) -> int:
 
 
 def adjacent(rows: Tensor) -> Tensor:
-    """Rows (N, H) with adjacent units: themselves, also where they are one direction's half of y, unless strided."""
+    """Rows (N, H) with adjacent units; only rows with strided units are copied."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

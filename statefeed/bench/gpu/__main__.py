@@ -1,4 +1,4 @@
-"""Command line: runs every stage in a process of its own, under its own time limit, and reports which failed."""
+"""Command line: runs every stage in a separate process with a time limit, and reports failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from statefeed.bench.gpu.records import Records, nvidia_smi
 from statefeed.bench.gpu.stage import STAGES
 
-# Seconds after which a stage is ended, and after which it starts nothing new.
+# Seconds after which a stage is killed, and after which it starts no new work.
 LIMIT, BUDGET = 230.0, 180.0
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         argv: stages and flags.
 
     Returns:
-        0; 1 if a stage or a record of it failed; 2 for a user error.
+        Exit code: 0; 1 if a stage or one of its records failed; 2 for a user error.
     """
     parser = argparse.ArgumentParser(prog="statefeed/bench/gpu.sh", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"among {', '.join(STAGES)}; all by default")
@@ -52,19 +52,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_stage(name: str, device: str, smoke: bool, output: Path, limit: float = LIMIT) -> bool:
-    """Run one stage in a new process and record how it ended where the stage cannot do so itself.
+    """Run one stage in a new process, and record its failure if the stage cannot do so itself.
 
     Args:
-        name: of the stage.
+        name: name of the stage.
         device: cpu or cuda.
         smoke: tiny shapes.
         output: folder of the records.
-        limit: seconds after which it is ended.
+        limit: seconds after which the process is killed.
 
     Returns:
-        Whether it ended in time, and without a failure.
+        Whether it finished in time and without a failure.
     """
-    # Without the kernels a stage would measure torch: "on" makes that an error. A CPU runs Triton's interpreter.
+    # Without the kernels a stage would measure torch; "on" raises instead. A CPU runs Triton's interpreter.
     environment = {"STATEFEED_KERNELS": "on", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if device == "cpu":
         environment = {"TRITON_INTERPRET": "1"}
@@ -73,7 +73,7 @@ def run_stage(name: str, device: str, smoke: bool, output: Path, limit: float = 
     process = subprocess.Popen(
         command + ["smoke"] * smoke,
         env={**environment, **os.environ},
-        start_new_session=True,  # so that what a stage has started ends with it
+        start_new_session=True,  # so that the processes of a stage are killed with it
     )
     try:
         code = process.wait(limit)
@@ -85,13 +85,13 @@ def run_stage(name: str, device: str, smoke: bool, output: Path, limit: float = 
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    if code not in (0, 1):  # 1: the stage has recorded what failed
+    if code not in (0, 1):  # 1: the stage has recorded the failure
         Records(name, device, output).append({"failed": f"the process ended with exit code {code}"})
     return code == 0
 
 
 def _folder(device: str) -> Path:
-    """Where records go by default."""
+    """Default folder of the records."""
     if device == "cpu":
         return Path(tempfile.mkdtemp(prefix="statefeed-gpu-"))
     name = nvidia_smi("name") or torch.cuda.get_device_name()

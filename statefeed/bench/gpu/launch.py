@@ -1,4 +1,4 @@
-"""A Triton kernel that adds one: shows that a kernel can be compiled, launched and read back."""
+"""A Triton kernel that adds one, to check compilation, launch and reading back."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ def _add_one(x, y, n, BLOCK: tl.constexpr):
 
 
 def add_one(x: Tensor) -> Tensor:
-    """x + 1, of a contiguous x."""
+    """x + 1 for a contiguous x."""
     y = torch.empty_like(x)
     _add_one[(triton.cdiv(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK)
     return y

@@ -1,4 +1,4 @@
-"""Stage "layers": forward and backward of a layer under every rule against torch.nn, which is cuDNN's BPTT."""
+"""Stage "layers": forward and backward of a layer under every rule against torch.nn (cuDNN's BPTT)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from statefeed.bench.gpu.timing import Work, measure
 from statefeed.bench.measure import SHIPPED, Setting, applied
 from statefeed.bench.precision import flags
 
-# On a GPU "bptt" is cuDNN's own, through torch: beside torch.nn it shows what statefeed's layer adds to a call.
+# On a GPU "bptt" is cuDNN's own, through torch: compared with torch.nn it shows the overhead of statefeed's layer.
 RULES = ("bptt", "dsf", "gate", "gate+1")
-# "shipped" is float32 as torch is installed: cuDNN in TF32, other products in float32.
+# "shipped" is float32 with torch's default settings: cuDNN in TF32, other products in float32.
 SETTINGS = {
     "shipped": SHIPPED,
     "bfloat16": SHIPPED,
@@ -34,11 +34,11 @@ class Case(NamedTuple):
 
     Attributes:
         cell: gru or lstm.
-        T: steps, of the longest sequence.
+        T: steps of the longest sequence.
         B: sequences.
         H: hidden units.
         layers: L.
-        bidirectional: both directions.
+        bidirectional: whether the layer has both directions.
         packed: sequences of T to T / 4 steps, as a PackedSequence.
     """
 
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     packed: bool = False
 
     def layer(self, package: Any, device: str) -> nn.RNNBase:
-        """The layer out of torch.nn or statefeed, always with the same weights."""
+        """The layer of torch.nn or statefeed, always with the same weights."""
         torch.manual_seed(0)
         kind = getattr(package, self.cell.upper())
         layer: nn.RNNBase = kind(self.H, self.H, self.layers, bidirectional=self.bidirectional, device=device)
@@ -69,8 +69,8 @@ class Case(NamedTuple):
         return packed._replace(data=packed.data.detach().requires_grad_()), packed_grad.data
 
 
-# What decides between the methods: widths above those for which cuDNN has persistent kernels (128 backward, 192
-# forward), and packed input, which never gets them.
+# The most important cases: widths above those of cuDNN's persistent kernels (128 backward, 192 forward), and packed
+# input, for which cuDNN has no persistent kernels.
 DECIDING = (
     Case("gru", 256, 128, 512),
     Case("gru", 4096, 8, 512),
@@ -118,27 +118,27 @@ def work(layer: Callable[[Any], Any], parameters: list[Tensor], x: Any, grad: Te
 
 
 def contenders(case: Case, dtype: str, device: str) -> tuple[dict[str, Work], dict[str, dict[str, Any]]]:
-    """torch.nn first, then every rule of ours; and what ``explain`` says of each rule."""
+    """torch.nn first, then every rule of statefeed; and the result of ``explain`` for each rule."""
     bfloat16 = dtype == "bfloat16"
     x, grad = case.data(device)
     plain = case.layer(nn, device)
     found = {"torch.nn": work(plain, list(plain.parameters()), x, grad, bfloat16)}
-    said = {}
+    kernels = {}
     for rule in RULES:
         layer: Any = case.layer(sf, device)
         layer.feedback = rule
         found[rule] = work(layer, list(layer.parameters()), x, grad, bfloat16)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             explanation = sf.explain(layer, x)
-        said[rule] = {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
-    return found, said
+        kernels[rule] = {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
+    return found, kernels
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Time every case in every precision, the deciding ones first.
+    """Time every case in every precision, the most important cases first.
 
     Yields:
-        one record for each contender, with the times, or ``failed`` or ``not_run``.
+        One record per contender, with the times, or ``failed`` or ``not_run``.
     """
     groups = (SMOKE,) if options.smoke else (DECIDING, BROAD)
     for case, dtype in ((case, dtype) for group in groups for dtype in DTYPES[options.device] for case in group):
@@ -149,13 +149,13 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         try:
             with applied(SETTINGS[dtype]):
                 record["tf32"] = flags()
-                timed, said = contenders(case, dtype, options.device)
+                timed, kernels = contenders(case, dtype, options.device)
                 times = measure(timed, options.rounds, options.device)
-        except Exception as error:  # as where memory is too small
+        except Exception as error:  # for example out of memory
             yield {**record, "failed": f"{type(error).__name__}: {error}"}
             continue
         for name, found in times.items():
-            yield {**record, "contender": name, "kernels": said.get(name), **found}
+            yield {**record, "contender": name, "kernels": kernels.get(name), **found}
         del timed, times
         gc.collect()
     if options.device == "cuda" and options.time_left() > 0:

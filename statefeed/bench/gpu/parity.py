@@ -18,7 +18,7 @@ from statefeed.bench.precision import flags
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 RULES = ("bptt", "dsf", "gate", "gate+1", "jacobian+1", "calibrated")
-# Allowed error as a part of the largest value, of outputs and of gradients. A wrong sign, step or factor is a tenth.
+# Allowed errors of outputs and gradients relative to the largest value. A wrong sign, step or factor gives 0.1.
 ALLOWED = {
     "float64": (1e-10, 1e-9),
     "float32": (2e-5, 2e-4),
@@ -34,14 +34,14 @@ class Case(NamedTuple):
 
     Attributes:
         cell: rnn_tanh, rnn_relu, gru or lstm.
-        rule: of the backward pass.
-        dtype: bfloat16 and float16 are those of autocast.
+        rule: rule of the backward pass.
+        dtype: dtype; bfloat16 and float16 run under autocast.
         packed: sequences of different lengths, as a PackedSequence.
-        T: steps, of the longest sequence.
+        T: steps of the longest sequence.
         B: sequences.
         H: hidden units; the input has H + 1 features.
         layers: L.
-        bidirectional: both directions.
+        bidirectional: whether the layer has both directions.
     """
 
     cell: str
@@ -55,7 +55,7 @@ class Case(NamedTuple):
     bidirectional: bool = False
 
     def layer(self, package: Any) -> nn.RNNBase:
-        """The layer in float64 on the CPU, out of torch.nn or statefeed, always with the same weights."""
+        """The layer in float64 on the CPU, of torch.nn or statefeed, always with the same weights."""
         torch.manual_seed(0)
         name, _, nonlinearity = self.cell.partition("_")
         special: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
@@ -79,7 +79,7 @@ def cases(device: str, smoke: bool = False) -> list[Case]:
     ]
     stacked = {**size, "layers": 2, "bidirectional": True}
     found += [Case(cell, "dsf", "float32", packed, **stacked) for cell in CELLS for packed in (False, True)]
-    if not smoke:  # time in several chunks
+    if not smoke:  # several chunks of time
         found += [
             Case(cell, rule, "float32", False, T=600, B=2) for cell in ("gru", "lstm") for rule in ("dsf", "gate")
         ]
@@ -87,17 +87,17 @@ def cases(device: str, smoke: bool = False) -> list[Case]:
 
 
 def check(case: Case, device: str) -> dict[str, float]:
-    """Compare outputs, final states and all gradients of a layer with the truth.
+    """Compare outputs, final states and all gradients of a layer with the float64 reference.
 
     Args:
         case: the comparison.
         device: where the layer runs.
 
     Returns:
-        The largest error of ``"output"`` and of ``"gradient"``, as a part of the largest value.
+        The largest error of ``"output"`` and of ``"gradient"``, relative to the largest value.
 
     Raises:
-        ParityError: an error above what is allowed.
+        ParityError: an error is above the allowed one.
     """
     layer = case.layer(sf)
     expected = _expected(case, layer)
@@ -106,7 +106,7 @@ def check(case: Case, device: str) -> dict[str, float]:
 
 
 def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The largest errors; raises ParityError where they are above what is allowed."""
+    """The largest errors; raises ParityError if one is above the allowed error."""
     errors = {"output": 0.0, "gradient": 0.0}
     for name, value in expected.items():
         kind = "output" if name in ("y", "final") else "gradient"
@@ -121,7 +121,7 @@ def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Sequences (T_b, I), the gradients of their outputs, and that of the final states (L * directions, B, S)."""
+    """Sequences (T_b, I), the gradients of their outputs and of the final states (L * directions, B, S)."""
     generator = torch.Generator().manual_seed(1)
     directions = 2 if case.bidirectional else 1
     lengths = [max(1, case.T - 3 * b * case.packed) for b in range(case.B)]
@@ -136,7 +136,7 @@ def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
 
 
 def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
-    """The truth: dense sequences together, those of different lengths one by one."""
+    """The reference: dense sequences as one batch, sequences of different lengths one by one."""
     sequences, grads, final_grad = _data(case)
     groups = [[b] for b in range(case.B)] if case.packed else [list(range(case.B))]
     y, final = [], []
@@ -154,7 +154,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
 
 
 def _found(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
-    """The same of the layer on the device, in float64 on the CPU."""
+    """The results of the layer on the device, converted to float64 on the CPU."""
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype)
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
     layer = copy.deepcopy(layer).to(device, dtype)
@@ -182,10 +182,10 @@ def _sequences(outputs: Tensor | PackedSequence) -> list[Tensor]:
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Check every case; what fails is recorded, and the rest goes on.
+    """Check every case; failures are recorded, and the other cases still run.
 
     Yields:
-        one record for each case, with ``errors``, or ``failed`` or ``not_run``.
+        One record per case, with ``errors``, or ``failed`` or ``not_run``.
     """
     for case in cases(options.device, options.smoke):
         record: dict[str, Any] = case._asdict()
@@ -197,5 +197,5 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             with applied(setting):
                 found = {"errors": check(case, options.device), "tf32": flags()}
             yield {**record, **found}
-        except Exception as error:  # the other cases say more about it
+        except Exception as error:  # the other cases still run
             yield {**record, "failed": f"{type(error).__name__}: {error}"}

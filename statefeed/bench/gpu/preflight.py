@@ -18,7 +18,7 @@ from statefeed.bench.gpu.timing import capture
 
 _RULES = ("bptt", "dsf", "gate", "gate+1", "calibrated", "jacobian")
 _SANITIZER, _SANITIZER_SECONDS = "compute-sanitizer", 120
-# The case that compute-sanitizer runs in a process of its own: the kernels of a GRU and an LSTM, dense.
+# The case that compute-sanitizer runs in a separate process: the kernels of a GRU and an LSTM, dense.
 _CASE = """
 import torch, statefeed as sf
 for cell in (sf.GRU, sf.LSTM):
@@ -29,7 +29,7 @@ torch.cuda.synchronize()
 
 
 class NotRunError(Exception):
-    """A check that cannot be made here; it is recorded, and is no failure."""
+    """The check cannot run on this machine; recorded as not run, not as a failure."""
 
 
 def launch(device: str) -> str:
@@ -44,7 +44,7 @@ def launch(device: str) -> str:
 
 
 def kernels(device: str) -> str:
-    """The backward pass of our kernels gives finite gradients."""
+    """The backward pass of statefeed's kernels gives finite gradients."""
     layer, x = _layer(sf.GRU, "dsf", device), _input(device)
     gradients = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
     if not all(bool(g.isfinite().all()) for g in gradients):
@@ -59,7 +59,7 @@ def graphs(device: str) -> str:
         for rule in _RULES:
             layer, x = _layer(cell, rule, device).eval(), _input(device)
             if rule == "bptt":
-                layer.train()  # cuDNN's backward pass is there in training mode alone
+                layer.train()  # cuDNN's backward pass requires training mode
             parameters = list(layer.parameters())
             found: list[Tensor] = []
 
@@ -127,17 +127,17 @@ CHECKS: tuple[Callable[[str], str], ...] = (launch, kernels, graphs, synchroniza
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Make every check; one that fails does not stop the others.
+    """Run every check; a failed check does not stop the others.
 
     Yields:
-        one record for each check, with ``found``, ``failed`` or ``not_run``.
+        One record per check, with ``found``, ``failed`` or ``not_run``.
     """
     for check in CHECKS:
         try:
             yield {"check": check.__name__, "found": check(options.device)}
         except NotRunError as error:
             yield {"check": check.__name__, "not_run": str(error)}
-        except Exception as error:  # whatever it is, the other checks say more about it
+        except Exception as error:  # the other checks still run
             yield {"check": check.__name__, "failed": f"{type(error).__name__}: {error}"}
 
 

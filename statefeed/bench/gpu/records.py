@@ -1,4 +1,4 @@
-"""The records of a stage: one JSON object a line, appended, each with what it was measured on."""
+"""Records of a stage: JSON lines, appended, each with the environment of the measurement."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from statefeed.bench import precision
-from statefeed.bench.measure import circumstances
+from statefeed.bench import measure, precision
 
-# What nvidia-smi is asked for.
+# Fields of the nvidia-smi query.
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
 _CLOCKS_EVERY = 1.0
 
@@ -23,9 +22,9 @@ class Records:
     """The file of a stage's records.
 
     Args:
-        stage: whose.
+        stage: name of the stage.
         device: cpu or cuda.
-        folder: that holds the file, ``gpu-<stage>.jsonl``.
+        folder: folder of the file, ``gpu-<stage>.jsonl``.
     """
 
     def __init__(self, stage: str, device: str, folder: Path) -> None:
@@ -34,10 +33,10 @@ class Records:
         self._clocks: tuple[float, dict[str, str] | None] = (-_CLOCKS_EVERY, None)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record after those that are there, and print it in short."""
+        """Append one record to the file, and print a short form of it."""
         gpu = None
         if self.device == "cuda":
-            if time.monotonic() - self._clocks[0] >= _CLOCKS_EVERY:  # to ask takes a tenth of a second
+            if time.monotonic() - self._clocks[0] >= _CLOCKS_EVERY:  # a query takes 0.1 s
                 self._clocks = time.monotonic(), clocks()
             gpu = {**self._environment["gpu"], "clocks": self._clocks[1]}
         line = {"stage": self.stage, **self._environment, "gpu": gpu, **record}
@@ -52,8 +51,8 @@ class Records:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Commit, machine and versions, among them driver, CUDA, cuDNN and Triton, and the settings of TF32."""
-    found = circumstances([], device)
+    """Commit, machine, versions (including driver, CUDA, cuDNN and Triton), and the TF32 settings."""
+    found = measure.environment([], device)
     del found["command"]
     found["versions"] |= {name: _version(name) for name in ("triton", "numpy", "flashrnn", "accelerated-scan")}
     found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
@@ -72,14 +71,14 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str] | None:
-    """Clocks, temperature and power of the GPU at this moment, as nvidia-smi gives them; None without it."""
+    """Current clocks, temperature and power of the GPU from nvidia-smi; None without it."""
     uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
     answer = nvidia_smi(_CLOCKS, "0" if uuid is None else f"GPU-{uuid}")
     return None if answer is None else dict(zip(_CLOCKS.split(","), answer.split(", "), strict=True))
 
 
 def nvidia_smi(query: str, gpu: str = "0") -> str | None:
-    """What nvidia-smi answers for one GPU; None where it cannot be asked."""
+    """The output of nvidia-smi for one GPU; None if it cannot be queried."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={gpu}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

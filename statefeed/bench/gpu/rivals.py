@@ -1,4 +1,4 @@
-"""Other packages beside ours, where they are installed: FlashRNN's layers, and the scan of accelerated-scan."""
+"""Other packages, if they are installed: FlashRNN's layers, and the scan of accelerated-scan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHAPES = ((256, 128, 512), (1024, 8, 256))
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer, as a package may that compiles itself at its first call."""
+    """Raise TimeoutError after this time, because a package may compile itself at its first call."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not finished after {seconds:.0f} s")
@@ -37,7 +37,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def flashrnn(options: Options) -> Iterator[dict[str, Any]]:
-    """Time FlashRNN's exact BPTT in bfloat16, the product of the input included; it compiles itself with nvcc."""
+    """Time FlashRNN's exact BPTT in bfloat16, including the input product; FlashRNN compiles itself with nvcc."""
     for cell in _GATES:
         for T, B, H in _SHAPES:
             shape = {"cell": cell, "T": T, "B": B, "H": H}
@@ -51,7 +51,7 @@ def flashrnn(options: Options) -> Iterator[dict[str, Any]]:
             try:
                 with time_limit(options.time_left()):
                     times = measure({"flashrnn": _flashrnn_work(cell, T, B, H)}, options.rounds, options.device)
-            except Exception as error:  # whatever another package raises is no failure of ours
+            except Exception as error:  # errors of another package are recorded, not raised
                 yield {**record, "not_run": f"{type(error).__name__}: {error}"}
                 continue
             found = times["flashrnn"]
@@ -82,19 +82,19 @@ def _flashrnn_work(cell: str, T: int, B: int, H: int) -> Work:
 
 
 def accelerated_scan(x: Tensor, a: Tensor, seconds: float) -> Callable[[], Tensor]:
-    """A scan in reverse by accelerated-scan, which takes (B, C, T) and runs forward: its input is laid out before.
+    """A reverse scan by accelerated-scan, which takes (B, C, T) and runs forward; inputs are rearranged before timing.
 
     Args:
         x: (T, S).
         a: (S,) or (T, S).
-        seconds: within which it must be ready.
+        seconds: time limit for the compilation.
 
     Returns:
-        A call that gives (1, S, T), time in reverse.
+        A call that returns (1, S, T), time in reverse.
 
     Raises:
-        ImportError: it is not installed.
-        Exception: whatever it raises where it does not work here.
+        ImportError: the package is not installed.
+        Exception: any error of the package.
     """
     from accelerated_scan.scalar import scan
 

@@ -1,4 +1,4 @@
-"""Stage "scan": the methods of diagonal_scan, "auto" (Triton on a GPU) first, and accelerated-scan beside them."""
+"""Stage "scan": the methods of diagonal_scan, "auto" (Triton on a GPU) first, and accelerated-scan."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from statefeed.bench.gpu.stage import Options
 from statefeed.bench.gpu.timing import Work, measure
 from statefeed.bench.scan import METHODS, check_parity, largest_error, problem
 
-# T and S: S is all sequences of a layer together, such as 128 x 512.
+# T and S: S counts the units of all sequences of a layer, such as 128 x 512.
 SHAPES = ((256, 65_536), (1024, 2048), (1024, 128), (4096, 4096), (64, 131_072), (16_384, 2048), (65_536, 128))
 SMOKE = ((5, 3), (8, 4))
-# A launch for every step: beyond this it would take the time of all others.
+# Longest T of the sequential method, which launches one kernel per step.
 _LONGEST_SEQUENTIAL = 4096
-# Against float64, as a part of the largest value of the unit.
+# Allowed error against float64, relative to the largest value of the unit.
 _ALLOWED = 1e-4
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Check every method in float64, then time it in float32, in reverse as a backward pass runs it.
+    """Check every method in float64, then time it in float32, in reverse as in a backward pass.
 
     Yields:
-        one record for each method, shape and kind of diagonal, with the times, or ``failed`` or ``not_run``.
+        One record per method, shape and kind of diagonal, with the times, or ``failed`` or ``not_run``.
     """
     for varying in (False, True):
         for method in METHODS:
@@ -44,7 +44,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def compare(T: int, S: int, varying: bool, options: Options) -> Iterator[dict[str, Any]]:
-    """Time the methods in turns on one problem."""
+    """Time the methods alternately on one problem."""
     shape = {"T": T, "S": S, "diagonal": "varying" if varying else "stationary", "dtype": "float32"}
     record = {**shape, "device": options.device, "repeats": options.rounds}
     if options.time_left() <= 0:
@@ -61,7 +61,7 @@ def compare(T: int, S: int, varying: bool, options: Options) -> Iterator[dict[st
         try:
             raw = rivals.accelerated_scan(x, a, options.time_left())
             scans["accelerated-scan"], results["accelerated-scan"] = raw, lambda: raw()[0].T.flip(0)
-        except Exception as error:  # whatever another package raises is no failure of ours
+        except Exception as error:  # errors of another package are recorded, not raised
             yield {**record, "method": "accelerated-scan", "not_run": f"{type(error).__name__}: {error}"}
     timed = {name: Work(scan, lambda y: None) for name, scan in scans.items()}
     for name, found in measure(timed, options.rounds, options.device).items():

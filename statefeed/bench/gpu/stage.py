@@ -1,4 +1,4 @@
-"""One stage in a process of its own: records what it yields, and what stops it."""
+"""Entry point of one stage in a separate process: writes its records, including failures."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 from statefeed.bench.gpu.records import Records
 
-# Each is a module with run(Options), which yields records; a record of something that failed has the key "failed".
+# Each is a module with run(Options), which yields records; the record of a failure has the key "failed".
 STAGES = ("preflight", "parity", "layers", "scan", "training")
 
 
 class Options(NamedTuple):
-    """What a stage is given.
+    """Options of a stage.
 
     Attributes:
         device: cpu or cuda.
         smoke: tiny shapes, one repetition.
-        deadline: value of ``time.monotonic`` from which it starts nothing new.
+        deadline: value of ``time.monotonic`` after which no new work is started.
     """
 
     device: str
@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Repetitions of what is timed."""
+        """Repetitions of every timing."""
         return 1 if self.smoke else 5
 
     def time_left(self) -> float:
@@ -43,11 +43,10 @@ def main(argv: Sequence[str]) -> int:
     """Run a stage.
 
     Args:
-        argv: its name, the device, the folder of the records, the seconds until its deadline and, for tiny shapes,
-            "smoke".
+        argv: stage name, device, folder of the records, seconds until the deadline and, for tiny shapes, "smoke".
 
     Returns:
-        0; 1 if it failed, or a record of it did.
+        Exit code: 0; 1 if the stage failed or one of its records is a failure.
     """
     name, device, folder, seconds, *smoke = argv
     options = Options(device, bool(smoke), time.monotonic() + float(seconds))

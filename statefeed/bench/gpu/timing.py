@@ -1,4 +1,4 @@
-"""How a forward and backward pass is timed on a GPU: pipelined passes, the same in a CUDA graph, the host alone."""
+"""Timing of a forward and backward pass on a GPU: pipelined passes, a CUDA graph, and the host time."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from torch import Tensor
 
 from statefeed.bench.measure import Seconds, clock, interleaved, spread
 
-# Seconds that one measurement of pipelined passes is to take, and the most passes in it.
+# Target duration in seconds of one measurement of pipelined passes, and its maximum number of passes.
 _WINDOW, _MOST_PASSES = 0.05, 20
 
 
 class Work(NamedTuple):
-    """A forward pass, and the backward pass of what it returns."""
+    """A forward pass, and the backward pass of its result."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], Any]
 
     def run(self) -> None:
-        """Both, without waiting for the device."""
+        """Run both passes without waiting for the device."""
         self.backward(self.forward())
 
 
 def measure(work: Mapping[str, Work], rounds: int, device: str) -> dict[str, dict[str, Any]]:
-    """Time several ways to do the same work, in turns.
+    """Time several ways to do the same work, alternately.
 
     Args:
-        work: name -> what is timed; at least one.
+        work: name -> the work to time; at least one.
         rounds: measurements of each.
-        device: cpu, where only the time of passes one after the other is had, or cuda.
+        device: cuda, or cpu, for which only the time of consecutive passes is measured.
 
     Returns:
         name -> ``ms``, ``forward_ms``, ``backward_ms`` of a pass, medians with their spread, and its ``peak_bytes``;
-        ``graph_ms`` of the same pass replayed by a CUDA graph, or ``graph_failed``; ``host_ms``, the time after which
-        the host has queued a pass; or ``failed`` alone.
+        ``graph_ms`` of the same pass replayed by a CUDA graph, or ``graph_failed``; ``host_ms``, the time in which
+        the host queues a pass; or only ``failed``.
     """
     found: dict[str, dict[str, Any]] = {}
     passes: dict[str, int] = {}
     for name, item in work.items():
         try:
-            item.run()  # compiles and loads what is compiled and loaded once
+            item.run()  # warm-up: compiles and loads the kernels
             found[name] = {"peak_bytes": peak_bytes(item.run, device)}
             start = clock(device)
             item.run()
@@ -80,7 +80,7 @@ def measure(work: Mapping[str, Work], rounds: int, device: str) -> dict[str, dic
 
 
 def _ratios(found: dict[str, dict[str, Any]], seconds: Mapping[str, list[Seconds]], key: str) -> None:
-    """How many times faster everyone is than the first, turn by turn."""
+    """Speed-up of every contender over the first, per measurement."""
     if not seconds or (first := next(iter(found))) not in seconds:
         return
     baseline = [sum(phases) for phases in seconds[first]]
@@ -90,7 +90,7 @@ def _ratios(found: dict[str, dict[str, Any]], seconds: Mapping[str, list[Seconds
 
 
 def _passes(work: Work, count: int, device: str) -> Seconds:
-    """Seconds of one forward and one backward pass, from passes queued one after the other."""
+    """Seconds of one forward and one backward pass, from consecutively queued passes."""
     if device == "cpu":
         start = clock(device)
         y = work.forward()
@@ -115,7 +115,7 @@ def _event() -> torch.cuda.Event:
 
 
 def _host(work: Work) -> Seconds:
-    """Seconds after which the host has queued one pass on an idle device."""
+    """Seconds in which the host queues one pass on an idle device."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     work.run()
@@ -123,10 +123,10 @@ def _host(work: Work) -> Seconds:
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what the call queues.
+    """A CUDA graph of the work that the call queues.
 
     Raises:
-        RuntimeError: what it does cannot be captured, as where it waits for the device.
+        RuntimeError: the work cannot be captured, for example because it waits for the device.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -152,7 +152,7 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> Seconds:
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
-    """Bytes of GPU memory that a call holds at once above what was held before; None on a CPU."""
+    """Peak GPU memory of a call in bytes, above the memory allocated before; None on a CPU."""
     if device == "cpu":
         run()
         return None

@@ -1,8 +1,8 @@
 """Stage "training": steps of the recipe wikitext103-gru-3x512 on synthetic tokens, under every rule.
 
-The model is that of the recipe, written with torch alone: embedding, three pre-norm blocks around a GRU, head over
-16,000 byte pairs, Adam, 128 sequences of 256 tokens. Its loss is torch's, so that the records say what a rule gains in
-a training loop, not what the trainer gains.
+The model is that of the recipe, in plain torch: embedding, three pre-norm blocks around a GRU, head over
+16,000 byte pairs, Adam, 128 sequences of 256 tokens. Its loss is torch's, so that the records show the
+speed-up of a rule in a training loop, not that of the trainer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from statefeed.bench.precision import flags
 
 
 class Sizes(NamedTuple):
-    """Of the recipe: L blocks of H units, V types, B sequences of T tokens."""
+    """Sizes of the recipe: L blocks of H units, V token types, B sequences of T tokens."""
 
     layers: int = 3
     width: int = 512
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
     Args:
         width: H.
-        rule: of the GRU; None for torch.nn's.
+        rule: rule of the GRU; None for torch.nn's GRU.
     """
 
     def __init__(self, width: int, rule: str | None) -> None:
@@ -84,9 +84,9 @@ class Contender:
     """A model under a rule, and its optimizer.
 
     Args:
-        sizes: of the model.
-        rule: of its GRUs; None for torch.nn's.
-        dtype: of ``layers.SETTINGS``.
+        sizes: sizes of the model.
+        rule: rule of its GRUs; None for torch.nn's GRU.
+        dtype: a key of ``layers.SETTINGS``.
         device: cpu or cuda.
     """
 
@@ -97,7 +97,7 @@ class Contender:
         self.loss = torch.zeros(())
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
-        """One training step; the device is not waited for."""
+        """One training step, without waiting for the device."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
@@ -106,7 +106,7 @@ class Contender:
         self.loss = loss.detach()
 
     def steps(self, batch: tuple[Tensor, Tensor], count: int) -> tuple[float, ...]:
-        """Seconds of some training steps, queued one after the other."""
+        """Seconds of some training steps, queued consecutively."""
         start = clock(self.device)
         for _ in range(count):
             self.step(*batch)
@@ -126,7 +126,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     """Time training steps in every precision.
 
     Yields:
-        one record for each contender, with tokens per second, or ``failed`` or ``not_run``.
+        One record per contender, with tokens per second, or ``failed`` or ``not_run``.
     """
     sizes = _SMOKE if options.smoke else Sizes()
     batch = tokens(sizes, options.device)
@@ -143,17 +143,17 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _compare(sizes: Sizes, batch: tuple[Tensor, Tensor], dtype: str, options: Options) -> dict[str, dict[str, Any]]:
-    """What every contender's steps take and hold, or why it failed."""
+    """Times and peak memory of every contender's steps, or its failure."""
     entries: dict[str, Contender] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in ("torch.nn", *RULES):
         try:
             entry = Contender(sizes, None if name == "torch.nn" else name, dtype, options.device)
-            entry.step(*batch)  # compiles and loads what is compiled and loaded once
+            entry.step(*batch)  # warm-up: compiles and loads the kernels
             found[name] = {"peak_bytes": peak_bytes(lambda entry=entry: entry.step(*batch), options.device)}  # type: ignore[misc]
             if not bool(entry.loss.isfinite()):
                 raise RuntimeError(f"the loss must be finite, got {float(entry.loss)}")
-        except Exception as error:  # as where memory is too small
+        except Exception as error:  # for example out of memory
             found[name] = {"failed": f"{type(error).__name__}: {error}"}
             continue
         entries[name] = entry
@@ -163,7 +163,7 @@ def _compare(sizes: Sizes, batch: tuple[Tensor, Tensor], dtype: str, options: Op
 
 
 def _timed(entries: dict[str, Contender], batch: tuple[Tensor, Tensor], options: Options) -> dict[str, dict[str, Any]]:
-    """What every contender's steps take, in turns."""
+    """Times of every contender's steps, measured alternately."""
     count = 1 if options.smoke else 3
     seconds = interleaved({n: lambda e=e: e.steps(batch, count) for n, e in entries.items()}, options.rounds)  # type: ignore[misc]
     found: dict[str, dict[str, Any]] = {}

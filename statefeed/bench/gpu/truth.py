@@ -1,9 +1,9 @@
-"""Every feedback rule from its equations, in float64 on the CPU with torch alone: what the kernels are compared with.
+"""Reference for the parity stage: every feedback rule from its equations, in float64 on the CPU, in plain torch.
 
     delta[t] = e[t] + F[t+1]^T delta[t+1]                   F = diag(D), plus dh/dc of the same step in an LSTM
     delta_k  = scan_F(e + shift((J - F)^T delta_{k-1}))     k corrections
 
-A state s is h, or (h, c) joined for an LSTM. "bptt" is F = J, through autograd.
+A state s is h, or the concatenation (h, c) for an LSTM. "bptt" is F = J, computed by autograd.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Rule(torch.autograd.Function):
         dh_dc = _dh_dc(x, states, *weights) if ctx.mode == "LSTM" else None
 
         def fed_back(D: Tensor, dh_dc: Tensor | None, delta: Tensor) -> Tensor:
-            """F^T delta: in an LSTM, what reaches c through h of the same step is part of its gradient."""
+            """F^T delta; in an LSTM, the gradient of c includes the path through h of the same step."""
             if dh_dc is None:
                 return D * delta
             delta_h, delta_c = delta.chunk(2, -1)
@@ -106,12 +106,12 @@ def _dh_dc(x: Tensor, states: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, 
 
 
 def outputs(layer: nn.RNNBase, rule: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and final states of a layer of any depth and direction, whose gradient is the rule's.
+    """Outputs and final states of a layer of any depth and direction, with the gradient of a rule.
 
     Args:
-        layer: that holds the float64 weights, with biases.
+        layer: layer with float64 weights and biases.
         rule: "bptt", or a diagonal among "dsf", "gate", "jacobian" and "calibrated" (its first batch), with "+k".
-        x: (T, B, I), float64; it starts from zeros.
+        x: (T, B, I), float64; the initial state is zero.
 
     Returns:
         y (T, B, H * directions), and the final states (L * directions, B, S).

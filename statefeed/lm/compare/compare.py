@@ -114,7 +114,7 @@ def _add(line: str, records: Path) -> None:
 
 
 def _check_same_run(config: Config, there: identity.Recipe, place: Path) -> None:
-    """Raise where a run that is there already is not the planned one."""
+    """Raise where a run that exists is not the planned one."""
     if found := identity.difference(there, dataclasses.asdict(config)):
         key, old, new = found
         raise UsageError(

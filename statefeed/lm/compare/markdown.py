@@ -63,7 +63,7 @@ def update_summary(path: Path, found: Found) -> None:
 
 
 def summary(found: Found) -> str:
-    """The figures of README.md: of every machine single layers under "dsf", on the most threads, and training."""
+    """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
     layers: dict[str, tuple[str, list[Record]]] = {}
     text = ""
     for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
@@ -72,15 +72,19 @@ def summary(found: Found) -> str:
             layers[_machine(records[0])] = heading, records
     if layers:
         text += (
-            'One layer under `"dsf"`, forward and backward: times faster than `torch.nn` at its best for that shape.'
+            "One layer, forward and backward: times faster than `torch.nn` at its best for that shape, under "
+            '`"bptt"` (exact) / under `"dsf"`.'
         )
         text += "\n\n"
     for heading, records in layers.values():
         cases: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
-        for r in records:
-            if r["implementation"] == "statefeed" and r["variant"] == "dsf":
-                median = r["times_faster_than"]["torch.nn at its best"]["median"]
-                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]] = f"{median:.1f}"
+        ours = [r for r in records if r["implementation"] == "statefeed"]
+        for rule, before in (("bptt", ""), ("dsf", " / ")):
+            for r in ours:
+                if r["variant"] == rule:
+                    median = r["times_faster_than"]["torch.nn at its best"]["median"]
+                    case, column = cases[f"{r['T']} x {r['B']} x {r['H']}"], (r["cell"], r["dtype"])
+                    case[column] = case.get(column, "-" if before else "") + f"{before}{median:.1f}"
         columns = list(dict.fromkeys(column for case in cases.values() for column in case))
         columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
         head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+import statefeed as sf
+
 
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that learned rules update while training, by name; writing into them changes the rules.
@@ -10,4 +12,9 @@ def learned_state(model: nn.Module) -> dict[str, Tensor]:
     Floating-point tensors are running means, which the processes of a job average; the others are counts, equal in all
     processes.
     """
-    return dict(model.named_buffers())
+    return {
+        f"{name}.{part}" if name else part: tensor
+        for name, layer in model.named_modules()
+        if isinstance(layer, sf.FeedbackLayer)
+        for part, tensor in layer.learned_tensors().items()
+    }

@@ -38,7 +38,7 @@ def agreement(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: An
     Returns:
         None where every layer's rule is exact, or none has one.
     """
-    layers = [module for module in model.modules() if isinstance(module, (sf.RNN, sf.GRU, sf.LSTM))]
+    layers = [module for module in model.modules() if isinstance(module, sf.FeedbackLayer)]
     if all(layer.feedback.exact for layer in layers):
         return None
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Table of the cells that the Triton kernels take, by the name of the Python cell."""
+"""Table of the cells that the Triton kernels support, by the name of the Python cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sigmoid and tanh in the accumulation dtype: Triton's own are for float32 only."""
+"""Sigmoid and tanh in the accumulation dtype; Triton's own functions support only float32."""
 
 from __future__ import annotations
 

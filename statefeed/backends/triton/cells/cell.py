@@ -1,4 +1,4 @@
-"""What the kernels need of a cell: its sizes and two functions of one row of one block of units."""
+"""Cell interface of the Triton kernels: sizes and two functions of one row of one block of units."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class Cell(NamedTuple):
         name: name of the Python cell.
         states: 1 for h, 2 for h and c.
         gates: G, blocks of H rows in the weights.
-        shared_gates: how many of them, from the first, have the same gradient at the input and the hidden part. The
-            hidden part of one more (the GRU's W_hn h' + b_hn) is kept apart, in ``saved``.
+        shared_gates: number of leading gates with the same gradient at the input and the hidden part. The hidden part
+            of one more gate (the GRU's W_hn h' + b_hn) is stored separately, in ``saved``.
         factors: Triton function ``(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mask, ACC)`` that
             returns ``k0, k1, k2, k3, direct_h, direct_c, dh_dc, jacobian_h, jacobian_c``. The factors k turn the
             gradient of the state into the gradients of the pre-activations, ``direct`` is the diagonal part of the
-            Jacobian that passes no weight, ``dh_dc`` leads from h to c of the same step, ``jacobian`` is the whole
-            diagonal; w0 .. w3 are the diagonals of W_hh, gate by gate.
+            Jacobian that passes no weight, ``dh_dc`` the derivative of h with respect to c of the same step, and
+            ``jacobian`` the whole diagonal; w0 .. w3 are the diagonals of W_hh for each gate.
         local: Triton function ``(k0, k1, k2, k3, delta, gamma)`` that returns the gradients d0 .. d3 at the
             pre-activations; delta is the gradient of h, gamma that of c.
-        saved: what ``saved`` holds: ``""``, ``"candidate_hidden"`` or ``"cell_state"`` (c before the step).
+        saved: content of ``saved``: ``""``, ``"candidate_hidden"`` or ``"cell_state"`` (c before the step).
     """
 
     name: str
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """Gradients at the pre-activations that ``local`` makes."""
+        """Number of gradients at the pre-activations that ``local`` computes."""
         return 1 if self.gates == 1 else 4
 
     @property

@@ -30,7 +30,7 @@ def factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mas
 
 @triton.jit
 def local(k0, k1, k2, k3, delta, gamma):
-    """Gradients at i, f, g, which lead to c, and at o, which leads to h."""
+    """Gradients at i, f, g, which affect c, and at o, which affects h."""
     return k0 * gamma, k1 * gamma, k2 * gamma, k3 * delta
 
 

@@ -28,7 +28,7 @@ def relu_factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H
 
 @triton.jit
 def local(k0, k1, k2, k3, delta, gamma):
-    """The gradient at a, four times: only the first is stored."""
+    """The gradient at a, four times; only the first is stored."""
     d = k0 * delta
     return d, d, d, d
 

@@ -1,0 +1,1 @@
+"""Callbacks for other packages' training loops; each module needs its package, and nothing else imports it."""

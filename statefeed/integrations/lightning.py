@@ -1,0 +1,96 @@
+"""Lightning callback: swap as fitting starts, with a schedule and an alignment monitor on request."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import statefeed as sf
+
+
+def _callback_classes() -> tuple[type, ...]:
+    """``Callback`` of the package under both names that it is published by; packages use one or the other."""
+    found = []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            found.append(importlib.import_module(name).Callback)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0]:
+                raise
+    if not found:
+        raise ImportError(
+            "statefeed.integrations.lightning needs lightning or pytorch-lightning, which is not installed: "
+            'pip install "statefeed[lightning]"'
+        )
+    return tuple(found)
+
+
+class SwapCallback(*_callback_classes()):  # type: ignore[misc]
+    """Swaps the recurrent layers of a LightningModule when fitting starts.
+
+    For packages that build their network late, as darts and neuralforecast do: the network exists by then, and is not
+    compiled yet. Layers that are statefeed's already keep their rule unless one is set here.
+
+    Args:
+        feedback: the rule, in every spelling of ``Feedback``; exact for torch's layers if None.
+        schedule: rules that change while training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        monitor: a ``Monitor``, called before every optimizer step with the LightningModule; its numbers are logged.
+        include: patterns of layer names, as for ``swap``.
+        exclude: patterns of layer names to leave alone.
+
+    Attributes:
+        report: the ``SwapReport`` of the last fit; None before.
+
+    Gradient: as the rule says, from the first training step on.
+
+    Raises:
+        ImportError: when the module is imported without lightning.
+        ValueError: both a rule and a schedule, an unknown rule, a pattern that matches no layer, or, at fit start,
+            a schedule without a limit of steps or epochs.
+
+    Cost: none per step without a monitor.
+
+    Example:
+        >>> from statefeed.integrations.lightning import SwapCallback
+        >>> trainer = lightning.Trainer(max_epochs=5, callbacks=[SwapCallback(schedule="dsf@0.5/bptt")])
+    """
+
+    def __init__(
+        self,
+        feedback: Any = None,
+        *,
+        schedule: sf.Schedule | str | None = None,
+        monitor: sf.Monitor | None = None,
+        include: str | Iterable[str] = "*",
+        exclude: str | Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        if feedback is not None and schedule is not None:
+            raise ValueError(f"feedback and schedule exclude each other, got {str(feedback)!r} and {str(schedule)!r}")
+        self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
+        self.feedback = feedback if self.schedule is None else self.schedule.at(0.0)
+        self.monitor, self.include, self.exclude = monitor, include, exclude
+        self.report: sf.SwapReport | None = None
+        self._last_step = -1
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.schedule is not None and not math.isfinite(trainer.estimated_stepping_batches):
+            raise ValueError("a schedule needs to know how long training is: give the Trainer max_steps or max_epochs")
+        self.report = sf.swap(pl_module, self.feedback, include=self.include, exclude=self.exclude)
+        self._last_step = -1
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # With accumulated gradients one optimizer step has several batches.
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if self.schedule is not None:
+            self.schedule.apply(pl_module, trainer.global_step / trainer.estimated_stepping_batches)
+        if self.monitor is not None:
+            pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # darts pickles the callback with the model; the report is about the layers of this process.
+        return {**vars(self), "report": None}

@@ -1,0 +1,74 @@
+"""Hugging Face Trainer callback: swap as training begins, with a schedule and an alignment monitor on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import statefeed as sf
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "statefeed.integrations.transformers needs transformers, which is not installed: "
+        'pip install "statefeed[transformers]"'
+    ) from error
+
+
+class SwapCallback(TrainerCallback):  # type: ignore[misc]
+    """Swaps the recurrent layers of the Trainer's model when training begins.
+
+    Args:
+        feedback: the rule, in every spelling of ``Feedback``; exact for torch's layers if None, while layers that are
+            statefeed's already keep theirs.
+        schedule: rules that change while training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        monitor: a ``Monitor``, called before every optimizer step with the model; its numbers are in
+            ``trainer.state.log_history``.
+        include: patterns of layer names, as for ``swap``.
+        exclude: patterns of layer names to leave alone.
+
+    Attributes:
+        report: the ``SwapReport`` of the last training; None before.
+
+    Gradient: as the rule says, from the first training step on.
+
+    Raises:
+        ImportError: when the module is imported without transformers.
+        ValueError: both a rule and a schedule, an unknown rule, or a pattern that matches no layer.
+
+    Cost: none per step without a monitor.
+
+    Example:
+        >>> from statefeed.integrations.transformers import SwapCallback
+        >>> trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[SwapCallback()])
+    """
+
+    def __init__(
+        self,
+        feedback: Any = None,
+        *,
+        schedule: sf.Schedule | str | None = None,
+        monitor: sf.Monitor | None = None,
+        include: str | Iterable[str] = "*",
+        exclude: str | Iterable[str] = (),
+    ) -> None:
+        if feedback is not None and schedule is not None:
+            raise ValueError(f"feedback and schedule exclude each other, got {str(feedback)!r} and {str(schedule)!r}")
+        self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
+        self.feedback = feedback if self.schedule is None else self.schedule.at(0.0)
+        self.monitor, self.include, self.exclude = monitor, include, exclude
+        self.report: sf.SwapReport | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.report = sf.swap(model, self.feedback, include=self.include, exclude=self.exclude)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.apply(model, state.global_step / state.max_steps)
+        if self.monitor is not None:
+            numbers = self.monitor(model, state.global_step)
+            if numbers:
+                state.log_history.append({**numbers, "step": state.global_step})

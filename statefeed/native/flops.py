@@ -1,0 +1,31 @@
+"""Matrix products of the operators, as torch.utils.flop_counter.FlopCounterMode counts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from statefeed.native.flop_table import register
+
+
+def _layer_forward(cell: str, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any) -> int:
+    return 2 * int(x[0] * w_ih[0] * (w_ih[1] + w_hh[1]))
+
+
+def _layer_backward(
+    cell: str, rule: str, corrections: int, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any
+) -> int:
+    """The gradients of both weights and of x; one product more per correction, and for exact BPTT."""
+    needs_x = others[-5] is not None
+    return 2 * int(x[0] * w_ih[0] * (w_ih[1] * (1 + needs_x) + w_hh[1] * (1 + corrections + (rule == "exact"))))
+
+
+def _head_loss(bf16: bool, x: Any, w: Any, *others: Any, **_: Any) -> int:
+    """The logits; with gradients two products more."""
+    return 2 * int(x[0] * w[0] * w[1]) * (1 if others[-1] is None else 3)
+
+
+register(torch.ops.statefeed.layer_forward, _layer_forward)
+register(torch.ops.statefeed.layer_backward, _layer_backward)
+register(torch.ops.statefeed.head_loss, _head_loss)

@@ -1,0 +1,96 @@
+"""What a pass through a model may change, restored after it: rules, buffers, hidden state, random generators."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statefeed.mixin import FeedbackLayer
+
+# What every module has: parameters, submodules, hooks. Buffers are treated apart.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore a model after the block, also the hidden state that a module keeps from one call to the next.
+
+    State is found in attributes: tensors, and lists, tuples and dictionaries of them.
+    """
+    modules = list(model.modules())
+    rules = [(m, m.feedback) for m in modules if isinstance(m, FeedbackLayer)]
+    attributes = [(m, {k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE}) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules]
+    seen: set[int] = set()
+    restore = [undo for _, values in (*attributes, *buffers) for undo in _restorers(list(values.values()), seen)]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for layer, rule in rules:
+                layer.feedback = rule
+            for module, values in attributes:
+                for name in set(vars(module)) - set(values) - _OF_EVERY_MODULE:
+                    del vars(module)[name]
+                vars(module).update(values)
+            for module, values in buffers:
+                module._buffers.clear()
+                module._buffers.update(values)
+            with torch.no_grad():
+                for undo in restore:
+                    undo()
+
+
+def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]]:
+    """Functions that write into tensors, lists and dictionaries what they hold now."""
+    for value in values:
+        if id(value) in seen or isinstance(value, nn.Parameter):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor) and not value.is_meta:
+            yield _tensor_restorer(value)
+        elif isinstance(value, dict):
+            yield _mapping_restorer(value)
+            yield from _restorers(list(value.values()), seen)
+        elif isinstance(value, (list, deque)):
+            yield _sequence_restorer(value)
+            yield from _restorers(list(value), seen)
+        elif isinstance(value, tuple):
+            yield from _restorers(list(value), seen)
+
+
+def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
+    was = tensor.detach().clone()
+
+    def undo() -> None:
+        # A write would make a graph that holds the tensor unusable, so only where a value changed.
+        if not torch.equal(tensor, was):
+            tensor.copy_(was)
+
+    return undo
+
+
+def _mapping_restorer(mapping: dict[Any, Any]) -> Callable[[], None]:
+    was = dict(mapping)
+
+    def undo() -> None:
+        mapping.clear()
+        mapping.update(was)
+
+    return undo
+
+
+def _sequence_restorer(sequence: list[Any] | deque[Any]) -> Callable[[], None]:
+    was = list(sequence)
+
+    def undo() -> None:
+        sequence.clear()
+        sequence.extend(was)
+
+    return undo

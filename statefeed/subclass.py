@@ -1,0 +1,170 @@
+"""Subclasses of torch's recurrent layers: whether ours can run them, and the class made of theirs and ours."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from statefeed.layers import GRU, LSTM, RNN, RecurrentLayer
+from statefeed.mixin import FeedbackLayer
+
+OURS: dict[type[nn.Module], type[RecurrentLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
+_JOINED: dict[type, type[RecurrentLayer]] = {}
+_FORWARDS = tuple(kind.forward for kind in OURS)
+_FUNCTIONS = tuple(getattr(torch, name) for name in ("rnn_tanh", "rnn_relu", "gru", "lstm"))
+# What a layer of ours stores on itself, beside the names that its classes define.
+_STORED = {"_feedback", "_rules", "diagonal", "diagonal_updates"}
+
+
+def torchs_class(kind: type) -> type[nn.Module] | None:
+    """torch.nn.RNN, GRU or LSTM, whichever a class is or comes from."""
+    return next((base for base in kind.__mro__ if base in OURS), None)
+
+
+def unsupported_subclass(module: nn.Module) -> str | None:
+    """Why a layer of a subclass cannot run through ours, in one sentence; None if it can."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    base = torchs_class(kind)
+    if base is None:
+        return f"{name} is a subclass of torch.nn.RNNBase, not of torch.nn.RNN, GRU or LSTM"
+    theirs = kind.__mro__[: kind.__mro__.index(base)]
+    reason = _bypass(name, theirs)
+    if reason is not None:
+        return reason
+    defined = set().union(*(vars(k) for k in theirs), vars(module), *(d for d in _registered(module)))
+    clash = sorted(defined & _names_of(OURS[base]))
+    if clash:
+        return f"{name} has an attribute {clash[0]!r} of its own, which statefeed's layer needs"
+    try:
+        joined(kind)
+    except TypeError as error:
+        return f"{name} cannot be joined with statefeed's class: {error}"
+    return None
+
+
+def joined(theirs: type) -> type[RecurrentLayer]:
+    """The class made of a subclass of torch's layer and of ours, always the same one for the same subclass.
+
+    Ours comes after theirs and before torch's in the method resolution order, so that what theirs inherits, or reaches
+    by ``super()``, is ours. An object is pickled and copied by the name of their class.
+    """
+    if theirs in _JOINED:
+        return _JOINED[theirs]
+    base = torchs_class(theirs)
+    assert base is not None
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # Protocols 0 and 1 name the class itself, which no module has.
+        _, arguments, *state = super(made, self).__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
+        return (new_joined, (theirs, *arguments[1:]), *state)
+
+    namespace = {
+        "__module__": theirs.__module__,
+        "__qualname__": theirs.__qualname__,
+        "__doc__": theirs.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "plain_class": theirs,
+    }
+    made: type[RecurrentLayer] = types.new_class(
+        theirs.__name__, (theirs, OURS[base]), exec_body=lambda body: body.update(namespace)
+    )
+    _JOINED[theirs] = made
+    return made
+
+
+def new_joined(theirs: type, *arguments: Any) -> nn.Module:
+    """An object of the joined class without its state, for pickle and copy."""
+    kind = joined(theirs)
+    return kind.__new__(kind, *arguments)
+
+
+def _bypass(name: str, classes: tuple[type, ...]) -> str | None:
+    """Why what the classes define would not run ours.
+
+    This reads the names in the code and runs nothing: a call that is reached by a function outside the classes, or by
+    getattr, is not seen.
+    """
+    calls_super, has_forward = False, False
+    for kind in classes:
+        for attribute, value in vars(kind).items():
+            function = inspect.unwrap(value) if callable(value) else None
+            if attribute == "forward":
+                has_forward = True
+                if not isinstance(function, types.FunctionType):
+                    return f"{name}.forward is {type(value).__name__}, not a function whose code can be read"
+            if not isinstance(function, types.FunctionType):
+                continue
+            scope = {**function.__globals__, **_closure(function)}
+            for code in _codes(function.__code__):
+                calls_super |= {"super", "forward"} <= set(code.co_names)
+                for dotted in _dotted_names(code):
+                    if _is_torchs_own(dotted, scope):
+                        return f"{name}.{attribute} calls {'.'.join(dotted)} by name, which bypasses statefeed's layer"
+    if has_forward and not calls_super:
+        return f"{name} has a forward of its own that does not call super().forward"
+    return None
+
+
+def _is_torchs_own(dotted: tuple[str, ...], scope: Mapping[str, Any]) -> bool:
+    """Whether a dotted name is torch's forward or a function that runs a whole layer."""
+    if "_VF" in dotted:
+        return True
+    value = scope.get(dotted[0])
+    for attribute in dotted[1:]:
+        if value is torch._VF:
+            return True
+        value = getattr(value, attribute, None)
+    return any(value is known for known in (*_FORWARDS, *_FUNCTIONS))
+
+
+def _dotted_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    """The names in a code object, each with the attributes read from it: ("nn", "GRU", "forward")."""
+    found: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM") and found:
+            found.append(str(instruction.argval))
+            continue
+        if found:
+            yield tuple(found)
+        starts = instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "IMPORT_NAME")
+        found = [str(instruction.argval)] if starts else []
+    if found:
+        yield tuple(found)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and those of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _closure(function: types.FunctionType) -> dict[str, Any]:
+    names = function.__code__.co_freevars
+    return {name: _contents(cell) for name, cell in zip(names, function.__closure__ or (), strict=True)}
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _registered(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+def _names_of(ours: type[RecurrentLayer]) -> set[str]:
+    """What our class defines and torch's does not; ``step`` is left out, because the layer itself never calls it."""
+    torchs = set(dir(torchs_class(ours)))
+    defined = set().union(*(vars(kind) for kind in ours.__mro__ if issubclass(kind, FeedbackLayer)))
+    return {name for name in defined | _STORED if name not in torchs and not name.startswith("__")} - {"step"}

@@ -1,0 +1,103 @@
+"""What layers answer to torch's function transforms and to torch.fx.
+
+``"torch"`` is torch.nn's own layer: on a CPU it has second derivatives and takes batched gradients; cuDNN has neither.
+``torch.func.vmap`` fails for torch's RNN, GRU and LSTM too. Of these, only the LSTM takes ``vmap`` of ``grad``, and
+only the LSTM has no forward-mode derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from statefeed.cells.protocol import Cell
+
+NO_SECOND_DERIVATIVE = (
+    "a feedback rule has no second derivative, and this backward pass was asked for one (create_graph=True, as for a "
+    'gradient penalty): set feedback to "torch", which has one on a CPU'
+)
+
+
+def no_vmap(cell: Cell) -> str:
+    """Why a forward pass cannot be mapped."""
+    remedy = '; for vmap of grad, feedback "torch" works on a CPU' if cell.torch_forward == "lstm" else ""
+    return (
+        "torch.func.vmap cannot run through a recurrent layer under a feedback rule: put what it maps over into the "
+        f"batch, or loop over it{remedy}"
+    )
+
+
+def no_batched_gradients(cell: Cell | None) -> str:
+    """Why a backward pass cannot take several gradients at once; the cell is None for one of a user's own."""
+    remedy = ', or set feedback to "torch" on a CPU'
+    if cell is None:
+        remedy = ', or set feedback to "bptt"'
+    elif cell.torch_forward is None:
+        remedy = ""
+    return (
+        "the backward pass of a feedback rule takes one gradient and got a batch of them (torch.func.jacrev, "
+        f"autograd.functional.jacobian(vectorize=True) or is_grads_batched=True): loop over the outputs{remedy}"
+    )
+
+
+def no_forward_mode(cell: Cell | None) -> str:
+    """Why there is no forward-mode derivative; the cell is None for one of a user's own."""
+    remedy = "use reverse mode"
+    if cell is None:
+        remedy = 'set feedback to "bptt"'
+    elif cell.torch_forward not in (None, "lstm"):
+        remedy = 'set feedback to "torch" on a CPU'
+    return f"a feedback rule has no forward-mode derivative (torch.func.jvp, jacfwd or forward_ad): {remedy}"
+
+
+NO_EXPANDED_WEIGHTS = (
+    "ExpandedWeights (call_for_per_sample_grads) cannot run through a feedback rule: call statefeed.restore(model) "
+    "first; on a CPU torch.nn's RNN and GRU with batch_first=True take them"
+)
+
+NO_TRANSFORM_OF_A_STEP = (
+    'torch.func cannot run through statefeed.Recurrent under an approximate rule: set feedback to "bptt", which is '
+    "plain autograd there"
+)
+
+
+def is_expanded(weight: Tensor) -> bool:
+    """Whether a weight is one of torch's ExpandedWeights."""
+    return type(weight).__name__ == "ExpandedWeight"
+
+
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a batch of gradients in disguise, as is_grads_batched=True makes."""
+    return tensor is not None and (
+        torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def traced(layer: nn.Module, base: type[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The call of a layer as one node of the graph that ``torch.fx.symbolic_trace`` draws; None if it draws none.
+
+    Args:
+        layer: what is called.
+        base: the class whose ``forward`` was reached.
+        arguments: positional ones of the call.
+        options: by name.
+
+    Raises:
+        RuntimeError: the layer is no part of the traced module, or has a ``forward`` of its own.
+    """
+    parts = [p for a in (*arguments, *options.values()) for p in (a if isinstance(a, (tuple, list)) else (a,))]
+    proxy = next((p for p in parts if isinstance(p, fx.Proxy)), None)
+    if proxy is None:
+        return None
+    name = type(layer).__qualname__
+    if type(layer).forward is not base.forward:
+        raise RuntimeError(
+            f"torch.fx cannot trace {name}, a subclass with a forward of its own around a recurrent layer: make it a "
+            "leaf, with a Tracer whose is_leaf_module returns True for it"
+        )
+    path = proxy.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    if not path:
+        raise RuntimeError(f"torch.fx traces a module that holds a recurrent layer, not {name} itself")
+    return proxy.tracer.create_proxy("call_module", path, arguments, options)

@@ -1,0 +1,89 @@
+"""One virtual environment per package: install with torch constrained, run its test file, print what came of it.
+
+``python tests/interop/environments.py [NAME ...]``, as ``make interop`` does; without names, every file in packages/.
+A package that cannot be installed beside the torch of constraints.txt is skipped with pip's reason.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "interop"
+NAMES = sorted(file.stem for file in (HERE / "packages").glob("*.txt"))
+
+
+def main(names: list[str]) -> int:
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        print(f"no such package: {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    BUILD.mkdir(parents=True, exist_ok=True)
+    records = BUILD / "records.jsonl"
+    records.write_text("")
+    outcomes = {}
+    for name in names or NAMES:
+        print(f"== {name}", flush=True)
+        outcomes[name] = install(name) or run(name, records)
+    print()
+    for name, outcome in outcomes.items():
+        print(f"{name:<20} {outcome}")
+    print(f"\nlosses and rough ratios of whole fits: {records}")
+    return 1 if any(outcome.startswith("failed") for outcome in outcomes.values()) else 0
+
+
+def install(name: str) -> str | None:
+    """Why the environment could not be made; None if it is there."""
+    environment, requirements = BUILD / name, HERE / "packages" / f"{name}.txt"
+    done = environment / ".installed"
+    if done.exists() and done.read_text() == requirements.read_text():
+        return None
+    subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+    (torch,) = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    constraint = BUILD / "constraints.txt"
+    constraint.write_text(torch + "\n")
+    pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", constraint]
+    try:
+        finished = subprocess.run(
+            [*pip, torch, "pytest", "numpy", "--requirement", requirements],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+    except subprocess.TimeoutExpired:
+        return "skipped: pip took more than 15 minutes"
+    if finished.returncode:
+        errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
+        return f"skipped: {errors[0] if errors else finished.stderr.strip()}"
+    done.write_text(requirements.read_text())
+    return None
+
+
+def run(name: str, records: Path) -> str:
+    """The outcome of the package's tests, in one line."""
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "STATEFEED_INTEROP_RECORDS": str(records),
+    }
+    command = [BUILD / name / "bin" / "python", "-m", "pytest", "-m", "interop", "--quiet", "--show-capture=no"]
+    finished = subprocess.run(
+        [*command, HERE / f"test_{name}.py"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    last = finished.stdout.strip().splitlines()[-1]
+    if finished.returncode:
+        print(finished.stdout)
+        return f"failed: {last}"
+    return f"passed: {last}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

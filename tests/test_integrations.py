@@ -1,0 +1,162 @@
+"""The callbacks for Lightning and the Hugging Face Trainer, on stubs of the two interfaces.
+
+`make interop` runs them in the packages themselves: tests/interop/test_lightning.py and test_transformers.py.
+"""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import statefeed as sf
+
+
+class Callback:
+    """The base class of both packages as far as the callbacks use it."""
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., types.ModuleType]]:
+    """Imports a callback's module with these packages in place of the real ones; none else can be imported."""
+    loaded = []
+
+    def load(name: str, **packages: type) -> types.ModuleType:
+        for package in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
+            monkeypatch.setitem(sys.modules, package, None)
+            monkeypatch.setattr(sys, "meta_path", [_Absent(), *sys.meta_path])
+            monkeypatch.delitem(sys.modules, package)
+        for package, callback in packages.items():
+            stub = types.ModuleType(package)
+            stub.Callback = stub.TrainerCallback = callback
+            monkeypatch.setitem(sys.modules, package, stub)
+            if package == "lightning":
+                monkeypatch.setitem(sys.modules, "lightning.pytorch", stub)
+        loaded.append(f"statefeed.integrations.{name}")
+        sys.modules.pop(loaded[-1], None)
+        return importlib.import_module(loaded[-1])
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
+
+
+class _Absent:
+    """An import finder for which the packages are not installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in ("lightning", "pytorch_lightning", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+
+class Model(nn.Module):
+    """A LightningModule as far as the callback uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.GRU(2, 3)
+        self.decoder = sf.GRU(3, 3, feedback="gate+1")
+        self.logged: list[dict[str, float]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x)[0])[0]
+
+    def log_dict(self, numbers: dict[str, float]) -> None:
+        self.logged.append(numbers)
+
+
+def rules(model: Model) -> list[str]:
+    return [str(getattr(layer, "feedback", None)) for layer in (model.encoder, model.decoder)]
+
+
+def monitor(every: int) -> sf.Monitor:
+    return sf.Monitor(lambda model, x: model(x).square().sum(), torch.ones(4, 1, 2), every=every)
+
+
+class LightningTrainer:
+    """Calls the hooks in the order of lightning.pytorch.Trainer, two batches an optimizer step."""
+
+    def __init__(self, steps: float, callback: Any) -> None:
+        self.estimated_stepping_batches, self.callback, self.global_step = steps, callback, 0
+
+    def fit(self, model: Model) -> list[list[str]]:
+        self.callback.on_fit_start(self, model)
+        seen = []
+        for batch in range(8):
+            self.global_step = batch // 2
+            self.callback.on_train_batch_start(self, model, None, batch)
+            seen.append(rules(model))
+        return seen
+
+
+def hf_train(callback: Any, model: Model, steps: int = 4) -> tuple[list[list[str]], list[dict[str, float]]]:
+    """Calls the hooks in the order of transformers.Trainer, with everything by keyword that it passes so."""
+    state = types.SimpleNamespace(global_step=0, max_steps=steps, log_history=[])
+    seen = []
+    everything = {"model": model, "processing_class": None, "optimizer": None, "train_dataloader": None}
+    callback.on_train_begin(None, state, None, **everything)
+    for step in range(steps):
+        state.global_step = step
+        callback.on_step_begin(None, state, None, **everything)
+        seen.append(rules(model))
+    return seen, state.log_history
+
+
+@pytest.mark.parametrize("packages", [["lightning"], ["pytorch_lightning"], ["lightning", "pytorch_lightning"]])
+def test_the_lightning_callback_is_one_of_every_installed_package(load: Any, packages: list[str]) -> None:
+    bases = {name: type("Callback", (Callback,), {}) for name in packages}
+    callback = load("lightning", **bases).SwapCallback()
+    assert all(isinstance(callback, base) for base in bases.values())
+
+
+def test_lightning_swaps_at_fit_start_and_leaves_a_rule_that_was_set(load: Any) -> None:
+    callback, model = load("lightning", lightning=Callback).SwapCallback(), Model()
+    assert callback.report is None
+    assert LightningTrainer(4, callback).fit(model) == [["bptt", "gate+1"]] * 8
+    assert list(callback.report.swapped) == ["encoder"]
+    assert LightningTrainer(4, callback).fit(model)[-1] == ["bptt", "gate+1"]
+
+
+def test_lightning_schedule_and_monitor_count_optimizer_steps(load: Any) -> None:
+    watch = monitor(every=2)
+    callback = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian", monitor=watch)
+    model = Model()
+    assert LightningTrainer(4, callback).fit(model) == [["dsf", "dsf"]] * 4 + [["jacobian", "jacobian"]] * 4
+    assert [step for step, _ in watch.history] == [0, 2]
+    assert [bool(numbers) for numbers in model.logged] == [True, False, True, False]
+    with pytest.raises(ValueError, match="max_steps or max_epochs"):
+        LightningTrainer(float("inf"), callback).fit(Model())
+
+
+def test_transformers_swaps_schedules_and_logs(load: Any) -> None:
+    module, model = load("transformers", transformers=Callback), Model()
+    callback = module.SwapCallback()
+    assert isinstance(callback, Callback)
+    seen, history = hf_train(callback, model)
+    assert seen == [["bptt", "gate+1"]] * 4
+    assert not history
+    watch = monitor(every=3)
+    seen, history = hf_train(module.SwapCallback(schedule=sf.Schedule("dsf@0.25/jacobian"), monitor=watch), Model())
+    assert seen == [["dsf", "dsf"]] + [["jacobian", "jacobian"]] * 3
+    assert [row["step"] for row in history] == [0, 3]
+    assert all("alignment/cosine" in row for row in history)
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_patterns_and_contradictions(load: Any, name: str) -> None:
+    module, model = load(name, **{name: Callback}), Model()
+    with pytest.raises(ValueError, match="exclude each other, got 'dsf' and 'dsf/bptt'"):
+        module.SwapCallback("dsf", schedule="dsf/bptt")
+    callback = module.SwapCallback("dsf", exclude="decoder")
+    seen = LightningTrainer(4, callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
+    assert seen[-1] == ["dsf", "gate+1"]
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_without_its_package_a_callback_says_what_to_install(load: Any, name: str) -> None:
+    with pytest.raises(ImportError, match=rf'pip install "statefeed\[{name}\]"'):
+        load(name)
