@@ -1,6 +1,7 @@
 """gluonts: DeepAR, whose training loop is Lightning's."""
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ def test_the_callback_gives_the_same_losses(compare, losses_callback):
     import numpy as np
     import pandas as pd
     from gluonts.dataset.common import ListDataset
+    from gluonts.model.predictor import Predictor
     from gluonts.torch import DeepAREstimator
 
     from statefeed.integrations.lightning import SwapCallback
@@ -85,5 +87,16 @@ def test_the_callback_gives_the_same_losses(compare, losses_callback):
 
     _, (callback, predictor) = compare("gluonts", "DeepAR, LSTM, 2 layers", "72x32x32", fit)
     assert list(callback.report.swapped) == ["model.rnn"]
-    # The predictor holds a network loaded from the best checkpoint.
-    assert type(predictor.prediction_net.model.rnn) is torch.nn.LSTM
+    # The weights of the best checkpoint are loaded in place; a predictor that is read from a folder is built again.
+    assert type(predictor.prediction_net.model.rnn) is sf.LSTM
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.serialize(Path(folder))
+        loaded = Predictor.deserialize(Path(folder))
+    assert type(loaded.prediction_net.model.rnn) is torch.nn.LSTM
+    assert type(sf.restore(predictor.prediction_net).model.rnn) is torch.nn.LSTM
+    forecasts = []
+    for p in (predictor, loaded):
+        torch.manual_seed(0)
+        (forecast,) = p.predict(data)
+        forecasts.append(torch.tensor(forecast.mean))
+    torch.testing.assert_close(*forecasts)
