@@ -288,7 +288,7 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
         if lengths is not None:
             longest = int(lengths.max())
             x = x[:longest, lengths.to(x.device) == longest]
-        if lags and name not in inputs and x.is_floating_point():
+        if lags and name not in inputs and (x.is_floating_point() or x.is_complex()):
             inputs[name] = x[-lags:, :_ROWS].detach()
 
     # What a subclass with a forward of its own takes and returns is not known.
@@ -337,5 +337,5 @@ def _by_lag(layer: Any, x: Tensor) -> Tensor:
         if getattr(layer, "bidirectional", False):
             last = last[:, : layer.hidden_size]
         projection = (last * torch.randn_like(last)).sum()
-    (grad,) = torch.autograd.grad(projection, x)
-    return grad.flip(0).double().cpu()
+    (grad,) = torch.autograd.grad(projection.real if projection.is_complex() else projection, x)
+    return grad.flip(0).to(torch.promote_types(grad.dtype, torch.float64)).cpu()

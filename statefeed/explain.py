@@ -132,10 +132,10 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
     backend = choose(cell, tensors, rule.exact)
-    reason = _reason(layer, tensors) if backend.fallback else None
+    reason = layer.torch_path_reason(x)
+    if reason is None and backend.fallback:
+        reason = _reason(layer, tensors)
     torch_has_it = cell.torch_forward is not None
-    if rule.through_torch:
-        reason = '"torch" selects torch\'s own layer'
     if rule.exact and reason is not None and torch_has_it:
         path = "torch.nn's own path"
         result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)

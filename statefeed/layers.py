@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.recurrence import autocast_dtype
 from statefeed.stack import RecurrentStack
 
 _TORCHSCRIPT = (
@@ -19,8 +21,8 @@ _TORCHSCRIPT = (
 )
 
 _COMPILED_LSTM = (
-    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile without the '
-    "layer"
+    'torch.compile cannot train the LSTM of torch.nn: set feedback to "bptt", which is exact too, or compile the model '
+    "without the layer"
 )
 
 
@@ -79,19 +81,58 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
         """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
         without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        if without_grad or torch.compiler.is_exporting() or self._feedback.through_torch:
+        if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
             return None
         name = super()._backend(input, hx, weights)
         return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
+
+    def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer runs a call, whether kernels support it or not; None if a backend may run it."""
+        if self._feedback.through_torch:
+            return '"torch" selects torch\'s own layer'
+        if self._feedback.exact and _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling():
+            return "one step has no recurrence to fuse, and torch's own path costs less per call"
+        return None
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
             raise RuntimeError(_COMPILED_LSTM)
+        if self.mode == "LSTM" and isinstance(input, Tensor) and not torch.is_grad_enabled() and _lacks_bf16(input):
+            return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
+
+    def _in_float32(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
+        """torch's path without the autocast in force, its results in the dtype of that autocast."""
+        dtype = self._weights_of(0)[0].dtype
+        with torch.autocast("cpu", enabled=False):
+            state = None if hx is None else tuple(s.to(dtype) for s in hx)
+            y, final = super(RecurrentStack, self).forward(input.to(dtype), state)
+        return y.to(torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
+
+
+def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes)
+    return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
+
+
+def _lacks_bf16(x: Tensor) -> bool:
+    """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the bfloat16 autocast in force."""
+    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not _onednn_has_bf16()
+
+
+@functools.cache
+def _onednn_has_bf16() -> bool:
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# As for ``native.unavailable``: a constant to torch.compile.
+_onednn_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _signature(**more: tuple[str, Any]) -> inspect.Signature:

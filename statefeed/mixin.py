@@ -42,9 +42,11 @@ class FeedbackLayer(nn.Module):
         if reason is not None:
             raise ValueError(reason)
         if feedback.learned and not self.learned_tensors():
-            like = next(self.parameters(), torch.empty(0, device="cpu")).detach()
-            self.diagonal = like.new_zeros(self._feedback_rows, self._state_size)
-            self.diagonal_updates = torch.zeros(self._feedback_rows, dtype=torch.int64, device=like.device)
+            like = next(self.parameters(), torch.empty(0, device="cpu"))
+            # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
+            shape = (self._feedback_rows, self._state_size)
+            self.diagonal = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            self.diagonal_updates = torch.zeros(shape[0], dtype=torch.int64, device=like.device)
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(self._feedback_rows))
         self._rule_changed()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,10 +55,10 @@ def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]
         seen.add(id(value))
         if isinstance(value, Tensor) and not value.is_meta:
             yield _tensor_restorer(value)
-        elif isinstance(value, MutableMapping):
+        elif isinstance(value, dict):
             yield _mapping_restorer(value)
             yield from _restorers(list(value.values()), seen)
-        elif isinstance(value, MutableSequence):
+        elif isinstance(value, (list, deque)):
             yield _sequence_restorer(value)
             yield from _restorers(list(value), seen)
         elif isinstance(value, tuple):
@@ -75,7 +76,7 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     return undo
 
 
-def _mapping_restorer(mapping: MutableMapping[Any, Any]) -> Callable[[], None]:
+def _mapping_restorer(mapping: dict[Any, Any]) -> Callable[[], None]:
     was = dict(mapping)
 
     def undo() -> None:
@@ -85,7 +86,7 @@ def _mapping_restorer(mapping: MutableMapping[Any, Any]) -> Callable[[], None]:
     return undo
 
 
-def _sequence_restorer(sequence: MutableSequence[Any]) -> Callable[[], None]:
+def _sequence_restorer(sequence: list[Any] | deque[Any]) -> Callable[[], None]:
     was = list(sequence)
 
     def undo() -> None:

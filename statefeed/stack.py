@@ -139,6 +139,10 @@ class RecurrentStack(FeedbackLayer):
         tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
         return choose(self.feedback_cell, tensors, self._feedback.exact).name
 
+    def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer runs a call; None if a backend may run it, as it does where torch lacks the cell."""
+        return None
+
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """The forward pass of torch's own layer."""
         raise NotImplementedError

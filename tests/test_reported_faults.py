@@ -75,7 +75,9 @@ def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, r
     with pytest.raises(ValueError, match=COMPLEX):
         sf.Schedule(rule).apply(exact, 0.0)
     plain = nn.Sequential(TORCHS[cell](3, 4, dtype=torch.cfloat))
-    assert sf.swap(plain, feedback=rule).kept["0"].endswith('set feedback to "torch"')
+    with pytest.warns(UserWarning, match="swap changed nothing"):
+        report = sf.swap(plain, feedback=rule)
+    assert report.kept["0"].endswith('set feedback to "torch"')
     assert type(plain[0]) is TORCHS[cell]
 
 
@@ -119,6 +121,16 @@ def test_alignment_counts_real_and_imaginary_parts_of_a_complex_head(x):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sf.alignment(Model(), lambda model, x: model(x), x).parameters["weight"].cosine == pytest.approx(1)
+
+
+@beta
+@pytest.mark.parametrize("kind", [*LAYERS.values(), lambda *sizes, dtype: sf.Recurrent(nn.GRUCell(*sizes).to(dtype))])
+def test_diagnostics_take_complex_layers(kind):
+    layer, x = kind(3, 4, dtype=torch.cdouble), torch.randn(5, 2, 3, dtype=torch.cdouble)
+    found = sf.alignment(layer, lambda m, x: m(x)[0].abs().square().sum(), x, lags=3)
+    assert [found.total.cosine, *(lag.cosine for lag in found.lags[""].agreement)] == pytest.approx([1.0] * 4)
+    if isinstance(layer, nn.RNNBase):
+        assert sf.explain(layer, x).forward == "torch.nn's own path"
 
 
 # The default device ---------------------------------------------------------------------------------------------------
@@ -216,6 +228,21 @@ def test_autocast_returns_the_dtypes_of_torch(cell, layers, rule, x):
             )
         )
         assert found == expected, (dtype, state, packed, grad)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype, layers, x, monkeypatch):
+    layer = sf.LSTM(3, 4, layers, feedback="dsf")
+    with torch.no_grad():
+        expected, (h, c) = layer(x.to(dtype).float())
+        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
+            with torch.autocast("cpu", torch.bfloat16):
+                y, state = layer(x.to(dtype), hx)
+            torch.testing.assert_close([y, *state], [expected.bfloat16(), h.bfloat16(), c.bfloat16()], rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert y.dtype == layer(x)[0].dtype
 
 
 @pytest.mark.parametrize("feature", ["lengths", "resets"])
@@ -379,6 +406,23 @@ def test_a_distributed_model_is_measured_and_trained_on(one_process, x):
     for _ in range(2):
         loss(model, x).backward()
     assert model.module.layer.diagonal_updates.tolist() == [2]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.parametrize("rule", ["calibrated+1", "fitted"])
+def test_a_schedule_switches_a_sharded_model_to_a_learned_rule(rule, one_process, x):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = Tagger(), init_device_mesh("cpu", (1,))
+    plain = copy.deepcopy(model)
+    fully_shard(model.layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for fraction, each in product((0.1, 0.9), (model, plain)):
+        sf.Schedule(f"dsf@0.5/{rule}").apply(each, fraction)
+        each(x).square().sum().backward()
+    assert plain.layer.diagonal.any()
+    torch.testing.assert_close(model.layer.diagonal, plain.layer.diagonal)
 
 
 # Parameters that a cell does not use ----------------------------------------------------------------------------------
@@ -573,7 +617,9 @@ def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
 @pytest.mark.parametrize("transform", ["jacrev", "jacobian", "is_grads_batched", "jvp", "forward_ad", "vmap"])
 def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(transform, x):
     layer = sf.Recurrent(nn.GRUCell(3, 4), "dsf")
-    with pytest.raises(RuntimeError, match='^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'):
+    with pytest.raises(
+        RuntimeError, match=r'^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'
+    ):
         TRANSFORMS[transform](layer, x)
     layer.feedback = "bptt"
     TRANSFORMS[transform](layer, x)

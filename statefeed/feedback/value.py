@@ -44,7 +44,7 @@ class Feedback:
             - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
             - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: as ``Feedback.ramp`` and ``Feedback.log_spaced`` say.
             - a float, or a tensor of shape (S,): that diagonal, fixed. A tensor (L * directions, S) has one row for
-              every layer and direction, as the buffer ``layer.diagonal`` of the next two.
+              every layer and direction, as ``layer.diagonal`` of the next two.
             - ``"calibrated"``: the running mean of diag(J[t]), taken while training.
             - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1], unit by unit, g being the exact state
               gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training every 50th backward pass, the first

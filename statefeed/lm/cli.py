@@ -8,8 +8,9 @@ import re
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -39,6 +40,9 @@ USAGE = """usage: statefeed COMMAND ...
 
 statefeed COMMAND --help lists every flag of a command.
 """
+
+
+_PYTHONS_WARNING = warnings.showwarning
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,10 +103,19 @@ def own_process() -> None:
     fault for every page.
     """
     torch.set_flush_denormal(True)
+    warnings.showwarning = _show_warning
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning of the library as one line, without the line of code it came from; others as Python prints them."""
+    if category is RuntimeWarning:
+        notify(" ".join(str(message).split()))
+    else:
+        _PYTHONS_WARNING(message, category, *place, **more)
 
 
 def _report(sentence: str, code: int) -> int:

@@ -77,7 +77,7 @@ USER_ERRORS = {
     "run inside a file": (["train", "{flags}", "--run.dir={empty}/run"], "empty.txt"),
     "no run": (["evaluate", "nowhere"], "nowhere is not a run folder: it holds no config.yaml"),
     "run not named": (["evaluate"], "run"),
-    "unknown split": (["evaluate", "{run}", "--split=dev"], "split must be 'train', 'valid', 'test', got dev"),
+    "unknown split": (["evaluate", "{run}", "--split=dev"], "split must be 'train', 'valid', 'test', 'all', got dev"),
     "foreign prompt": (["generate", "{run}", "--prompt=the §"], "--prompt: '§' is not among the "),
     "empty prompt": (["generate", "{run}", "--prompt="], "--prompt must hold at least one token, got ''"),
     "no tokens": (["generate", "{run}", "--tokens=0"], "--tokens must be at least 1, got 0"),

@@ -28,6 +28,7 @@ from statefeed.lm.errors import Interrupted, UsageError
 from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
 from statefeed.lm.run.folder import check_apart
+from statefeed.lm.run.signals import handled
 
 _WIDTH = 1000  # characters that no table has
 _RESUME = "the same command resumes it"
@@ -145,7 +146,7 @@ def _train(config: Config) -> tuple[str, int | None]:
             passed.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, pass_on) for number in handled()}
         try:
             for sentence in process.stderr:
                 if not passed or sentence.startswith("statefeed: "):  # not where its imports were interrupted

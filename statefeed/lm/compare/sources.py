@@ -35,48 +35,62 @@ class Found:
     results: list[Result] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.results or self.benchmarks)
+
+    def add(self, other: "Found") -> None:
+        """Add what another path holds."""
+        self.results += other.results
+        self.benchmarks += other.benchmarks
+
 
 def read(paths: Iterable[Path]) -> Found:
     """Everything that run folders, comparison folders, other folders of these and JSONL files hold.
 
-    What cannot be read inside a folder is left out, with a sentence on stderr.
+    A run or file that cannot be read is left out, as a whole and with a sentence on stderr.
 
     Raises:
-        UsageError: for a path that is missing or holds none of them, and for a file or run that is named and cannot be
-            read.
+        UsageError: for a path that is missing or holds none of them, and where nothing can be read.
     """
-    found = Found()
+    found, wrong = Found(), list[UsageError]()
     for path in paths:
-        before = len(found.results) + len(found.benchmarks)
-        if path.is_dir():
-            _folder(path, found)
-        elif path.is_file():
-            _file(path, found)
-        else:
+        if not path.exists():
             raise UsageError(f"there is no file or folder {path}: expected runs, comparisons or JSONL records")
-        if len(found.results) + len(found.benchmarks) == before:
+        before = len(wrong)
+        more = _entry(path, wrong)
+        if not more and len(wrong) == before:
             raise UsageError(f"{path} holds no run, no {COMPARISON} and no records of a benchmark")
+        found.add(more)
+    if not found and wrong:
+        raise wrong[0]
+    for error in wrong:
+        notify(f"left out: {error}")
     # A run may be found in its folder, in a comparison's records and in a copy of these.
     same = split(found.results, lambda result: f"{identity.select(result.config, 'task', 'run')} {result.valid}")
     found.results = [group[0] for group in same.values()]
     return found
 
 
-def _folder(folder: Path, found: Found) -> None:
-    if (folder / METRICS).is_file():
-        found.results.append(read_run(folder))
-        return
-    for path in sorted(folder.iterdir()):
-        try:
-            if path.is_file() and path.suffix == ".jsonl":
-                _file(path, found)
-            elif path.is_dir() and not (folder / COMPARISON).is_file():  # its records hold its runs
-                _folder(path, found)
-        except (UsageError, OSError) as error:
-            notify(f"left out: {error}")
+def _entry(path: Path, wrong: list[UsageError]) -> Found:
+    """What a file or folder holds; what is wrong with those that cannot be read is added to `wrong`."""
+    try:
+        if path.is_file():
+            return _file(path)
+        if (path / METRICS).is_file():
+            return Found([read_run(path)])
+    except UsageError as error:
+        wrong.append(error)
+        return Found()
+    found = Found()
+    for inner in sorted(path.iterdir()):
+        is_records = inner.is_file() and inner.suffix == ".jsonl"
+        if is_records or (inner.is_dir() and not (path / COMPARISON).is_file()):  # its records hold its runs
+            found.add(_entry(inner, wrong))
+    return found
 
 
-def _file(path: Path, found: Found) -> None:
+def _file(path: Path) -> Found:
+    found = Found()
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -92,6 +106,7 @@ def _file(path: Path, found: Found) -> None:
             raise UsageError(
                 f"line {number} of {path} is no record of a comparison or a benchmark, one JSON object a line: {error}"
             ) from None
+    return found
 
 
 def _benchmark_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class BytePairs:
                 f"segments of {WORD} bytes of such text"
             )
             fixed = pre_tokenizers.FixedLength(WORD)
-            model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer, fixed])  # type: ignore[list-item]
+            model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer, fixed])
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+import statefeed as sf
+
 
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that learned rules update while training, by name; writing into them changes the rules.
@@ -13,6 +15,6 @@ def learned_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{part}" if name else part: tensor
         for name, layer in model.named_modules()
-        if hasattr(layer, "learned_tensors")
+        if isinstance(layer, sf.FeedbackLayer)
         for part, tensor in layer.learned_tensors().items()
     }

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from statefeed.lm.errors import Interrupted, PeerLost
 
 
-def _numbers() -> list[int]:
+def handled() -> list[int]:
     """The signals that are handled."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     more = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
@@ -30,7 +30,7 @@ class SignalHandler:
 
     def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in _numbers()}
+            self._before = {number: signal.signal(number, self._handle) for number in handled()}
         else:
             self._before = {}
         return self
