@@ -44,3 +44,30 @@ def test_demucs_separates_two_tones():
     mixture, _ = tones(2)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(mixture), plain(mixture))
+
+
+def test_exact_gradients_give_the_same_losses(compare):
+    demucs = pytest.importorskip("demucs.demucs", reason="run `make interop`")
+    from demucs.states import copy_state
+
+    def fit(swapped):
+        model = demucs.Demucs(["low", "high"], audio_channels=1, channels=16, depth=3, lstm_layers=2, dconv_mode=0)
+        if swapped:
+            sf.swap(model)
+        optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+        for _ in range(8):
+            sources = torch.randn(4, 2, 1, 4096)
+            loss = (model(sources.sum(1)) - sources).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses, model
+
+    plain, model = compare("demucs", "Demucs, LSTM, 2 layers, bidirectional", "64x4x64", fit)
+    assert type(model.lstm.lstm) is sf.LSTM
+    plain.load_state_dict(copy_state(model.state_dict()))
+    assert type(sf.restore(model).lstm.lstm) is torch.nn.LSTM
+    x = torch.randn(1, 1, 4096)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x))

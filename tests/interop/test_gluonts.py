@@ -1,6 +1,7 @@
 """gluonts: DeepAR, whose training loop is Lightning's."""
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +48,55 @@ def test_deepar_forecasts_a_sine():
     flat = float(np.abs(series[:-24].mean() - series[-24:]).mean())
     print(f"mean absolute error over a day: {error:.2f}, of the mean {flat:.2f}")
     assert error < 0.5 * flat
+
+
+def test_the_callback_gives_the_same_losses(compare, losses_callback):
+    pytest.importorskip("gluonts.torch", reason="run `make interop`")
+    import lightning.pytorch as lightning
+    import numpy as np
+    import pandas as pd
+    from gluonts.dataset.common import ListDataset
+    from gluonts.model.predictor import Predictor
+    from gluonts.torch import DeepAREstimator
+
+    from statefeed.integrations.lightning import SwapCallback
+
+    target = np.sin(2 * np.pi * np.arange(400) / 24) + 2
+    data = ListDataset([{"start": pd.Period("2024-01-01", freq="h"), "target": target}], freq="h")
+
+    def fit(swapped):
+        callback, losses = SwapCallback(), losses_callback(lightning.Callback)
+        with tempfile.TemporaryDirectory() as folder:
+            estimator = DeepAREstimator(
+                freq="h",
+                prediction_length=24,
+                context_length=48,
+                hidden_size=32,
+                num_batches_per_epoch=10,
+                trainer_kwargs={
+                    "max_epochs": 1,
+                    "accelerator": "cpu",
+                    "logger": False,
+                    "enable_progress_bar": False,
+                    "default_root_dir": folder,
+                    "callbacks": [*[callback] * swapped, losses],
+                },
+            )
+            predictor = estimator.train(data)
+        return losses.losses, (callback, predictor)
+
+    _, (callback, predictor) = compare("gluonts", "DeepAR, LSTM, 2 layers", "72x32x32", fit)
+    assert list(callback.report.swapped) == ["model.rnn"]
+    # The weights of the best checkpoint are loaded in place; a predictor that is read from a folder is built again.
+    assert type(predictor.prediction_net.model.rnn) is sf.LSTM
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.serialize(Path(folder))
+        loaded = Predictor.deserialize(Path(folder))
+    assert type(loaded.prediction_net.model.rnn) is torch.nn.LSTM
+    assert type(sf.restore(predictor.prediction_net).model.rnn) is torch.nn.LSTM
+    forecasts = []
+    for p in (predictor, loaded):
+        torch.manual_seed(0)
+        (forecast,) = p.predict(data)
+        forecasts.append(torch.tensor(forecast.mean))
+    torch.testing.assert_close(*forecasts)

@@ -51,11 +51,9 @@ def test_gru4rec(compare, config):
     from recbole.trainer import Trainer
     from recbole.utils import init_seed
 
-    dataset = create_dataset(config)
-
     def fit(swapped):
         init_seed(0, True)
-        train, _, _ = data_preparation(config, dataset)
+        train, _, _ = data_preparation(config, create_dataset(config))
         model = GRU4Rec(config, train.dataset)
         if swapped:
             assert list(sf.swap(model).swapped) == ["gru_layers"]

@@ -53,3 +53,28 @@ def test_recurrent_ppo_learns_cartpole_without_velocity():
     print(f"reward per episode: untrained {untrained:.0f}, trained {trained:.0f} after {model.num_timesteps} steps")
     assert untrained < 40
     assert trained > 120
+
+
+def test_exact_gradients_give_the_same_losses(compare, tmp_path):
+    pytest.importorskip("gymnasium", reason="run `make interop`")
+    sb3_contrib = pytest.importorskip("sb3_contrib", reason="run `make interop`")
+
+    def fit(swapped):
+        options = {"n_steps": 64, "batch_size": 64, "n_epochs": 2, "policy_kwargs": {"lstm_hidden_size": 32}}
+        model = sb3_contrib.RecurrentPPO("MlpLstmPolicy", "CartPole-v1", seed=0, device="cpu", **options)
+        if swapped:
+            sf.swap(model.policy)
+        losses = []
+        for _ in range(2):
+            model.learn(64, reset_num_timesteps=False)
+            losses.append(float(model.logger.name_to_value["train/loss"]))
+        return losses, model
+
+    _, model = compare("sb3-contrib", "RecurrentPPO", "64x32 packed", fit, rtol=1e-2)
+    assert type(model.policy.lstm_actor) is sf.LSTM
+    model.save(tmp_path / "model.zip")
+    loaded = sb3_contrib.RecurrentPPO.load(tmp_path / "model.zip", device="cpu")
+    assert type(loaded.policy.lstm_actor) is torch.nn.LSTM
+    for name, value in loaded.policy.state_dict().items():
+        torch.testing.assert_close(model.policy.state_dict()[name], value)
+    assert type(sf.restore(model.policy).lstm_actor) is torch.nn.LSTM
