@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from statefeed.feedback import (
@@ -125,9 +125,8 @@ class Recurrent(FeedbackLayer):
 
         Gradient: that of the rule; plain autograd through the loop under ``"bptt"``.
         """
-        node = traced(self, Recurrent, (x,) if state is None else (x, state), {})
-        if node is not None:
-            return node  # type: ignore[no-any-return]
+        if isinstance(x, fx.Proxy):
+            return traced(x, self, Recurrent, state)
         if x.dim() != 3:
             raise ValueError(f"x must have the shape (T, B, I), or (B, T, I) with batch_first, got {tuple(x.shape)}")
         if self.batch_first:

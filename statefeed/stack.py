@@ -6,7 +6,7 @@ import warnings
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -79,11 +79,8 @@ class RecurrentStack(FeedbackLayer):
         Raises:
             RuntimeError: traced by TorchScript while autograd is on; ``statefeed.restore`` the model first.
         """
-        arguments = (input,) if hx is None else (input, hx)
-        options = {"lengths": lengths, "resets": resets}
-        node = traced(self, RecurrentStack, arguments, {k: v for k, v in options.items() if v is not None})
-        if node is not None:
-            return node  # type: ignore[no-any-return]
+        if isinstance(input, fx.Proxy):
+            return traced(input, self, RecurrentStack, hx, lengths=lengths, resets=resets)
         if lengths is not None or resets is not None:
             return self._forward_segments(input, hx, lengths, resets)
         return self._forward(input, hx)

@@ -75,22 +75,19 @@ def is_batched(tensor: Tensor | None) -> bool:
     )
 
 
-def traced(layer: nn.Module, base: type[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The call of a layer as one node of the graph that ``torch.fx.symbolic_trace`` draws; None if it draws none.
+def traced(proxy: fx.Proxy, layer: nn.Module, base: type[nn.Module], *state: Any, **options: Any) -> Any:
+    """The call of a layer as one node of the graph that ``torch.fx.symbolic_trace`` draws.
 
     Args:
+        proxy: the input.
         layer: what is called.
         base: the class whose ``forward`` was reached.
-        arguments: positional ones of the call.
-        options: by name.
+        state: the initial state.
+        options: other arguments. None stands for an argument that was not given.
 
     Raises:
         RuntimeError: the layer is no part of the traced module, or has a ``forward`` of its own.
     """
-    parts = [p for a in (*arguments, *options.values()) for p in (a if isinstance(a, (tuple, list)) else (a,))]
-    proxy = next((p for p in parts if isinstance(p, fx.Proxy)), None)
-    if proxy is None:
-        return None
     name = type(layer).__qualname__
     if type(layer).forward is not base.forward:
         raise RuntimeError(
@@ -100,4 +97,6 @@ def traced(layer: nn.Module, base: type[nn.Module], arguments: tuple[Any, ...], 
     path = proxy.tracer.path_of_module(layer)  # type: ignore[attr-defined]
     if not path:
         raise RuntimeError(f"torch.fx traces a module that holds a recurrent layer, not {name} itself")
-    return proxy.tracer.create_proxy("call_module", path, arguments, options)
+    arguments = (proxy, *(s for s in state if s is not None))
+    given = {key: value for key, value in options.items() if value is not None}
+    return proxy.tracer.create_proxy("call_module", path, arguments, given)

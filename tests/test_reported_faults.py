@@ -409,6 +409,7 @@ def test_a_distributed_model_is_measured_and_trained_on(one_process, x):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("rule", ["calibrated+1", "fitted"])
 def test_a_schedule_switches_a_sharded_model_to_a_learned_rule(rule, one_process, x):
     from torch.distributed.device_mesh import init_device_mesh

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -69,11 +69,22 @@ def parse(flags: ArgumentParser, arguments: Sequence[str], path: str | Path | No
     Raises:
         UsageError: for an unknown flag, a missing value or a value of the wrong type, in the arguments or the recipe.
     """
+    for word in arguments:
+        _check_decimal(*word.removeprefix("--").partition("=")[::2])
     try:
         defaults = None if path is None else parser("").parse_object(read(path))
         return flags.parse_args(list(arguments), namespace=defaults)
     except ArgumentError as error:
         raise UsageError(_sentence(str(error), flags.get_defaults().keys())) from error
+
+
+def _check_decimal(key: str, value: object) -> None:
+    """Raise for a number in another notation, of which YAML 1.1 makes another number: 90 of 1:30."""
+    section, _, name = key.partition(".")
+    hint = get_type_hints(SECTIONS[section]).get(name) if section in SECTIONS else None
+    takes_numbers = {int, float} & {hint, *get_args(hint)} and str not in get_args(hint)
+    if takes_numbers and isinstance(value, str) and re.match(r"[-+]?(\d+:|0[xob])", value):
+        raise UsageError(f"{key} must be a decimal number, got {value}")
 
 
 def build(values: Namespace) -> Config:
@@ -203,6 +214,8 @@ def _sections(path: str | Path) -> dict[str, Any]:
         known = [f"{section}.{item.name}" for item in fields(SECTIONS[section])]
         if unknown := [key for key in values if f"{section}.{key}" not in known]:
             raise UsageError(f"{path}: {_unknown(f'{section}.{unknown[0]}', known)}")
+        for key, value in values.items():
+            _check_decimal(f"{section}.{key}", value)
     return sections
 
 

@@ -36,7 +36,7 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "written", ["2024_05_01", "12:30", "2024-05-01", "2024-13-45", "0x10", "010", "1e3", "yes", "off", "'null'", "1.50"]
+    "written", ["2024_05_01", "12:30", "2024-05-01", "2024-13-45", "0x10", "010", "1e3", "yes", "off", "'~x'", "1.50"]
 )
 def test_text_in_a_recipe_is_what_is_written(written: str) -> None:
     Path("recipe.yaml").write_text(f"run: {{dir: {written}}}\ndata: {{corpus: text, path: {written}}}\n")
@@ -50,15 +50,19 @@ def test_text_in_a_recipe_is_what_is_written(written: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("10", 10), ("1_000", 1000), ("010", 10), ("1:30", None), ("2024-05-01", None), ("0x10", None)],
+    [("10", 10), ("1_000", 1000), ("010", 10), ("1:30", None), ("2024-05-01", None), ("0x1", None)],
 )
 def test_numbers_in_a_recipe_are_decimal(written: str, value: int | None) -> None:
     Path("recipe.yaml").write_text(f"train: {{steps: {written}}}\n")
+    flags = recipes.parser("statefeed train")
     if value is None:
-        with pytest.raises(UsageError, match=r"train\.steps must be a whole number or null, got"):
+        with pytest.raises(UsageError, match=r"train\.steps must be a (decimal|whole) number.*, got"):
+            recipes.parse(flags, [f"--train.steps={written}"])
+        with pytest.raises(UsageError, match=r"train\.steps must be a (decimal|whole) number.*, got"):
             recipes.load(Path("recipe.yaml"))
     else:
         assert recipes.load(Path("recipe.yaml")).train.steps == value
+        assert recipes.parse(flags, [f"--train.steps={written}"]).train.steps == value
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-3", 1e-3), ("2.5E-1", 0.25), (".5", 0.5), ("1.", 1.0), ("3", 3.0)])
