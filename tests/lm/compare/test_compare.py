@@ -221,7 +221,7 @@ def test_a_signal_that_a_run_ignored_stops_the_comparison_after_it(
     ("more", "sentence"),
     [
         (["--train.batch=99999", "--out={folder}"], "tokens, fewer than the "),
-        (["--out={text}"], "story.txt/dsf-seed1"),
+        (["--out={text}"], "must be another folder than the text of data.path"),
         (["--out=/proc/none"], "/proc/none"),
     ],
 )
