@@ -343,3 +343,17 @@ def test_it_costs_one_pass_under_the_rules_one_under_bptt_and_few_rows_for_the_l
     sf.alignment(layer, outputs, torch.randn(16, 64, 3, dtype=torch.float64), lags)
     whole, few = 16 * 64, lags * 4
     assert ran == [("gate+1", whole), ("torch", whole), *([("gate+1", few), ("torch", few)] if lags else [])]
+
+
+def test_the_exact_pass_in_eval_mode_runs_in_training_mode_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN has a backward pass only after a forward pass in training mode."""
+    layer = sf.GRU(3, 4, 2, dropout=0.5, feedback="dsf").eval()
+    modes = []
+    path = type(layer)._torch_path
+    monkeypatch.setattr(
+        type(layer), "_torch_path", lambda self, *a: modes.append((self.training, self.dropout)) or path(self, *a)
+    )
+    found = sf.alignment(layer, lambda model, x: model(x)[0].sum(), torch.randn(5, 2, 3), lags=0)
+    assert modes == [(True, 0.0)]
+    assert (layer.training, layer.dropout, str(layer.feedback)) == (False, 0.5, "dsf")
+    assert 0 < found.total.cosine < 1

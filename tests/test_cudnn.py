@@ -153,20 +153,6 @@ def test_weights_that_were_replaced_are_packed_for_the_call(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_exact_path_trains_in_eval_mode(cell: str, bias: bool, stub: Stub) -> None:
-    rnn, x = module(cell, bias=bias).eval(), torch.randn(5, 2, 3)
-    expected = torch.autograd.grad(rnn(x)[0].square().sum(), list(rnn.parameters()))
-    stub.calls.clear(), stub.train.clear()
-    found = torch.autograd.grad(run(rnn, cell, x, call=cudnn.exact).square().sum(), list(rnn.parameters()))
-    torch.testing.assert_close(found, expected)
-    with torch.no_grad():
-        run(rnn, cell, x, call=cudnn.exact)
-    assert stub.calls == [True, True]
-    assert stub.train == [True, False], "cuDNN's backward needs a forward in training mode"
-
-
-@pytest.mark.parametrize("cell", CELLS)
 def test_packed_rows_and_states(cell: str, stub: Stub) -> None:
     rnn = module(cell)
     packed = pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])

@@ -41,7 +41,7 @@ def layer(
         y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
         as ``state``.
 
-    Gradient: none; the backward pass of a rule computes it. ``exact`` is differentiable.
+    Gradient: none; the backward pass of a rule computes it.
 
     Raises:
         ValueError: x does not have the dtype of the weights and ``dtype`` is None.
@@ -54,27 +54,6 @@ def layer(
         x, state = x.to(dtype), [s.to(dtype) for s in state]
     y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
     return y, tuple(final[: len(state)])
-
-
-def exact(
-    cell: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    directions: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As ``layer``, but differentiable by torch: exact BPTT in training and eval mode.
-
-    cuDNN runs a backward pass only after a forward pass in training mode. That mode is therefore used whenever autograd
-    records this call, whatever the module's ``training`` flag is. Without dropout both modes compute the same.
-
-    Gradient: exact, by cuDNN's own backward pass.
-    """
-    weights = list(weights)
-    if _uses_cudnn(weights[0]) and not in_one_buffer(weights, directions):
-        weights = _joined(weights, directions)
-    return _call(cell, x, batch_sizes, state, weights, directions, train=torch.is_grad_enabled())
 
 
 def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
@@ -138,17 +117,6 @@ def _packed(cell: str, weights: Sequence[Tensor], directions: int, dtype: torch.
     return copies
 
 
-def _joined(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
-    """As ``_packed``, differentiable."""
-    order = _cudnn_order(weights, directions)
-    parts = [w.flatten() for w in order]
-    if len(weights) // directions == 2:
-        H = weights[1].shape[1]
-        parts.append(weights[0].new_zeros(2 * directions * (len(weights[0]) // H) * H))
-    views = dict(zip(map(id, order), torch.cat(parts).split([len(part) for part in parts])[: len(order)], strict=True))
-    return [views[id(w)].view(w.shape) for w in weights]
-
-
 def _call(
     cell: str,
     x: Tensor,
@@ -156,14 +124,13 @@ def _call(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     directions: int,
-    train: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     run, biased, bidirectional = getattr(torch._VF, cell), len(weights) > 2 * directions, directions == 2
     hx: Any = [s.contiguous() for s in state] if len(state) > 1 else state[0].contiguous()
     if batch_sizes is None:
-        y, *final = run(x, hx, weights, biased, 1, 0.0, train, bidirectional, False)
+        y, *final = run(x, hx, weights, biased, 1, 0.0, False, bidirectional, False)
     else:
-        y, *final = run(x, batch_sizes, hx, weights, biased, 1, 0.0, train, bidirectional)
+        y, *final = run(x, batch_sizes, hx, weights, biased, 1, 0.0, False, bidirectional)
     return y, tuple(final)
 
 
@@ -191,7 +158,7 @@ def run_layer(
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext(), torch.no_grad():
-        y, final = _call(cell, x, batch_sizes, state, weights, directions, train=False)
+        y, final = _call(cell, x, batch_sizes, state, weights, directions)
     return y, final[0], final[1] if len(final) > 1 else x.new_empty(0)
 
 
