@@ -137,25 +137,32 @@ def _train(config: Config) -> tuple[str, int | None]:
         for key, value in identity.flat(dataclasses.asdict(config)).items()
     ]
     command = [sys.executable, "-m", "statefeed", "train", *flags]
-    sentence, passed = "", list[int]()
-    # In a session of its own it gets an interruption once, from here, however it was sent.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
+    sentence, passed, early = "", list[int](), list[int]()
+    running: list[subprocess.Popen[str]] = []
 
-        def pass_on(number: int, _: FrameType | None) -> None:
-            passed.append(number)
-            process.send_signal(number)
+    def pass_on(number: int, _: FrameType | None) -> None:
+        passed.append(number)
+        if running:
+            running[0].send_signal(number)
+        else:  # the process is not there yet, or this one does not know it yet
+            early.append(number)
 
-        before = {number: signal.signal(number, pass_on) for number in handled()}
-        try:
+    before = {number: signal.signal(number, pass_on) for number in handled()}
+    try:
+        # In a session of its own it gets an interruption once, from here, however it was sent.
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            running.append(process)
+            for number in early:
+                process.send_signal(number)
+            assert process.stderr is not None
             for sentence in process.stderr:
                 if not passed or sentence.startswith("statefeed: "):  # not where its imports were interrupted
                     with suppress(OSError, ValueError):
                         sys.stderr.write(sentence)
             code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     caught = passed[-1] if passed else None
     if code == 0:
         return "finished", caught
