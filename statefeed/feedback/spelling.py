@@ -52,7 +52,7 @@ def _unknown(spelling: str) -> str:
 
 
 def _nearest(spelling: str) -> str | None:
-    """The rule whose name is most like a spelling, with its number and suffix; None where there is none.
+    """The rule whose name is most like a spelling, with its number and suffix; None if no name is close.
 
     Example:
         >>> _nearest("DSF"), _nearest("gate 1"), _nearest("none"), _nearest("nothing")

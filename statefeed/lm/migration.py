@@ -109,11 +109,11 @@ def metrics_row(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def log_state(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of the log in a checkpoint; empty where there is none."""
+    """The state of the log in a checkpoint; empty if the checkpoint has none."""
     found = _renamed(values, _LOG_STATE)
     return {**found, "phases": _renamed(found["phases"], _PHASE)} if "phases" in found else found
 
 
 def tensor_file(metadata: Mapping[str, str]) -> str:
-    """The JSON text in the metadata of a safetensors file of ours; "" where there is none."""
+    """The JSON text in the metadata of a safetensors file of ours; "" if it has none."""
     return metadata.get("metadata", metadata.get("facts", ""))

@@ -79,7 +79,7 @@ def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def valid_runs(results: Sequence[Result]) -> list[Result]:
-    """The runs that count: the finished ones, or where there is none those under way; none that diverged."""
+    """The runs that count: the finished ones, or else those under way; never diverged ones."""
     finished = [result for result in results if result.outcome == "finished"]
     return finished or [result for result in results if result.outcome == "unfinished"]
 

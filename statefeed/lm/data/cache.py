@@ -83,7 +83,7 @@ def _entry(how: str, text: str) -> str:
 
 
 def _read(path: Path) -> NDArray[np.uint8] | None:
-    """The content of an entry, mapped into memory; None where there is none or it is not what was written."""
+    """The content of an entry, mapped into memory; None if it is missing or damaged."""
     try:
         if reason := distrust(path):
             notify(f"{reason}: the text is tokenized again")
