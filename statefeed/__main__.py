@@ -25,7 +25,14 @@ def main() -> None:
     from statefeed.lm import cli
 
     _trainer_process()
-    sys.exit(cli.main(sys.argv[1:]))
+    code = cli.main(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Everything is saved. Threads of torch.distributed may outlive the group, and abort the process while Python
+        # ends, after which torchrun would call the job failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _open_streams() -> None:
