@@ -96,7 +96,7 @@ def _check_checkpoints(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _last_step(path: Path) -> int:
-    """The last step in the metrics of a run, 0 where there is none."""
+    """The last step in the metrics of a run, 0 if there are no metrics."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in reversed(lines):
         try:
