@@ -1,10 +1,12 @@
 """Forward pass in parallel over time: states, defects and gradients against float64 loops, and the layer's property."""
 
 import copy
+import pickle
 
 import oracles
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import statefeed as sf
@@ -270,3 +272,160 @@ def test_gradients_of_the_loop(cell):
     expected = oracles.layer_gradients(cell, weights(layer), x, initial, full, None)
     for name, gradient in found.items():
         assert largest(gradient, expected[name]) < 1e-9
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    # oneDNN has no LSTM in float16.
+    [*((cell, torch.bfloat16) for cell in LAYERS), ("gru", torch.float16), ("tanh", torch.float16)],
+)
+def test_autocast(cell, dtype):
+    """The results have the dtype of the sequential pass, and its accuracy."""
+    layer = make(cell, 16, 64, method="newton").float()
+    x = torch.randn(50, 2, 16)
+    exact, _ = both_ways(copy.deepcopy(layer).double(), x.double())
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        ours, expected = both_ways(layer, x)
+    assert layer.newton_sequential_steps == (0,)
+    for a, b, c in zip(ours, expected, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert largest(a, c) < 4 * largest(b, c) + torch.finfo(dtype).eps
+
+
+def test_rounding_errors_end_the_iteration():
+    """A tolerance below the spacing of float32 cannot be met; the iteration stops where the defect no longer falls."""
+    layer = make("gru", 16, 64, method=sf.Newton(1e-12)).float()
+    x = torch.randn(50, 2, 16)
+    ours, expected = both_ways(layer, x)
+    assert layer.newton_iterations[0] < 30
+    assert layer.newton_sequential_steps == (0,)
+    assert largest(ours[0], expected[0]) < 2e-6
+
+
+def test_bfloat16_layer():
+    layer = make("gru", 16, 64, method="newton").bfloat16()
+    x = torch.randn(50, 2, 16).bfloat16()
+    with torch.no_grad():
+        ours, expected = both_ways(layer, x)
+    assert ours[0].dtype == torch.bfloat16
+    assert layer.newton_sequential_steps == (0,)
+    assert largest(ours[0].float(), expected[0].float()) < 0.05
+
+
+# The property ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_sequential():
+    layer = sf.GRU(I, H)
+    assert layer.forward_method == "sequential"
+    assert layer.newton_iterations == layer.newton_sequential_steps == ()
+    assert "newton" not in repr(layer)
+    layer.forward_method = "newton"
+    assert layer.forward_method == sf.Newton()
+    assert "forward_method='newton(0.0001)'" in repr(layer)
+    layer.forward_method = "newton(1e-3)"
+    layer(torch.randn(T, B, I))
+    assert layer.forward_method == sf.Newton(1e-3)
+    assert len(layer.newton_iterations) == 1
+    layer.forward_method = "sequential"
+    assert layer.newton_iterations == ()
+    assert vars(layer).keys() == vars(sf.GRU(I, H)).keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("newtn", ValueError), ("newton(0)", ValueError), ("newton(x)", ValueError), (None, TypeError), (1e-4, TypeError)],
+)
+def test_an_invalid_method_raises(method, error):
+    layer = sf.GRU(I, H)
+    with pytest.raises(error, match="forward_method must be"):
+        layer.forward_method = method
+    assert layer.forward_method == "sequential"
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0}, {"tolerance": True}, {"max_iterations": 0}])
+def test_invalid_settings_raise(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        sf.Newton(**options)
+
+
+def test_copies_and_pickles_have_it_and_state_dict_does_not():
+    layer = make("gru", method=sf.Newton(1e-3))
+    layer(torch.randn(T, B, I).double())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.forward_method == sf.Newton(1e-3)
+    assert layer.state_dict().keys() == nn.GRU(I, H).state_dict().keys()
+
+
+def test_a_swapped_layer_has_it_and_restore_removes_it():
+    model = nn.Sequential(nn.LSTM(I, H))
+    attributes = vars(model[0]).keys()
+    sf.swap(model)
+    assert model[0].forward_method == "sequential"
+    model[0].forward_method = "newton"
+    model(torch.randn(T, B, I))
+    sf.restore(model)
+    assert vars(model[0]).keys() == attributes
+
+
+def test_layers_that_cannot_run_it_refuse_it():
+    with pytest.raises(ValueError, match='Recurrent must be "sequential"'):
+        sf.Recurrent(nn.GRUCell(I, H)).forward_method = "newton"
+    layer = sf.GRU(I, H, feedback="torch")
+    with pytest.raises(ValueError, match='feedback "torch"'):
+        layer.forward_method = "newton"
+    layer.feedback, layer.forward_method = "dsf", "newton"
+    with pytest.raises(ValueError, match='feedback "torch"'):
+        layer.feedback = "torch"
+    assert str(layer.feedback) == "dsf"
+
+
+def test_a_cell_with_several_parts_needs_its_own_update():
+    class Plain(type(CELLS["lstm"])):
+        name = "plain"
+        newton_update = sf.cells.Cell.newton_update
+
+    class Layer(sf.CellLayer):
+        cell = Plain()
+
+    with pytest.raises(ValueError, match="newton_update"):
+        Layer(I, H).forward_method = "newton"
+
+
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+def test_compile_and_export_refuse_it(rule):
+    layer = sf.GRU(I, H, feedback=rule)
+    layer.forward_method = "newton"
+    x = torch.randn(T, B, I)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        with pytest.raises(Exception, match="which reads its progress from the device"):
+            torch.compile(layer, backend="eager", fullgraph=True)(x)
+        with pytest.raises(Exception, match="which reads its progress from the device"):
+            torch.export.export(layer, (x,))
+
+
+def test_alignment_compares_with_the_exact_gradient():
+    layer = make("gru", method=sf.Newton(1e-10), feedback="dsf")
+    x = torch.randn(T, B, I).double()
+    ours = sf.alignment(layer, lambda model, batch: model(batch)[0].square().sum(), x)
+    assert layer.forward_method == sf.Newton(1e-10)
+    layer.forward_method = "sequential"
+    expected = sf.alignment(layer, lambda model, batch: model(batch)[0].square().sum(), x)
+    assert abs(ours.total.cosine - expected.total.cosine) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_on_a_gpu(cell, rule):
+    layer = make(cell, 16, 64, feedback=rule, method=sf.Newton(1e-10)).cuda()
+    x = torch.randn(100, 3, 16, device="cuda").double()
+    ours, expected = both_ways(layer, x)
+    assert layer.newton_sequential_steps == (0,)
+    for a, b in zip(ours, expected, strict=True):
+        assert largest(a, b) < 1e-8
+    layer.float()(x.float())[0].sum().backward()
+    assert layer.newton_iterations[0] % 4 == 0
