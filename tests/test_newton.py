@@ -417,6 +417,26 @@ def test_alignment_compares_with_the_exact_gradient():
     assert abs(ours.total.cosine - expected.total.cosine) < 1e-6
 
 
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+def test_explain_shows_the_last_call(rule):
+    layer = sf.GRU(I, H, num_layers=2, bidirectional=True, feedback=rule)
+    layer.forward_method = sf.Newton(1e-3)
+    x = torch.randn(T, B, I)
+    before = sf.explain(layer, x)
+    assert before.iterations == ()
+    assert "newton(0.001), one product over all steps" in before.forward
+    assert "expected to be slower" in before.warning
+    layer(x)
+    after = sf.explain(layer, x)
+    assert after.iterations == layer.newton_iterations
+    assert f"newton    {', '.join(map(str, layer.newton_iterations))} iterations in the last call" in str(after)
+    one = 2 * T * B * H * 3 * H
+    assert after.forward_flops - before.forward_flops == one * (sum(layer.newton_iterations) - 4)
+    timed = sf.explain(layer, x, timed=True)
+    assert timed.seconds > 0
+    assert layer.forward_method == sf.Newton(1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["bptt", "dsf"])
 @pytest.mark.parametrize("cell", LAYERS)
