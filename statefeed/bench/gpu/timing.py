@@ -75,10 +75,10 @@ def measure(
                 graphs[name] = capture(work[name].run)
             except Exception as error:
                 found[name]["graph_failed"] = f"{type(error).__name__}: {error}"
-        replays = interleaved({n: lambda n=n: replays(graphs[n], passes[n]) for n in graphs}, rounds)  # type: ignore[misc]
-        for name, seconds in replays.items():
+        replayed = interleaved({n: lambda n=n: replays(graphs[n], passes[n]) for n in graphs}, rounds)  # type: ignore[misc]
+        for name, seconds in replayed.items():
             found[name]["graph_ms"] = spread([1e3 * s for (s,) in seconds])
-        _ratios(found, replays, "graph_times_faster_than")
+        _ratios(found, replayed, "graph_times_faster_than")
     return found
 
 
