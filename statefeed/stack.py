@@ -292,6 +292,8 @@ class RecurrentStack(FeedbackLayer):
         if iteration is not None:
             self.newton_iterations = tuple(iteration.iterations)
             self.newton_sequential_steps = tuple(iteration.sequential_steps)
+        if len(finals) == 1:
+            return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
