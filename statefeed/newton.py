@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -149,7 +149,8 @@ def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward
     def one(problem: Problem, save: bool) -> Forward:
         return _forward(problem, backend, run)
 
-    with torch.no_grad():
+    # float32 products on a GPU have the precision of cuDNN's layers, as in the sequential forward pass.
+    with torch.no_grad(), matmul_precision("") if problems[0].x.is_cuda else nullcontext():
         return forward_in_order(one, problems, False)
 
 
@@ -217,8 +218,7 @@ class _System:
         G, shared = self.cell.gates, self.cell.shared_gates
         x = layout.grid(problem.x.to(self.product_dtype)).flatten(0, 1)
         w_ih_gates = w_ih.to(self.product_dtype).view(G, self.H, -1).mT
-        with self._precision():
-            inputs = torch.bmm(x.expand(G, *x.shape), w_ih_gates).to(self.dtype)
+        inputs = torch.bmm(x.expand(G, *x.shape), w_ih_gates).to(self.dtype)
         constant = inputs.new_zeros(G - shared, 1, self.H)
         if biases:
             b_ih, b_hh = (b.to(self.dtype).view(G, 1, self.H) for b in biases)
@@ -228,10 +228,6 @@ class _System:
         self.inputs = inputs[shared:].view(-1, self.T, self.B, self.H)
         # What the product with h is added to: inputs where a gate takes their sum, else the hidden bias.
         self.addend = inputs if shared == G else torch.cat([inputs[:shared], constant.expand(-1, inputs.shape[1], -1)])
-
-    def _precision(self) -> AbstractContextManager[None]:
-        """float32 products on a GPU in the precision that cuDNN's layers have, as the sequential forward pass."""
-        return matmul_precision("") if self.on_gpu else nullcontext()
 
     def _spacing(self) -> float:
         tf32 = self.on_gpu and self.product_dtype == torch.float32 and forward_precision() == "tf32"
@@ -273,10 +269,9 @@ class _System:
     def preactivations(self, h_prev: Tensor) -> Tensor:
         """(G, T * B, H), as ``Cell.newton_update`` takes them."""
         rows = h_prev.flatten(0, 1).to(self.product_dtype).expand(self.cell.gates, -1, -1)
-        with self._precision():
-            if self.product_dtype == self.dtype:
-                return torch.baddbmm(self.addend, rows, self.w_hh_gates)
-            return self.addend + torch.bmm(rows, self.w_hh_gates)
+        if self.product_dtype == self.dtype:
+            return torch.baddbmm(self.addend, rows, self.w_hh_gates)
+        return self.addend + torch.bmm(rows, self.w_hh_gates)
 
 
 def _stalled(read: dict[int, float], iterations: int, share: float) -> bool:
