@@ -664,7 +664,8 @@ def test_fx_is_told_lengths_by_name(x):
 
 def test_fx_refuses_what_it_would_draw_wrongly():
     with pytest.raises(
-        RuntimeError, match=r"^torch.fx cannot trace Doubled, a subclass with a forward of its own[^\n]+$"
+        RuntimeError,
+        match=r"^torch.fx cannot trace Doubled, a subclass of a recurrent layer that overrides forward[^\n]+$",
     ):
         fx.symbolic_trace(nn.Sequential(Doubled(3, 4)))
     with pytest.raises(RuntimeError, match=r"^torch.fx traces a module that holds a recurrent layer, not GRU itself$"):
