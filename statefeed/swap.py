@@ -256,7 +256,7 @@ def _changed_by_others(module: nn.Module, what: str) -> str | None:
 
 
 def _is_class_forward(module: nn.Module) -> bool:
-    """Whether an object's ``forward`` attribute is its class's method, as accelerate leaves it when it removes a hook."""
+    """Whether an object's ``forward`` attribute is its class's method, which accelerate sets on removing a hook."""
     forward = vars(module).get("forward")
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 

@@ -83,7 +83,7 @@ def test_a_folder_of_another_user_is_not_used(
     with pytest.raises(OSError, match=f"belongs to user {STRANGER}, .*: set XDG_CACHE_HOME to a folder of your own"):
         build._compiled()
     assert not compiled
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     assert "tokens are not cached: " in capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_folder_of_another_user_is_not_used(
 def test_tokens_that_others_may_have_written_are_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     cache.encode(tokenizer, "abc")
     (entry,) = (folder / "tokens").iterdir()
@@ -115,7 +115,7 @@ def test_a_user_without_a_home_has_no_cache_and_needs_none(
     monkeypatch.setattr(Path, "home", home)
     with pytest.raises(OSError, match="no home folder for a cache: set XDG_CACHE_HOME"):
         cache_folder()
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     assert capsys.readouterr().err == (

@@ -66,8 +66,8 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.state_reset_prob=1.5", "train.state_reset_prob must be between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
-        ("--train.warmup=-1", "train.warmup must be a number of steps, or a share of them from 0"),
-        ("--train.warmup=1.5", "train.warmup must be a number of steps, or a share of them from 0"),
+        ("--train.warmup=-1", "train.warmup must be a whole number of steps, or a fraction of them from 0"),
+        ("--train.warmup=1.5", "train.warmup must be a whole number of steps, or a fraction of them from 0"),
         ("--train.floor=2", "train.floor must be between 0 and 1, got 2.0"),
         ("--train.decay=0", "train.decay must be above 0 and at most 1, got 0.0"),
         ("--train.decay_after=0", "train.decay_after must be at least 1, got 0"),
@@ -89,7 +89,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--data.test=1", "data.test must be at least 0 and below 1, got 1.0"),
         ("--data.valid=0.96", "data.valid + data.test must leave text to train on"),
         ("--data.vocabulary=256", "data.vocabulary must be at least 257 for bpe tokens"),
-        ("--data.path=x", "data.path belongs to the other corpora and pydoc reads no path, got x"),
+        ("--data.path=x", "data.path must be null for pydoc, which reads no path, got x"),
         ("--data.corpus=text", "data.path must name a file or folder when data.corpus is text"),
         ("--data.corpus=ptb", "data.path must name a file or folder when data.corpus is ptb"),
         ("--run.dir=", "run.dir must name a folder, got ''"),
@@ -104,7 +104,7 @@ def test_a_wrong_flag_is_one_sentence(flag: str, sentence: str) -> None:
 
 
 def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
-    with pytest.raises(UsageError, match="char tokens have as many types as they need"):
+    with pytest.raises(UsageError, match=r"data\.vocabulary must be null for char tokens"):
         Data(tokens="char", vocabulary=10)
     with pytest.raises(UsageError, match="at least 3 for word tokens"):
         Data(tokens="word", vocabulary=2)
@@ -118,8 +118,8 @@ def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
         (b"optim: {lr: 1}\n", "unknown section 'optim'"),
         (b"train: 3\n", "section 'train' of"),
         (b"train: {lr: 1\n", "is not valid YAML"),
-        (b"train:\n  lr: 1\n  steps: 3\n  lr: 2\n", "is not valid YAML: the key lr stands twice in one mapping"),
-        (b"train: {lr: 1}\nmodel: {width: 8}\ntrain: {steps: 3}\n", "the key train stands twice in one mapping"),
+        (b"train:\n  lr: 1\n  steps: 3\n  lr: 2\n", "is not valid YAML: the key lr is twice in one mapping"),
+        (b"train: {lr: 1}\nmodel: {width: 8}\ntrain: {steps: 3}\n", "the key train is twice in one mapping"),
         (b"train: \xff\n", "is not UTF-8 text: byte 7 cannot be decoded"),
     ],
 )

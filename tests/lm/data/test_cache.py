@@ -19,7 +19,7 @@ TEXT = "one two three two\nthree three four\n" * 50
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of this test, in which everything is worth it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     return tmp_path / "home" / "statefeed" / "tokens"
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_write_leaves_nothing(words: Tokenizer, folder: Path, mon
 
 
 def test_small_texts_are_not_kept(words: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "WORTH_IT", 1 << 20)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1 << 20)
     assert cache.encode(words, TEXT).tolist() == words.encode(TEXT).tolist()
     cache.tokenizer(Data(tokens="bpe"), {"train": TEXT})
     assert not folder.exists()
@@ -109,7 +109,7 @@ def test_small_texts_are_not_kept(words: Tokenizer, folder: Path, monkeypatch: p
 
 def _encode(times: int) -> bool:
     """In a process of its own: whether every reading gives the ids of the text."""
-    cache.WORTH_IT = 1
+    cache.MIN_CACHED_BYTES = 1
     words = tokens.train(Data(tokens="word"), {"train": TEXT})
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "statefeed" / "tokens"
     expected = words.encode(TEXT).tolist()

@@ -168,7 +168,7 @@ def test_one_text_as_train_and_valid_is_noticed(tmp_path: Path, capsys: pytest.C
 def test_line_ends_of_cr_alone_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_bytes(b"one line\rtwo\r" * 20)
     read(tmp_path / "a.txt")
-    assert "a.txt has line ends of CR alone" in capsys.readouterr().err
+    assert "a.txt has CR line ends" in capsys.readouterr().err
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has train but no valid file"):
         read(tmp_path)
     (tmp_path / "old.train.txt").write_text("a")
-    with pytest.raises(UsageError, match="both call themselves the train split"):
+    with pytest.raises(UsageError, match="are both named as the train split"):
         read(tmp_path)
 
 
