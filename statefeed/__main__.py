@@ -54,7 +54,7 @@ def _open_streams() -> None:
 def _trainer_process() -> None:
     from statefeed.lm import cli
 
-    cli.own_process()
+    cli.configure_process()
 
 
 if __name__ == "__main__":

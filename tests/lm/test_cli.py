@@ -186,7 +186,7 @@ def test_denormals_become_zero_in_every_thread_of_the_command_line_and_not_on_im
         "import torch; from statefeed.lm import cli\n"
         "tiny = lambda: int((torch.full((4_000_000,), 1e-40) * 1.0).count_nonzero())\n"
         "assert (torch.tensor(1e-40) * 1.0).item() > 0\n"
-        "cli.own_process(); print(tiny())"
+        "cli.configure_process(); print(tiny())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "0\n", done.stderr

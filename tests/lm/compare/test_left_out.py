@@ -49,5 +49,5 @@ def test_what_is_read_is_not_overwritten(flag: str, name: str, runs: Path, capsy
     (runs / "records").write_text("{}\n")
     before = (runs / name).read_bytes()
     assert cli.main(["report", str(runs / "good"), str(runs / "records"), flag, str(runs / name)]) == 2
-    assert "the page must not replace a file that is read" in capsys.readouterr().err
+    assert "the page must not replace an input file" in capsys.readouterr().err
     assert (runs / name).read_bytes() == before

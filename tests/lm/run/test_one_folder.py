@@ -138,6 +138,6 @@ def test_a_folder_that_is_removed_during_training_keeps_nothing(
     assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 2
     err = capsys.readouterr().err
     assert f"{folder} was removed" in err
-    assert err.endswith(f"{folder} was removed, and keeps nothing\n")
+    assert err.endswith(f"{folder} was removed\n")
     assert "--resume" not in err
     assert err.count("\n") == 1

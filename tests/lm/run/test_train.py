@@ -224,7 +224,7 @@ def test_no_step_is_charged_with_the_kernels_that_the_first_run_compiles(
         return kernels.unavailable(device) is None
 
     monkeypatch.setattr(kernels, "available", slow)
-    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    monkeypatch.setattr(training, "NOTICE_DELAY", 0.5)
     for folder, times in ((tmp_path / "first", 1), (tmp_path / "second", 0)):
         assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
         out = capsys.readouterr().out
