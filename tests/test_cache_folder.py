@@ -69,7 +69,7 @@ def test_a_library_that_others_may_have_written_is_not_loaded(
     planted.write_text("theirs")
     planted.chmod(mode)
     own(planted, user or os.geteuid())
-    with pytest.warns(RuntimeWarning, match="kernels-key.so (may be written by others|belongs to user 54321)"):
+    with pytest.warns(RuntimeWarning, match="kernels-key.so (can be written by others|belongs to user 54321)"):
         assert build._compiled() == planted
     assert planted.read_text() == "ours"
     assert distrust(planted) is None
@@ -102,7 +102,7 @@ def test_tokens_that_others_may_have_written_are_not_read(
     entry.chmod(0o666)
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     err = capsys.readouterr().err
-    assert err == f"statefeed: {entry} may be written by others (mode 666): the text is tokenized again\n"
+    assert err == f"statefeed: {entry} can be written by others (mode 666): the text is tokenized again\n"
 
 
 def test_a_user_without_a_home_has_no_cache_and_needs_none(

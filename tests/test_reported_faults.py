@@ -389,7 +389,7 @@ def test_alignment_refuses_sharded_parameters(everything, one_process, x):
     fully_shard(model.layer, mesh=mesh)
     if everything:
         fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"^alignment needs whole parameters, got layer.weight_ih_l0 as a DTensor"):
+    with pytest.raises(ValueError, match=r"^alignment needs unsharded parameters, got layer.weight_ih_l0 as a DTensor"):
         sf.alignment(model, lambda m, x: m(x).square().sum(), x)
 
 

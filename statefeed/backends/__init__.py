@@ -16,12 +16,15 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEN
 
 
 def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
-    """The backend that runs a layer.
+    """Select the backend that runs a layer.
 
     Args:
         cell: cell of the layer.
         tensors: x, initial states and weights.
         exact: whether the rule is exact.
+
+    Returns:
+        The first backend in the table that supports the layer.
     """
     return next(b for b in BACKENDS.values() if b.unsupported_reason(cell, tensors, exact) is None)
 

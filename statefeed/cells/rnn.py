@@ -1,4 +1,4 @@
-"""The plain RNN: h = act(inputs + hidden), act = tanh or relu."""
+"""RNN cells of torch: h = act(inputs + hidden), act = tanh or relu."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _RNN(Cell):
 
 
 class RNNTanh(_RNN):
-    """h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with tanh, h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_tanh"
     torch_forward = "rnn_tanh"
@@ -46,7 +46,7 @@ class RNNTanh(_RNN):
 
 
 class RNNRelu(_RNN):
-    """h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with ReLU, h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_relu"
     torch_forward = "rnn_relu"
