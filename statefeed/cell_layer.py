@@ -101,7 +101,14 @@ class CellLayer(RecurrentStack):
         return self.cell
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
-        """Why the layer does not support a rule, in one sentence; None if it does."""
+        """Why the layer does not support a rule.
+
+        Args:
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if the layer supports the rule.
+        """
         if rule.through_torch:
             return (
                 f'feedback "torch" needs a layer of torch.nn, which has no cell {self.cell.name!r}; use "bptt", or '
