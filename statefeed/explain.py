@@ -220,15 +220,16 @@ def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
     """Time of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
     differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
-    start = _clock(leaf)
+    start = clock(leaf)
     with torch.enable_grad():
         y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
         total = (y.data if isinstance(y, PackedSequence) else y).sum()
     torch.autograd.grad(total, differentiated)
-    return _clock(leaf) - start
+    return clock(leaf) - start
 
 
-def _clock(x: Tensor) -> float:
+def clock(x: Tensor) -> float:
+    """The time in seconds, after the work on the device of x has finished."""
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

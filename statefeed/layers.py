@@ -123,17 +123,18 @@ def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
 
 def _lacks_bf16(x: Tensor) -> bool:
     """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the enabled bfloat16 autocast."""
-    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not _onednn_has_bf16()
+    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not onednn_supports_bf16()
 
 
 @functools.cache
-def _onednn_has_bf16() -> bool:
+def onednn_supports_bf16() -> bool:
+    """Whether oneDNN can run bfloat16 layers on this CPU, or is not used at all."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return not available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 # As for ``native.unavailable``: a constant to torch.compile.
-_onednn_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+onednn_supports_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _signature(**more: tuple[str, Any]) -> inspect.Signature:

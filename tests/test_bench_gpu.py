@@ -196,7 +196,7 @@ def test_parity_holds_on_a_cpu(case: parity.Case) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_parity_finds_a_planted_error(planted: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = parity.Case("gru", "gate+1", "bfloat16", packed, T=9, B=3, H=5)  # bfloat16 has the widest bounds
-    right = parity._found
+    right = parity.results_on_device
 
     def wrong(case: parity.Case, layer: Any, device: str) -> dict[str, torch.Tensor]:
         if planted == "another rule":
@@ -208,7 +208,7 @@ def test_parity_finds_a_planted_error(planted: str, packed: bool, monkeypatch: p
                 layer.weight_hh_l0[:, 0] += 1.0
         return right(case, layer, device)
 
-    monkeypatch.setattr(parity, "_found", wrong)
+    monkeypatch.setattr(parity, "results_on_device", wrong)
     with pytest.raises(ParityError, match="must agree with float64 within"):
         parity.check(case, "cpu")
     found = list(parity.run(stage.Options("cpu", True, time.monotonic() + 60)))

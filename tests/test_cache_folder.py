@@ -32,7 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(target)
 
     monkeypatch.setattr(build, "compile_library", compile_library)
-    monkeypatch.setattr(build, "_cache_key", lambda: "key")
+    monkeypatch.setattr(build, "cache_key", lambda: "key")
     return made
 
 
@@ -56,7 +56,7 @@ def test_the_folder_is_private_whatever_the_umask_and_whoever_made_it(folder: Pa
 
 
 def test_a_library_is_compiled_once(compiled: list[Path], folder: Path) -> None:
-    assert build._compiled() == build._compiled() == folder / "kernels-key.so"
+    assert build.compiled_library() == build.compiled_library() == folder / "kernels-key.so"
     assert len(compiled) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_library_that_others_may_have_written_is_not_loaded(
     planted.chmod(mode)
     own(planted, user or os.geteuid())
     with pytest.warns(RuntimeWarning, match="kernels-key.so (can be written by others|belongs to user 54321)"):
-        assert build._compiled() == planted
+        assert build.compiled_library() == planted
     assert planted.read_text() == "ours"
     assert distrust(planted) is None
 
@@ -81,7 +81,7 @@ def test_a_folder_of_another_user_is_not_used(
     make_private(folder)
     own(folder, STRANGER)
     with pytest.raises(OSError, match=f"belongs to user {STRANGER}, .*: set XDG_CACHE_HOME to a folder of your own"):
-        build._compiled()
+        build.compiled_library()
     assert not compiled
     monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
@@ -97,7 +97,7 @@ def test_tokens_that_others_may_have_written_are_not_read(
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     cache.encode(tokenizer, "abc")
     (entry,) = (folder / "tokens").iterdir()
-    cache._write(entry, tokenizer.encode("xyz").data)
+    cache.write_entry(entry, tokenizer.encode("xyz").data)
     assert cache.encode(tokenizer, "abc").tolist() == [120, 121, 122]  # what one could plant
     entry.chmod(0o666)
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]

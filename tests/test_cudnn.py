@@ -28,7 +28,7 @@ class Stub:
         self.calls: list[bool] = []
         self.train: list[bool] = []
         self.flattened = 0
-        monkeypatch.setattr(cudnn, "_uses_cudnn", lambda _: True)
+        monkeypatch.setattr(cudnn, "uses_cudnn", lambda _: True)
         monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", self.flatten)
         for cell in CELLS:
             monkeypatch.setattr(torch._VF, cell, self.recorded(getattr(torch._VF, cell)))

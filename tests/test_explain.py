@@ -38,9 +38,9 @@ def test_the_reason_is_named() -> None:
 
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    loaded = kernels._load
+    loaded = kernels.load
     monkeypatch.setattr(
-        kernels, "_load", lambda device: kernels._Loaded("Triton 3", None) if device == "cuda" else loaded(device)
+        kernels, "load", lambda device: kernels.Loaded("Triton 3", None) if device == "cuda" else loaded(device)
     )
     with FakeTensorMode():
         x = torch.zeros(T, B, I, device="cuda")
@@ -123,7 +123,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
         return now[0]
 
     monkeypatch.setattr(sf.LSTM, "forward", forward)
-    monkeypatch.setattr(importlib.import_module("statefeed.explain"), "_clock", clock)
+    monkeypatch.setattr(importlib.import_module("statefeed.explain"), "clock", clock)
     state = torch.get_rng_state()
     result = sf.explain(layer, x, timed=True)
     assert (result.seconds, result.torch_seconds) == (4.0 if slower else 1.0, 2.0)

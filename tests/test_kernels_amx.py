@@ -23,7 +23,7 @@ TORCH = Path(torch.__file__).parent
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
     pytest.skip("needs g++ on Linux for x86-64", allow_module_level=True)
-runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu_flags(), reason="the model needs AVX512-BF16")
+runs_the_model = pytest.mark.skipif("avx512_bf16" not in build.cpu_flags(), reason="the model needs AVX512-BF16")
 
 
 @runs_the_model
@@ -37,7 +37,7 @@ def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> No
     assert products > 10_000
 
 
-@pytest.mark.skipif("amx_bf16" not in build._cpu_flags(), reason="this CPU has no tiles")
+@pytest.mark.skipif("amx_bf16" not in build.cpu_flags(), reason="this CPU has no tiles")
 def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     program = tmp_path / "products"
     source = str(HERE / "amx_products.cc")
@@ -101,7 +101,7 @@ def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) ->
         return f"flags\t\t: {flags}\n" if path == Path("/proc/cpuinfo") else read(path, *arguments)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(build, "_tiles_permitted", lambda: permitted)
+    monkeypatch.setattr(build, "tiles_permitted", lambda: permitted)
 
 
 @pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
@@ -112,9 +112,9 @@ def test_tiles_are_used_if_linux_permits_them(
         (tmp_path / f"{variant.name}.so").touch()
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     on_a_machine_with_tiles(monkeypatch, permitted)
-    assert build._instruction_set() == best
-    assert build._prebuilt() == tmp_path / f"{best}.so"
-    assert ("-U__AMX_BF16__" in build._machine_flags()) == (not permitted)
+    assert build.instruction_set() == best
+    assert build.prebuilt_library() == tmp_path / f"{best}.so"
+    assert ("-U__AMX_BF16__" in build.machine_flags()) == (not permitted)
 
 
 def test_the_cache_key_depends_on_the_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +122,14 @@ def test_the_cache_key_depends_on_the_permission(monkeypatch: pytest.MonkeyPatch
     for permitted in (True, False):
         with monkeypatch.context() as patch:
             on_a_machine_with_tiles(patch, permitted)
-            keys.add(build._cache_key())
+            keys.add(build.cache_key())
     assert len(keys) == 2
 
 
 def test_linux_does_not_permit_tiles_that_the_cpu_lacks() -> None:
     if "amx_tile" in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has tiles")
-    assert not build._tiles_permitted()
+    assert not build.tiles_permitted()
 
 
 # Whole layers ---------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ WITH_LIBRARY = """
 import ctypes, sys, torch
 from pathlib import Path
 from statefeed.native import build
-build._prebuilt = lambda: Path(sys.argv[1])
+build.prebuilt_library = lambda: Path(sys.argv[1])
 from test_kernels_amx import answers, native
 torch.save(answers(), sys.argv[2])
 assert native.described().startswith("the wheel's model")

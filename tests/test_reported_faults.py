@@ -236,7 +236,7 @@ def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype,
     layer = sf.LSTM(3, 4, layers, feedback="dsf")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
-        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        monkeypatch.setattr("statefeed.layers.onednn_supports_bf16", lambda: False)
         for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)

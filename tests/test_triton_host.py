@@ -239,7 +239,7 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     for module in (recompute, backward_module):
         monkeypatch.setattr(module, "device_of", guard)
     monkeypatch.setattr("statefeed.scan.triton.device_of", guard)
-    kind = type(triton_probe._write_one)
+    kind = type(triton_probe.write_one)
     monkeypatch.setattr(kind, "run", lambda *_args, **_kwargs: launches.append(bool(inside)))
     for cell in CELLS:
         p, upstream = problem(cell, "cpu")
@@ -262,7 +262,7 @@ def test_a_probe_launches_a_kernel_and_says_what_failed(monkeypatch: pytest.Monk
         raise FileNotFoundError("gcc is not there\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(triton_probe._write_one), "run", fails)
+        patch.setattr(type(triton_probe.write_one), "run", fails)
         with pytest.raises(RuntimeError, match=r"could not be launched.*gcc is not there.*C compiler") as caught:
             triton_probe.probe(cpu)
     assert "\n" not in str(caught.value)

@@ -304,14 +304,16 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         for shape in sizes
     ]
     settings = float32_settings(options.device)
-    plans = [(case, contenders(case, rules_of(case.cell, options.rules), _tried(case, settings))) for case in cases]
+    plans = [
+        (case, contenders(case, rules_of(case.cell, options.rules), torch_settings(case, settings))) for case in cases
+    ]
     parity = [check_parity(case, entries) for case, entries in plans]
     for (case, entries), errors in zip(plans, parity, strict=True):
         for record in compare(case, entries, options.rounds, rates):
             yield {**record, "parity": errors[f"{record['implementation']} {record['variant']}"]}
 
 
-def _tried(case: Case, settings: list[Setting]) -> list[Setting]:
+def torch_settings(case: Case, settings: list[Setting]) -> list[Setting]:
     """torch.nn's settings for a case; for bfloat16 they include oneDNN products, which may compute in bfloat16."""
     if case.device != "cpu":
         return [usual(case.device, case.dtype)]

@@ -102,14 +102,14 @@ def configure_process() -> None:
     stay in the heap: by default every large temporary is mapped and unmapped, with a page fault for every page.
     """
     torch.set_flush_denormal(True)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Print a RuntimeWarning of the library as one line, without its source line; others as Python does."""
     if category is RuntimeWarning:
         notify(" ".join(str(message).split()))

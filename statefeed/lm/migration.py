@@ -22,7 +22,7 @@ _RESULT = {"facts": "metadata"}
 _PHASE = {"optimiser": "optimizer"}
 _METRICS = {"optimiser_ms": "optimizer_ms"}
 _LOG_STATE = {"laps": "phases"}
-_RULE = {"bptt": "torch", "fused-bptt": "bptt"}
+RULE_NAMES = {"bptt": "torch", "fused-bptt": "bptt"}
 _NEW_RULES = (0, 2)  # the first version of statefeed with the current rule names
 
 
@@ -50,7 +50,7 @@ def rule(spelling: float | str) -> float | str:
     """
     if not isinstance(spelling, str):
         return spelling
-    return re.sub(r"(?<![^/\s])(fused-bptt|bptt)(?![^/\s@+])", lambda found: _RULE[found[1]], spelling)
+    return re.sub(r"(?<![^/\s])(fused-bptt|bptt)(?![^/\s@+])", lambda found: RULE_NAMES[found[1]], spelling)
 
 
 def _has_old_rules(version: object) -> bool:

@@ -17,7 +17,7 @@ from statefeed.lm.config import Data, Train
 from statefeed.lm.data import batches, tokens
 from statefeed.lm.errors import UsageError
 from statefeed.lm.run import train as training
-from statefeed.lm.run.generate import _scale
+from statefeed.lm.run.generate import scale_logits
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +149,8 @@ def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pyte
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
 def test_a_temperature_near_zero_is_its_limit(temperature: float, run: Path) -> None:
     logits = torch.tensor([1.0, 3.0, 3.0, -2.0])
-    assert _scale(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
-    assert torch.equal(_scale(logits, 0.5), logits / 0.5)
+    assert scale_logits(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert torch.equal(scale_logits(logits, 0.5), logits / 0.5)
     assert cli.main(["generate", str(run), f"--temperature={temperature}", "--tokens=5"]) == 0
 
 
@@ -181,10 +181,10 @@ def test_a_run_beside_its_text_or_in_its_place(
 def test_a_warning_of_the_library_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(warnings, "showwarning", cli._show_warning)
+    monkeypatch.setattr(warnings, "showwarning", cli.show_warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = cli._show_warning
+        warnings.showwarning = cli.show_warning
         warnings.warn("torch does the work:\nno compiler", RuntimeWarning, stacklevel=1)
     assert capsys.readouterr().err == "statefeed: torch does the work: no compiler\n"
 
@@ -193,14 +193,14 @@ def test_a_warning_of_the_library_is_one_line(
 def test_a_hangup_saves_as_a_termination_does(
     flags: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw = training._draw
+    draw = training.seed_step
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         if step == 6:
             os.kill(os.getpid(), signal.SIGHUP)
         return draw(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
     assert cli.main(["train", *flags, "--run.dir=run"]) == 128 + signal.SIGHUP
     assert "interrupted after step 6 of 12: run keeps the checkpoint of step 6" in capsys.readouterr().err
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup

@@ -68,7 +68,7 @@ def cast_weights(weights: Sequence[Tensor], directions: int, dtype: torch.dtype 
     first = weights[0]
     if dtype is None or first.dtype in (dtype, torch.float64):
         return weights
-    if torch.compiler.is_compiling() or not (_uses_cudnn(first) and in_one_buffer(weights, directions)):
+    if torch.compiler.is_compiling() or not (uses_cudnn(first) and in_one_buffer(weights, directions)):
         return [w.to(dtype) for w in weights]
     buffer = first.as_strided((_buffer_size(weights, directions),), (1,), 0).to(dtype)
     start = first.data_ptr()
@@ -86,7 +86,7 @@ def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
         weights: as for ``layer``; parameters, changed in place.
         directions: 1 or 2.
     """
-    if not _uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
+    if not uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
         return
     if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
         _flatten(cell, list(weights), directions)
@@ -117,7 +117,8 @@ def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
     return matrices + [w for d in range(directions) for w in weights[d * per + 2 : (d + 1) * per]]
 
 
-def _uses_cudnn(weight: Tensor) -> bool:
+def uses_cudnn(weight: Tensor) -> bool:
+    """Whether torch runs a layer with this weight through cuDNN."""
     return weight.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
 
 
@@ -170,7 +171,7 @@ def run_layer(
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implementation of the operator: y, h and c (empty if there is no c); arguments as for ``layer``."""
-    if _uses_cudnn(weights[0]):
+    if uses_cudnn(weights[0]):
         if weights[0].dtype != x.dtype or not in_one_buffer(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)
     elif weights[0].dtype != x.dtype:

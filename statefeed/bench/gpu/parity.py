@@ -103,7 +103,7 @@ def check(case: Case, device: str) -> dict[str, float]:
     layer = case.layer(sf)
     expected = _expected(case, layer)
     layer.feedback = case.rule
-    return compare(case, _found(case, layer, device), expected)
+    return compare(case, results_on_device(case, layer, device), expected)
 
 
 def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -153,7 +153,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
     return {"y": torch.cat(y), "final": torch.cat(final, 1), "x": torch.cat(found[: len(x)]), **named}
 
 
-def _found(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
+def results_on_device(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
     """The results of the layer on the device, converted to float64 on the CPU."""
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype)
     dtype = torch.float64 if case.dtype == "float64" else torch.float32

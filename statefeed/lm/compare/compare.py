@@ -93,16 +93,16 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
             f"run {number} of {len(planned)}: {config.model.feedback}, seed {config.train.seed}, "
             f"rate {config.train.lr:g}, in {config.run.dir}",
         )
-        outcome, caught = _train(config)
+        outcome, caught = train_in_subprocess(config)
         result = read_run(Path(config.run.dir), outcome)
-        _add(to_line(result), records)
+        add_record(to_line(result), records)
         done[Path(config.run.dir).name] = result
         if caught is not None:
             raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
     show(list(done.values()), folder)
 
 
-def _add(line: str, records: Path) -> None:
+def add_record(line: str, records: Path) -> None:
     """Append a line to the records atomically."""
     unfinished = records.with_suffix(".unfinished")
     lines = records.read_text(encoding="utf-8") if records.exists() else ""
@@ -122,7 +122,7 @@ def _check_same_run(config: Config, existing: identity.Recipe, path: Path) -> No
         )
 
 
-def _train(config: Config) -> tuple[str, int | None]:
+def train_in_subprocess(config: Config) -> tuple[str, int | None]:
     """Train or resume a run in a subprocess, so that its memory and its errors do not affect the comparison.
 
     Returns:

@@ -37,11 +37,11 @@ def tokenizer(data: Data, splits: dict[str, str]) -> Tokenizer:
     if data.tokens != "bpe" or len(splits["train"]) < MIN_CACHED_BYTES or (folder := _folder()) is None:
         return tokens.train(data, splits)
     path = folder / _entry(f"bpe {data.vocabulary} {tokenizers.__version__}", splits["train"])
-    found = _read(path)
+    found = read_entry(path)
     if found is not None:
         return tokens.BytePairs.from_json(found.tobytes().decode())
     trained = tokens.train(data, splits)
-    _write(path, trained.to_json().encode())
+    write_entry(path, trained.to_json().encode())
     return trained
 
 
@@ -55,11 +55,11 @@ def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
     if len(text) < MIN_CACHED_BYTES or (folder := _folder()) is None:
         return tokenizer.encode(text)
     path = folder / _entry(tokenizer.to_json(), text)
-    found = _read(path)
+    found = read_entry(path)
     if found is None:
         ids = tokenizer.encode(text)
-        _write(path, ids.data)
-        found = _read(path)
+        write_entry(path, ids.data)
+        found = read_entry(path)
         if found is None:
             return ids
     return found.view(np.int32)
@@ -82,7 +82,7 @@ def _entry(method: str, text: str) -> str:
     return hashlib.sha256(method.encode() + b"\0" + text.encode()).hexdigest()
 
 
-def _read(path: Path) -> NDArray[np.uint8] | None:
+def read_entry(path: Path) -> NDArray[np.uint8] | None:
     """The content of an entry, memory-mapped; None if it is missing or corrupt."""
     try:
         if reason := distrust(path):
@@ -99,7 +99,7 @@ def _read(path: Path) -> NDArray[np.uint8] | None:
     return None
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def write_entry(path: Path, content: bytes | memoryview) -> None:
     """Write an entry atomically; print a notice if it cannot be written."""
     try:
         make_private(path.parent.parent)

@@ -203,7 +203,7 @@ class BytePairs:
         trainer = trainers.BpeTrainer(
             vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
-        model.train_from_iterator(_parts(text), trainer)
+        model.train_from_iterator(text_parts(text), trainer)
         return cls(model)
 
     @property
@@ -211,7 +211,7 @@ class BytePairs:
         return self._model.get_vocab_size()
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        parts = [np.array(self._model.encode(part).ids, np.int32) for part in _parts(text)]
+        parts = [np.array(self._model.encode(part).ids, np.int32) for part in text_parts(text)]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -233,10 +233,10 @@ class BytePairs:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def _parts(text: str) -> Iterator[str]:
+def text_parts(text: str) -> Iterator[str]:
     """Parts of a text of about `PART` characters, split only where no byte pair spans the boundary.
 
-    >>> "".join(_parts("one two\\n three\\n")) == "one two\\n three\\n"
+    >>> "".join(text_parts("one two\\n three\\n")) == "one two\\n three\\n"
     True
     """
     start = 0

@@ -40,7 +40,7 @@ def generate(
         prompt = prompt[len(prompt) - 1 - list(reversed(prompt)).index(begin) :]
     logits, states = model(torch.tensor(prompt, device=device).unsqueeze(1))
     while True:
-        probabilities = _distribution(_scale(logits[-1, 0].cpu(), temperature), top_k, top_p)
+        probabilities = _distribution(scale_logits(logits[-1, 0].cpu(), temperature), top_k, top_p)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield int(token)
         if int(token) == end:
@@ -49,7 +49,7 @@ def generate(
             logits, states = model(token.unsqueeze(1).to(device), states)
 
 
-def _scale(logits: Tensor, temperature: float) -> Tensor:
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
     """Logits divided by the temperature; if they overflow, only the most likely token has a finite logit."""
     scaled = logits / temperature
     if bool(scaled.isfinite().all()):

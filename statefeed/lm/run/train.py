@@ -157,7 +157,7 @@ def optimize(
         log.time_phase(None)
         for step, batch in zip(range(first, steps + 1), _batches(source, first), strict=False):
             epoch, columns = (step - 1) // len(source), batch.inputs.shape[1]
-            keep_mask = to_device(_draw(recipe, step, columns, group.rank), group.device)
+            keep_mask = to_device(seed_step(recipe, step, columns, group.rank), group.device)
             counted = int((batch.targets != IGNORED).sum())
             divisor = counted if recipe.loss == "mean" else columns
             rules.apply(model, (step - 1) / steps)
@@ -239,7 +239,7 @@ def _batches(source: Source, step: int) -> Iterator[Batch]:
         epoch, start = epoch + 1, 0
 
 
-def _draw(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
+def seed_step(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
     """Seed torch's generator for a step, and draw which states to reset.
 
     All random numbers of a step are functions of the seed and the step, so that a checkpoint does not store generators.

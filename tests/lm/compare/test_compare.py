@@ -123,7 +123,7 @@ def test_a_second_time_nothing_is_trained(
     def trained(recipe: Config) -> tuple[str, None]:
         raise AssertionError(f"trained {recipe.run.dir}")
 
-    monkeypatch.setattr(compare, "_train", trained)
+    monkeypatch.setattr(compare, "train_in_subprocess", trained)
     before = (compared / "compare.jsonl").read_text()
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}"]) == 0
     out = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_a_folder_of_another_recipe_is_refused(
 def test_a_comparison_that_was_moved_has_its_runs(
     compared: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_train", lambda recipe: pytest.fail(f"trained {recipe.run.dir}"))
+    monkeypatch.setattr(compare, "train_in_subprocess", lambda recipe: pytest.fail(f"trained {recipe.run.dir}"))
     folder = tmp_path / "moved"
     shutil.copytree(compared, folder)
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
@@ -162,7 +162,7 @@ def test_records_that_are_empty_are_none(compared: Path, flags: list[str], tmp_p
 
 def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tmp_path / "compare.jsonl"
-    compare._add("first\n", records)
+    compare.add_record("first\n", records)
 
     def full(*paths: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -170,9 +170,9 @@ def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(compare.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            compare._add("second\n", records)
+            compare.add_record("second\n", records)
         assert records.read_text() == "first\n"
-    compare._add("second\n", records)
+    compare.add_record("second\n", records)
     assert records.read_text() == "first\nsecond\n"
     assert list(tmp_path.iterdir()) == [records]
 
@@ -246,7 +246,7 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
     monkeypatch.chdir(tmp_path)
     recipe = recipes.build(recipes.parse(recipes.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
     with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command resumes it"):
-        compare._train(recipe)
+        compare.train_in_subprocess(recipe)
 
 
 def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
@@ -257,7 +257,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
         arguments = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
         return "diverged" if cli.main(["train", *arguments]) else "finished", None
 
-    monkeypatch.setattr(compare, "_train", in_this_process)
+    monkeypatch.setattr(compare, "train_in_subprocess", in_this_process)
     wild = [
         "--train.clip=null",
         "--train.warmup=0",

@@ -56,7 +56,7 @@ def test_byte_pairs_in_parts_are_those_of_the_whole(piece: str, monkeypatch: pyt
     whole = tokens.BytePairs.train(text, 290)
     expected = whole.encode(text)
     monkeypatch.setattr(tokens, "PART", 7)
-    parts = list(tokens._parts(text))
+    parts = list(tokens.text_parts(text))
     assert len(parts) > 40
     assert "".join(parts) == text
     assert whole.encode(text).tolist() == expected.tolist()

@@ -91,7 +91,7 @@ RULES = {
 def wrong(names: dict[str, str]) -> list[str]:
     """The rules that a mapping of names gets wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(migration, "_RULE", names)
+        patch.setattr(migration, "RULE_NAMES", names)
         return [old for old, today in RULES.items() if migration.rule(old) != today]
 
 

@@ -127,14 +127,14 @@ def test_a_run_copied_without_checkpoints_is_scored_and_not_resumed(
 def test_a_folder_that_is_removed_during_training_keeps_nothing(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, draw = tmp_path / "run", training._draw
+    folder, draw = tmp_path / "run", training.seed_step
 
     def removed(recipe: object, step: int, *rest: int) -> object:
         if step == 7:
             shutil.rmtree(folder)
         return draw(recipe, step, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "_draw", removed)
+    monkeypatch.setattr(training, "seed_step", removed)
     assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 2
     err = capsys.readouterr().err
     assert f"{folder} was removed" in err

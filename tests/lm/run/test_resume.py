@@ -61,14 +61,14 @@ def run(flags: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFac
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: int) -> None:
     """Send this process signals in the middle of a step."""
-    draw = training._draw
+    draw = training.seed_step
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         for number in numbers if step == at else ():
             os.kill(os.getpid(), number)
         return draw(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
 
 
 @pytest.fixture
