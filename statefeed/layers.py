@@ -70,7 +70,9 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def _layer_by_layer(self) -> bool:
         """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
         weight = next(self.parameters(), None)  # None where a hypernetwork sets the weights
-        return "_feedback" in self.__dict__ and not self._feedback.exact and weight is not None and weight.is_cuda
+        if "_feedback" not in self.__dict__ or weight is None or not weight.is_cuda:
+            return False
+        return not self._feedback.exact or self._newton is not None
 
     def _rule_changed(self) -> None:
         self.flatten_parameters()
@@ -80,17 +82,20 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
         """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
-        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
+        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer and self._newton is None
         if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
             return None
         name = super()._backend(input, hx, weights)
+        if self._newton is not None:
+            return name
         return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call, whether kernels support it or not; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        if self._feedback.exact and _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling():
+        one_step = _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling()
+        if self._feedback.exact and self._newton is None and one_step:
             return "one step has no recurrence to fuse, and torch's own path costs less per call"
         return None
 

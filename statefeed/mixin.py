@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
+from statefeed.newton import Newton, as_forward_method
 
 _LEARNED = ("diagonal", "diagonal_updates")
 TORCH, BPTT = Feedback("torch"), Feedback("bptt")
@@ -29,6 +30,10 @@ class FeedbackLayer(nn.Module):
     diagonal_updates: Tensor
     _feedback: Feedback
     _rules: tuple[Feedback, ...]  # of every layer and direction
+    # Defaults of the class, which swapped layers and old pickles have; None is sequential.
+    _newton: Newton | None = None
+    newton_iterations: tuple[int, ...] = ()
+    newton_sequential_steps: tuple[int, ...] = ()
 
     @property
     def feedback(self) -> Feedback:
@@ -38,7 +43,7 @@ class FeedbackLayer(nn.Module):
     @feedback.setter
     def feedback(self, rule: FeedbackLike) -> None:
         feedback = as_feedback(rule)
-        reason = self.unsupported_reason(feedback)
+        reason = self.unsupported_reason(feedback) or self.unsupported_forward(self._newton, feedback)
         if reason is not None:
             raise ValueError(reason)
         if feedback.learned and not self.learned_tensors():
@@ -52,7 +57,40 @@ class FeedbackLayer(nn.Module):
         self._rule_changed()
 
     def _rule_changed(self) -> None:
-        """Called after the rule was set."""
+        """Called after the rule or the forward method was set."""
+
+    @property
+    def forward_method(self) -> str | Newton:
+        """``"sequential"``, or ``Newton``: the forward pass is parallel over time; settable at any time.
+
+        ``newton_iterations`` has the iterations that the last call took, per layer and direction, and
+        ``newton_sequential_steps`` the steps that did not converge and were run one after the other.
+        """
+        return "sequential" if self._newton is None else self._newton
+
+    @forward_method.setter
+    def forward_method(self, method: str | Newton) -> None:
+        value = as_forward_method(method)
+        reason = self.unsupported_forward(value, self._feedback)
+        if reason is not None:
+            raise ValueError(reason)
+        self._reset_forward_method()
+        if value is not None:
+            self._newton = value
+        self._rule_changed()
+
+    def unsupported_forward(self, method: Newton | None, rule: Feedback) -> str | None:
+        """Why the layer cannot run by a forward method under a rule, in one sentence; None if it can."""
+        if method is None:
+            return None
+        return (
+            f'forward_method of {type(self).__name__} must be "sequential", got "{method}": parallel iteration needs '
+            "the formulas of a Cell, as RNN, GRU, LSTM and CellLayer have"
+        )
+
+    def _reset_forward_method(self) -> None:
+        for name in ("_newton", "newton_iterations", "newton_sequential_steps"):
+            self.__dict__.pop(name, None)
 
     @property
     def feedback_cell(self) -> Cell | None:
@@ -112,6 +150,7 @@ class FeedbackLayer(nn.Module):
     def exact_rule(self) -> Iterator[None]:
         """Within the block the gradient is exact, also in eval mode, where cuDNN has no backward pass."""
         rule, training, dropout = self._feedback, self.training, getattr(self, "dropout", None)
+        method = self.__dict__.pop("_newton", None)
         # torch's own layer where there is one, which is independent of our kernels.
         self.feedback = TORCH if self.unsupported_reason(TORCH) is None else BPTT
         if not training and dropout is not None:
@@ -122,6 +161,8 @@ class FeedbackLayer(nn.Module):
             if not training and dropout is not None:
                 self.training, self.dropout = training, dropout
             self.feedback = rule
+            if method is not None:
+                self._newton = method
 
     def reset_diagonal(self) -> None:
         """Forget what was learned about the diagonal."""
@@ -131,12 +172,14 @@ class FeedbackLayer(nn.Module):
     def remove_feedback(self) -> None:
         """Remove the rule and what was learned, so that the class can be set to a plain layer's."""
         del self._feedback, self._rules
+        self._reset_forward_method()
         for name in self.learned_tensors():
             delattr(self, name)
 
     def feedback_repr(self) -> str:
-        """The rule as ``extra_repr`` prints it."""
-        return f"feedback={str(self._feedback)!r}"
+        """The rule, and a forward method that is not the default, as ``extra_repr`` prints them."""
+        method = "" if self._newton is None else f", forward_method={str(self._newton)!r}"
+        return f"feedback={str(self._feedback)!r}{method}"
 
 
 def complex_reason(rule: Feedback, dtype: torch.dtype) -> str:

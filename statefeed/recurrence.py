@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from statefeed import newton
 from statefeed.backends import BACKENDS, Forward, Gradients, Problem, Upstream, reference
 from statefeed.cells.protocol import Cell, State
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
@@ -51,6 +52,7 @@ class _Call(NamedTuple):
     weights: int  # of one direction
     compute_dtype: torch.dtype | None
     output_dtype: torch.dtype | None  # of y and the final states, None for the backend's
+    iteration: newton.Run | None  # None for the backend's own forward pass
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
         """One per direction, from x as the layer takes it and states and weights, direction by direction."""
@@ -69,6 +71,12 @@ class _Call(NamedTuple):
             for k in range(self.directions)
         ]
 
+    def forward(self, x: Tensor, tensors: Sequence[Tensor], save: bool) -> list[Forward]:
+        problems = self.problems(x, tensors)
+        if self.iteration is not None:
+            return newton.forward(problems, self.backend, self.iteration)
+        return BACKENDS[self.backend].forward(problems, save)
+
     @property
     def saves_y(self) -> bool:
         """Whether the backend's y is saved per direction because the layer's output is another tensor."""
@@ -76,7 +84,12 @@ class _Call(NamedTuple):
 
 
 def recurrence(
-    cell: Cell, backend: str, x: Tensor, layout: Layout, directions: Sequence[Direction]
+    cell: Cell,
+    backend: str,
+    x: Tensor,
+    layout: Layout,
+    directions: Sequence[Direction],
+    iteration: newton.Run | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Outputs and final states of one layer.
 
@@ -86,6 +99,8 @@ def recurrence(
         x: (T, B, I), or packed rows (N, I).
         layout: how the rows of x lie in time.
         directions: one, or the forward and the reverse one.
+        iteration: the settings of a forward pass in parallel over time, which also collects what it took; None for the
+            backend's own forward pass.
 
     Returns:
         y, the shape of x with H in place of I, 2H with two directions; the final state of every direction.
@@ -116,12 +131,13 @@ def recurrence(
         weights=len(directions[0].weights),
         compute_dtype=compute_dtype,
         output_dtype=output_dtype,
+        iteration=iteration,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
     if torch.is_grad_enabled():
         y, *rest = _autograd_function().apply(call, x, *tensors)  # type: ignore[no-untyped-call]
     else:
-        y, *rest = _outputs(call, BACKENDS[backend].forward(call.problems(x, tensors), False))
+        y, *rest = _outputs(call, call.forward(x, tensors, False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
     return y.reshape(*x.shape[:-1], y.shape[-1]), finals
 
@@ -149,7 +165,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        done = BACKENDS[call.backend].forward(call.problems(x, tensors), True)
+        done = call.forward(x, tensors, True)
         saved = (t for d in done for t in ((d.y, *d.saved) if call.saves_y else d.saved))
         return *_outputs(call, done), *saved
 

@@ -10,8 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from statefeed import newton
 from statefeed.backends import choose
 from statefeed.cells.protocol import Cell, State
+from statefeed.feedback import Feedback
 from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import Direction, recurrence
@@ -44,6 +46,13 @@ class RecurrentStack(FeedbackLayer):
     @property
     def _feedback_rows(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
+
+    def unsupported_forward(self, method: newton.Newton | None, rule: Feedback) -> str | None:
+        if method is None:
+            return None
+        if rule.through_torch:
+            return f'forward_method "{method}" is not for feedback "torch", torch\'s own layer: set feedback to "bptt"'
+        return newton.unsupported_cell(self.feedback_cell)
 
     def _weights_of(self, layer: int) -> list[Tensor]:
         """The weights of a layer, of the reverse direction after those of the forward one."""
@@ -89,6 +98,8 @@ class RecurrentStack(FeedbackLayer):
         """The forward pass on a padded, packed or unbatched input; not overridden by a subclass's ``forward``."""
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
+        if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+            raise RuntimeError(newton.NOT_COMPILED)
         if backend is None:
             return self._torch_path(input, hx)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -112,7 +123,7 @@ class RecurrentStack(FeedbackLayer):
         else:
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
-        if x.is_complex() and not self._feedback.exact:
+        if x.is_complex() and not (self._feedback.exact and self._newton is None):
             raise ValueError(complex_reason(self._feedback, x.dtype))
 
         rows = x if packed or not self.batch_first else x.transpose(0, 1)
@@ -134,7 +145,7 @@ class RecurrentStack(FeedbackLayer):
         x = input.data if isinstance(input, PackedSequence) else input
         state = () if hx is None else self._as_state(hx)
         tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
-        return choose(self.feedback_cell, tensors, self._feedback.exact).name
+        return choose(self.feedback_cell, tensors, self._feedback.exact, self._newton is not None).name
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call; None if a backend may run it, as it does where torch lacks the cell."""
@@ -261,6 +272,7 @@ class RecurrentStack(FeedbackLayer):
                 stacklevel=5,
             )
         count = 2 if self.bidirectional else 1
+        iteration = None if self._newton is None else newton.Run(self._newton)
         finals: list[State] = []
         for layer, of_layer in enumerate(weights):
             each = len(of_layer) // count
@@ -273,10 +285,13 @@ class RecurrentStack(FeedbackLayer):
                 )
                 for k in range(count)
             ]
-            x, found = recurrence(cell, backend, x, layout, directions)
+            x, found = recurrence(cell, backend, x, layout, directions, iteration)
             finals += found
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+        if iteration is not None:
+            self.newton_iterations = tuple(iteration.iterations)
+            self.newton_sequential_steps = tuple(iteration.sequential_steps)
         if len(finals) == 1:
             return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))

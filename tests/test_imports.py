@@ -20,7 +20,7 @@ LEVELS = [
     {"cells"},
     {"feedback"},
     {"backends"},
-    {"transforms"},
+    {"transforms", "newton"},
     {"recurrence"},
     {"mixin"},
     {"stack"},

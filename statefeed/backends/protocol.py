@@ -112,6 +112,7 @@ class Backend(NamedTuple):
         device: the type of device that it has kernels for, None if any.
         describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
+        saves: whether the backward pass needs what the backend's own forward pass saved, and cannot start from y alone.
         fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
     """
 
@@ -124,6 +125,7 @@ class Backend(NamedTuple):
     device: str | None = None
     describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
+    saves: bool = False
     fallback: bool = False
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.cells.protocol import Cell, State, Step, w_hh_diagonal
+from statefeed.cells.protocol import Cell, Scan, State, Step, w_hh_diagonal
 
 
 class Saved(NamedTuple):
@@ -62,3 +62,8 @@ class GRU(Cell):
         through_z = (h_prev - n) * z * (1 - z) * w_z
         through_n = (1 - z) * (1 - n * n) * (r * w_n + q * r * (1 - r) * w_r)
         return (z + through_z + through_n,)
+
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        r, z = gates[:2].sigmoid_()
+        n = torch.addcmul(inputs[0], r, gates[2]).tanh_()
+        return (scan(0, z, torch.addcmul(n, z, n, value=-1)),)

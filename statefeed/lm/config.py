@@ -104,6 +104,11 @@ class Model:
     feedback: float | str = option(
         "dsf", "how gradients flow back through time: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
     )
+    forward: str = option(
+        "sequential",
+        "sequential; newton or newton(tolerance): recurrent layers run forward in parallel over time, to a tolerance",
+        identity="run",
+    )
     layers: int = option(2, "number of blocks")
     width: int = option(256, "units of the embedding, of every state and of every block")
     block: Literal["plain", "prenorm", "stacked"] = option(
@@ -124,6 +129,11 @@ class Model:
             self.cell in RECURRENT or self.feedback == "bptt",
             f"model.feedback must be bptt where model.cell is {self.cell}, whose gradient is always exact",
             self.feedback,
+        )
+        require(
+            self.cell in RECURRENT or self.forward == "sequential",
+            f"model.forward must be sequential where model.cell is {self.cell}, which has no recurrent layer",
+            self.forward,
         )
         require(
             self.uniform is None or 0 < self.uniform < float("inf"),
@@ -269,6 +279,13 @@ class Config:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        require(
+            self.model.forward == "sequential" or self.train.compile is None,
+            "train.compile must be null unless model.forward is sequential",
+            self.train.compile,
+        )
 
     def to_yaml(self) -> str:
         """The recipe with every key, as text that `parse` reads back."""

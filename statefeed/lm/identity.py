@@ -23,7 +23,7 @@ def keys(*identities: Identity) -> tuple[str, ...]:
     """The keys with one of some flags, as section.key.
 
     >>> keys("run")
-    ('model.feedback', 'train.seed', 'train.lr', 'train.alignment')
+    ('model.feedback', 'model.forward', 'train.seed', 'train.lr', 'train.alignment')
     """
     return tuple(key for key, identity in _flags() if identity in identities)
 
