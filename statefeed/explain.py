@@ -132,7 +132,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
     backend = choose(cell, tensors, rule.exact)
-    reason = layer.torch_path_reason(x)
+    with torch.enable_grad():
+        reason = layer.torch_path_reason(x)
     if reason is None and backend.fallback:
         reason = _reason(layer, tensors)
     torch_has_it = cell.torch_forward is not None

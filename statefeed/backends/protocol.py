@@ -112,6 +112,8 @@ class Backend(NamedTuple):
         device: the type of device that it has kernels for, None if any.
         describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
+        fused_forward: whether its forward pass runs without autograd too; else torch's own layer does, where torch has
+            the cell.
         fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
     """
 
@@ -124,6 +126,7 @@ class Backend(NamedTuple):
     device: str | None = None
     describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
+    fused_forward: bool = False
     fallback: bool = False
 
 

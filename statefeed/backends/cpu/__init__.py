@@ -105,4 +105,5 @@ BACKEND = Backend(
     device="cpu",
     describe=describe,
     upcasts=True,
+    fused_forward=True,
 )
