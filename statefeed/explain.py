@@ -145,7 +145,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     method = layer.forward_method
     sequential = method == "sequential"
     backend = choose(cell, tensors, rule.exact, not sequential)
-    reason = layer.torch_path_reason(x)
+    with torch.enable_grad():
+        reason = layer.torch_path_reason(x)
     if reason is None and backend.fallback and sequential:
         reason = _reason(layer, tensors)
     torch_has_it = cell.torch_forward is not None

@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.paths import torch_is_faster
 from statefeed.recurrence import autocast_dtype
 from statefeed.stack import RecurrentStack
+from statefeed.transforms import is_transformed
 
 _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
@@ -81,23 +83,35 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
-        """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
-        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer and self._newton is None
-        if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
-            return None
+        """torch's own layer also runs where no kernels do, under an exact rule or without autograd."""
         name = super()._backend(input, hx, weights)
-        if self._newton is not None:
+        if name is None or self._newton is not None:
             return name
-        return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
+        if self._feedback.exact and BACKENDS[name].fallback:
+            return None
+        fused = torch.is_grad_enabled() or self._layer_by_layer or BACKENDS[name].fused_forward
+        return name if fused else None
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call, whether kernels support it or not; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        one_step = _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling()
-        if self._feedback.exact and self._newton is None and one_step:
-            return "one step has no recurrence to fuse, and torch's own path costs less per call"
-        return None
+        if self._newton is not None:
+            return None
+        if torch.compiler.is_exporting():
+            return "torch.export has torch's own layer"
+        if not torch.is_grad_enabled() and is_transformed() and not self._layer_by_layer:
+            return "a trace and torch.func without autograd have torch's own layer"
+        # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
+        free = self._feedback.exact or not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        return self._faster_in_torch(input) if free and not torch.compiler.is_compiling() else None
+
+    def _faster_in_torch(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer is faster; None if it is not, or does not run here in the dtype of the autocast."""
+        x = input.data if isinstance(input, PackedSequence) else input
+        if not x.is_cpu or (self.mode == "LSTM" and _lacks_bf16(x)):
+            return None
+        return torch_is_faster(_steps(input, self.batch_first))
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()

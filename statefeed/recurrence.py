@@ -24,6 +24,7 @@ from statefeed.layout import Layout
 from statefeed.transforms import (
     NO_SECOND_DERIVATIVE,
     is_batched,
+    is_transformed,
     no_batched_gradients,
     no_forward_mode,
     no_vmap,
@@ -134,12 +135,19 @@ def recurrence(
         iteration=iteration,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
-    if torch.is_grad_enabled():
+    if _needs_autograd((x, *tensors)):
         y, *rest = _autograd_function().apply(call, x, *tensors)  # type: ignore[no-untyped-call]
     else:
         y, *rest = _outputs(call, call.forward(x, tensors, False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
     return y.reshape(*x.shape[:-1], y.shape[-1]), finals
+
+
+def _needs_autograd(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward pass may come, or a transform has to be answered."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or any(t.requires_grad for t in tensors) or is_transformed()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -83,7 +83,7 @@ class RecurrentStack(FeedbackLayer):
             outputs and final state, as torch.nn's layer.
 
         Gradient: approximate unless ``feedback`` is exact or has k >= T corrections. Without autograd
-            (``torch.no_grad``) and in ``torch.export`` torch's own path runs, where torch has the cell.
+            (``torch.no_grad``) nothing is saved, and ``torch.export`` has torch's own path, where torch has the cell.
 
         Raises:
             RuntimeError: traced by TorchScript while autograd is on; ``statefeed.restore`` the model first.
@@ -96,6 +96,8 @@ class RecurrentStack(FeedbackLayer):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """The forward pass on a padded, packed or unbatched input; not overridden by a subclass's ``forward``."""
+        if self.torch_path_reason(input) is not None:
+            return self._torch_path(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
         if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
@@ -180,7 +182,7 @@ class RecurrentStack(FeedbackLayer):
         Raises:
             ValueError: a bidirectional layer, which needs the future, or x of another rank.
 
-        Cost: one step of torch's own layer.
+        Cost: one step without autograd.
 
         Example:
             >>> import statefeed as sf
@@ -265,7 +267,8 @@ class RecurrentStack(FeedbackLayer):
     ) -> tuple[Tensor, State]:
         """All layers and directions over x (T, B, I) or packed rows; state (L * directions, B, H) per part."""
         rule, cell = self._feedback, self.feedback_cell
-        if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
+        inexact = torch.is_grad_enabled() and not (rule.exact or rule.corrections)
+        if inexact and any(s.requires_grad for s in state):
             warnings.warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")',

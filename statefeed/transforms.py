@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from statefeed.cells.protocol import Cell
 
@@ -72,6 +73,17 @@ def is_batched(tensor: Tensor | None) -> bool:
     """Whether a tensor is a batch of gradients in disguise, as is_grads_batched=True makes."""
     return tensor is not None and (
         torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.jit.trace, torch.func or forward-mode differentiation looks at every operation."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

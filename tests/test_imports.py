@@ -22,7 +22,7 @@ LEVELS = [
     {"backends"},
     {"transforms", "newton"},
     {"recurrence"},
-    {"mixin"},
+    {"mixin", "paths"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"modules", "snapshot"},

@@ -233,7 +233,7 @@ def test_autocast_returns_the_dtypes_of_torch(cell, layers, rule, x):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype, layers, x, monkeypatch):
-    layer = sf.LSTM(3, 4, layers, feedback="dsf")
+    layer = sf.LSTM(3, 4, layers, feedback="torch")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
         monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)

@@ -113,6 +113,8 @@ class Backend(NamedTuple):
         describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
         saves: whether the backward pass needs what the backend's own forward pass saved, and cannot start from y alone.
+        fused_forward: whether its forward pass runs without autograd too; else torch's own layer does, where torch has
+            the cell.
         fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
     """
 
@@ -126,6 +128,7 @@ class Backend(NamedTuple):
     describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
     saves: bool = False
+    fused_forward: bool = False
     fallback: bool = False
 
 

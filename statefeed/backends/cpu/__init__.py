@@ -106,4 +106,5 @@ BACKEND = Backend(
     describe=describe,
     upcasts=True,
     saves=True,
+    fused_forward=True,
 )
