@@ -82,6 +82,21 @@ def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, r
 
 
 @beta
+@pytest.mark.parametrize("dtype", [torch.cfloat, torch.cdouble])
+@pytest.mark.parametrize(
+    "layer", [sf.LSTM(3, 4, feedback="calibrated"), Minimal(3, 4), sf.Recurrent(nn.GRUCell(3, 4), "calibrated")]
+)
+def test_a_layer_that_refuses_complex_numbers_stays_as_it_was(layer, dtype, x):
+    expected = layer(x)[0]
+    expected.sum().backward()
+    with pytest.raises(ValueError, match=r"is defined for real numbers, got torch\.complex"):
+        layer.to(dtype)
+    assert torch.equal(layer(x)[0], expected)
+    assert {t.dtype for p in layer.parameters() for t in (p, p.grad)} == {torch.float32}
+    layer(x)[0].sum().backward()
+
+
+@beta
 @every_layer
 @pytest.mark.parametrize("rule", ["bptt", "torch"])
 def test_exact_rules_have_the_gradient_of_torch_on_complex_numbers(cell, rule):
@@ -200,10 +215,10 @@ def test_a_diagonal_without_values_is_refused():
 # Dtypes under autocast ------------------------------------------------------------------------------------------------
 
 
-def dtypes_under_autocast(layer, x, hx, packed, grad):
+def dtypes_under_autocast(layer, x, hx, lengths, grad):
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-        y, state = layer(pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x, hx)
-        y = y.data if packed else y
+        y, state = layer(x if lengths is None else pack_padded_sequence(x, torch.tensor(lengths)), hx)
+        y = y if lengths is None else y.data
         if grad:
             y.float().sum().backward()
             assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
@@ -215,19 +230,34 @@ def dtypes_under_autocast(layer, x, hx, packed, grad):
 @pytest.mark.parametrize("layers", [1, 2])
 @every_layer
 def test_autocast_returns_the_dtypes_of_torch(cell, layers, rule, x):
-    for dtype, state, packed, grad in product(
-        (torch.float32, torch.bfloat16), (None, torch.float32, torch.bfloat16), (False, True), (False, True)
+    for dtype, state, lengths, grad in product(
+        (torch.float32, torch.bfloat16), (None, torch.float32, torch.bfloat16), (None, (5, 3), (5, 5)), (False, True)
     ):
         hx = None if state is None else torch.zeros(2 * layers, 2, 4, dtype=state)
         hx = (hx, hx) if cell == "lstm" and hx is not None else hx
         found, expected = (
-            dtypes_under_autocast(layer, x.to(dtype), hx, packed, grad)
+            dtypes_under_autocast(layer, x.to(dtype), hx, lengths, grad)
             for layer in (
                 LAYERS[cell](3, 4, layers, bidirectional=True, feedback=rule),
                 TORCHS[cell](3, 4, layers, bidirectional=True),
             )
         )
-        assert found == expected, (dtype, state, packed, grad)
+        assert found == expected, (dtype, state, lengths, grad)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="torch lacks the LSTM of this CPU in bf16")
+@pytest.mark.parametrize("rule", ["dsf", "bptt", "torch"])
+@every_layer
+def test_lengths_and_resets_change_no_dtype(cell, rule, x):
+    layer = LAYERS[cell](3, 4, feedback=rule)
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    rows = [{"lengths": torch.tensor([5, 3])}, {"lengths": torch.tensor([5, 5])}, {"resets": resets}]
+    rows += [{"resets": resets.index_fill(0, torch.tensor([2]), True)}, {"resets": ~resets}]
+    for grad, options in product((False, True), rows):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            (y, state), (expected, final) = layer(x, **options), layer(x)
+        flat = [y, *(state if cell == "lstm" else [state])]
+        assert [t.dtype for t in flat] == [t.dtype for t in (expected, *(final if cell == "lstm" else [final]))]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -241,8 +271,14 @@ def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype,
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)
             torch.testing.assert_close([y, *state], [expected.bfloat16(), h.bfloat16(), c.bfloat16()], rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            packed = layer(pack_padded_sequence(x.to(dtype), torch.tensor([5, 5])))[0]
+        torch.testing.assert_close(packed.data, expected.bfloat16().flatten(0, 1), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert y.dtype == layer(x)[0].dtype
+        layer.feedback = "bptt"
+        layer(x[:1])[0].sum().backward()  # one step: torch's own path
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 @pytest.mark.parametrize("feature", ["lengths", "resets"])
