@@ -662,6 +662,31 @@ def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(trans
     TRANSFORMS[transform](layer, x)
 
 
+class Plain(nn.Module):
+    """A cell of layers that take ExpandedWeights."""
+
+    hidden_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.hidden = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x, h):
+        return torch.tanh(self.input(x) + self.hidden(h))
+
+
+def test_expanded_weights_run_through_a_cell_of_ones_own_under_the_exact_rule(x):
+    layer = sf.Recurrent(Plain(), "dsf")
+    with pytest.raises(RuntimeError, match=r"^ExpandedWeights [^\n]+ statefeed.Recurrent [^\n]+\"bptt\"[^\n]+$"):
+        per_sample(layer, x)
+    layer.feedback = "bptt"
+    per_sample(layer, x.transpose(0, 1)).square().sum().backward()
+    found = [p.grad_sample for p in layer.parameters()]
+    for k in range(2):
+        expected = torch.autograd.grad(total(layer, x.transpose(0, 1)[k : k + 1]), list(layer.parameters()))
+        torch.testing.assert_close([g[k] for g in found], list(expected))
+
+
 # Tools that look at graphs --------------------------------------------------------------------------------------------
 
 
