@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import pickle
+import random
 import warnings
 from collections import deque
 from itertools import product
@@ -390,6 +391,64 @@ def test_alignment_starts_both_passes_from_one_hidden_state_and_restores_it(x):
 def test_alignment_of_a_loss_that_is_not_finite_is_not_a_number(x):
     found = sf.alignment(sf.GRU(3, 4, feedback="dsf"), lambda m, x: total(m, x) * float("nan"), x, lags=0)
     assert all(value != value for value in found.numbers().values())
+
+
+def through_head(model, y):
+    return model["head"](y).square().sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, x: through_head(m, m["layer"](x)[0].detach()),
+        lambda m, x: through_head(m, torch.no_grad()(m["layer"])(x)[0]),
+        lambda m, x: through_head(m, torch.cat([x, x[..., :1]], -1)),
+    ],
+    ids=["detached", "without autograd", "unused"],
+)
+def test_alignment_needs_a_gradient_that_passes_through_a_layer(loss, x):
+    model = nn.ModuleDict({"layer": sf.GRU(3, 4, feedback="ft-bptt"), "head": nn.Linear(4, 1)})
+    with pytest.raises(ValueError, match=r"^alignment needs a loss whose gradient passes through a statefeed layer"):
+        sf.alignment(model, loss, x)
+    assert sf.alignment(model, lambda m, x: through_head(m, m["layer"](x)[1]), x).total.cosine < 1
+
+
+def test_alignment_of_a_frozen_layer_that_a_gradient_passes(x):
+    model = nn.ModuleDict({"embedding": nn.Linear(3, 3), "layer": sf.GRU(3, 4, feedback="ft-bptt")})
+    model["layer"].requires_grad_(False)
+    assert sf.alignment(model, lambda m, x: m["layer"](m["embedding"](x))[0].square().sum(), x).total.cosine < 1
+    model["embedding"].requires_grad_(False)
+    model["head"] = nn.Linear(4, 1)
+    with pytest.raises(ValueError, match="passes none"):
+        sf.alignment(model, lambda m, x: through_head(m, m["layer"](x)[0]), x)
+
+
+def test_both_passes_of_alignment_draw_the_same_random_numbers(x):
+    np = pytest.importorskip("numpy")
+    layer = sf.GRU(3, 4, feedback="torch")
+    layer.generator = torch.Generator().manual_seed(0)
+
+    def loss(model, x):
+        noise = torch.randn(x.shape, generator=model.generator)
+        return total(model, x * noise) * (1 + random.random()) * (1 + np.random.rand())
+
+    before = layer.generator.get_state(), random.getstate(), np.random.get_state()[1].tolist()
+    found = sf.alignment(layer, loss, x, lags=0).total
+    assert (found.cosine, found.norm_ratio) == pytest.approx((1, 1))
+    assert torch.equal(layer.generator.get_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_alignment_warns_of_a_state_that_it_cannot_restore(x):
+    layer, calls = sf.GRU(3, 4, feedback="torch"), []
+
+    def loss(model, x):
+        calls.append(1)
+        return total(model, x) * len(calls)
+
+    with pytest.warns(UserWarning, match=r"^alignment needs the same loss in both passes, got [^\n]+$"):
+        sf.alignment(layer, loss, x)
 
 
 def test_alignment_needs_a_loss_that_reaches_a_parameter(x):
