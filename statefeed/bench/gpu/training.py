@@ -94,7 +94,7 @@ class Contender:
         torch.manual_seed(0)
         self.model, self.device, self.bfloat16 = Model(sizes, rule).to(device), device, dtype == "bfloat16"
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_LR, fused=True)
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device=device)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step, without waiting for the device."""
