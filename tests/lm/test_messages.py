@@ -241,3 +241,29 @@ def test_a_shell_that_passes_bytes(run: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith(b"statefeed: arguments must be UTF-8 text, got byte 0xe9 at offset 12 of ")
+
+
+WRONG_RECIPES = {
+    "--model.feedback=DSF": "model.feedback=DSF: feedback must be ",
+    "--model.feedback=dsf/gate": "model.feedback=dsf/gate: ",
+    "--train.precision=float16": "train.precision=float16 needs a GPU",
+    "--train.accumulate=3": "train.batch must be a multiple of train.accumulate",
+    "--data.path=nowhere.txt": "there is no file or folder nowhere.txt",
+}
+
+
+@pytest.mark.parametrize("command", [["train", "--run.dir={run}"], ["train", "--resume", "{run}"]], ids=["new", "old"])
+@pytest.mark.parametrize("wrong", WRONG_RECIPES)
+def test_a_recipe_is_checked_before_the_folder(
+    wrong: str, command: list[str], run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(run=run) for word in command]
+    assert WRONG_RECIPES[wrong] in sentence([*words, *flags, "--train.device=cpu", wrong], capsys)
+
+
+def test_the_rules_of_a_comparison_are_checked_before_its_folder(
+    flags: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", *flags, f"--out={text}"]
+    assert "--feedback DSF: feedback must be " in sentence([*words, "--feedback=dsf,DSF"], capsys)
+    assert "must be another folder than the text" in sentence([*words, "--feedback=dsf"], capsys)
