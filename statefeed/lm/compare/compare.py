@@ -62,7 +62,7 @@ def command(arguments: Sequence[str]) -> None:
     config = recipes.build(values)
     folder = recipes.expand(values.out or f"{config.run.dir}-compare")
     planned = plan(config, values.feedback, values.seeds, values.lr, folder)
-    check_apart(config.data, folder)
+    check_apart(config.data, folder, [COMPARISON])
     compare(planned, folder)
 
 
