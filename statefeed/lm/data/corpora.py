@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib
+import itertools
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,8 +59,12 @@ def read(data: Data) -> Corpus:
     """
     check_path(data)
     corpus = {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
-    if corpus.splits["train"] == corpus.splits["valid"]:
-        notify(f"the train and valid splits of {corpus.name} are the same text: valid scores say nothing of other text")
+    for first, second in itertools.combinations(corpus.splits, 2):
+        if corpus.splits[first] == corpus.splits[second]:
+            notify(
+                f"the {first} and {second} splits of {corpus.name} are the same text: scores of {second} say nothing "
+                "of other text"
+            )
     return corpus
 
 
