@@ -106,10 +106,10 @@ class CellLayer(RecurrentStack):
                 f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt", or '
                 "statefeed.Recurrent where a second derivative is needed"
             )
-        weight = next(self.parameters(), None)
-        if weight is not None and weight.is_complex():
-            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
+
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str:
+        return f"{type(self).__name__} is defined for real numbers, got {dtype}"
 
     def reset_parameters(self) -> None:
         """Draw the weights again, and forget the diagonal that was learned under them."""

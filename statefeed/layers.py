@@ -117,17 +117,17 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
             raise RuntimeError(_COMPILED_LSTM)
-        if self.mode == "LSTM" and isinstance(input, Tensor) and not torch.is_grad_enabled() and _lacks_bf16(input):
+        if self.mode == "LSTM" and _lacks_bf16(input):
             return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
-    def _in_float32(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
+    def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """torch's path without the autocast in force, its results in the dtype of that autocast."""
         dtype = self._weights_of(0)[0].dtype
         with torch.autocast("cpu", enabled=False):
             state = None if hx is None else tuple(s.to(dtype) for s in hx)
-            y, final = super(RecurrentStack, self).forward(input.to(dtype), state)
-        return y.to(torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
+            y, final = super(RecurrentStack, self).forward(_to(input, dtype), state)
+        return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
@@ -139,9 +139,16 @@ def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
     return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
 
 
-def _lacks_bf16(x: Tensor) -> bool:
-    """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the bfloat16 autocast in force."""
-    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not _onednn_has_bf16()
+def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:
+    return input.to(dtype) if isinstance(input, Tensor) else input._replace(data=input.data.to(dtype))
+
+
+def _lacks_bf16(input: Tensor | PackedSequence) -> bool:
+    """Whether oneDNN, which runs torch's LSTM unless lengths differ, raises under the bfloat16 autocast in force."""
+    x = input if isinstance(input, Tensor) else input.data
+    if not x.is_cpu or autocast_dtype(x) != torch.bfloat16 or _onednn_has_bf16():
+        return False
+    return isinstance(input, Tensor) or bool(input.batch_sizes[-1] == input.batch_sizes[0])
 
 
 @functools.cache

@@ -110,9 +110,12 @@ class FeedbackLayer(nn.Module):
     def unsupported_reason(self, rule: Feedback) -> str | None:
         """Why the layer cannot run under a rule, in one sentence; None if it can."""
         complex_dtype = next((p.dtype for p in self.parameters() if p.is_complex()), None)
-        if complex_dtype is not None and not rule.exact:
-            return complex_reason(rule, complex_dtype)
-        return rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+        reason = None if complex_dtype is None else self.complex_reason(rule, complex_dtype)
+        return reason or rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str | None:
+        """Why the layer cannot run under a rule with weights of a complex dtype; None if it can."""
+        return None if rule.exact else complex_reason(rule, dtype)
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """What learned rules have stored, by attribute; backward passes change it in place."""
@@ -128,14 +131,16 @@ class FeedbackLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``.to``, ``.half`` and their like call: what was learned follows the parameters."""
+        first = next(self.parameters(), None)
+        if first is not None and "_feedback" in self.__dict__:
+            dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
+            reason = self.complex_reason(self._feedback, dtype) if dtype.is_complex else None
+            if reason is not None:  # before anything has changed
+                raise ValueError(reason)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, tensor in self.learned_tensors().items():
                 setattr(self, name, fn(tensor))
-        if "_feedback" in self.__dict__:
-            reason = self.unsupported_reason(self._feedback)
-            if reason is not None:
-                raise ValueError(reason)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

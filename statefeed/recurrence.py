@@ -117,9 +117,9 @@ def recurrence(
     if not layout.T:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     compute_dtype = autocast_dtype(x)
-    output_dtype, packed = None, layout.batch_sizes is not None
+    output_dtype = None
     if compute_dtype is not None and BACKENDS[backend].upcasts:
-        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, packed)
+        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, layout.ragged)
         output_dtype = None if dtype == directions[0].weights[0].dtype else dtype
     call = _Call(
         cell=cell,

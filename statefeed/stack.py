@@ -16,7 +16,7 @@ from statefeed.cells.protocol import Cell, State
 from statefeed.feedback import Feedback
 from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
-from statefeed.recurrence import Direction, recurrence
+from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 
 
@@ -231,10 +231,20 @@ class RecurrentStack(FeedbackLayer):
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
         y, final = self._forward(packed, hx)
-        out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, segments.gather_index, y.data)
+        dtype = self._padded_dtype(x, hx) or y.data.dtype
+        rows = y.data.to(dtype)
+        out = rows.new_zeros(T * B, rows.shape[-1]).index_copy(0, segments.gather_index, rows)
         out = out.unflatten(0, (T, B))
-        ends = self._as_hx(tuple(segments.final(s, directions) for s in self._as_state(final)))
+        ends = self._as_hx(tuple(segments.final(s.to(dtype), directions) for s in self._as_state(final)))
         return out.transpose(0, 1) if self.batch_first else out, ends
+
+    def _padded_dtype(self, x: Tensor, hx: Any) -> torch.dtype | None:
+        """What a padded batch returns under autocast on a CPU, None otherwise: no dtype depends on where a row ends."""
+        compute_dtype = autocast_dtype(x) if x.is_cpu else None
+        if compute_dtype is None:
+            return None
+        state = x if hx is None else self._as_state(hx)[-1]
+        return self.feedback_cell.autocast_dtype(compute_dtype, state.dtype, False)
 
     def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
         """Input and initial state with a batch axis, and whether one had to be added."""

@@ -58,6 +58,11 @@ NO_EXPANDED_WEIGHTS = (
     "first; on a CPU torch.nn's RNN and GRU with batch_first=True take them"
 )
 
+NO_EXPANDED_STEP = (
+    "ExpandedWeights (call_for_per_sample_grads) cannot run through statefeed.Recurrent under an approximate rule: set "
+    'feedback to "bptt", which takes them where the modules of the cell do'
+)
+
 NO_TRANSFORM_OF_A_STEP = (
     'torch.func cannot run through statefeed.Recurrent under an approximate rule: set feedback to "bptt", which is '
     "plain autograd there"

@@ -35,7 +35,7 @@ class GRU(Cell):
     saved_values = 4
     torch_forward = "gru"
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """That of z h', which takes h' as it is."""
         return torch.promote_types(compute_dtype, state_dtype)
 

@@ -37,9 +37,9 @@ class LSTM(Cell):
     saved_values = 5
     torch_forward = "lstm"
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
-        """Packed, that of f c', which takes c' as it is; torch runs a padded batch through oneDNN."""
-        return torch.promote_types(compute_dtype, state_dtype) if packed else compute_dtype
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
+        """Of different lengths, that of f c', which takes c' as it is; torch runs the others through oneDNN."""
+        return torch.promote_types(compute_dtype, state_dtype) if ragged else compute_dtype
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
         i, f, g, o = _gates(inputs, hidden)

@@ -73,13 +73,13 @@ class Cell(ABC):
         """Width of every part of the state; S is their sum."""
         return (hidden_size,) * len(self.states)
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """What torch's layer returns under autocast on a CPU.
 
         Args:
             compute_dtype: of the products.
             state_dtype: of the initial state.
-            packed: whether rows are packed.
+            ragged: whether sequences are packed and of different lengths.
         """
         return compute_dtype
 

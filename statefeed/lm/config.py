@@ -1,5 +1,6 @@
 """Recipes: every field is a dataclass field, a flag and a YAML key, and is checked here, once."""
 
+import codecs
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
@@ -287,6 +288,11 @@ class Config:
             self.train.compile,
         )
 
-    def to_yaml(self) -> str:
-        """The recipe with every key, as text that `parse` reads back."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, encoding: str = "utf-8") -> str:
+        """The recipe with every key, as text that `parse` reads back.
+
+        Args:
+            encoding: that the text will be written in. Recipes are read as UTF-8, so that other ones get ASCII.
+        """
+        utf8 = codecs.lookup(encoding).name == "utf-8"
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=utf8)

@@ -65,6 +65,17 @@ def rule(cell: str, feedback: float | str) -> str:
     return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
 
 
+def check_rules(cell: str, feedback: float | str) -> None:
+    """Check that a cell runs under a rule, or under every rule of a schedule.
+
+    Raises:
+        ValueError: when there is no such rule, or the cell cannot run under it.
+    """
+    if cell in RECURRENT:
+        for _, stage in sf.Schedule(feedback).stages:
+            getattr(sf, cell.upper())(1, 1, feedback=stage)
+
+
 def difference(there: Recipe, here: Recipe, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
     """The first key in which two recipes are not the same run, with both values; None where they are the same run.
 

@@ -40,6 +40,13 @@ def test_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     assert recipes.load(tmp_path / "recipe.yaml") == recipe
 
 
+@pytest.mark.parametrize(("encoding", "path"), [("ascii", "日本"), ("latin-1", "tëxt"), ("UTF8", "日本")])
+def test_yaml_reads_back_whatever_it_is_written_in(encoding: str, path: str, tmp_path: Path) -> None:
+    config = Config(data=Data(corpus="text", path=path))
+    (tmp_path / "r.yaml").write_text(config.to_yaml(encoding), encoding=encoding)
+    assert recipes.load(tmp_path / "r.yaml") == config
+
+
 def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {lr: 1e-4, steps: 7, clip: null}\nmodel: {feedback: gate+1}\n")
