@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
@@ -21,6 +22,8 @@ from statefeed.stack import RecurrentStack
 
 # Number of rows of the batch for the measurement by lag: enough for a curve, and cheap.
 _ROWS = 4
+# Relative difference of two losses that only rounding explains, in bfloat16 too.
+_SAME_LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,11 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Gradient: none; ``.grad`` is not changed.
 
     Raises:
-        ValueError: the model has no statefeed layer, no parameter that requires grad and that the loss depends on, or
-            sharded parameters; or ``lags`` is negative.
+        ValueError: the model has no statefeed layer that the gradient passes through, no parameter that requires grad
+            and that the loss depends on, or sharded parameters; or ``lags`` is negative.
+
+    Warns:
+        UserWarning: the two passes have different losses, so that their gradients cannot be compared.
 
     Cost: one forward and backward pass under the rules and one under torch's own BPTT. The lags add two passes of the
         recurrent layers, over min(lags, T) steps of min(4, B) rows.
@@ -143,15 +149,22 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
 
     with untouched(model), _inputs(layers, lags) as inputs, _eager():
         _freeze(layers.values())
-        ours = _gradients(model, loss_fn, batch, parameters)
+        with _passed(layers.values()) as passed:
+            loss, ours = _gradients(model, loss_fn, batch, parameters)
     with untouched(model), _eager(), ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.exact_rule())
-        exact = _gradients(model, loss_fn, batch, parameters)
+        expected, exact = _gradients(model, loss_fn, batch, parameters)
 
+    _warn_of_two_losses(loss, expected)
     reached = [name for name, g in exact.items() if g is not None and ours[name] is not None]
     if not reached:
         raise ValueError("alignment needs a loss that depends on a parameter, got one that reaches none of them")
+    if not passed:
+        raise ValueError(
+            "alignment needs a loss whose gradient passes through a statefeed layer, got one that passes none: the "
+            "output of every layer is unused, detached or computed without autograd"
+        )
     names = {id(p): name for name, p in parameters.items()}
     reached_by_layer = {
         layer_name: [n for n in (names.get(id(p)) for p in layer.parameters()) if n in reached]
@@ -249,11 +262,40 @@ def _eager() -> Iterator[None]:
 
 def _gradients(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, parameters: dict[str, nn.Parameter]
-) -> dict[str, Tensor | None]:
+) -> tuple[float, dict[str, Tensor | None]]:
+    """The loss, and its gradients by name."""
     with torch.enable_grad():
         loss = loss_fn(model, batch)
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, grads, strict=True))
+    return float(loss.detach()), dict(zip(parameters, grads, strict=True))
+
+
+def _warn_of_two_losses(ours: float, exact: float) -> None:
+    """Warn if the two passes did not compute the same function, since every rule has the same forward pass."""
+    if abs(ours - exact) > _SAME_LOSS * max(abs(ours), abs(exact)):
+        warnings.warn(
+            f"alignment needs the same loss in both passes, got {ours:g} under the rule and {exact:g} under BPTT: the "
+            "model or loss_fn depends on something that a pass changes and that is not an attribute of a module",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _passed(layers: Iterable[Any]) -> Iterator[list[bool]]:
+    """A list that is not empty once a gradient has passed through a layer."""
+    passed: list[bool] = []
+
+    def watch(layer: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: passed.append(True))  # type: ignore[no-untyped-call]
+
+    hooks = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        yield passed
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _real(gradient: Tensor) -> Tensor:

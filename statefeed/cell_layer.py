@@ -114,10 +114,10 @@ class CellLayer(RecurrentStack):
                 f'feedback "torch" needs a layer of torch.nn, which has no cell {self.cell.name!r}; use "bptt", or '
                 "statefeed.Recurrent if you need a second derivative"
             )
-        weight = next(self.parameters(), None)
-        if weight is not None and weight.is_complex():
-            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
+
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str:
+        return f"{type(self).__name__} is defined for real numbers, got {dtype}"
 
     def reset_parameters(self) -> None:
         """Initialize the weights again and reset the learned diagonal."""

@@ -24,9 +24,11 @@ from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import autocast_dtype
 from statefeed.scan import diagonal_scan
 from statefeed.transforms import (
+    NO_EXPANDED_STEP,
     NO_SECOND_DERIVATIVE,
     NO_TRANSFORM_OF_A_STEP,
     is_batched,
+    is_expanded,
     no_batched_gradients,
     no_forward_mode,
     traced,
@@ -133,9 +135,10 @@ class Recurrent(FeedbackLayer):
             x = x.transpose(0, 1)
         if state is None:
             # For integer inputs (tokens) the state has the dtype of the parameters: an integer state has no gradient.
-            weight = next((p for p in self.cell.parameters() if p.is_floating_point() or p.is_complex()), None)
+            # Read the dtype only: ExpandedWeights have no is_floating_point.
+            inexact = (p.dtype for p in self.cell.parameters() if p.dtype.is_floating_point or p.dtype.is_complex)
             real = x.is_floating_point() or x.is_complex()
-            dtype = x.dtype if real else torch.get_default_dtype() if weight is None else weight.dtype
+            dtype = x.dtype if real else next(inexact, torch.get_default_dtype())
             initial = tuple(x.new_zeros(x.shape[1], width, dtype=dtype) for width in self._widths)
         else:
             initial = (state,) if isinstance(state, Tensor) else tuple(state)
@@ -153,6 +156,8 @@ class Recurrent(FeedbackLayer):
         else:
             named = dict(self.cell.named_parameters())
             for tensor in (x, *initial, *named.values()):
+                if is_expanded(tensor):
+                    raise RuntimeError(NO_EXPANDED_STEP)
                 if tensor.is_complex():
                     raise ValueError(complex_reason(self._feedback, tensor.dtype))
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

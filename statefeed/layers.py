@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.paths import torch_is_faster
 from statefeed.recurrence import autocast_dtype
 from statefeed.stack import RecurrentStack
+from statefeed.transforms import is_transformed
 
 _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model), then script or trace torch.nn's layers"
@@ -71,7 +73,9 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def _layer_by_layer(self) -> bool:
         """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
         weight = next(self.parameters(), None)  # None if another module sets the weights
-        return "_feedback" in self.__dict__ and not self._feedback.exact and weight is not None and weight.is_cuda
+        if "_feedback" not in self.__dict__ or weight is None or not weight.is_cuda:
+            return False
+        return not self._feedback.exact or self._newton is not None
 
     def _rule_changed(self) -> None:
         self.flatten_parameters()
@@ -80,36 +84,51 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
-        """None (torch's own layer) without autograd, in torch.export, and for an exact rule without kernels."""
-        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
-            return None
+        """None, so that torch's own layer runs, also without kernels if the rule is exact or autograd is disabled."""
         name = super()._backend(input, hx, weights)
-        return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
+        if name is None or self._newton is not None:
+            return name
+        if self._feedback.exact and BACKENDS[name].fallback:
+            return None
+        fused = torch.is_grad_enabled() or self._layer_by_layer or BACKENDS[name].fused_forward
+        return name if fused else None
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call on this input, even if kernels support it; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        if self._feedback.exact and _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling():
-            return "one step has no recurrence to fuse, and torch's own path costs less per call"
-        return None
+        if self._newton is not None:
+            return None
+        if torch.compiler.is_exporting():
+            return "torch.export has torch's own layer"
+        if not torch.is_grad_enabled() and is_transformed() and not self._layer_by_layer:
+            return "a trace and torch.func without autograd have torch's own layer"
+        # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
+        free = self._feedback.exact or not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        return self._faster_in_torch(input) if free and not torch.compiler.is_compiling() else None
+
+    def _faster_in_torch(self, input: Tensor | PackedSequence) -> str | None:
+        """Why torch's own layer is faster; None if it is not, or does not run here in the dtype of the autocast."""
+        x = input.data if isinstance(input, PackedSequence) else input
+        if not x.is_cpu or (self.mode == "LSTM" and _lacks_bf16(x)):
+            return None
+        return torch_is_faster(_steps(input, self.batch_first))
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
             raise RuntimeError(_COMPILED_LSTM)
-        if self.mode == "LSTM" and isinstance(input, Tensor) and not torch.is_grad_enabled() and _lacks_bf16(input):
+        if self.mode == "LSTM" and _lacks_bf16(input):
             return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
-    def _in_float32(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
+    def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """Run torch's path without the enabled autocast, and return results in the dtype of that autocast."""
         dtype = self._weights_of(0)[0].dtype
         with torch.autocast("cpu", enabled=False):
             state = None if hx is None else tuple(s.to(dtype) for s in hx)
-            y, final = super(RecurrentStack, self).forward(input.to(dtype), state)
-        return y.to(torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
+            y, final = super(RecurrentStack, self).forward(_to(input, dtype), state)
+        return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(x, self._as_hx(state), batch_sizes)
@@ -121,9 +140,16 @@ def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
     return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
 
 
-def _lacks_bf16(x: Tensor) -> bool:
-    """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the enabled bfloat16 autocast."""
-    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not onednn_supports_bf16()
+def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:
+    return input.to(dtype) if isinstance(input, Tensor) else input._replace(data=input.data.to(dtype))
+
+
+def _lacks_bf16(input: Tensor | PackedSequence) -> bool:
+    """Whether oneDNN, which runs torch's LSTM unless lengths differ, raises under the enabled bfloat16 autocast."""
+    x = input if isinstance(input, Tensor) else input.data
+    if not x.is_cpu or autocast_dtype(x) != torch.bfloat16 or onednn_supports_bf16():
+        return False
+    return isinstance(input, Tensor) or bool(input.batch_sizes[-1] == input.batch_sizes[0])
 
 
 @functools.cache

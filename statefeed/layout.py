@@ -34,6 +34,11 @@ class Layout:
         self.T, self.B, self.batch_sizes = T, B, batch_sizes
         self._on_device = _index_tensors(batch_sizes)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences have different lengths."""
+        return self.batch_sizes is not None and int(self.batch_sizes[-1]) < self.B
+
     def grid(self, rows: Tensor) -> Tensor:
         """Rows (N, .) as (T, B, .), zero after the end of a sequence."""
         if self.batch_sizes is None:

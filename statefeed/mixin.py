@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
+from statefeed.newton import Newton, as_forward_method
 
 _LEARNED = ("diagonal", "diagonal_updates")
 TORCH, BPTT = Feedback("torch"), Feedback("bptt")
@@ -39,6 +40,10 @@ class FeedbackLayer(nn.Module):
     diagonal_updates: Tensor
     _feedback: Feedback
     _rules: tuple[Feedback, ...]  # of every layer and direction
+    # Defaults of the class, which swapped layers and old pickles have; None is sequential.
+    _newton: Newton | None = None
+    newton_iterations: tuple[int, ...] = ()
+    newton_sequential_steps: tuple[int, ...] = ()
 
     @property
     def feedback(self) -> Feedback:
@@ -48,7 +53,7 @@ class FeedbackLayer(nn.Module):
     @feedback.setter
     def feedback(self, rule: FeedbackLike) -> None:
         feedback = as_feedback(rule)
-        reason = self.unsupported_reason(feedback)
+        reason = self.unsupported_reason(feedback) or self.unsupported_forward(self._newton, feedback)
         if reason is not None:
             raise ValueError(reason)
         if feedback.learned and not self.learned_tensors():
@@ -62,7 +67,48 @@ class FeedbackLayer(nn.Module):
         self._rule_changed()
 
     def _rule_changed(self) -> None:
-        """Hook for subclasses, called after the rule was set."""
+        """Hook for subclasses, called after the rule or the forward method was set."""
+
+    @property
+    def forward_method(self) -> str | Newton:
+        """``"sequential"``, or a ``Newton`` for a forward pass that is parallel over time; settable at any time.
+
+        After a call, ``newton_iterations`` has the number of iterations per layer and direction, and
+        ``newton_sequential_steps`` the number of steps that did not converge and ran sequentially.
+        """
+        return "sequential" if self._newton is None else self._newton
+
+    @forward_method.setter
+    def forward_method(self, method: str | Newton) -> None:
+        value = as_forward_method(method)
+        reason = self.unsupported_forward(value, self._feedback)
+        if reason is not None:
+            raise ValueError(reason)
+        self._reset_forward_method()
+        if value is not None:
+            self._newton = value
+        self._rule_changed()
+
+    def unsupported_forward(self, method: Newton | None, rule: Feedback) -> str | None:
+        """Why the layer does not support a forward method under a rule.
+
+        Args:
+            method: a ``Newton``; None for the sequential method.
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if the layer supports both together.
+        """
+        if method is None:
+            return None
+        return (
+            f'forward_method of {type(self).__name__} must be "sequential", got "{method}": parallel iteration needs '
+            "the formulas of a Cell, as RNN, GRU, LSTM and CellLayer have"
+        )
+
+    def _reset_forward_method(self) -> None:
+        for name in ("_newton", "newton_iterations", "newton_sequential_steps"):
+            self.__dict__.pop(name, None)
 
     @property
     def feedback_cell(self) -> Cell | None:
@@ -89,9 +135,12 @@ class FeedbackLayer(nn.Module):
             The reason in one sentence; None if the layer supports the rule.
         """
         complex_dtype = next((p.dtype for p in self.parameters() if p.is_complex()), None)
-        if complex_dtype is not None and not rule.exact:
-            return complex_reason(rule, complex_dtype)
-        return rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+        reason = None if complex_dtype is None else self.complex_reason(rule, complex_dtype)
+        return reason or rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str | None:
+        """Why the layer cannot run under a rule with weights of a complex dtype; None if it can."""
+        return None if rule.exact else complex_reason(rule, dtype)
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """The tensors that learned rules have stored, by attribute name; backward passes update them in place."""
@@ -115,14 +164,16 @@ class FeedbackLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Called by ``.to``, ``.half`` and similar methods: the learned tensors follow the parameters."""
+        first = next(self.parameters(), None)
+        if first is not None and "_feedback" in self.__dict__:
+            dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
+            reason = self.complex_reason(self._feedback, dtype) if dtype.is_complex else None
+            if reason is not None:  # before anything has changed
+                raise ValueError(reason)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, tensor in self.learned_tensors().items():
                 setattr(self, name, fn(tensor))
-        if "_feedback" in self.__dict__:
-            reason = self.unsupported_reason(self._feedback)
-            if reason is not None:
-                raise ValueError(reason)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,6 +188,7 @@ class FeedbackLayer(nn.Module):
     def exact_rule(self) -> Iterator[None]:
         """Context manager that makes the gradient exact, also in eval mode, where cuDNN has no backward pass."""
         rule, training, dropout = self._feedback, self.training, getattr(self, "dropout", None)
+        method = self.__dict__.pop("_newton", None)
         # torch's own layer if torch has the cell: it is independent of our kernels.
         self.feedback = TORCH if self.unsupported_reason(TORCH) is None else BPTT
         if not training and dropout is not None:
@@ -147,6 +199,8 @@ class FeedbackLayer(nn.Module):
             if not training and dropout is not None:
                 self.training, self.dropout = training, dropout
             self.feedback = rule
+            if method is not None:
+                self._newton = method
 
     def reset_diagonal(self) -> None:
         """Set the learned diagonal and its number of updates to zero."""
@@ -156,12 +210,14 @@ class FeedbackLayer(nn.Module):
     def remove_feedback(self) -> None:
         """Remove the rule and the learned tensors, so that the object can become a plain torch.nn layer again."""
         del self._feedback, self._rules
+        self._reset_forward_method()
         for name in self.learned_tensors():
             delattr(self, name)
 
     def feedback_repr(self) -> str:
-        """The rule as ``extra_repr`` prints it."""
-        return f"feedback={str(self._feedback)!r}"
+        """The rule, and a forward method that is not the default, as ``extra_repr`` prints them."""
+        method = "" if self._newton is None else f", forward_method={str(self._newton)!r}"
+        return f"feedback={str(self._feedback)!r}{method}"
 
 
 def complex_reason(rule: Feedback, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from statefeed import newton
 from statefeed.backends import BACKENDS, Forward, Gradients, Problem, Upstream, reference
 from statefeed.cells.protocol import Cell, State
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
@@ -23,6 +24,7 @@ from statefeed.layout import Layout
 from statefeed.transforms import (
     NO_SECOND_DERIVATIVE,
     is_batched,
+    is_transformed,
     no_batched_gradients,
     no_forward_mode,
     no_vmap,
@@ -58,6 +60,7 @@ class _Call(NamedTuple):
     weights: int  # number of weights of one direction
     compute_dtype: torch.dtype | None
     output_dtype: torch.dtype | None  # dtype of y and the final states; None keeps the backend's
+    iteration: newton.Run | None  # None for the backend's own forward pass
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
         """One problem per direction; ``tensors`` are its states and weights, one direction after the other."""
@@ -76,6 +79,12 @@ class _Call(NamedTuple):
             for k in range(self.directions)
         ]
 
+    def forward(self, x: Tensor, tensors: Sequence[Tensor], save: bool) -> list[Forward]:
+        problems = self.problems(x, tensors)
+        if self.iteration is not None:
+            return newton.forward(problems, self.backend, self.iteration)
+        return BACKENDS[self.backend].forward(problems, save)
+
     @property
     def saves_y(self) -> bool:
         """Whether the backend's y is saved per direction because the layer's output is another tensor."""
@@ -83,7 +92,12 @@ class _Call(NamedTuple):
 
 
 def recurrence(
-    cell: Cell, backend: str, x: Tensor, layout: Layout, directions: Sequence[Direction]
+    cell: Cell,
+    backend: str,
+    x: Tensor,
+    layout: Layout,
+    directions: Sequence[Direction],
+    iteration: newton.Run | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Compute outputs and final states of one layer.
 
@@ -93,6 +107,8 @@ def recurrence(
         x: (T, B, I), or packed rows (N, I).
         layout: positions of the rows of x in time.
         directions: the forward direction, or the forward and the reverse direction.
+        iteration: settings and statistics of a forward pass that is parallel over time; None for the backend's own
+            forward pass.
 
     Returns:
         y, in the shape of x with H in place of I (2H with two directions), and the final state of every direction.
@@ -108,9 +124,9 @@ def recurrence(
     if not layout.T:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     compute_dtype = autocast_dtype(x)
-    output_dtype, packed = None, layout.batch_sizes is not None
+    output_dtype = None
     if compute_dtype is not None and BACKENDS[backend].upcasts:
-        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, packed)
+        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, layout.ragged)
         output_dtype = None if dtype == directions[0].weights[0].dtype else dtype
     call = _Call(
         cell=cell,
@@ -123,14 +139,22 @@ def recurrence(
         weights=len(directions[0].weights),
         compute_dtype=compute_dtype,
         output_dtype=output_dtype,
+        iteration=iteration,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
-    if torch.is_grad_enabled():
+    if _needs_autograd((x, *tensors)):
         y, *rest = _autograd_function().apply(call, x, *tensors)  # type: ignore[no-untyped-call]
     else:
-        y, *rest = _outputs(call, BACKENDS[backend].forward(call.problems(x, tensors), False))
+        y, *rest = _outputs(call, call.forward(x, tensors, False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
     return y.reshape(*x.shape[:-1], y.shape[-1]), finals
+
+
+def _needs_autograd(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward pass may come, or a transform has to be answered."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or any(t.requires_grad for t in tensors) or is_transformed()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -157,7 +181,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        done = BACKENDS[call.backend].forward(call.problems(x, tensors), True)
+        done = call.forward(x, tensors, True)
         saved = (t for d in done for t in ((d.y, *d.saved) if call.saves_y else d.saved))
         return *_outputs(call, done), *saved
 

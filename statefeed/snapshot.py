@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore a model after the block, including hidden state that a module stores between calls.
 
-    Hidden state is searched in attributes: tensors, and lists, tuples and dictionaries of tensors.
+    Hidden state is searched in attributes: tensors and generators, and lists, tuples and dictionaries of them. The
+    generators of torch, Python and numpy are restored too.
     """
     modules = list(model.modules())
     rules = [(m, m.feedback) for m in modules if isinstance(m, FeedbackLayer)]
@@ -28,6 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(m, dict(m._buffers)) for m in modules]
     seen: set[int] = set()
     restore = [undo for _, values in (*attributes, *buffers) for undo in _restorers(list(values.values()), seen)]
+    restore += _generator_restorers()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
@@ -47,14 +52,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     undo()
 
 
-def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]]:
-    """Functions that restore the current contents of tensors, lists and dictionaries."""
+def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], object]]:
+    """Functions that restore the current contents of tensors, generators, lists and dictionaries."""
     for value in values:
         if id(value) in seen or isinstance(value, nn.Parameter):
             continue
         seen.add(id(value))
         if isinstance(value, Tensor) and not value.is_meta:
             yield _tensor_restorer(value)
+        elif isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
         elif isinstance(value, dict):
             yield _mapping_restorer(value)
             yield from _restorers(list(value.values()), seen)
@@ -63,6 +70,14 @@ def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]
             yield from _restorers(list(value), seen)
         elif isinstance(value, tuple):
             yield from _restorers(list(value), seen)
+
+
+def _generator_restorers() -> Iterator[Callable[[], object]]:
+    """Functions that set the generators of Python and numpy, where it was imported, to their state of now."""
+    yield partial(random.setstate, random.getstate())
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        yield partial(numpy.random.set_state, numpy.random.get_state())
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:

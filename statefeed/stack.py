@@ -10,11 +10,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from statefeed import newton
 from statefeed.backends import choose
 from statefeed.cells.protocol import Cell, State
+from statefeed.feedback import Feedback
 from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
-from statefeed.recurrence import Direction, recurrence
+from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 
 
@@ -46,6 +48,13 @@ class RecurrentStack(FeedbackLayer):
     def _feedback_rows(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
 
+    def unsupported_forward(self, method: newton.Newton | None, rule: Feedback) -> str | None:
+        if method is None:
+            return None
+        if rule.through_torch:
+            return f'forward_method "{method}" is not for feedback "torch", torch\'s own layer: set feedback to "bptt"'
+        return newton.unsupported_cell(self.feedback_cell)
+
     def _weights_of(self, layer: int) -> list[Tensor]:
         """The weights of one layer: those of the forward direction, then those of the reverse direction."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
@@ -76,7 +85,7 @@ class RecurrentStack(FeedbackLayer):
             Outputs (T, B, H * directions) in the form of the input, and the final state in the form of hx.
 
         Gradient: exact if ``feedback`` is exact or has k >= T corrections; approximate otherwise. Without autograd
-            (``torch.no_grad``) and in ``torch.export`` torch's own layer runs if torch has the cell.
+            (``torch.no_grad``) nothing is saved. In ``torch.export`` torch's own layer runs if torch has the cell.
 
         Raises:
             ValueError: lengths or resets of a wrong shape or dtype, or a complex input under an approximate rule.
@@ -93,8 +102,12 @@ class RecurrentStack(FeedbackLayer):
 
         Segments call this method and not ``forward``, so that the ``forward`` of a subclass runs once per call.
         """
+        if self.torch_path_reason(input) is not None:
+            return self._torch_path(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
+        if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+            raise RuntimeError(newton.NOT_COMPILED)
         if backend is None:
             return self._torch_path(input, hx)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -118,7 +131,7 @@ class RecurrentStack(FeedbackLayer):
         else:
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
-        if x.is_complex() and not self._feedback.exact:
+        if x.is_complex() and not (self._feedback.exact and self._newton is None):
             raise ValueError(complex_reason(self._feedback, x.dtype))
 
         rows = x if packed or not self.batch_first else x.transpose(0, 1)
@@ -140,7 +153,7 @@ class RecurrentStack(FeedbackLayer):
         x = input.data if isinstance(input, PackedSequence) else input
         state = () if hx is None else self._as_state(hx)
         tensors = (x, *state, *(w for layer_weights in weights for w in layer_weights))
-        return choose(self.feedback_cell, tensors, self._feedback.exact).name
+        return choose(self.feedback_cell, tensors, self._feedback.exact, self._newton is not None).name
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call on this input.
@@ -182,7 +195,7 @@ class RecurrentStack(FeedbackLayer):
         Raises:
             ValueError: the layer is bidirectional and so needs future steps, or x does not have two dimensions.
 
-        Cost: one step of torch's own layer.
+        Cost: one step without autograd.
 
         Example:
             >>> import statefeed as sf
@@ -231,10 +244,20 @@ class RecurrentStack(FeedbackLayer):
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
         y, final = self._forward(packed, hx)
-        out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, segments.gather_index, y.data)
+        dtype = self._padded_dtype(x, hx) or y.data.dtype
+        rows = y.data.to(dtype)
+        out = rows.new_zeros(T * B, rows.shape[-1]).index_copy(0, segments.gather_index, rows)
         out = out.unflatten(0, (T, B))
-        ends = self._as_hx(tuple(segments.final(s, directions) for s in self._as_state(final)))
+        ends = self._as_hx(tuple(segments.final(s.to(dtype), directions) for s in self._as_state(final)))
         return out.transpose(0, 1) if self.batch_first else out, ends
+
+    def _padded_dtype(self, x: Tensor, hx: Any) -> torch.dtype | None:
+        """What a padded batch returns under autocast on a CPU, None otherwise: no dtype depends on where a row ends."""
+        compute_dtype = autocast_dtype(x) if x.is_cpu else None
+        if compute_dtype is None:
+            return None
+        state = x if hx is None else self._as_state(hx)[-1]
+        return self.feedback_cell.autocast_dtype(compute_dtype, state.dtype, False)
 
     def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
         """Input and initial state with a batch axis, and whether the axis was added."""
@@ -267,13 +290,15 @@ class RecurrentStack(FeedbackLayer):
     ) -> tuple[Tensor, State]:
         """Run all layers over x (T, B, I) or packed rows; every part of the state is (L * directions, B, H)."""
         rule, cell = self._feedback, self.feedback_cell
-        if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
+        inexact = torch.is_grad_enabled() and not (rule.exact or rule.corrections)
+        if inexact and any(s.requires_grad for s in state):
             warnings.warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")',
                 stacklevel=5,
             )
         count = 2 if self.bidirectional else 1
+        iteration = None if self._newton is None else newton.Run(self._newton)
         finals: list[State] = []
         for layer, layer_weights in enumerate(weights):
             size = len(layer_weights) // count  # weights of one direction
@@ -286,10 +311,13 @@ class RecurrentStack(FeedbackLayer):
                 )
                 for k in range(count)
             ]
-            x, layer_finals = recurrence(cell, backend, x, layout, directions)
+            x, layer_finals = recurrence(cell, backend, x, layout, directions, iteration)
             finals += layer_finals
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+        if iteration is not None:
+            self.newton_iterations = tuple(iteration.iterations)
+            self.newton_sequential_steps = tuple(iteration.sequential_steps)
         if len(finals) == 1:
             return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from statefeed.cells.protocol import Cell
 
@@ -57,6 +58,11 @@ NO_EXPANDED_WEIGHTS = (
     "first; on a CPU torch.nn's RNN and GRU with batch_first=True support them"
 )
 
+NO_EXPANDED_STEP = (
+    "ExpandedWeights (call_for_per_sample_grads) cannot run through statefeed.Recurrent under an approximate rule: set "
+    'feedback to "bptt", which takes them where the modules of the cell do'
+)
+
 NO_TRANSFORM_OF_A_STEP = (
     'torch.func cannot run through statefeed.Recurrent under an approximate rule: set feedback to "bptt", which is '
     "plain autograd there"
@@ -72,6 +78,17 @@ def is_batched(tensor: Tensor | None) -> bool:
     """Whether a tensor is a functorch batched tensor, as ``is_grads_batched=True`` passes."""
     return tensor is not None and (
         torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.jit.trace, torch.func or forward-mode differentiation looks at every operation."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

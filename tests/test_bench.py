@@ -315,7 +315,7 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "one of {layers,scan,memory,training,recall}"),
+        ([], "one of {layers,scan,memory,training,recall"),
         (["train"], "training"),
         (["layers", "--shape=1x2x3"], "--shape"),
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),

@@ -15,7 +15,7 @@ from tolerances import SAME_BY_CANCELLATION, assert_different, assert_same
 
 import statefeed as sf
 from statefeed.bench.gpu import __main__ as command
-from statefeed.bench.gpu import layers, parity, records, rivals, stage, timing, training, truth
+from statefeed.bench.gpu import forward, layers, parity, records, rivals, stage, timing, training, truth
 from statefeed.bench.measure import ParityError, Setting, applied
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +93,16 @@ def test_a_second_run_appends_its_records(planted: dict[str, str], tmp_path: Pat
 
 def test_every_stage_ends_before_four_minutes() -> None:
     assert command.BUDGET < command.LIMIT < 240
-    assert stage.STAGES == ("preflight", "parity", "layers", "scan", "training")
+    assert stage.STAGES == ("preflight", "parity", "layers", "scan", "training", "forward")
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--device=cpu", "memory"], "STAGE must be among preflight, parity, layers, scan, training, got memory"),
+        (
+            ["--device=cpu", "memory"],
+            "STAGE must be among preflight, parity, layers, scan, training, forward, got memory",
+        ),
         pytest.param(
             [], "device must be cpu here, got cuda: torch sees no GPU", marks=pytest.mark.skipif(HAS_GPU, reason="GPU")
         ),
@@ -114,7 +117,7 @@ def test_a_user_error_prints_one_line(flags: list[str], sentence: str, capsys: p
 
 def test_work_without_time_left_is_recorded() -> None:
     late = stage.Options("cpu", True, time.monotonic() - 1)
-    for module in (parity, layers, training):
+    for module in (parity, layers, training, forward):
         found = list(module.run(late))
         assert found
         assert {record["not_run"] for record in found} == {"no time left"}
@@ -317,6 +320,17 @@ def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.Monkey
     assert "not permitted" in found["dsf"]["graph_failed"]
     assert "graph_ms" not in found["dsf"]
     assert found["dsf"]["ms"]["median"] == pytest.approx(2000.0)
+
+
+def test_the_stage_forward_on_a_cpu() -> None:
+    found = list(forward.run(stage.Options("cpu", True, time.monotonic() + 600)))
+    assert len(found) == 4 * len(forward.SMOKE) * len(layers.DTYPES["cpu"])
+    for record in found:
+        assert "failed" not in record
+        assert record["error"] < (0.03 if record["dtype"] == "bfloat16" else 1e-2)
+        assert record["forward_ms"]["median"] > 0
+        assert ("iterations" in record) == ("newton" in record["contender"])
+    assert {r["contender"] for r in found} == {"torch.nn", "dsf sequential", "dsf newton(0.001)", "dsf newton(0.0001)"}
 
 
 def test_the_most_important_cases_come_first() -> None:

@@ -90,6 +90,17 @@ def test_a_folder_of_another_user_is_not_used(
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_that_others_could_replace_is_not_used(compiled: list[Path], folder: Path) -> None:
+    make_private(folder)
+    folder.parent.chmod(0o777)
+    with pytest.raises(OSError, match=r"home may be written by others \(mode 777\): set XDG_CACHE_HOME to a folder"):
+        build._compiled()
+    assert not compiled
+    folder.parent.chmod(0o1777)  # as /tmp, where only the owner of a folder may rename it
+    build._compiled()
+    assert len(compiled) == 1
+
+
 def test_tokens_that_others_may_have_written_are_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset
 
+import statefeed as sf
 from statefeed import native
 from statefeed.backends import cpu
 from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream
@@ -327,13 +328,13 @@ def test_operators_pass_opcheck() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     rows, h0, hidden = case.x.reshape(6, 4), case.state[0], torch.zeros(5)
     saved, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
-    arguments = (False, rows, *case.weights[:2], torch.zeros(15), hidden, h0, None, *saved, y, None)
+    arguments = (False, rows, *case.weights[:2], torch.zeros(15), torch.zeros(15), h0, None, *saved, y, None)
     torch.library.opcheck(torch.ops.statefeed.layer_forward.default, ("gru", *arguments))
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,
         ("gru", "stationary", 0, False, rows, *case.weights[:2], *saved, y, h0, None, case.e.reshape(6, 5),
          torch.zeros(2, 5), hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
-         torch.zeros(4, 5), None),
+         torch.zeros(15), torch.zeros(15), None),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.statefeed.sum_jacobians.default,
@@ -379,3 +380,25 @@ def test_threads_that_come_late_change_no_bit() -> None:
     found = run("late") + run("free")
     assert len(found) == 40
     assert len(set(found)) == 1
+
+
+# Sums over many rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "gate", "share"), [("RNN", 0, 1.0), ("GRU", 2, 0.25), ("LSTM", 2, 0.25)])
+@pytest.mark.parametrize(("T", "B"), [(1024, 256), (50000, 1), (37, 3)])
+@pytest.mark.usefixtures("threads")
+def test_bias_gradients_are_summed_as_exactly_as_torch_sums(name: str, gate: int, share: float, T: int, B: int) -> None:
+    """At zero weights the gradient of a gate's bias is a power of two times the sum of all incoming gradients."""
+    H = 5
+    layer = getattr(sf, name)(2, H, feedback="ft-bptt")
+    for weight in layer.parameters():
+        torch.nn.init.zeros_(weight)
+    torch.manual_seed(0)
+    e = torch.randn(T, B, H)
+    layer(torch.zeros(T, B, 2))[0].backward(e)
+    exact = share * e.double().sum((0, 1))
+    found = layer.bias_hh_l0.grad.view(-1, H)[gate]
+    theirs = share * e.sum((0, 1))
+    scale = exact.norm()
+    assert (found.double() - exact).norm() / scale <= max(2e-7, 2 * float((theirs.double() - exact).norm() / scale))

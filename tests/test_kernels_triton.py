@@ -13,7 +13,7 @@ import test_kernels_layer
 import torch
 from functorch.compile import make_boxed_func
 from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
-from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
+from tolerances import MULTIPLE, SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import pack_sequence
@@ -212,7 +212,9 @@ def test_float32_is_as_accurate_as_the_pytorch_path(cell: str, T: int, B: int, I
     case = Case(cell, T, B, I, H, torch.float32)
     found = case.run(ramp(case) if rule == "dsf" else rule, corrections)
     reference = case.reference(rule, corrections)
-    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, corrections))
+    # cuDNN approximates tanh and the sigmoid; on an H200 its y has errors of up to 120 roundoffs.
+    multiple = 4 * MULTIPLE if DEVICE.type == "cuda" else MULTIPLE
+    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, corrections), multiple)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -112,6 +112,9 @@ class Backend(NamedTuple):
         device: type of device that it has kernels for; None for any device.
         describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
+        saves: whether the backward pass needs tensors that the backend's own forward pass saved, and not y alone.
+        fused_forward: whether the forward pass is used without autograd too; otherwise torch's own layer runs, if torch
+            has the cell.
         fallback: whether torch's own layer, if torch has the cell, is preferred under an exact rule.
     """
 
@@ -124,6 +127,8 @@ class Backend(NamedTuple):
     device: str | None = None
     describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
+    saves: bool = False
+    fused_forward: bool = False
     fallback: bool = False
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.cells.protocol import Cell, State, Step, w_hh_diagonal
+from statefeed.cells.protocol import Cell, Scan, State, Step, w_hh_diagonal
 
 
 class Saved(NamedTuple):
@@ -35,7 +35,7 @@ class GRU(Cell):
     saved_values = 4
     torch_forward = "gru"
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """The dtype of z h': torch does not cast h'."""
         return torch.promote_types(compute_dtype, state_dtype)
 
@@ -62,3 +62,8 @@ class GRU(Cell):
         through_z = (h_prev - n) * z * (1 - z) * w_z
         through_n = (1 - z) * (1 - n * n) * (r * w_n + q * r * (1 - r) * w_r)
         return (z + through_z + through_n,)
+
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        r, z = gates[:2].sigmoid_()
+        n = torch.addcmul(inputs[0], r, gates[2]).tanh_()
+        return (scan(0, z, torch.addcmul(n, z, n, value=-1)),)

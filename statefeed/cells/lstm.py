@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.cells.protocol import Cell, Preactivations, State, Step, w_hh_diagonal
+from statefeed.cells.protocol import Cell, Preactivations, Scan, State, Step, w_hh_diagonal
 from statefeed.layout import Layout
 from statefeed.scan import diagonal_scan
 
@@ -37,9 +37,9 @@ class LSTM(Cell):
     saved_values = 5
     torch_forward = "lstm"
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
-        """If packed, the dtype of f c': torch does not cast c'. A padded batch runs through oneDNN in compute_dtype."""
-        return torch.promote_types(compute_dtype, state_dtype) if packed else compute_dtype
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
+        """The dtype of f c' if ragged, as torch does not cast c'; other batches run through oneDNN in compute_dtype."""
+        return torch.promote_types(compute_dtype, state_dtype) if ragged else compute_dtype
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
         i, f, g, o = _gates(inputs, hidden)
@@ -77,3 +77,9 @@ class LSTM(Cell):
         w_i, w_f, w_g, w_o = (w_hh_diagonal(w_hh, gate) for gate in range(4))
         through_c = g * i * (1 - i) * w_i + c_prev * f * (1 - f) * w_f + i * (1 - g * g) * w_g
         return tanh_c * o * (1 - o) * w_o + o * (1 - tanh_c * tanh_c) * through_c, f
+
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        """c is linear over time at fixed gates; h follows from it, with no diagonal."""
+        i, f = gates[:2].sigmoid_()
+        c = scan(1, f, i.mul_(gates[2].tanh_()))
+        return scan(0, None, torch.tanh(c).mul_(gates[3].sigmoid_())), c

@@ -18,6 +18,8 @@ from statefeed.layout import Layout
 
 State: TypeAlias = tuple[Tensor, ...]
 Preactivations: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+# (part of the state, a, b) -> s[t] = a[t] s[t-1] + b[t] over time; a is None for zero.
+Scan: TypeAlias = Callable[[int, Tensor | None, Tensor], Tensor]
 
 
 class Step(NamedTuple):
@@ -71,13 +73,13 @@ class Cell(ABC):
         """Width of every part of the state; S is their sum."""
         return (hidden_size,) * len(self.states)
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """The dtype that torch's layer returns under autocast on a CPU.
 
         Args:
             compute_dtype: dtype of the products.
             state_dtype: dtype of the initial state.
-            packed: whether the batch is packed.
+            ragged: whether sequences are packed and have different lengths.
 
         Returns:
             The dtype of outputs and final states.
@@ -107,6 +109,29 @@ class Cell(ABC):
     def same_step(self, at: Any, grad_h: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the other parts of the state through h of the same step."""
         return ()
+
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        """The next guess of all states from a guess of h: ``step`` with a diagonal Jacobian, solved over time.
+
+        The diagonal is the direct path, or diag(J) within -1 and 1 where there is none. A cell with several parts has a
+        method of its own, which solves the other parts before h.
+
+        Args:
+            gates: (G, T, B, H), ``inputs + hidden`` of the shared gates, ``hidden`` of the others; may be overwritten.
+            inputs: (G - shared_gates, T, B, H), ``inputs`` of the others.
+            h_prev: (T, B, H), the guess of h before every step.
+            w_hh: (G * H, H).
+            scan: solves one part over time, from its initial state.
+        """
+        shared = gates[: self.shared_gates]
+        sides = torch.cat([shared, inputs]), torch.cat([torch.zeros_like(shared), gates[self.shared_gates :]])
+        inputs, hidden = (side.movedim(0, -2).flatten(-2) for side in sides)
+        after = self.step(inputs, hidden, (h_prev,))
+        at = self.linearize(Step((h_prev,), after, lambda: (inputs, hidden)))
+        (a,) = self.direct_path(at)
+        if a is None:
+            a = self.jacobian_diagonal(at, w_hh)[0].clamp(-1, 1)
+        return (scan(0, a, after[0] - a * h_prev),)
 
     def recover_states(self, preactivations: Preactivations, initial: State, layout: Layout) -> State:
         """Recompute the parts of the state besides h after every step, which torch's layer does not return.

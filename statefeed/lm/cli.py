@@ -163,7 +163,7 @@ def _train(arguments: Sequence[str]) -> None:
         values = recipes.parse(flags, arguments, path)
     config = recipes.build(values)
     if values.print_config:
-        print(config.to_yaml(), end="")
+        print(config.to_yaml(getattr(sys.stdout, "encoding", None) or "utf-8"), end="")
     else:
         train(config, values.resume)
 

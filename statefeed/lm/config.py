@@ -1,5 +1,6 @@
 """Recipe options: every option is a dataclass field, a command-line flag and a YAML key, validated here."""
 
+import codecs
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
@@ -103,6 +104,11 @@ class Model:
     feedback: float | str = option(
         "dsf", "feedback rule of the backward pass: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
     )
+    forward: str = option(
+        "sequential",
+        "sequential; newton or newton(tolerance): recurrent layers run forward in parallel over time, to a tolerance",
+        identity="run",
+    )
     layers: int = option(2, "number of blocks")
     width: int = option(256, "number of units of the embedding, of every state and of every block")
     block: Literal["plain", "prenorm", "stacked"] = option(
@@ -125,6 +131,11 @@ class Model:
             self.cell in RECURRENT or self.feedback == "bptt",
             f"model.feedback must be bptt where model.cell is {self.cell}, whose gradient is always exact",
             self.feedback,
+        )
+        require(
+            self.cell in RECURRENT or self.forward == "sequential",
+            f"model.forward must be sequential where model.cell is {self.cell}, which has no recurrent layer",
+            self.forward,
         )
         require(
             self.uniform is None or 0 < self.uniform < float("inf"),
@@ -273,6 +284,19 @@ class Config:
     train: Train = field(default_factory=Train)
     run: Run = field(default_factory=Run)
 
-    def to_yaml(self) -> str:
-        """The recipe with every key as YAML text, which `recipe.parse` reads."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+    def __post_init__(self) -> None:
+        require(
+            self.model.forward == "sequential" or self.train.compile is None,
+            "train.compile must be null unless model.forward is sequential",
+            self.train.compile,
+        )
+
+    def to_yaml(self, encoding: str = "utf-8") -> str:
+        """The recipe with every key as YAML text, which `recipe.parse` reads.
+
+        Args:
+            encoding: encoding in which the text will be written. For others than UTF-8 the text is ASCII, because
+                recipes are read as UTF-8.
+        """
+        utf8 = codecs.lookup(encoding).name == "utf-8"
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=utf8)

@@ -23,7 +23,7 @@ def keys(*identities: Identity) -> tuple[str, ...]:
     """The keys that have one of the given flags, as section.key.
 
     >>> keys("run")
-    ('model.feedback', 'train.seed', 'train.lr', 'train.alignment')
+    ('model.feedback', 'model.forward', 'train.seed', 'train.lr', 'train.alignment')
     """
     return tuple(key for key, identity in _flags() if identity in identities)
 
@@ -63,6 +63,17 @@ def rule(cell: str, feedback: float | str) -> str:
     ('ft-bptt', 'dsf@0.3/bptt', 's4d')
     """
     return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
+
+
+def check_rules(cell: str, feedback: float | str) -> None:
+    """Check that a cell runs under a rule, or under every rule of a schedule.
+
+    Raises:
+        ValueError: when there is no such rule, or the cell cannot run under it.
+    """
+    if cell in RECURRENT:
+        for _, stage in sf.Schedule(feedback).stages:
+            getattr(sf, cell.upper())(1, 1, feedback=stage)
 
 
 def difference(there: Recipe, here: Recipe, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:

@@ -23,13 +23,20 @@ def make_private(folder: Path) -> None:
     """Create the cache folder with access for this user only, and correct the mode of an existing folder.
 
     Raises:
-        OSError: the folder cannot be created, or belongs to another user.
+        OSError: the folder cannot be created, belongs to another user, or could be replaced by another user.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "geteuid") and folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
-    if reason := distrust(folder):
+    parent = folder.parent.resolve()
+    mode = parent.stat().st_mode
+    if hasattr(os, "geteuid") and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        # Others could put another folder in its place, after it was checked and before a library is loaded.
+        reason: str | None = f"{parent} may be written by others (mode {stat.S_IMODE(mode):o})"
+    else:
+        reason = distrust(folder)
+    if reason is not None:
         raise OSError(f"{reason}: set XDG_CACHE_HOME to a folder of your own")
 
 

@@ -40,6 +40,13 @@ def test_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     assert recipes.load(tmp_path / "recipe.yaml") == recipe
 
 
+@pytest.mark.parametrize(("encoding", "path"), [("ascii", "日本"), ("latin-1", "tëxt"), ("UTF8", "日本")])
+def test_yaml_reads_back_whatever_it_is_written_in(encoding: str, path: str, tmp_path: Path) -> None:
+    config = Config(data=Data(corpus="text", path=path))
+    (tmp_path / "r.yaml").write_text(config.to_yaml(encoding), encoding=encoding)
+    assert recipes.load(tmp_path / "r.yaml") == config
+
+
 def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {lr: 1e-4, steps: 7, clip: null}\nmodel: {feedback: gate+1}\n")
@@ -75,6 +82,8 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.eval_batch=0", "train.eval_batch must be at least 1, got 0"),
         ("--data.batches=sentences", "data.batches=sentences needs data.tokens=word with data.eos=true"),
         ("--model.cell=s4d", "model.feedback must be bptt where model.cell is s4d, whose gradient is always exact"),
+        ("--model.cell=mingru --model.feedback=bptt --model.forward=newton", "model.forward must be sequential where"),
+        ("--model.forward=newton --train.compile=default", "train.compile must be null unless model.forward is"),
         ("--model.uniform=0", "model.uniform must be a positive number, or null, got 0.0"),
         ("--model.window=0", "model.window must be at least 1, got 0"),
         ("--model.modes=0", "model.modes must be at least 1, got 0"),
@@ -98,7 +107,7 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
 )
 def test_a_wrong_flag_is_one_sentence(flag: str, sentence: str) -> None:
     with pytest.raises(UsageError) as refused:
-        parsed(flag)
+        parsed(*flag.split())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 

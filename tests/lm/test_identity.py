@@ -14,7 +14,7 @@ PLACES = {
     *("train.device", "train.parallel", "train.compile"),
     *("run.dir", "run.checkpoint_minutes", "run.checkpoints", "run.tensorboard"),
 }
-VARIED = {"model.feedback", "train.lr", "train.seed", "train.alignment"}
+VARIED = {"model.feedback", "model.forward", "train.lr", "train.seed", "train.alignment"}
 EVERY = {f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in dataclasses.fields(kind)}
 
 

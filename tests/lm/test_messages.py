@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,14 +160,48 @@ def test_two_folders_to_resume(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "names the folder of the run, and --run.dir another, other: give one" in err
 
 
-@pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints/text.txt"])
+@pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.json", "curves.png"])
+def test_a_file_of_a_run_that_links_to_the_text(
+    name: str,
+    link: Callable[[Path, Path], None],
+    command: list[str],
+    flags: list[str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (here / "x").mkdir()
+    (here / "texts").mkdir()
+    text = here / "texts" / "a.txt"
+    text.write_text(sentences(400))
+    link(text, here / "x" / name)
+    words = [*command, *(flag for flag in flags if "path" not in flag)]
+    for path in ("texts", "texts/a.txt"):
+        err = sentence([*words, f"--data.path={path}"], capsys)
+        assert "run.dir must be another folder than the text of data.path" in err
+    assert text.read_text() == sentences(400)
+    assert [path.name for path in (here / "x").iterdir()] == [name]
+
+
+def test_a_folder_that_links_to_the_text(flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text(sentences(400))
+    (here / "x").symlink_to("texts")
+    words = ["train", "--run.dir=x", *(flag for flag in flags if "path" not in flag), "--data.path=texts"]
+    assert "run.dir must be another folder than the text of data.path" in sentence(words, capsys)
+    assert [path.name for path in (here / "texts").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints", "checkpoints/text.txt"])
 @pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
 def test_a_run_beside_its_text_or_in_its_place(
     command: list[str], name: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = here / "x" / name
-    (text if name == "." else text.parent).mkdir(parents=True)
-    (text / "a.txt" if name == "." else text).write_text(sentences(400))
+    file = text if text.suffix else text / "a.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(sentences(400))
     words = [*command, *(flag for flag in flags if "path" not in flag), f"--data.path=x/{name}"]
     if name == "text.txt":  # which no run writes
         if command[0] == "train":
@@ -241,3 +276,29 @@ def test_a_shell_that_passes_bytes(run: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith(b"statefeed: arguments must be UTF-8 text, got byte 0xe9 at offset 12 of ")
+
+
+WRONG_RECIPES = {
+    "--model.feedback=DSF": "model.feedback=DSF: feedback must be ",
+    "--model.feedback=dsf/gate": "model.feedback=dsf/gate: ",
+    "--train.precision=float16": "train.precision=float16 needs a GPU",
+    "--train.accumulate=3": "train.batch must be a multiple of train.accumulate",
+    "--data.path=nowhere.txt": "there is no file or folder nowhere.txt",
+}
+
+
+@pytest.mark.parametrize("command", [["train", "--run.dir={run}"], ["train", "--resume", "{run}"]], ids=["new", "old"])
+@pytest.mark.parametrize("wrong", WRONG_RECIPES)
+def test_a_recipe_is_checked_before_the_folder(
+    wrong: str, command: list[str], run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(run=run) for word in command]
+    assert WRONG_RECIPES[wrong] in sentence([*words, *flags, "--train.device=cpu", wrong], capsys)
+
+
+def test_the_rules_of_a_comparison_are_checked_before_its_folder(
+    flags: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", *flags, f"--out={text}"]
+    assert "--feedback DSF: feedback must be " in sentence([*words, "--feedback=dsf,DSF"], capsys)
+    assert "must be another folder than the text" in sentence([*words, "--feedback=dsf"], capsys)

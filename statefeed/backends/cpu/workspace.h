@@ -74,6 +74,7 @@ enum class Tag {
   weight_grads,
   state_weight_grads,
   gates,
+  biases,
   packed_rows,
   packed_errors,
   exponentials,

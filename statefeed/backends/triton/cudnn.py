@@ -79,7 +79,7 @@ def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
     """Move the weights of one layer into one buffer in cuDNN's layout; values and parameter objects stay.
 
     Call it after the weights are created or replaced. It has no effect if they are already in that layout, if two of
-    them share memory, or if cuDNN is not used.
+    them share memory, if one is not contiguous, or if cuDNN is not used.
 
     Args:
         cell: as for ``layer``.
@@ -88,7 +88,8 @@ def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
     """
     if not uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
         return
-    if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
+    separate = len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1
+    if separate and all(w.is_contiguous() for w in weights):
         _flatten(cell, list(weights), directions)
 
 
@@ -133,7 +134,10 @@ def _flatten(cell: str, weights: list[Tensor], directions: int) -> None:
 def _packed(cell: str, weights: Sequence[Tensor], directions: int, dtype: torch.dtype) -> list[Tensor]:
     """The weights in one buffer for this call: FSDP's unsharded views, weights after ``.to``, or under autocast."""
     # Not detach(): its result must keep its storage, and a view would share the parameter's version counter.
-    copies = [w.to(dtype) if w.dtype != dtype else w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+    copies = [
+        w.new_empty(0).set_(w) if w.dtype == dtype and w.is_contiguous() else w.to(dtype).contiguous()  # type: ignore[call-overload]
+        for w in weights
+    ]
     _flatten(cell, copies, directions)
     return copies
 

@@ -127,7 +127,7 @@ def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
     lengths = [max(1, case.T - 3 * b * case.packed) for b in range(case.B)]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     x = [normal(n, case.H + 1) for n in lengths]
     grads = [normal(n, case.H * directions) for n in lengths]
@@ -140,7 +140,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
     sequences, grads, final_grad = _data(case)
     groups = [[b] for b in range(case.B)] if case.packed else [list(range(case.B))]
     y, final = [], []
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device="cpu")
     x = [sequence.requires_grad_() for sequence in sequences]
     for group in groups:
         outputs, states = truth.outputs(layer, case.rule, torch.stack([x[b] for b in group], 1))

@@ -96,7 +96,7 @@ class Contender:
         self.model, self.device, self.bfloat16 = Model(sizes, rule).to(device), device, dtype == "bfloat16"
         graphs = device == "cuda"  # capturable: the step count is on the device, as a CUDA graph needs it
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_LR, fused=True, capturable=graphs)
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device=device)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step, without waiting for the device."""

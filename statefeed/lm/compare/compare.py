@@ -61,8 +61,9 @@ def command(arguments: Sequence[str]) -> None:
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
     folder = recipes.expand(values.out or f"{config.run.dir}-compare")
-    check_apart(config.data, folder)
-    compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
+    planned = plan(config, values.feedback, values.seeds, values.lr, folder)
+    check_apart(config.data, folder, [COMPARISON])
+    compare(planned, folder)
 
 
 def compare(planned: Sequence[Config], folder: Path) -> None:

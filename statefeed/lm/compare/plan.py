@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import statefeed as sf
 from statefeed.lm import identity
 from statefeed.lm.config import RECURRENT, Config
 from statefeed.lm.errors import UsageError, require
@@ -35,8 +34,7 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     spellings: dict[str, str] = {}
     for rule in rules:
         try:
-            for _, stage in sf.Schedule(rule).stages:
-                getattr(sf, config.model.cell.upper())(1, 1, feedback=stage)
+            identity.check_rules(config.model.cell, rule)
         except ValueError as error:
             raise UsageError(f"--feedback {rule}: {error}") from error
         other = spellings.setdefault(identity.rule(config.model.cell, rule), rule)

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib
+import itertools
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,10 +57,33 @@ def read(data: Data) -> Corpus:
     Raises:
         UsageError: when a file is missing, empty or not UTF-8 text.
     """
+    check_path(data)
     corpus = {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
-    if corpus.splits["train"] == corpus.splits["valid"]:
-        notify(f"the train and valid splits of {corpus.name} are the same text: valid scores say nothing of other text")
+    for first, second in itertools.combinations(corpus.splits, 2):
+        if corpus.splits[first] == corpus.splits[second]:
+            notify(
+                f"the {first} and {second} splits of {corpus.name} are the same text: scores of {second} say nothing "
+                "of other text"
+            )
     return corpus
+
+
+def check_path(data: Data) -> None:
+    """Check that the file or folder that a recipe names is there.
+
+    Raises:
+        UsageError: when it is not.
+    """
+    if data.path is None or data.path.startswith("hub:"):
+        return
+    path = expand(data.path)
+    if data.corpus == "text" and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
+    if data.corpus != "text" and not path.is_dir():
+        raise UsageError(
+            f"data.path: there is no folder {path}; data.corpus={data.corpus} reads the files of one: name it with "
+            "--data.path"
+        )
 
 
 # pydoc: the documentation inside Python ------------------------------------------------------------------------------
@@ -149,11 +173,6 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
     """
     assert data.path is not None
     folder = expand(data.path)
-    if not folder.is_dir():
-        raise UsageError(
-            f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one: name it with "
-            "--data.path"
-        )
     found: dict[str, dict[str, Path]] = {form: {} for form in forms}
     for form, split in ((form, split) for form in forms for split in SPLITS):
         for path in (folder / (form.format(split) + suffix) for suffix in ("", ".gz", ".xz")):
@@ -204,8 +223,6 @@ def _text(data: Data) -> Corpus:
     path = expand(data.path)
     if path.is_file():
         return Corpus(path.name, _contiguous(decode(path), data))
-    if not path.is_dir():
-        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
     by_split, unsplit = split_files(path)
     if by_split:
         return Corpus(path.name, {split: decode(by_split[split]) for split in SPLITS if split in by_split})

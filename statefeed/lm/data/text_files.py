@@ -51,6 +51,14 @@ def split_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
         missing = "train" if "train" not in by_split else "valid"
         raise UsageError(f"data.path: the folder {folder} has {', '.join(sorted(by_split))} but no {missing} file")
     read = list(by_split.values()) or files
+    unpacked: dict[str, Path] = {}
+    for file in read:
+        name = file.stem if file.suffix in (".gz", ".xz") else file.name
+        if name in unpacked:
+            raise UsageError(
+                f"data.path: {unpacked[name]} and {file} are the same file, one of them packed: remove one"
+            )
+        unpacked[name] = file
     if unread := [entry.name + "/" * entry.is_dir() for entry in entries if entry not in read]:
         notify(f"data.path: of {folder} {_listed([file.name for file in read])} read; {_listed(unread)} not read")
     return by_split, [] if by_split else files

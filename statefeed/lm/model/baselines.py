@@ -77,15 +77,17 @@ class S4D(nn.Module):
     Args:
         width: H.
         modes: N, number of modes per unit. The state is complex, (1, B, H * N), so that a token costs O(1).
+        device: device of the parameters.
     """
 
-    def __init__(self, width: int, modes: int) -> None:
+    def __init__(self, width: int, modes: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.log_dt = nn.Parameter(torch.empty(width, 1).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.log_decay = nn.Parameter(torch.full((width, modes), math.log(0.5)))
-        self.frequency = nn.Parameter(math.pi * torch.arange(modes).float().expand(width, -1).contiguous())
-        self.readout = nn.Parameter(torch.randn(width, modes, 2) / math.sqrt(2))
-        self.direct = nn.Parameter(torch.randn(width))
+        self.log_dt = nn.Parameter(torch.empty(width, 1, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.log_decay = nn.Parameter(torch.full((width, modes), math.log(0.5), device=device))
+        mode = torch.arange(modes, device=device).float()
+        self.frequency = nn.Parameter(math.pi * mode.expand(width, -1).contiguous())
+        self.readout = nn.Parameter(torch.randn(width, modes, 2, device=device) / math.sqrt(2))
+        self.direct = nn.Parameter(torch.randn(width, device=device))
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""

@@ -24,10 +24,16 @@ def _layer(recipe: config.Model) -> nn.Module:
     """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent layers accept packed x."""
     width = recipe.width
     rule = sf.Schedule(recipe.feedback).at(0.0)
+
+    def recurrent(kind: type[sf.FeedbackLayer]) -> nn.Module:
+        layer = kind(width, width, feedback=rule)
+        layer.forward_method = recipe.forward
+        return layer
+
     kinds: dict[str, Callable[[], nn.Module]] = {
-        "rnn": lambda: sf.RNN(width, width, feedback=rule),
-        "gru": lambda: sf.GRU(width, width, feedback=rule),
-        "lstm": lambda: sf.LSTM(width, width, feedback=rule),
+        "rnn": lambda: recurrent(sf.RNN),
+        "gru": lambda: recurrent(sf.GRU),
+        "lstm": lambda: recurrent(sf.LSTM),
         "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
         "s4d": lambda: baselines.S4D(width, recipe.modes),
         "mingru": lambda: baselines.MinGRU(width),
@@ -129,7 +135,10 @@ class LanguageModel(nn.Module):
         try:
             self.blocks = nn.ModuleList([block(recipe) for _ in range(recipe.layers)])
         except ValueError as error:
-            raise UsageError(f"model.feedback={recipe.feedback}: {error}") from error
+            keys = f"model.feedback={recipe.feedback}, model.forward={recipe.forward}"
+            if recipe.forward == "sequential":
+                keys = f"model.feedback={recipe.feedback}"
+            raise UsageError(f"{keys}: {error}") from error
         self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
         self.head = nn.Linear(recipe.width, vocabulary)
         if recipe.uniform is not None:

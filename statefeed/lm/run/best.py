@@ -53,7 +53,9 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UsageError(f"{folder} holds no weights yet: its training ended before the first validation")
+        raise UsageError(
+            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed"
+        )
     tensors, _ = tensor_file.read(path)
     try:
         model.load_state_dict(tensors)

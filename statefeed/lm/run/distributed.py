@@ -137,7 +137,7 @@ class Group:
         """
         if self.size == 1:
             return numbers
-        sums = torch.tensor(numbers, dtype=torch.float64)
+        sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         with self.guard_collectives():
             distributed.all_reduce(sums)
         return tuple(sums.tolist())

@@ -82,7 +82,7 @@ def score(model: LanguageModel, source: Source, size: int, group: Group | None =
     started = time.perf_counter()
     training = model.training
     model.eval()
-    total, count, states = torch.zeros((), dtype=torch.float64), 0, None
+    total, count, states = torch.zeros((), dtype=torch.float64, device="cpu"), 0, None
     for batch in source.epoch(0):
         (part,) = group.columns(batch.inputs.shape[1], 1)
         if group.has_shard(part):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import metadata
 from statefeed.lm.run.best import load_weights
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.files import CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
+from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
 from statefeed.lm.run.model_size import check_fits
 
 
@@ -49,12 +50,15 @@ def check_unused(config: Config) -> None:
         )
 
 
-def check_apart(data: Data, folder: Path) -> None:
-    """Check that the folder of results is not the folder of the text.
+def check_apart(data: Data, folder: Path, also: Sequence[str] = ()) -> None:
+    """Check that the folder of results does not contain the text.
+
+    A file of results may also be a link to a file of the text, which would be overwritten.
 
     Args:
         data: its path is the text.
         folder: folder of the run, or of a comparison.
+        also: names of further files that are written into the folder.
 
     Raises:
         UsageError: the two overlap.
@@ -62,9 +66,22 @@ def check_apart(data: Data, folder: Path) -> None:
     if data.path is None or data.path.startswith("hub:"):
         return
     text, results = recipe.expand(data.path).resolve(), folder.resolve()
-    written = {CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES}
-    if text == results or (text.parent == results and text.name in written) or results / CHECKPOINTS in text.parents:
+    written = [results / name for name in (CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES, *also)]
+    folders = {results / CHECKPOINTS, results / BOARD}
+    linked = {_identity(path) for path in written if path.exists()}
+    read = [text, *(text.iterdir() if linked and text.is_dir() else [])]
+    if (
+        text in (results, *written)
+        or not folders.isdisjoint([text, *text.parents])
+        or any(path.exists() and _identity(path) in linked for path in read)
+    ):
         raise UsageError(f"run.dir must be another folder than the text of data.path, got {folder} and {data.path}")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for every link to one file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_same_text(folder: Path, corpus: Corpus) -> None:

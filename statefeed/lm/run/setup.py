@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 import statefeed as sf
+from statefeed.lm import identity
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches, cache, corpora, tokens
 from statefeed.lm.data.batches import Source
@@ -61,6 +62,29 @@ class Setup:
         )
 
 
+def check_recipe(config: Config, group: Group) -> None:
+    """Check what a recipe alone decides, before anything is read.
+
+    Raises:
+        UsageError: when a feedback rule, a precision or an extra does not fit, or there is no text.
+    """
+    recipe = config.train
+    parts = recipe.accumulate * group.size
+    require(
+        recipe.batch % parts == 0,
+        f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
+        recipe.batch,
+    )
+    try:
+        identity.check_rules(config.model.cell, config.model.feedback)
+    except ValueError as error:
+        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
+    if config.run.tensorboard:
+        tensorboard.writer_class()
+    autocast_context(recipe.precision, group.device)
+    corpora.check_path(config.data)
+
+
 def prepare(config: Config, resume: bool, group: Group) -> Setup:
     """Read the corpus, fit the tokenizer, create the model and the optimizer.
 
@@ -73,15 +97,6 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
         UsageError: a split is shorter than one step, or the corpus, the tokenizer or the model cannot be created.
     """
     folder, recipe = Path(config.run.dir), config.train
-    parts = recipe.accumulate * group.size
-    require(
-        recipe.batch % parts == 0,
-        f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
-        recipe.batch,
-    )
-    if config.run.tensorboard:
-        tensorboard.writer_class()
-    autocast_context(recipe.precision, group.device)
     corpus = corpora.read(config.data)
     if resume:
         run_folder.check_same_text(folder, corpus)
@@ -108,7 +123,7 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
     check_fits(config.model, tokenizer.size, group.device, group.size if group.sharded else 1)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config.model, tokenizer.size)
-    _check_rules(model, config)
+    _apply_rules(model, config)
     group.distribute(model)
     if recipe.compile is not None:
         torch._dynamo.config.allow_rnn = True
@@ -121,15 +136,8 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
     return Setup(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
 
 
-def _check_rules(model: LanguageModel, config: Config) -> None:
-    """Apply every rule of a schedule to the model once, ending with the first rule.
-
-    Raises:
-        UsageError: a layer does not support a rule.
-    """
+def _apply_rules(model: LanguageModel, config: Config) -> None:
+    """Apply every rule of a schedule once, ending with the first, so that the tensors of learned rules exist."""
     rules = sf.Schedule(config.model.feedback)
-    try:
-        for fraction in (*(until for until, _ in rules.stages), 0.0):
-            rules.apply(model, fraction)
-    except ValueError as error:
-        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
+    for fraction in (*(until for until, _ in rules.stages), 0.0):
+        rules.apply(model, fraction)

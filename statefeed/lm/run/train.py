@@ -34,7 +34,7 @@ from statefeed.lm.run.generate import generate
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
-from statefeed.lm.run.setup import Setup, prepare
+from statefeed.lm.run.setup import Setup, check_recipe, prepare
 from statefeed.lm.run.signals import SignalHandler
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
@@ -58,6 +58,7 @@ def train(config: Config, resume: bool = False) -> None:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
     with SignalHandler() as signals, Group.join(config.train) as group, ExitStack() as stack:
         with describe_failure(lambda: "training had not begun"):
+            check_recipe(config, group)
             resume = resume and (folder / CONFIG).exists()
             writes = group.rank == 0
             changes = None

@@ -157,6 +157,22 @@ def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     )
 
 
+@pytest.mark.parametrize("names", [("a.txt", "a.txt.bak", "a.txt.gz"), ("a.txt.gz", "a.txt.xz")])
+def test_a_file_that_is_there_packed_as_well_is_not_read_twice(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+        (tmp_path / name).write_bytes(pack(b"the same\n"))
+    with pytest.raises(UsageError, match=f"{names[0]} and .*{names[-1]} are the same file, one of them packed"):
+        read(tmp_path)
+
+
+def test_one_text_as_two_splits_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, text in {"train": "one\n", "valid": "two\n", "test": "two\n"}.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    read(tmp_path)
+    assert capsys.readouterr().err.startswith(f"statefeed: the valid and test splits of {tmp_path.name} are the same")
+
+
 def test_one_text_as_train_and_valid_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "valid"):
         (tmp_path / f"ptb.{split}.txt").write_text("the same\n")

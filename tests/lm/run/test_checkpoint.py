@@ -123,7 +123,11 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
         ("record.json", b"{", "record.json cannot be read"),
         *[("record.json", content, "cannot be read: ") for content in (b"{}", b"[]", b"null")],
         ("tokenizer.json", None, "tokenizer.json cannot be read"),
-        ("weights.safetensors", None, "holds no weights yet"),
+        (
+            "weights.safetensors",
+            None,
+            "holds no weights.safetensors: its training ended before the first validation, or the file was removed",
+        ),
         ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),
     ],
 )

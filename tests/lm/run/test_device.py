@@ -75,7 +75,7 @@ def test_float16_scales_the_loss_and_resumes_with_its_scale(
 
     monkeypatch.setattr(torch.amp, "GradScaler", eager)
     flags = [*flags, "--train.precision=float16", "--train.loss=window", "--run.checkpoint_minutes=0"]
-    flags.append("--run.checkpoints=99")
+    flags += ["--run.checkpoints=99", "--train.device=cpu"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert cli.main(["train", *flags, f"--run.dir={whole}"]) == 0
     saved = [tensor_file.read(path) for path in sorted((whole / "checkpoints").iterdir())]

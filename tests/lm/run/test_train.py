@@ -244,6 +244,34 @@ def test_learning_rate() -> None:
     assert learning_rate(Train(warmup=50, lr=1.0), 20, 20, 0) == 0.4
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_parallel_forward_pass_has_the_same_losses(cell: str, flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, f"--model.cell={cell}", "--train.steps=6"]
+    for name, method in (("sequential", "sequential"), ("newton", "newton(1e-3)")):
+        assert cli.main(["train", *flags, f"--model.forward={method}", f"--run.dir={tmp_path / name}"]) == 0
+    ours, theirs = (
+        torch.tensor([row["loss"] for row in metrics(tmp_path / name)]) for name in ("newton", "sequential")
+    )
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    assert cli.main(["evaluate", str(tmp_path / "newton")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--model.forward=newtn"], "model.feedback=dsf, model.forward=newtn: forward_method must be"),
+        (["--model.forward=newton", "--model.feedback=torch"], 'is not for feedback "torch"'),
+        (["--model.forward=newton", "--model.feedback=dsf@0.5/torch"], 'is not for feedback "torch"'),
+    ],
+)
+def test_a_wrong_forward_method_is_one_sentence(
+    more: list[str], sentence: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *flags, *more, f"--run.dir={tmp_path / 'run'}"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 @INDUCTOR
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
