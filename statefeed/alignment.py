@@ -22,7 +22,7 @@ from statefeed.stack import RecurrentStack
 
 # Number of rows of the batch for the measurement by lag: enough for a curve, and cheap.
 _ROWS = 4
-# Relative difference of two losses that only rounding explains, in bfloat16 too.
+# Largest relative difference of two losses that rounding can cause, also in bfloat16.
 _SAME_LOSS = 0.05
 
 
@@ -162,8 +162,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         raise ValueError("alignment needs a loss that depends on a parameter, got one that reaches none of them")
     if not passed:
         raise ValueError(
-            "alignment needs a loss whose gradient passes through a statefeed layer, got one that passes none: the "
-            "output of every layer is unused, detached or computed without autograd"
+            "alignment needs a loss whose gradient passes through a statefeed layer, got a loss without one: every "
+            "layer's output is unused, detached or computed without autograd"
         )
     names = {id(p): name for name, p in parameters.items()}
     reached_by_layer = {
@@ -271,18 +271,18 @@ def _gradients(
 
 
 def _warn_of_two_losses(ours: float, exact: float) -> None:
-    """Warn if the two passes did not compute the same function, since every rule has the same forward pass."""
+    """Warn if the losses of the two passes differ, although every rule has the same forward pass."""
     if abs(ours - exact) > _SAME_LOSS * max(abs(ours), abs(exact)):
         warnings.warn(
             f"alignment needs the same loss in both passes, got {ours:g} under the rule and {exact:g} under BPTT: the "
-            "model or loss_fn depends on something that a pass changes and that is not an attribute of a module",
+            "model or loss_fn depends on state that a pass changes and that is not an attribute of a module",
             stacklevel=3,
         )
 
 
 @contextmanager
 def _passed(layers: Iterable[Any]) -> Iterator[list[bool]]:
-    """A list that is not empty once a gradient has passed through a layer."""
+    """Context with a list that becomes non-empty when a gradient passes through one of the layers."""
     passed: list[bool] = []
 
     def watch(layer: nn.Module, inputs: Any, output: Any) -> None:

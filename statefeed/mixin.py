@@ -139,7 +139,15 @@ class FeedbackLayer(nn.Module):
         return reason or rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
 
     def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str | None:
-        """Why the layer cannot run under a rule with weights of a complex dtype; None if it can."""
+        """Why the layer does not support a rule with complex weights.
+
+        Args:
+            rule: any rule.
+            dtype: complex dtype of the weights.
+
+        Returns:
+            The reason in one sentence; None if the layer supports it.
+        """
         return None if rule.exact else complex_reason(rule, dtype)
 
     def learned_tensors(self) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ def recurrence(
 
 
 def _needs_autograd(tensors: Sequence[Tensor]) -> bool:
-    """Whether a backward pass may come, or a transform has to be answered."""
+    """Whether a backward pass is possible, or a function transform is active."""
     if not torch.is_grad_enabled():
         return False
     return torch.compiler.is_compiling() or any(t.requires_grad for t in tensors) or is_transformed()

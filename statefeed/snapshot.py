@@ -73,7 +73,7 @@ def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], objec
 
 
 def _generator_restorers() -> Iterator[Callable[[], object]]:
-    """Functions that set the generators of Python and numpy, where it was imported, to their state of now."""
+    """Functions that restore the current state of the generators of Python and, if imported, numpy."""
     yield partial(random.setstate, random.getstate())
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]

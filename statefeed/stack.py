@@ -52,7 +52,7 @@ class RecurrentStack(FeedbackLayer):
         if method is None:
             return None
         if rule.through_torch:
-            return f'forward_method "{method}" is not for feedback "torch", torch\'s own layer: set feedback to "bptt"'
+            return f'forward_method "{method}" does not support feedback "torch": set feedback to "bptt"'
         return newton.unsupported_cell(self.feedback_cell)
 
     def _weights_of(self, layer: int) -> list[Tensor]:
@@ -252,7 +252,7 @@ class RecurrentStack(FeedbackLayer):
         return out.transpose(0, 1) if self.batch_first else out, ends
 
     def _padded_dtype(self, x: Tensor, hx: Any) -> torch.dtype | None:
-        """What a padded batch returns under autocast on a CPU, None otherwise: no dtype depends on where a row ends."""
+        """The dtype of a padded batch under autocast on a CPU, which must not depend on lengths; otherwise None."""
         compute_dtype = autocast_dtype(x) if x.is_cpu else None
         if compute_dtype is None:
             return None

@@ -93,11 +93,11 @@ def test_a_folder_of_another_user_is_not_used(
 def test_a_folder_that_others_could_replace_is_not_used(compiled: list[Path], folder: Path) -> None:
     make_private(folder)
     folder.parent.chmod(0o777)
-    with pytest.raises(OSError, match=r"home may be written by others \(mode 777\): set XDG_CACHE_HOME to a folder"):
-        build._compiled()
+    with pytest.raises(OSError, match=r"home can be written by others \(mode 777\): set XDG_CACHE_HOME to a folder"):
+        build.compiled_library()
     assert not compiled
     folder.parent.chmod(0o1777)  # as /tmp, where only the owner of a folder may rename it
-    build._compiled()
+    build.compiled_library()
     assert len(compiled) == 1
 
 

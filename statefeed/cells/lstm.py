@@ -79,7 +79,7 @@ class LSTM(Cell):
         return tanh_c * o * (1 - o) * w_o + o * (1 - tanh_c * tanh_c) * through_c, f
 
     def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
-        """c is linear over time at fixed gates; h follows from it, with no diagonal."""
+        """Solve c, which is linear over time at fixed gates, then compute h from c."""
         i, f = gates[:2].sigmoid_()
         c = scan(1, f, i.mul_(gates[2].tanh_()))
         return scan(0, None, torch.tanh(c).mul_(gates[3].sigmoid_())), c

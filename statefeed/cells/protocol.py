@@ -111,21 +111,24 @@ class Cell(ABC):
         return ()
 
     def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
-        """The next guess of all states from a guess of h: ``step`` with a diagonal Jacobian, solved over time.
+        """The next estimate of all states from an estimate of h: ``step`` with a diagonal Jacobian, solved over time.
 
-        The diagonal is the direct path, or diag(J) within -1 and 1 where there is none. A cell with several parts has a
-        method of its own, which solves the other parts before h.
+        The diagonal is the direct path, or diag(J) clamped to (-1, 1) for a cell without one. A cell with several parts
+        overrides this method and solves the other parts before h.
 
         Args:
             gates: (G, T, B, H), ``inputs + hidden`` of the shared gates, ``hidden`` of the others; may be overwritten.
             inputs: (G - shared_gates, T, B, H), ``inputs`` of the others.
-            h_prev: (T, B, H), the guess of h before every step.
-            w_hh: (G * H, H).
+            h_prev: (T, B, H), the estimate of h before every step.
+            w_hh: recurrent weights (G * H, H).
             scan: solves one part over time, from its initial state.
+
+        Returns:
+            The parts of the state, (T, B, width) each.
         """
         shared = gates[: self.shared_gates]
-        sides = torch.cat([shared, inputs]), torch.cat([torch.zeros_like(shared), gates[self.shared_gates :]])
-        inputs, hidden = (side.movedim(0, -2).flatten(-2) for side in sides)
+        blocks = torch.cat([shared, inputs]), torch.cat([torch.zeros_like(shared), gates[self.shared_gates :]])
+        inputs, hidden = (block.movedim(0, -2).flatten(-2) for block in blocks)
         after = self.step(inputs, hidden, (h_prev,))
         at = self.linearize(Step((h_prev,), after, lambda: (inputs, hidden)))
         (a,) = self.direct_path(at)

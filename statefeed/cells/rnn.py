@@ -23,7 +23,7 @@ class _RNN(Cell):
 
     @abstractmethod
     def activation(self, x: Tensor) -> Tensor:
-        """act, element by element."""
+        """The activation function act, element-wise."""
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
         return (self.activation(inputs + hidden),)

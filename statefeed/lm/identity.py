@@ -66,10 +66,10 @@ def rule(cell: str, feedback: float | str) -> str:
 
 
 def check_rules(cell: str, feedback: float | str) -> None:
-    """Check that a cell runs under a rule, or under every rule of a schedule.
+    """Check that a cell supports a rule, or every rule of a schedule.
 
     Raises:
-        ValueError: when there is no such rule, or the cell cannot run under it.
+        ValueError: there is no such rule, or the cell does not support it.
     """
     if cell in RECURRENT:
         for _, stage in sf.Schedule(feedback).stages:

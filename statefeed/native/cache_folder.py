@@ -32,8 +32,8 @@ def make_private(folder: Path) -> None:
     parent = folder.parent.resolve()
     mode = parent.stat().st_mode
     if hasattr(os, "geteuid") and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        # Others could put another folder in its place, after it was checked and before a library is loaded.
-        reason: str | None = f"{parent} may be written by others (mode {stat.S_IMODE(mode):o})"
+        # Another user could replace the folder after the check and before a library is loaded.
+        reason: str | None = f"{parent} can be written by others (mode {stat.S_IMODE(mode):o})"
     else:
         reason = distrust(folder)
     if reason is not None:

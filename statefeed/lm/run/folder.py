@@ -79,7 +79,7 @@ def check_apart(data: Data, folder: Path, also: Sequence[str] = ()) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """The same for every link to one file."""
+    """Device and inode of a file, which are equal for all links to it."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

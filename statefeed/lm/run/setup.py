@@ -63,10 +63,10 @@ class Setup:
 
 
 def check_recipe(config: Config, group: Group) -> None:
-    """Check what a recipe alone decides, before anything is read.
+    """Check a recipe without reading the text or the run folder.
 
     Raises:
-        UsageError: when a feedback rule, a precision or an extra does not fit, or there is no text.
+        UsageError: a feedback rule or precision is not supported, a dependency is not installed, or there is no text.
     """
     recipe = config.train
     parts = recipe.accumulate * group.size

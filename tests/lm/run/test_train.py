@@ -261,8 +261,8 @@ def test_a_parallel_forward_pass_has_the_same_losses(cell: str, flags: list[str]
     ("more", "sentence"),
     [
         (["--model.forward=newtn"], "model.feedback=dsf, model.forward=newtn: forward_method must be"),
-        (["--model.forward=newton", "--model.feedback=torch"], 'is not for feedback "torch"'),
-        (["--model.forward=newton", "--model.feedback=dsf@0.5/torch"], 'is not for feedback "torch"'),
+        (["--model.forward=newton", "--model.feedback=torch"], 'does not support feedback "torch"'),
+        (["--model.forward=newton", "--model.feedback=dsf@0.5/torch"], 'does not support feedback "torch"'),
     ],
 )
 def test_a_wrong_forward_method_is_one_sentence(
