@@ -156,7 +156,7 @@ def test_contenders_take_turns():
     assert seconds == {"a": [(4.0,), (9.0,)], "b": [(5.0,), (8.0,)], "c": [(6.0,), (7.0,)]}
 
 
-def test_ratios_are_taken_turn_by_turn_and_the_best_setting_by_its_median(monkeypatch):
+def test_ratios_are_per_repetition_and_the_best_setting_has_the_best_median(monkeypatch):
     turns = {  # forward, backward
         "torch.nn as shipped": [(1.0, 5.0), (2.0, 6.0), (1.0, 6.0)],
         "torch.nn oneDNN matmul": [(1.0, 3.0), (1.0, 5.0), (1.0, 4.0)],

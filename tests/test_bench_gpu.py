@@ -130,7 +130,7 @@ class Properties:
     name, major, minor, multi_processor_count, total_memory, uuid = "Fake GPU", 9, 0, 132, 80, "abc"
 
 
-def test_a_record_says_what_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_has_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tmp_path / "nvidia-smi"
     asked.write_text(
         '#!/bin/sh\ncase "$1" in *clocks*) echo "1 MHz, 2 MHz, 3 MHz, 4 MHz, 50, 6 W, 7 W";; *) echo 550.1;; esac\n'
@@ -308,7 +308,7 @@ def test_a_pass_is_timed_pipelined_alone_on_the_host_and_in_a_graph(monkeypatch:
     assert gpu.replays == 2 * (1 + 5)
 
 
-def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_recorded_and_the_other_cases_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch)
     gpu.captures = False
 
@@ -436,7 +436,7 @@ def test_the_command_finds_an_interpreter(tmp_path: Path) -> None:
     assert printed(PYTHON=str(tmp_path / "other"), DEVICE="cpu", OUT="/x") == expected
 
 
-def test_the_layers_are_ours_and_torchs() -> None:
+def test_the_layers_are_those_of_statefeed_and_torch() -> None:
     timed, kernels = layers.contenders(layers.Case("gru", 4, 3, 5, packed=True), "shipped", "cpu")
     assert list(timed) == ["torch.nn", *layers.RULES]
     assert kernels.keys() == set(layers.RULES)

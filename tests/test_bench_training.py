@@ -85,7 +85,7 @@ def test_smoke(tmp_path, capsys):
     assert output.with_suffix(".png").stat().st_size > 1000
 
 
-def test_speeds_and_ratios_are_taken_turn_by_turn(monkeypatch):
+def test_speeds_and_ratios_are_per_repetition(monkeypatch):
     turns = {"torch.nn as shipped": 4.0, "published dsf": 3.0, "statefeed dsf": 0.5}
     seconds = {f"{name} float32": [(s,), (2 * s,), (s,), (s,), (s,)] for name, s in turns.items()}
     monkeypatch.setattr(training, "interleaved", lambda contenders, _: {name: seconds[name] for name in contenders})
@@ -162,7 +162,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
     assert not output.exists()
 
 
-def test_made_up_sentences_have_the_lengths_of_penn_treebank_and_every_word():
+def test_generated_sentences_have_the_lengths_of_penn_treebank_and_every_word():
     lines = training.made_up(4000, 500).splitlines()
     lengths = [len(line.split()) for line in lines]
     assert statistics.mean(lengths) == pytest.approx(21.1, rel=0.05)
@@ -170,7 +170,7 @@ def test_made_up_sentences_have_the_lengths_of_penn_treebank_and_every_word():
     assert len({word for line in lines for word in line.split()}) == 500
 
 
-def test_a_corpus_that_is_given_is_read(tmp_path):
+def test_the_corpus_of_a_flag_is_read(tmp_path):
     text = "a b c\nb c\n" * 40
     (tmp_path / "ptb.train.txt.xz").write_bytes(lzma.compress(text.encode()))
     (tmp_path / "ptb.valid.txt").write_text("a b\n")

@@ -43,7 +43,7 @@ def own(path: Path, user: int) -> None:
         pytest.skip("only root may give a file away")
 
 
-def test_the_folder_is_private_whatever_the_umask_and_whoever_made_it(folder: Path) -> None:
+def test_the_folder_is_private_for_every_umask_and_owner(folder: Path) -> None:
     before = os.umask(0)
     try:
         make_private(folder)
@@ -61,7 +61,7 @@ def test_a_library_is_compiled_once(compiled: list[Path], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("user", "mode"), [(0, 0o757), (0, 0o775), (STRANGER, 0o700)])
-def test_a_library_that_others_may_have_written_is_not_loaded(
+def test_a_library_that_other_users_can_write_is_not_loaded(
     user: int, mode: int, compiled: list[Path], folder: Path
 ) -> None:
     make_private(folder)
@@ -101,7 +101,7 @@ def test_a_folder_that_others_could_replace_is_not_used(compiled: list[Path], fo
     assert len(compiled) == 1
 
 
-def test_tokens_that_others_may_have_written_are_not_read(
+def test_tokens_that_other_users_can_write_are_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)

@@ -143,13 +143,13 @@ def test_timing_is_real() -> None:
     assert min(result.seconds, result.torch_seconds) > 0
 
 
-def test_other_layers_are_refused() -> None:
+def test_other_layers_raise() -> None:
     with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.GRU$"):
         sf.explain(nn.GRU(2, 3), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, B, I), (T, 0, I), (T, B, I + 1)])
-def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_unsupported_input_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"^x must have at least one step and row and {I} features, [^\n]+$"):
         sf.explain(sf.GRU(I, H), torch.zeros(shape))
 

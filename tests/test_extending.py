@@ -403,7 +403,7 @@ def test_a_wrong_input_raises(page):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_what_a_new_cell_cannot_do_raises(page):
+def test_unsupported_uses_of_a_new_cell_raise(page):
     made = layer(page, "mgu", feedback="bptt")
     with pytest.raises(ValueError, match='"bptt"'):
         made.feedback = "torch"
@@ -520,7 +520,7 @@ def test_a_new_rule_is_the_same_packed_and_in_both_directions(page, cell, rule, 
     assert_same({name: p.grad for name, p in made.named_parameters()}, expected)
 
 
-def test_a_learned_rule_of_ones_own_is_stored_and_frozen_like_the_others(page):
+def test_a_user_defined_learned_rule_is_stored_and_frozen_like_the_others(page):
     made = layer(page, "mgu", num_layers=2, feedback="latest")
     x = random(T, B, I)
     made(x)[0].sum().backward()

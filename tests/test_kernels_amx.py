@@ -27,7 +27,7 @@ runs_the_model = pytest.mark.skipif("avx512_bf16" not in build.cpu_flags(), reas
 
 
 @runs_the_model
-def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> None:
+def test_products_of_odd_sizes_follow_the_rules_of_the_tiles(tmp_path: Path) -> None:
     program = tmp_path / "products"
     subprocess.run(["g++", "-std=c++20", "-O1", *MODEL, str(HERE / "amx_products.cc"), "-o", str(program)], check=True)
     found = subprocess.run([str(program)], capture_output=True, text=True, check=False)
@@ -47,7 +47,7 @@ def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     assert found.stdout.startswith("0 wrong")
 
 
-def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
+def test_a_misuse_of_the_tiles_is_detected(tmp_path: Path) -> None:
     """Every rule of the model detects its violation."""
     (tmp_path / "misuse.cc").write_text(
         """
@@ -192,7 +192,7 @@ def objects(library: Path) -> set[str]:
 @pytest.mark.slow
 @runs_the_model
 @pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
-def test_layers_in_tiles_are_those_without(tmp_path: Path) -> None:
+def test_layers_in_tiles_equal_layers_without(tmp_path: Path) -> None:
     """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
     library = tmp_path / "model.so"
     compile_library(library, TORCH, MODEL)

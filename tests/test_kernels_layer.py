@@ -290,7 +290,7 @@ def test_uninitialized_memory_does_not_matter() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_denormals_count_outside() -> None:
+def test_denormals_are_not_flushed_after_a_call() -> None:
     Case("gru", 4, 64, 64, 64, torch.float32).run("direct")
     assert (torch.full((100_000,), 1e-39) * 1.0).count_nonzero() == 100_000
 
@@ -316,7 +316,7 @@ def test_extreme_activations(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("H", [3, 127])
 @pytest.mark.usefixtures("threads")
-def test_bfloat16_products_lose_no_more_than_bfloat16_does(cell: str, H: int) -> None:
+def test_bfloat16_products_have_the_accuracy_of_bfloat16(cell: str, H: int) -> None:
     case = Case(cell, 17, 19, 5, H, torch.float32)
     found, exact = case.run("direct", 1, bf16=True), case.run("direct", 1)
     names = ["y"] if cell == "rnn_relu" else list(exact)  # a slope of 0 or 1 may flip
@@ -373,7 +373,7 @@ for _ in range(20):  # past the point where the guard takes the machine for over
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a core here")
-def test_threads_that_come_late_change_no_bit() -> None:
+def test_late_threads_give_the_same_bits() -> None:
     def run(how: str) -> list[str]:
         return subprocess.check_output([sys.executable, "-c", LATE, how], text=True, timeout=60).split()
 

@@ -178,7 +178,7 @@ def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, pa
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.usefixtures("chunked")
 @OVERFLOWS
-def test_a_chunk_whose_product_overflows_passes_a_carry_of_zero(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zero_carry_stays_zero_in_a_chunk_whose_product_overflows(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, 7, 2, 2, 3, torch.float32)
     # Two steps of a chunk multiply to infinity; no step before the last one that is processed has a gradient.
     case.e[1:], case.final_e = 0, tuple(torch.zeros_like(v) for v in case.final_e)
@@ -282,7 +282,7 @@ def test_an_empty_batch() -> None:
     assert all(not found[name].any() for name in NAMES)
 
 
-def test_nan_reaches_the_gradients_of_its_sequence_alone() -> None:
+def test_nan_reaches_the_gradients_of_its_sequence_only() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     case.e[1, 0, 0] = float("nan")
     found = case.run("gate")["x"]
@@ -358,7 +358,7 @@ def test_a_scan_whose_products_overflow_is_finite_where_the_states_are(
 
 
 @pytest.mark.usefixtures("chunked")
-def test_scan_tells_wrong_recurrences_apart() -> None:
+def test_the_comparison_of_scans_rejects_wrong_recurrences() -> None:
     x, a = torch.ones(7, 2, 3, device=DEVICE, dtype=torch.float64), torch.full((3,), 0.9, device=DEVICE)
     found = {"y": scan(x, a.double(), None, False).cpu()}
     assert_different(found, {"y": oracles.scan(x.cpu(), a.double().cpu(), True)})
@@ -502,7 +502,7 @@ def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_triton_one_warning_says_so() -> None:
+def test_without_triton_there_is_one_warning() -> None:
     printed = program(WITHOUT).stdout
     assert printed.startswith(
         "False False 1 statefeed uses plain torch operations instead of its kernels: the CUDA kernels cannot be used"

@@ -18,7 +18,7 @@ def test_the_rule_in_force() -> None:
 
 
 @pytest.mark.parametrize("rule", ["jacobian+2", 0.5, None, torch.full((3,), 0.5), sf.Feedback("gate")])
-def test_a_rule_alone_holds_throughout(rule: object) -> None:
+def test_a_single_rule_is_used_throughout(rule: object) -> None:
     schedule = sf.Schedule(rule)
     assert schedule.at(0.0) == schedule.at(1.0) == (rule if isinstance(rule, sf.Feedback) else sf.Feedback(rule))
 
@@ -44,6 +44,6 @@ def test_apply_changes_every_layer_once() -> None:
         ("dfs@0.5/gate", "feedback must be"),
     ],
 )
-def test_refusals(spelling: str, message: str) -> None:
+def test_unsupported_uses_raise(spelling: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sf.Schedule(spelling)

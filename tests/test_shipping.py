@@ -66,7 +66,7 @@ exporting = pytest.mark.filterwarnings("ignore:The tensor attributes? self:UserW
 
 @exporting
 @pytest.mark.parametrize("restored", [True, False])
-def test_an_exported_model_computes_what_it_did_in_training_for_any_batch(x, restored):
+def test_an_exported_model_has_the_outputs_of_training_for_any_batch(x, restored):
     model, outputs = trained(x)
     if restored:
         sf.restore(model)
@@ -81,7 +81,7 @@ def test_an_exported_model_computes_what_it_did_in_training_for_any_batch(x, res
 
 @exporting
 @pytest.mark.parametrize("cell", CELLS)
-def test_an_exported_step_carries_its_state_through_a_sequence(cell, x):
+def test_an_exported_step_runs_a_sequence(cell, x):
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, num_layers=2, batch_first=True)
     y, _ = layer(x)
@@ -105,7 +105,7 @@ def run_onnx(path, x):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_onnx_computes_what_the_model_did_in_training_for_any_batch_and_length(x, bidirectional, tmp_path):
+def test_onnx_has_the_outputs_of_training_for_any_batch_and_length(x, bidirectional, tmp_path):
     """The exporter that is not based on torch.export leaves both axes free."""
     pytest.importorskip("onnx", reason="the extra statefeed[onnx] is not installed")
     pytest.importorskip("onnxruntime", reason="the extra statefeed[onnx] is not installed")
@@ -173,7 +173,7 @@ def test_a_restored_model_is_scripted_and_traced(x):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_steps_are_the_sequence_at_once(cell, batch_first):
+def test_steps_equal_one_call_on_the_sequence(cell, batch_first):
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, num_layers=2, batch_first=batch_first)
     x = torch.randn(9, 4, 3)
@@ -187,7 +187,7 @@ def test_steps_are_the_sequence_at_once(cell, batch_first):
     torch.testing.assert_close(state, final)
 
 
-def test_a_step_goes_on_from_a_sequence_and_reads_the_weights_at_every_call():
+def test_a_step_continues_a_sequence_with_the_current_weights():
     layer, x = sf.LSTM(3, 5), torch.randn(6, 2, 3)
     _, state = layer(x[:5])
     y, _ = layer.step(x[5], state)
@@ -345,7 +345,7 @@ def test_a_second_derivative_raises(layer, power):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "gate+1", "jacobian", "fitted"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_torch_func_takes_the_gradient_of_the_rule(cell, rule, dtype):
+def test_torch_func_computes_the_gradient_of_the_rule(cell, rule, dtype):
     """In bfloat16 through PyTorch, else through the fused kernels where there are any."""
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, 2, bidirectional=True, feedback="dsf" if cell == "rnn" and rule == "gate+1" else rule)
@@ -399,7 +399,7 @@ class Streams(torch.utils.data.Dataset):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
-def test_a_forked_worker_that_runs_a_layer_comes_back():
+def test_a_forked_worker_can_run_a_layer():
     """Also after the parent has started its threads."""
     data = Streams()
     expected = [data[k] for k in range(4)]

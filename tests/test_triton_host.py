@@ -178,7 +178,7 @@ def restored() -> Iterator[None]:
 @pytest.mark.parametrize("before", ["as shipped", "highest", "high", "medium", "old switch", "new switch", "new ieee"])
 @pytest.mark.parametrize("wanted", ["tf32", "ieee", ""])
 @pytest.mark.usefixtures("restored")
-def test_every_getter_answers_inside_and_after(before: str, wanted: str) -> None:
+def test_no_getter_raises_inside_or_after(before: str, wanted: str) -> None:
     if before in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(before)
     elif before == "old switch":
@@ -251,7 +251,7 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     assert all(launches)
 
 
-def test_a_probe_launches_a_kernel_and_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_launches_a_kernel_and_names_the_cause_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     if not torch.cuda.is_available():
         assert triton_probe.probe(cpu).startswith("Triton ")

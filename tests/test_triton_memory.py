@@ -157,9 +157,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("cell", "expected"), [("gru", 34), ("lstm", 35), ("rnn_tanh", 11)])
-def test_how_often_a_backward_pass_touches_a_tensor_of_the_layers_size(
-    cell: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_accesses_of_a_backward_pass(cell: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of docs/scaling.md: one tensor is N * H values, x has as many, time is in one chunk."""
     H, N, this = 4, 252, CELLS[cell]
     monkeypatch.setattr(chunks, "steps", lambda T, *_: T)

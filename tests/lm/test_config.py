@@ -41,7 +41,7 @@ def test_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("encoding", "path"), [("ascii", "日本"), ("latin-1", "tëxt"), ("UTF8", "日本")])
-def test_yaml_reads_back_whatever_it_is_written_in(encoding: str, path: str, tmp_path: Path) -> None:
+def test_yaml_reads_back_in_every_encoding(encoding: str, path: str, tmp_path: Path) -> None:
     config = Config(data=Data(corpus="text", path=path))
     (tmp_path / "r.yaml").write_text(config.to_yaml(encoding), encoding=encoding)
     assert recipes.load(tmp_path / "r.yaml") == config
@@ -105,14 +105,14 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.lr", "argument --train.lr: expected one argument"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(flag: str, sentence: str) -> None:
+def test_a_wrong_flag_raises(flag: str, sentence: str) -> None:
     with pytest.raises(UsageError) as refused:
         parsed(*flag.split())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
+def test_an_unused_vocabulary_size_raises() -> None:
     with pytest.raises(UsageError, match=r"data\.vocabulary must be null for char tokens"):
         Data(tokens="char", vocabulary=10)
     with pytest.raises(UsageError, match="at least 3 for word tokens"):
@@ -132,7 +132,7 @@ def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
         (b"train: \xff\n", "is not UTF-8 text: byte 7 cannot be decoded"),
     ],
 )
-def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_a_wrong_recipe_raises(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as refused:
@@ -153,7 +153,7 @@ def test_attention_heads_must_fit_the_width() -> None:
         Model(cell="transformer", feedback="bptt", heads=0)
 
 
-def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
+def test_a_recipe_overrides_its_base(tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "common.yaml").write_text("train: {lr: 1.0, steps: 7}\nmodel: {width: 8}\n")
     path = tmp_path / "recipe.yaml"
@@ -173,7 +173,7 @@ def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
         ("train: {restart: 2}\n", "train.state_reset_prob must be between 0 and 1, got 2"),  # the key of older recipes
     ],
 )
-def test_a_wrong_base_or_value_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+def test_a_wrong_base_or_value_raises(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(UsageError) as refused:
@@ -192,6 +192,6 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     assert recipe.run.dir == f"runs/{path.stem}"
 
 
-def test_alignment_needs_whole_weights() -> None:
+def test_alignment_needs_unsharded_weights() -> None:
     with pytest.raises(UsageError, match=r"train\.parallel must be ddp, got fsdp"):
         parsed("--train.parallel=fsdp", "--train.alignment=true")

@@ -48,7 +48,7 @@ def test_a_place_changes_neither_the_run_nor_the_task() -> None:
         (Config(train=Train(alignment=True)), "train.alignment"),
     ],
 )
-def test_what_varies_is_another_run_of_the_same_task(other: Config, key: str) -> None:
+def test_a_varied_key_is_another_run_of_the_same_task(other: Config, key: str) -> None:
     found = identity.difference(dataclasses.asdict(Config()), dataclasses.asdict(other))
     assert found is not None
     assert found[0] == key

@@ -85,7 +85,7 @@ def test_rates_in_a_recipe(written: str, value: float) -> None:
         ("--train.stepz=3", "train.steps"),
     ],
 )
-def test_the_key_that_was_meant(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_similar_key_is_suggested(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"did you mean {meant}?" in sentence(["train", flag], capsys)
 
 
@@ -141,7 +141,7 @@ def test_numbers_beyond_64_bits(key: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("width", [10**8, 10**12, 2**62])
-def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_larger_than_memory_raises(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     err = sentence(["train", *flags, f"--model.width={width}"], capsys)
     assert "lower model.width" in err
     assert "train.batch" not in err
@@ -195,7 +195,7 @@ def test_a_folder_that_links_to_the_text(flags: list[str], here: Path, capsys: p
 
 @pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints", "checkpoints/text.txt"])
 @pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
-def test_a_run_beside_its_text_or_in_its_place(
+def test_a_run_folder_that_overlaps_the_text_raises(
     command: list[str], name: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = here / "x" / name
@@ -261,7 +261,7 @@ def test_byte_pairs_of_text_without_white_space(capsys: pytest.CaptureFixture[st
     assert "FixedLength" in found.to_json()
 
 
-def test_sentences_of_which_most_is_left_out_are_noticed(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncation_of_most_tokens_gives_a_notice(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data.tokens=word", "--data.batches=sentences", "--train.steps=2", "--train.evaluations=1"]
     for context, noticed in ((2, True), (16, False)):
         capsys.readouterr()

@@ -50,7 +50,7 @@ def flat(sentences: list[list[int]]) -> NDArray[np.int32]:
 
 
 @pytest.mark.parametrize(("count", "batch", "context"), [(20, 4, 64), (21, 4, 5), (3, 8, 2), (1, 1, 9)])
-def test_every_sentence_is_read_once_from_its_beginning_and_cut(count: int, batch: int, context: int) -> None:
+def test_every_sentence_is_read_once_and_truncated(count: int, batch: int, context: int) -> None:
     sentences = lines(count)
     source = Sentences(flat(sentences), batch, context, seed=3)
     steps = list(source.epoch(0))

@@ -44,7 +44,7 @@ def test_without_a_gpu_there_is_no_silent_fallback_to_the_cpu(
     assert not folder.exists()
 
 
-def test_the_device_stands_in_the_record_and_the_first_line(
+def test_the_device_is_in_the_record_and_the_first_line(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", *flags, "--train.device=cpu", f"--run.dir={tmp_path / 'run'}"]) == 0

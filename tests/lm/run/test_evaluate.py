@@ -82,7 +82,7 @@ def test_evaluate_repeats_what_training_recorded(run: Path, split: str, capsys: 
     )
 
 
-def test_a_text_that_has_changed_is_refused(
+def test_a_changed_text_raises(
     flags: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     story = tmp_path / "story.txt"

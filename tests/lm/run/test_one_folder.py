@@ -21,7 +21,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_of_two_runs_started_together_one_is_refused_and_changes_nothing(
+def test_of_two_runs_started_together_one_raises_and_changes_no_file(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process makes its run while this one prepares its own."""
@@ -88,7 +88,7 @@ def test_a_resumed_run_is_locked_before_its_record_is_changed(
     assert content(folder) == content(run)
 
 
-def test_a_folder_whose_run_was_never_made_is_free(flags: list[str], run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_created_run_can_be_used(flags: list[str], run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     with lock(folder):
