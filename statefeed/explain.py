@@ -149,8 +149,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         reason = layer.torch_path_reason(x)
     if reason is None and backend.fallback and sequential:
         reason = _reason(layer, tensors)
-    torch_has_it = cell.torch_forward is not None
-    if rule.exact and reason is not None and torch_has_it:
+    in_torch = cell.torch_forward is not None
+    if rule.exact and reason is not None and in_torch:
         path = "torch.nn's own path"
         result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
         return _timed(result, layer, x) if timed else result

@@ -98,9 +98,9 @@ class TwoPartLayer(CellLayer):
 
 
 def mgu_step(w, x, s):
-    fed, held = w["weight_ih"] @ x + w.get("bias_ih", 0.0), w["weight_hh"] @ s + w.get("bias_hh", 0.0)
-    f = torch.sigmoid(fed[:H] + held[:H])
-    return (1 - f) * torch.tanh(fed[H:] + f * held[H:]) + f * s
+    inputs, hidden = w["weight_ih"] @ x + w.get("bias_ih", 0.0), w["weight_hh"] @ s + w.get("bias_hh", 0.0)
+    f = torch.sigmoid(inputs[:H] + hidden[:H])
+    return (1 - f) * torch.tanh(inputs[H:] + f * hidden[H:]) + f * s
 
 
 def two_part_step(w, x, s):

@@ -32,8 +32,8 @@ def test_products_of_odd_sizes_follow_the_rules_of_the_tiles(tmp_path: Path) -> 
     subprocess.run(["g++", "-std=c++20", "-O1", *MODEL, str(HERE / "amx_products.cc"), "-o", str(program)], check=True)
     found = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    wrong, products, held = (int(word) for word in found.stdout.split() if word.isdigit())
-    assert wrong == held == 0
+    wrong, products, configured = (int(word) for word in found.stdout.split() if word.isdigit())
+    assert wrong == configured == 0
     assert products > 10_000
 
 
@@ -200,9 +200,9 @@ def test_layers_in_tiles_equal_layers_without(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITH_LIBRARY, str(library), str(tmp_path / "answers.pt")]
     found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    products, held = map(int, found.stdout.split())
+    products, configured = map(int, found.stdout.split())
     assert products > 100_000
-    assert held == 0
+    assert configured == 0
     expected = answers()
     torch.set_num_threads(threads)
     worst, name = largest_error(torch.load(tmp_path / "answers.pt"), expected)

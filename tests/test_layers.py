@@ -561,7 +561,7 @@ def test_strided_inputs(cell):
 
 
 def run_as_is(made, x, hx):
-    """Outputs and weight gradients, with the arguments' strides left alone."""
+    """Outputs and weight gradients, with the strides of the arguments unchanged."""
     made.zero_grad()
     outputs = tensors(made(x, hx[0] if len(hx) == 1 else tuple(hx)))
     outputs[0].square().sum().backward()
@@ -596,8 +596,8 @@ def test_bfloat16_weights_are_as_accurate_as_torchs(cell):
     exact = run(theirs.double(), x.double())
     assert [t.dtype for t in tensors(found[0])] == [t.dtype for t in tensors(reference[0])]
     assert all(g.dtype == torch.bfloat16 for g in found[2].values())
-    for mine, other, expected in zip(found[1:], reference[1:], exact[1:], strict=True):
-        assert largest(mine, expected) <= 4 * max(largest(other, expected), 8 * torch.finfo(torch.bfloat16).eps)
+    for value, other, expected in zip(found[1:], reference[1:], exact[1:], strict=True):
+        assert largest(value, expected) <= 4 * max(largest(other, expected), 8 * torch.finfo(torch.bfloat16).eps)
 
 
 def largest(actual, expected):

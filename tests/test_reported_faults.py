@@ -292,7 +292,7 @@ def test_a_linear_layer_feeds_a_gru_under_autocast(feature, x):
     assert y.dtype == h.dtype == torch.bfloat16
 
 
-# A forward of one's own -----------------------------------------------------------------------------------------------
+# An overridden forward ------------------------------------------------------------------------------------------------
 
 
 class Doubled(sf.GRU):

@@ -136,13 +136,13 @@ def test_empty_time_and_empty_batch(method, varying):
 @pytest.mark.parametrize("method", METHODS)
 def test_splitting_a_sequence_gives_the_same_outputs(method):
     x, a, initial = problem((23, 2, 3), False)
-    for cut in (1, 8, 22):
-        first = sf.diagonal_scan(x[:cut], a, initial=initial, method=method)
-        second = sf.diagonal_scan(x[cut:], a, initial=first[-1], method=method)
+    for split in (1, 8, 22):
+        first = sf.diagonal_scan(x[:split], a, initial=initial, method=method)
+        second = sf.diagonal_scan(x[split:], a, initial=first[-1], method=method)
         whole = sf.diagonal_scan(x, a, initial=initial, method=method)
         assert_same({"y": torch.cat((first, second))}, {"y": whole})
-        last = sf.diagonal_scan(x[cut:], a, reverse=True, initial=initial, method=method)
-        first = sf.diagonal_scan(x[:cut], a, reverse=True, initial=last[0], method=method)
+        last = sf.diagonal_scan(x[split:], a, reverse=True, initial=initial, method=method)
+        first = sf.diagonal_scan(x[:split], a, reverse=True, initial=last[0], method=method)
         whole = sf.diagonal_scan(x, a, reverse=True, initial=initial, method=method)
         assert_same({"y": torch.cat((first, last))}, {"y": whole})
 

@@ -1,4 +1,4 @@
-"""Schedules of rules: spelling, the rule in force, and setting it in a model."""
+"""Schedules of rules: spelling, the rule at a fraction, and setting it in a model."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 import statefeed as sf
 
 
-def test_the_rule_in_force() -> None:
+def test_the_rule_at_a_fraction() -> None:
     schedule = sf.Schedule("dsf@0.25/gate@0.5/gate+1")
     assert [str(schedule.at(f)) for f in (0.0, 0.24, 0.25, 0.49, 0.5, 0.99, 1.0)] == [
         *["dsf"] * 2,

@@ -1,4 +1,4 @@
-"""swap and restore on models of one's own: same parameters, same outputs, nothing left behind."""
+"""swap and restore on user-defined models: same parameters, same outputs, plain torch.nn afterwards."""
 
 import copy
 import functools

@@ -344,7 +344,7 @@ def compare(
     limit = 1e3 * UNITS * 2 * T * B * H * GATES[case.cell] * H / (1e9 * rate["gflops"])
     for entry in entries:
         forward, backward = zip(*seconds[entry.name], strict=True)
-        mine = total[entry.name]
+        times = total[entry.name]
         yield {
             "bench": "layers",
             "implementation": entry.implementation,
@@ -358,17 +358,17 @@ def compare(
             "dtype": case.dtype,
             "device": case.device,
             "repeats": rounds,
-            "ms": spread(mine),
+            "ms": spread(times),
             "forward_ms": spread([1e3 * s for s in forward]),
             "backward_ms": spread([1e3 * s for s in backward]),
             "backward_us_per_step": spread([1e6 * s / T for s in backward]),
             "times_faster_than": {
-                label: spread([b / m for b, m in zip(total[name], mine, strict=True)])
+                label: spread([b / m for b, m in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
             "torch_nn_best": best.removeprefix("torch.nn "),
             "limit_ms": limit,
-            "part_of_limit": limit / spread(mine)["median"],
+            "part_of_limit": limit / spread(times)["median"],
             "matmul": rate,
         }
 

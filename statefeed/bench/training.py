@@ -247,7 +247,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     ]
     total = {name: [sum(phases) for phases in repetitions] for name, repetitions in seconds.items()}
     for entry in entries:
-        mine = total[entry.name]
+        times = total[entry.name]
         baselines = _baselines(entries, total, entry.dtype)
         yield {
             "bench": "training",
@@ -266,10 +266,10 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             "repeats": options.rounds,
             "steps": steps,
             "tokens": spread(tokens),
-            "tokens_per_s": spread([count / s for count, s in zip(tokens, mine, strict=True)]),
-            "step_ms": spread([1e3 * s / steps for s in mine]),
+            "tokens_per_s": spread([count / s for count, s in zip(tokens, times, strict=True)]),
+            "step_ms": spread([1e3 * s / steps for s in times]),
             "times_faster_than": {
-                label: spread([other / s for other, s in zip(total[name], mine, strict=True)])
+                label: spread([other / s for other, s in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
         }

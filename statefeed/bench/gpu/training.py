@@ -182,8 +182,8 @@ def _add_times(
 ) -> None:
     """Add the time of one of ``count`` steps, and the ratio to torch.nn's, to every contender's record."""
     for contender, turns in seconds.items():
-        mine = [s for (s,) in turns]
-        found[contender][name] = spread([1e3 * s / count for s in mine])
+        step_seconds = [s for (s,) in turns]
+        found[contender][name] = spread([1e3 * s / count for s in step_seconds])
         if baseline := seconds.get("torch.nn"):
-            ratios = [b / s for (b,), s in zip(baseline, mine, strict=True)]
+            ratios = [b / s for (b,), s in zip(baseline, step_seconds, strict=True)]
             found[contender][ratio] = {"torch.nn": spread(ratios)}

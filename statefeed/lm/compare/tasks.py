@@ -49,8 +49,8 @@ def setting(result: Result, *varied: str) -> dict[str, Any]:
     """
     splits = result.metadata.get("splits")
     text = "/".join(found["sha256"][:8] for found in splits.values()) if splits else result.metadata.get("corpus")
-    left_out = (*varied, *(["data.path"] if splits else []))
-    values = {key: value for key, value in identity.select(result.config, "task").items() if key not in left_out}
+    excluded = (*varied, *(["data.path"] if splits else []))
+    values = {key: value for key, value in identity.select(result.config, "task").items() if key not in excluded}
     return {"text": text, "device": result.metadata.get("device", "cpu"), **values}
 
 

@@ -30,15 +30,15 @@ def validate(value: Any, schema: Any) -> Any:
     Traceback (most recent call last):
     ValueError: it must be an object, got 'bench'
     """
-    if wrong := _misfit(value, schema, ""):
+    if wrong := _mismatch(value, schema, ""):
         raise ValueError(wrong)
     return value
 
 
-def _misfit(value: Any, schema: Any, name: str) -> str | None:
+def _mismatch(value: Any, schema: Any, name: str) -> str | None:
     """Why a value of this name does not match a schema; None if it does."""
     if isinstance(schema, tuple):
-        found = [_misfit(value, one, name) for one in schema]
+        found = [_mismatch(value, one, name) for one in schema]
         return None if None in found else found[0]
     kind = schema if isinstance(schema, type) else type(schema)
     kinds: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
@@ -47,10 +47,10 @@ def _misfit(value: Any, schema: Any, name: str) -> str | None:
     if schema is float and not -math.inf < value < math.inf:
         return f"{name or 'it'} must be finite, got {value}"
     if isinstance(schema, list):
-        parts = [_misfit(item, schema[0], f"{name}[{place}]") for place, item in enumerate(value)]
+        parts = [_mismatch(item, schema[0], f"{name}[{place}]") for place, item in enumerate(value)]
     elif isinstance(schema, dict):
         inner = dict.fromkeys(value, schema[...]) if ... in schema else schema
-        parts = [_misfit(value.get(key), one, f"{name}.{key}".removeprefix(".")) for key, one in inner.items()]
+        parts = [_mismatch(value.get(key), one, f"{name}.{key}".removeprefix(".")) for key, one in inner.items()]
     else:
         parts = []
     return next(filter(None, parts), None)

@@ -352,8 +352,8 @@ def test_every_rule_has_its_own_style_in_every_figure() -> None:
         assert figure.axes[0].get_legend() is None
     styles = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}  # type: ignore[union-attr]
     assert len(styles) == 20
-    assert [len(looks) for looks in shown] == [20, 19, 13]
-    assert all(looks[rule] == shown[0][rule] for looks in shown[1:] for rule in looks)
+    assert [len(style_of) for style_of in shown] == [20, 19, 13]
+    assert all(style_of[rule] == shown[0][rule] for style_of in shown[1:] for rule in style_of)
     assert not drawn[1].axes[0].texts  # type: ignore[union-attr]
     (wide,) = figures.plot_by(compared, "model.width", "perplexity against width").values()
     bars = {str(c.get_label()): c.lines[0] for c in wide.axes[0].containers}

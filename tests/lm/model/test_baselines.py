@@ -89,9 +89,9 @@ def test_padding_after_the_end_of_a_column_changes_no_output_before_it(cell: Cel
     layer = language_model(cell).blocks[0].rnn
     assert isinstance(layer, nn.Module)
     x = torch.randn(T, B, H)
-    cut = x.clone()
-    cut[6:, 1] = 7.0
-    found, expected = layer(cut)[0], layer(x)[0]
+    changed = x.clone()
+    changed[6:, 1] = 7.0
+    found, expected = layer(changed)[0], layer(x)[0]
     torch.testing.assert_close(found[:6], expected[:6], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[:, [0, 2]], expected[:, [0, 2]])
 

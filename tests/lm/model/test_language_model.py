@@ -32,9 +32,9 @@ def test_the_state_of_some_columns_is_reset(cell: str) -> None:
     tokens = torch.randint(V, (T, B))
     _, states = model(tokens)
     after, _ = model(tokens, detach_states(states, torch.tensor([[True], [False], [True]])))
-    goes_on, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
+    continued, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
     from_zero, _ = model(tokens)
-    torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
+    torch.testing.assert_close(after[:, [0, 2]], continued[:, [0, 2]])
     torch.testing.assert_close(after[:, 1], from_zero[:, 1])
     assert all(not part.requires_grad for s in detach_states(states, torch.ones(B, 1)) for part in s)
 
@@ -158,8 +158,8 @@ def test_a_batch_with_is_start_ignores_the_states() -> None:
     tokens = torch.randint(V, (2, T, B))
     _, states = model(tokens[0])
     states = detach_states(states, torch.ones(B, 1))
-    goes_on, fresh = (model.loss(Batch(*tokens, None, is_start=fresh), states).sum.item() for fresh in (False, True))
-    assert fresh == model.loss(Batch(*tokens, None, is_start=True)).sum.item() != goes_on
+    continued, fresh = (model.loss(Batch(*tokens, None, is_start=fresh), states).sum.item() for fresh in (False, True))
+    assert fresh == model.loss(Batch(*tokens, None, is_start=True)).sum.item() != continued
 
 
 def test_stacked_blocks_are_the_layers_of_torch_on_top_of_each_other() -> None:

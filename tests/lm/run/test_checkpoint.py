@@ -1,4 +1,4 @@
-"""The run folder: weights are replaced whole or not at all, and a folder that is no run is refused."""
+"""The run folder: weights are replaced atomically, and a folder without a run raises."""
 
 import shutil
 from pathlib import Path

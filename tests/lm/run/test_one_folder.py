@@ -26,13 +26,13 @@ def test_of_two_runs_started_together_one_raises_and_changes_no_file(
 ) -> None:
     """The other process makes its run while this one prepares its own."""
     folder = tmp_path / "run"
-    prepare, held = training.prepare, list[dict[str, bytes]]()
+    prepare, before = training.prepare, list[dict[str, bytes]]()
     code = (
         "import sys; from pathlib import Path; from statefeed.lm.run.lock import lock\n"
         "folder = Path(sys.argv[1]); folder.mkdir()\n"
         "with lock(folder):\n"
         "    (folder / 'config.yaml').write_text('theirs'); (folder / 'tokenizer.json').write_text('theirs')\n"
-        "    print('held', flush=True); sys.stdin.read()"
+        "    print('before', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(folder)]
     others = []
@@ -41,8 +41,8 @@ def test_of_two_runs_started_together_one_raises_and_changes_no_file(
         setup = prepare(*arguments)  # type: ignore[arg-type]
         others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert others[0].stdout is not None
-        assert others[0].stdout.readline() == "held\n"
-        held.append(content(folder))
+        assert others[0].stdout.readline() == "before\n"
+        before.append(content(folder))
         return setup
 
     monkeypatch.setattr(training, "prepare", meanwhile)
@@ -52,7 +52,7 @@ def test_of_two_runs_started_together_one_raises_and_changes_no_file(
         assert err.startswith(f"statefeed: {folder} is being trained by another process: ")
         assert "--resume" not in err
         assert err.count("\n") == 1
-        assert content(folder) == held[0]
+        assert content(folder) == before[0]
     finally:
         others[0].communicate()
 

@@ -47,7 +47,7 @@ def test_a_run_leaves_its_configuration_record_tokenizer_metrics_weights_and_cur
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_have_one_row_a_step_and_one_a_score(run: Path) -> None:
+def test_metrics_have_one_row_per_step_and_one_per_score(run: Path) -> None:
     found = rows(run)
     assert [(row["split"], row["step"]) for row in found if row["split"] != "train"] == [
         ("valid", 4),
