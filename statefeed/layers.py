@@ -90,7 +90,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
             return name
         if self._feedback.exact and BACKENDS[name].fallback:
             return None
-        fused = torch.is_grad_enabled() or self._layer_by_layer or BACKENDS[name].fused_forward
+        fused = torch.is_grad_enabled() or BACKENDS[name].fused_forward or self._layer_by_layer
         return name if fused else None
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
@@ -131,7 +131,15 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
-        self.check_forward_args(x, self._as_hx(state), batch_sizes)
+        if batch_sizes is not None or not self._fits(x, state):
+            self.check_forward_args(x, self._as_hx(state), batch_sizes)
+
+    def _fits(self, x: Tensor, state: State) -> bool:
+        """Whether a padded batch is as torch's check wants it, in a third of its time."""
+        if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
+            return False
+        expected = (self._feedback_rows, x.shape[0 if self.batch_first else 1], self.hidden_size)
+        return all(s.shape == expected for s in state)
 
 
 def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:

@@ -69,10 +69,11 @@ class Layout:
 
     def last(self, rows: Tensor, initial: Tensor) -> Tensor:
         """A copy of the row of every sequence's last step, (B, .); a copy of ``initial`` if there is no step."""
-        if not len(rows):
+        count = rows.shape[0]
+        if not count:
             return initial.clone()
         if self.batch_sizes is None:
-            return rows[len(rows) - self.B :].clone()
+            return rows[count - self.B :].clone()
         offset = self.batch_sizes.cumsum(0) - self.batch_sizes
         return rows[(offset[self.lengths() - 1] + torch.arange(self.B, device="cpu")).to(rows.device)]
 

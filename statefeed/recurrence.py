@@ -319,7 +319,7 @@ def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: U
     done = backend.recompute(problem, done)
     context = Context(
         size=sum(problem.sizes),
-        dtype=torch.promote_types(done.y.dtype, torch.float32),
+        dtype=torch.float64 if done.y.dtype == torch.float64 else torch.float32,
         device=done.y.device,
         mean_jacobian=lambda: backend.mean_jacobian(problem, done),
         linearize=lambda: Linearization(call.cell, reference.linearize(problem, done), problem.weights[1]),

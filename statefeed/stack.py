@@ -58,8 +58,12 @@ class RecurrentStack(FeedbackLayer):
     def _weights_of(self, layer: int) -> list[Tensor]:
         """The weights of one layer: those of the forward direction, then those of the reverse direction."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        return [getattr(self, f"{name}_l{layer}{suffix}") for suffix in suffixes for name in names]
+        suffixes = (f"_l{layer}", f"_l{layer}_reverse") if self.bidirectional else (f"_l{layer}",)
+        return [self._weight(name + suffix) for suffix in suffixes for name in names]
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._parameters.get(name)  # as an attribute it costs a microsecond
+        return getattr(self, name) if weight is None else weight  # a parametrized weight is no parameter
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from tolerances import SAME_BY_CANCELLATION, assert_different, assert_same
 
 import statefeed as sf
 from statefeed.bench.gpu import __main__ as command
-from statefeed.bench.gpu import forward, layers, parity, records, rivals, stage, timing, training, truth
+from statefeed.bench.gpu import forward, layers, parity, records, rivals, stage, tables, timing, training, truth
 from statefeed.bench.measure import ParityError, Setting, applied
 
 ROOT = Path(__file__).parent.parent
@@ -446,3 +447,42 @@ def test_the_layers_are_those_of_statefeed_and_torch() -> None:
         assert a.shape == other.shape
     assert not torch.allclose(gradients["torch.nn"][0], gradients["dsf"][0], rtol=1e-2, atol=1e-3)
     assert isinstance(layers.Case("lstm", 4, 3, 5).layer(sf, "cpu"), sf.LSTM)
+
+
+RECORDS = ROOT / "results" / "bench" / "nvidia-h200"
+
+
+@pytest.mark.skipif(not RECORDS.is_dir(), reason="a source distribution has no results")
+def test_the_tables_of_the_documents_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert tables.replaced(text, RECORDS) == text, "run `make measured`"
+    planted = text.replace("| gru 4096x8x512 | ", "| gru 4096x8x512 | 1", 1)
+    assert tables.replaced(planted, RECORDS) == text != planted
+
+
+@pytest.mark.skipif(not RECORDS.is_dir(), reason="a source distribution has no results")
+@pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
+def test_figures_of_other_documents_are_in_the_tables(page: str) -> None:
+    """Every row "layer or step | cuDNN | dsf (ratio)" repeats figures of the tables."""
+    known = set(re.findall(r"[\d.]+", tables.tables(RECORDS)))
+    section = (
+        (ROOT / page).read_text(encoding="utf-8").partition("## GPU\n" if page == "README.md" else "## What the m")[2]
+    )
+    rows = [
+        row for row in section.partition("\n## ")[0].splitlines() if row.startswith(("| gru", "| lstm", "| a step"))
+    ]
+    assert len(rows) >= 5
+    for row in rows:
+        cells = row.strip("|").split("|")[1:]
+        measured = cells if page == "README.md" else cells[1::2]
+        assert {f for cell in measured for f in re.findall(r"[\d.]+", cell)} <= known, row
+
+
+def test_the_latest_record_counts_and_what_was_not_run_does_not(tmp_path: Path) -> None:
+    records = [
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "ms": {"median": 2.0}},
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "ms": {"median": 3.5}},
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "not_run": "no time left"},
+    ]
+    (tmp_path / "gpu-scan.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "| 8 x 4, stationary | 3.5 /  |" in "\n".join(tables.scan(tmp_path))

@@ -33,7 +33,7 @@ def forward(problem: Problem, save: bool) -> Forward:
     y = x.new_empty(N, H)
     c = c0[0].clone() if c0 else None
     saved = (empty(N, cell.gates * H, x), empty(N, H, x)) if save and cell.saved_values else ()
-    torch.ops.statefeed.layer_forward(
+    torch.ops.statefeed.layer_forward.default(
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, *(biases or (None, None)), h0,
         layout.batch_sizes, *(saved or (None, None)), y, c,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     grad_w_ih, grad_w_hh = x.new_empty(w_ih.shape), x.new_empty(w_hh.shape)
     grad_biases = [torch.empty_like(b) for b in biases]
     residual = empty(len(x), len(problem.state) * H, x) if rule.corrections else None
-    torch.ops.statefeed.layer_backward(
+    torch.ops.statefeed.layer_backward.default(
         cell.name, rule.name, rule.corrections, problem.compute_dtype is not None, x, w_ih, w_hh,
         *(done.saved or (None, None)), done.y.contiguous(), h0, c0[0] if c0 else None,
         upstream.y.to(dtype).contiguous(), grad_final, None if D is None else D.to(dtype).contiguous(),
