@@ -1,4 +1,4 @@
-"""Products in AMX tiles: in a model of the instructions that checks their rules, and on a CPU that has them."""
+"""Products in AMX tiles: in an emulation of the instructions that checks their rules, and on a CPU with AMX."""
 
 import platform
 import shutil
@@ -48,7 +48,7 @@ def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
 
 
 def test_a_misuse_of_the_tiles_is_detected(tmp_path: Path) -> None:
-    """Every rule of the model detects its violation."""
+    """The emulation detects the violation of every rule."""
     (tmp_path / "misuse.cc").write_text(
         """
         #include <cstdint>
@@ -94,7 +94,7 @@ def test_a_misuse_of_the_tiles_is_detected(tmp_path: Path) -> None:
 
 
 def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
-    """A CPU that has all instruction sets, under a Linux that permits the tiles or not."""
+    """Emulate a CPU with all instruction sets, on Linux with or without permission to use tiles."""
     flags, read = " ".join(sorted(frozenset().union(*(v.required for v in VARIANTS)))), Path.read_text
 
     def read_text(path: Path, *arguments: str) -> str:
@@ -178,13 +178,13 @@ def answers() -> dict[str, Tensor]:
 
 
 def packed(cell: str) -> dict[str, Tensor]:
-    """Sequences of many lengths, in several chunks."""
+    """Results for sequences of many lengths, in several chunks."""
     lengths = [60, 60, *range(45, 5, -1), 1, 1]
     return Case(cell, 60, len(lengths), 5, 35, torch.float32).run_packed(lengths, "direct", 1, bf16=True)
 
 
 def objects(library: Path) -> set[str]:
-    """The instructions on tiles that a library holds."""
+    """The tile instructions in a library."""
     listing = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     return {word for word in ("ldtilecfg", "tdpbf16ps", "tilerelease") if word in listing}
 
@@ -193,7 +193,7 @@ def objects(library: Path) -> set[str]:
 @runs_the_model
 @pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 def test_layers_in_tiles_equal_layers_without(tmp_path: Path) -> None:
-    """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
+    """Compare with this CPU's products of bfloat16 pairs; states may be rounded differently."""
     library = tmp_path / "model.so"
     compile_library(library, TORCH, MODEL)
     threads = torch.get_num_threads()

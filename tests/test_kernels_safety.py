@@ -188,7 +188,7 @@ def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, m
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-# Common beginning of every program of this section.
+# Common first part of every program in this section.
 PROGRAM = """
 import ctypes, resource, torch
 from statefeed import native

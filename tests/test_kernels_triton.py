@@ -1,5 +1,7 @@
-"""The GPU kernels against the equations (oracles, float64) and the PyTorch path: in Triton's interpreter on a CPU,
-compiled where there is a GPU. What is launched is the same."""
+"""The GPU kernels against the equations (oracles, float64) and the PyTorch path.
+
+On a CPU the kernels run in Triton's interpreter, on a GPU compiled; the launches are the same.
+"""
 
 import os
 import subprocess
@@ -34,26 +36,26 @@ from statefeed.scan.triton import scan  # noqa: E402
 
 BACKEND = BACKENDS["triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Only the interpreter takes another function in the place of a kernel's, and CPU tensors.
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="in Triton's interpreter alone")
+# Only the interpreter supports a replaced function of a kernel, and CPU tensors.
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only in Triton's interpreter")
 # On a GPU float32 is compared with float32, and cuDNN warns of the weights of a case, which are tensors of their own.
 pytestmark = [
     pytest.mark.usefixtures("ieee_float32"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
 
-# The interpreter computes with NumPy, which warns where a GPU does not.
+# The interpreter computes with NumPy, which warns of overflows; a GPU does not.
 OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two steps, however short the sequence."""
+    """Use chunks of two steps for every sequence."""
     monkeypatch.setattr(chunks, "steps", lambda *_: 2)
 
 
 @pytest.fixture(params=["whole", "chunked"])
-def either(request: pytest.FixtureRequest) -> None:
+def chunking(request: pytest.FixtureRequest) -> None:
     if request.param == "chunked":
         request.getfixturevalue("chunked")
 
@@ -68,7 +70,7 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 class Case(test_kernels_layer.Case):
-    """``run`` is torch's forward and the kernels' backward, ``reference`` that of the PyTorch path."""
+    """``run`` is torch's forward pass and the kernels' backward pass; ``reference`` is the PyTorch path."""
 
     def run(
         self,
@@ -123,11 +125,11 @@ def ramp(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    ("corrections", "bias", "either"),
+    ("corrections", "bias", "chunking"),
     [(0, True, "chunked"), (1, False, "chunked"), (2, True, "whole")],
-    indirect=["either"],
+    indirect=["chunking"],
 )
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("chunking")
 def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: bool) -> None:
     for rule in rules_of(cell):
         compare_with_oracle(Case(cell, 5, 2, 2, 3, torch.float64, bias), rule, corrections)
@@ -136,7 +138,7 @@ def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: boo
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("corrections", [0, 1])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, reverse: bool) -> None:
     case = Case(cell, 5, 2, 2, 3, torch.float64)
     D = torch.rand(5, 2, 3 * case.states, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -156,7 +158,7 @@ def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, r
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, packed: bool) -> None:
     case = Case(cell, 6, 3, 2, 3, torch.float64)
     batch_sizes = torch.tensor([3, 3, 2, 1, 1, 1]) if packed else None
@@ -291,7 +293,7 @@ def test_nan_reaches_the_gradients_of_its_sequence_only() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_mean_jacobian(cell: str) -> None:
     case = Case(cell, 5, 3, 2, 5, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
@@ -365,7 +367,7 @@ def test_the_comparison_of_scans_rejects_wrong_recurrences() -> None:
     assert_different(found, {"y": oracles.scan(x.cpu(), -a.double().cpu(), False)})
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("chunking")
 def test_an_lstms_cell_states_are_recovered() -> None:
     case = Case("lstm", 5, 3, 2, 4, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
@@ -413,17 +415,19 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
     found = []
     for name in ("reference", "triton"):
         monkeypatch.setattr(stack, "choose", lambda *_, name=name: BACKENDS[name])
-        given = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
+        batch = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
         if rule == "calibrated":
             model.diagonal.zero_(), model.diagonal_updates.zero_()
-        y = model(given)[0]
+        y = model(batch)[0]
         loss = (y.data if packed else y).square().sum()
         found.append(dict(zip("abcdefghijklmnopq", torch.autograd.grad(loss, [x, *model.parameters()]), strict=False)))
     assert_same(found[1], found[0], SAME_BY_CANCELLATION)
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # a warning of torch while it traces
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     torch.manual_seed(0)
@@ -435,7 +439,9 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # a warning of torch while it traces
 def test_the_graphs_of_a_layer_do_not_depend_on_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     model, graphs = sf.GRU(3, 4, 2, bidirectional=True, feedback="dsf"), []
@@ -484,7 +490,7 @@ def test_a_long_scan_on_a_gpu(T: int) -> None:
     assert error(sf.diagonal_scan(x.to(DEVICE), a.to(DEVICE)).cpu(), exact) < 8 * error(prefix, exact)
 
 
-# Where they cannot be had ---------------------------------------------------------------------------------------------
+# Without Triton -------------------------------------------------------------------------------------------------------
 
 WITHOUT = """
 import sys, warnings
@@ -515,7 +521,7 @@ def test_without_triton_there_is_one_warning() -> None:
 
 
 def test_every_launch_compiles_for_a100_and_h100() -> None:
-    """What the interpreter forgives, the compiler does not; it needs no GPU."""
+    """The compiler rejects code that the interpreter accepts; compiling needs no GPU."""
     script = Path(__file__).parent / "compile_triton.py"
     done = program(script.read_text(), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
