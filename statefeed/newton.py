@@ -1,10 +1,10 @@
 """Forward pass of one layer in parallel over time: quasi-Newton iteration with a diagonal Jacobian, solved by a scan.
 
-    h <- scan_D(f(h') - D h')            h' = the guess of h before every step, f = one step of the cell, all at once
+    h <- scan_D(f(h') - D h')            h' = estimate of h before every step, f = one step of the cell, for all steps
 
 D is the direct path (GRU: z; LSTM: f on c, 0 on h), or diag(J) for a cell without one. One iteration is one product
-over all steps, elementwise work and one scan. After k iterations the first k steps are exact; how many are needed
-depends on the dynamics rather than on T. Quasi-DEER (arXiv 2407.19115) is the same iteration with diag(J).
+over all steps, elementwise operations and one scan. After k iterations the first k steps are exact. The number of
+iterations depends on the dynamics more than on T. Quasi-DEER (arXiv 2407.19115) is the same iteration with diag(J).
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ from statefeed.cells.protocol import Cell, State
 from statefeed.layout import Layout
 from statefeed.scan import diagonal_scan
 
-# Iterations between two readings of the defect on a GPU, each of which waits for the device.
-_CHECK_EVERY = 3
-# Iterations after which a defect that did not fall is no longer expected to.
-_GIVE_UP_AFTER = 15
-# In units of the relative spacing of the numbers that the products return: the smallest tolerance, and the largest
-# defect that may be rounding error, which stays where it is.
+# Number of iterations between two readings of the defect on a GPU, each of which synchronizes.
+_CHECK_EVERY = 4
+# Number of iterations without a decrease of the defect after which the iteration stops.
+_GIVE_UP_AFTER = 16
+# Multiples of the machine epsilon of the products: the smallest tolerance, and the largest defect that may be rounding
+# error, which does not decrease.
 _FLOOR, _ROUNDING = 0.5, 4
 
-_NOT_TRACED = (
-    'cannot take forward_method "newton", which reads its progress from the device: set forward_method to '
-    '"sequential", or leave the layer out'
+_UNSUPPORTED = (
+    'not support forward_method "newton", which reads its progress from the device: set forward_method to '
+    '"sequential", or leave out the layer'
 )
-NOT_COMPILED = f"torch.compile and torch.export {_NOT_TRACED}"
+NOT_COMPILED = f"torch.compile and torch.export do {_UNSUPPORTED}"
 
 
 @dataclass(frozen=True)
 class Newton:
-    """A forward pass that is parallel over time, as ``layer.forward_method`` takes it.
+    """Settings of a forward pass that is parallel over time, a value of ``layer.forward_method``.
 
-    Every step satisfies ``|h[t] - f(h[t-1], x[t])| <= tolerance * (1 + |h[t]|)``. Where the dynamics amplify, the error
-    of the states is larger than this defect. The steps that do not converge are run one after the other.
+    Every step satisfies ``|h[t] - f(h[t-1], x[t])| <= tolerance * (1 + |h[t]|)``. If the dynamics amplify errors, the
+    error of the states is larger than this defect. Steps that do not converge run sequentially.
 
     Args:
-        tolerance: largest defect of a step; at least half the spacing of the products' numbers (6e-8 in float32, 5e-4
-            in TF32, 4e-3 in bfloat16). A defect below 4 times that spacing that no longer falls is rounding error,
-            and accepted.
-        max_iterations: iterations after which the remaining steps are run one after the other.
+        tolerance: largest defect of a step; at least half the machine epsilon of the products is used (6e-8 in float32,
+            5e-4 in TF32, 4e-3 in bfloat16). A defect below 4 times that epsilon that no longer decreases is accepted
+            as rounding error.
+        max_iterations: number of iterations after which the remaining steps run sequentially.
 
     Raises:
-        ValueError: a tolerance that is not positive, or no iteration.
+        ValueError: the tolerance is not positive and finite, or max_iterations is not a positive integer.
+
+    Cost: per iteration one product over all T * B steps and one scan, see ``statefeed.newton.forward``.
 
     Example:
         >>> import statefeed as sf
@@ -79,11 +81,11 @@ class Newton:
 
 
 def as_forward_method(method: str | Newton) -> Newton | None:
-    """The value of a forward method: ``"newton"``, ``"newton(tolerance)"`` or ``Newton``; None for ``"sequential"``.
+    """Parse a forward method: ``"newton"``, ``"newton(tolerance)"`` or a ``Newton``; None for ``"sequential"``.
 
     Raises:
-        TypeError: neither a string nor a ``Newton``.
-        ValueError: another string.
+        TypeError: the method is neither a string nor a ``Newton``.
+        ValueError: the string is not one of these.
 
     Example:
         >>> as_forward_method("newton(1e-3)")
@@ -107,7 +109,7 @@ def as_forward_method(method: str | Newton) -> Newton | None:
 
 
 def unsupported_cell(cell: Cell) -> str | None:
-    """Why the iteration cannot run a cell, in one sentence; None if it can."""
+    """Why the iteration does not support a cell, in one sentence; None if it does."""
     if len(cell.states) > 1 and type(cell).newton_update is Cell.newton_update:
         parts = " and ".join(cell.states)
         return (
@@ -119,12 +121,12 @@ def unsupported_cell(cell: Cell) -> str | None:
 
 @dataclass
 class Run:
-    """The settings of one call of a layer, and what its iterations took, per layer and direction.
+    """Settings and statistics of one call of a module, with one entry per layer and direction.
 
     Attributes:
-        settings: of the layer.
-        iterations: products over all steps.
-        sequential_steps: steps that were run one after the other.
+        settings: the settings of the module.
+        iterations: number of iterations.
+        sequential_steps: number of steps that ran sequentially.
     """
 
     settings: Newton
@@ -133,12 +135,12 @@ class Run:
 
 
 def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward]:
-    """All directions of one layer, as a backend's forward pass, saving nothing for the backward pass.
+    """Run the forward pass of one layer with all directions; nothing is saved for the backward pass.
 
     Args:
         problems: one per direction.
-        backend: key of the table of backends; runs the steps that do not converge.
-        run: the settings; what the iterations took is added to it.
+        backend: key of ``BACKENDS``; this backend runs the steps that do not converge.
+        run: settings, to which the statistics are added.
 
     Returns:
         One ``Forward`` per direction.
@@ -148,16 +150,16 @@ def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward
     Raises:
         RuntimeError: called while a CUDA graph is captured.
 
-    Cost: per iteration one product over all T * B steps, padding included, and one scan; on a GPU one wait for the
-        device in 3 iterations. (2 G + 6) * H values per step.
+    Cost: per iteration one product over all T * B steps, including padding, and one scan; on a GPU one synchronization
+        every 4 iterations. Memory: (2 G + 6) * H values per step.
     """
 
     def one(problem: Problem, save: bool) -> Forward:
         return _forward(problem, backend, run)
 
     if problems[0].x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a CUDA graph {_NOT_TRACED}")
-    # float32 products on a GPU have the precision of cuDNN's layers, as in the sequential forward pass.
+        raise RuntimeError(f"a CUDA graph does {_UNSUPPORTED}")
+    # float32 products on a GPU run in the precision of cuDNN's layers, as in the sequential forward pass.
     with torch.no_grad(), matmul_precision("") if problems[0].x.is_cuda else nullcontext():
         return forward_in_order(one, problems, False)
 
@@ -177,7 +179,7 @@ def _forward(problem: Problem, backend: str, run: Run) -> Forward:
 
 
 def _finish(problem: Problem, backend: str, steps: int, rows: State, initial: State) -> Forward:
-    """The steps from ``steps`` on, one after the other, after those that converged."""
+    """Run the steps after the ``steps`` converged ones sequentially."""
     layout = problem.layout
     sizes = layout.batch_sizes
     done = steps * layout.B if sizes is None else int(sizes[:steps].sum())
@@ -192,7 +194,7 @@ def _finish(problem: Problem, backend: str, steps: int, rows: State, initial: St
 
 
 class _Solved(NamedTuple):
-    """States (T, B, width) of which the first ``steps`` steps are within the tolerance."""
+    """States (T, B, width), of which the first ``steps`` steps have converged."""
 
     states: State
     steps: int
@@ -203,7 +205,7 @@ class _System:
     """The equations h[t] = f(h[t-1], x[t]) of all steps of one direction, on a dense grid (T, B, .).
 
     Args:
-        problem: in the order of processing.
+        problem: a problem with rows in the order of processing.
         tolerance: largest defect relative to 1 + |h|.
     """
 
@@ -235,7 +237,7 @@ class _System:
             inputs[:shared] += b_hh[:shared]
             constant = b_hh[shared:]
         self.inputs = inputs[shared:].view(G - shared, self.T, self.B, self.H)
-        # What the product with h is added to: inputs where a gate takes their sum, else the hidden bias.
+        # Addend of the product with h: inputs for a gate that takes their sum, otherwise the hidden bias.
         self.addend = inputs if shared == G else torch.cat([inputs[:shared], constant.expand(-1, inputs.shape[1], -1)])
 
     def _spacing(self) -> float:
@@ -243,7 +245,7 @@ class _System:
         return 2.0**-10 if tf32 else torch.finfo(self.product_dtype).eps
 
     def solve(self, max_iterations: int) -> _Solved:
-        """Iterate until every step is within the tolerance, no progress is made, or the iterations are spent."""
+        """Iterate until every step has converged, there is no progress, or max_iterations is reached."""
         h = self.initial[0].new_zeros(self.T, self.B, self.H)
         if not self.B:
             return _Solved((h,) * len(self.initial), self.T, 0)
@@ -262,7 +264,7 @@ class _System:
         raise AssertionError("unreachable: the last iteration reads the defect")
 
     def update(self, h: Tensor, reads: bool) -> tuple[State, Tensor | None]:
-        """The next states, and the defect of ``h`` relative to 1 + |h|, (T, B, H), if it is to be read."""
+        """The next states and, with ``reads``, the defect of ``h`` relative to 1 + |h|, (T, B, H)."""
         h_prev = torch.cat([self.initial[0][None], h[:-1]])
         defect: list[Tensor] = []
 
@@ -278,28 +280,28 @@ class _System:
         return states, defect[0] if defect else None
 
     def preactivations(self, h_prev: Tensor) -> Tensor:
-        """(G, T * B, H), as ``Cell.newton_update`` takes them."""
+        """The argument ``gates`` of ``Cell.newton_update``, (G, T * B, H)."""
         rows = h_prev.flatten(0, 1).to(self.product_dtype).expand(self.cell.gates, -1, -1)
         if self.product_dtype == self.dtype:
             return torch.baddbmm(self.addend, rows, self.w_hh_gates)
         return self.addend + torch.bmm(rows, self.w_hh_gates)
 
 
-def _stalled(read: dict[int, float], iterations: int, share: float) -> bool:
-    """Whether the last defect is not below ``share`` of that so many iterations earlier, as one that is no number."""
+def _stalled(read: dict[int, float], iterations: int, factor: float) -> bool:
+    """Whether the last defect is not below ``factor`` times the defect ``iterations`` earlier; true for NaN."""
     last = max(read)
     earlier = [defect for k, defect in read.items() if k <= last - iterations]
-    return bool(earlier) and not read[last] < share * earlier[-1]
+    return bool(earlier) and not read[last] < factor * earlier[-1]
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:
-    """That of autocast, which leaves float64 as it is, or of the weights."""
+    """The dtype of products: that of autocast, which does not cast float64, or of the weights."""
     dtype = problem.weights[0].dtype
     return dtype if problem.compute_dtype is None or dtype == torch.float64 else problem.compute_dtype
 
 
 def _output_dtype(problem: Problem, backend: str) -> torch.dtype:
-    """That of the backend's own forward pass."""
+    """The dtype of outputs in the backend's own forward pass."""
     dtype = problem.weights[0].dtype
     if problem.compute_dtype is None or BACKENDS[backend].upcasts or dtype == torch.float64:
         return dtype

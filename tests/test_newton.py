@@ -399,7 +399,7 @@ def test_a_swapped_layer_has_it_and_restore_removes_it():
     assert vars(model[0]).keys() == attributes
 
 
-def test_layers_that_cannot_run_it_refuse_it():
+def test_layers_that_do_not_support_it_raise():
     with pytest.raises(ValueError, match='Recurrent must be "sequential"'):
         sf.Recurrent(nn.GRUCell(I, H)).forward_method = "newton"
     layer = sf.GRU(I, H, feedback="torch")
@@ -424,7 +424,7 @@ def test_a_cell_with_several_parts_needs_its_own_update():
 
 
 @pytest.mark.parametrize("rule", ["bptt", "dsf"])
-def test_compile_and_export_refuse_it(rule):
+def test_compile_and_export_raise(rule):
     layer = sf.GRU(I, H, feedback=rule)
     layer.forward_method = "newton"
     x = torch.randn(T, B, I)
@@ -476,4 +476,4 @@ def test_on_a_gpu(cell, rule):
     for a, b in zip(ours, expected, strict=True):
         assert largest(a, b) < 1e-8
     layer.float()(x.float())[0].sum().backward()
-    assert layer.newton_iterations[0] % 3 == 0
+    assert layer.newton_iterations[0] % 4 == 0

@@ -16,13 +16,16 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEN
 
 
 def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool, from_states: bool = False) -> Backend:
-    """The backend that runs a layer.
+    """Select the backend that runs a layer.
 
     Args:
         cell: cell of the layer.
         tensors: x, initial states and weights.
         exact: whether the rule is exact.
-        from_states: whether the backward pass starts from the states alone, after a forward pass that is not its own.
+        from_states: whether the backward pass must start from the states alone, because another forward pass ran.
+
+    Returns:
+        The first backend in the table that supports the layer.
     """
     able = (b for b in BACKENDS.values() if not (from_states and b.saves))
     return next(b for b in able if b.unsupported_reason(cell, tensors, exact) is None)

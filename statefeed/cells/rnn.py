@@ -1,4 +1,4 @@
-"""The plain RNN: h = act(inputs + hidden), act = tanh or relu."""
+"""RNN cells of torch: h = act(inputs + hidden), act = tanh or relu."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _RNN(Cell):
 
     @abstractmethod
     def activation(self, x: Tensor) -> Tensor:
-        """act, element by element."""
+        """The activation function act, element-wise."""
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
         return (self.activation(inputs + hidden),)
@@ -46,7 +46,7 @@ class _RNN(Cell):
 
 
 class RNNTanh(_RNN):
-    """h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with tanh, h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_tanh"
     torch_forward = "rnn_tanh"
@@ -60,7 +60,7 @@ class RNNTanh(_RNN):
 
 
 class RNNRelu(_RNN):
-    """h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with ReLU, h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_relu"
     torch_forward = "rnn_relu"
