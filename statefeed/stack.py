@@ -91,7 +91,7 @@ class RecurrentStack(FeedbackLayer):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """The forward pass on a padded, packed or unbatched input; not overridden by a subclass's ``forward``."""
-        if self.torch_path_reason(input) is not None:
+        if self._runs_in_torch(input):
             return self._torch_path(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
@@ -141,6 +141,10 @@ class RecurrentStack(FeedbackLayer):
         state = () if hx is None else self._as_state(hx)
         tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
         return choose(self.feedback_cell, tensors, self._feedback.exact).name
+
+    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer runs a call, whatever the backends support."""
+        return False
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call; None if a backend may run it, as it does where torch lacks the cell."""

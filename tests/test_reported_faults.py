@@ -236,7 +236,7 @@ def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype,
     layer = sf.LSTM(3, 4, layers, feedback="torch")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
-        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        monkeypatch.setattr("statefeed.paths._onednn_has_bf16", lambda: False)
         for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)
@@ -590,8 +590,20 @@ SENTENCES = {
 @pytest.mark.parametrize("rule", ["dsf", "bptt", "calibrated+1"])
 @every_layer
 def test_a_transform_answers_with_one_sentence(cell, rule, transform, x):
+    x = torch.cat([x] * 5)  # long enough for kernels under the exact rule
     with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback=rule), x)
+
+
+@pytest.mark.parametrize(
+    "transform", ["jacrev", "jvp", "jacfwd", "forward_ad", "vmap", "vmap of grad", "ExpandedWeights"]
+)
+@every_layer
+def test_the_answer_to_a_transform_does_not_depend_on_the_length(cell, transform, x):
+    layer = LAYERS[cell](3, 4)
+    assert "torch.nn" in sf.explain(layer, x[:2]).forward
+    with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
+        TRANSFORMS[transform](layer, x[:2])
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -674,7 +686,7 @@ def test_fx_refuses_what_it_would_draw_wrongly():
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "calibrated", "jacobian", "gate+2"])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_products_are_counted_as_explain_counts_them(cell, rule, x):
-    layer, leaf = LAYERS[cell](3, 4, feedback=rule), x.clone().requires_grad_()
+    layer, leaf = LAYERS[cell](3, 4, feedback=rule), torch.cat([x] * 5).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         total(layer, leaf).backward()
     expected = sf.explain(layer, leaf)
