@@ -103,15 +103,15 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         """Whether torch's own layer runs a call; a fraction of a small layer's time, so without words."""
         if self._feedback.through_torch or torch.compiler.is_exporting():
             return True
-        grad = torch.is_grad_enabled()
         if is_transformed():
-            return not grad and not self._layer_by_layer
+            return not torch.is_grad_enabled() and not self._layer_by_layer
         # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
-        if not self._feedback.exact and (grad or torch.is_autocast_enabled("cpu")):
+        if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             return False
-        if torch.compiler.is_compiling() or is_expanded(self._weight("weight_hh_l0")):
-            return False  # their answers do not depend on the shape
-        return self.is_faster_in_torch(input)
+        if not self.is_faster_in_torch(input):
+            return False
+        # Their answers do not depend on the shape.
+        return not torch.compiler.is_compiling() and not is_expanded(self._weight("weight_hh_l0"))
 
     def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
         """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
@@ -119,11 +119,12 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
-            raise RuntimeError(_COMPILED_LSTM)
-        if self.mode == "LSTM" and isinstance(input, Tensor) and not torch.is_grad_enabled() and lacks_bf16(input):
-            return self._in_float32(input, hx)
+        if self.mode == "LSTM":
+            if torch.is_grad_enabled():
+                if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                    raise RuntimeError(_COMPILED_LSTM)
+            elif isinstance(input, Tensor) and lacks_bf16(input):
+                return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
     def _in_float32(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
