@@ -39,8 +39,8 @@ class Way(NamedTuple):
     Attributes:
         cell: rnn, gru or lstm.
         bf16: whether products run in bfloat16 under autocast, else in float32 or float64.
-        packed: whether the batch is packed; the kernels sort its rows into steps, torch runs it step by step.
-        onednn: whether the whole layer is one call of oneDNN: an LSTM on a padded batch, not in float64.
+        packed: whether the batch is packed, for an LSTM with several lengths.
+        onednn: whether one call of oneDNN runs the whole layer: an LSTM on sequences of one length, not in float64.
     """
 
     cell: str
@@ -125,14 +125,15 @@ def way_of(mode: str, input: Tensor | PackedSequence) -> Way | None:
         return None
     if mode != "LSTM":
         return Way("gru" if mode == "GRU" else "rnn", bf16, packed)
-    if bf16 and not _onednn_has_bf16():
-        return None  # without autograd the layer then runs in float32
-    onednn = not packed and (bf16 or dtype == torch.float32)
-    return Way("lstm", bf16, packed, onednn and torch._C._has_mkldnn and torch._C._get_mkldnn_enabled())
+    if lacks_bf16(input):
+        return None  # torch's layer then runs in float32
+    ragged = isinstance(input, PackedSequence) and not _same_lengths(input)
+    onednn = not ragged and (bf16 or dtype == torch.float32)
+    return Way("lstm", bf16, ragged, onednn and torch._C._has_mkldnn and torch._C._get_mkldnn_enabled())
 
 
 def extent(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int, int]:
-    """Steps and sequences of an input."""
+    """Number of steps and of sequences of an input."""
     if isinstance(input, PackedSequence):
         steps = len(input.batch_sizes)
         return steps, int(input.batch_sizes[0]) if steps else 0
@@ -142,17 +143,24 @@ def extent(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int, int]
     return (second, first) if batch_first else (first, second)
 
 
-def lacks_bf16(x: Tensor) -> bool:
-    """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the bfloat16 autocast in force."""
-    autocast = x.is_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return autocast and not _onednn_has_bf16()
+def lacks_bf16(input: Tensor | PackedSequence) -> bool:
+    """Whether oneDNN, which runs torch's LSTM unless lengths differ, raises under the enabled bfloat16 autocast."""
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    x = input if isinstance(input, Tensor) else input.data
+    return x.is_cpu and not onednn_supports_bf16() and (isinstance(input, Tensor) or _same_lengths(input))
+
+
+def _same_lengths(input: PackedSequence) -> bool:
+    return bool(input.batch_sizes[-1] == input.batch_sizes[0])
 
 
 @functools.cache
-def _onednn_has_bf16() -> bool:
+def onednn_supports_bf16() -> bool:
+    """Whether oneDNN can run bfloat16 layers on this CPU, or is not used at all."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return not available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 # As for ``native.unavailable``: a constant to torch.compile.
-_onednn_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+onednn_supports_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ def one_thread():
 
 
 def test_every_form_is_written_as_a_record(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paths, "_SECONDS", 0.0)
+    monkeypatch.setattr(paths, "SECONDS", 0.0)
     output = tmp_path / "paths.jsonl"
     flags = ["--cells=gru,lstm", "--dtypes=float32", f"--forms={','.join(paths.FORMS)}", "--shapes=1x2x8,30x2x8"]
     code = paths.main([*flags, "--repeats=5", f"--output={output}"])

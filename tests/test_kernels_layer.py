@@ -39,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def rule_of(diagonal: str | Tensor, corrections: int) -> KernelRule:
-    """From a kernel's name of a rule, a stationary diagonal (S,) or one per row (..., S)."""
+    """The kernel rule of a name, of a stationary diagonal (S,), or of a diagonal per row (..., S)."""
     if isinstance(diagonal, str):
         return KernelRule(diagonal, None, corrections)
     if diagonal.dim() == 1:
@@ -48,7 +48,7 @@ def rule_of(diagonal: str | Tensor, corrections: int) -> KernelRule:
 
 
 class Case:
-    """Random inputs of one layer; ``exact`` is torch.nn's forward and backward, ``run`` the kernels'."""
+    """Random inputs of one layer; ``exact`` runs torch.nn, ``run`` the kernels, both forward and backward."""
 
     def __init__(self, cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, bias: bool = True) -> None:
         make = torch.Generator().manual_seed(T + 10 * B + 100 * H)
@@ -108,7 +108,7 @@ class Case:
     def run_packed(
         self, lengths: list[int], diagonal: str | Tensor, corrections: int, bf16: bool = False
     ) -> dict[str, Tensor]:
-        """The same for sequences of these lengths, longest first; results in packed order."""
+        """As ``run`` for sequences of these lengths, longest first; results are in packed order."""
         rows = [pack_sequence([v[:n, b] for b, n in enumerate(lengths)]) for v in (self.x, self.e)]
         x, e = (packed.data for packed in rows)
         if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
@@ -119,7 +119,7 @@ class Case:
         return self.named(done.y, done.final, found.x, found.state, list(found.weights))
 
     def alone(self, b: int, length: int) -> "Case":
-        """One sequence of the batch as a case of its own."""
+        """A case with one sequence of the batch."""
         case = object.__new__(Case)
         case.cell, case.states, case.weights = self.cell, self.states, self.weights
         case.x, case.e = self.x[:length, b : b + 1], self.e[:length, b : b + 1]
@@ -165,9 +165,9 @@ def test_a_sequence_of_several_chunks_follows_the_equations(cell: str) -> None:
 
 
 def expected_of(case: Case, diagonal: str | Tensor, corrections: int) -> dict[str, Tensor]:
-    """The oracle's gradients; ``diagonal`` as the oracle takes it."""
+    """The gradients of the oracle; ``diagonal`` in the form of the oracle."""
     w = dict(zip(NAMES, case.weights, strict=False))
-    # The oracle takes one gradient per state and step; the final state's is that of the last.
+    # The oracle takes one gradient per state and step; add that of the final state to the last step.
     e = torch.cat([case.e, torch.zeros_like(case.e)], -1)[..., : case.states * case.e.shape[-1]].clone()
     e[-1] += torch.cat(case.final_e, -1)
     return oracles.layer_gradients(ORACLE[case.cell], w, case.x, torch.cat(case.state, -1), e, (diagonal, corrections))
@@ -290,7 +290,7 @@ def test_uninitialized_memory_does_not_matter() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_denormals_count_outside() -> None:
+def test_denormals_are_not_flushed_after_a_call() -> None:
     Case("gru", 4, 64, 64, 64, torch.float32).run("direct")
     assert (torch.full((100_000,), 1e-39) * 1.0).count_nonzero() == 100_000
 
@@ -316,7 +316,7 @@ def test_extreme_activations(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("H", [3, 127])
 @pytest.mark.usefixtures("threads")
-def test_bfloat16_products_lose_no_more_than_bfloat16_does(cell: str, H: int) -> None:
+def test_bfloat16_products_have_the_accuracy_of_bfloat16(cell: str, H: int) -> None:
     case = Case(cell, 17, 19, 5, H, torch.float32)
     found, exact = case.run("direct", 1, bf16=True), case.run("direct", 1)
     names = ["y"] if cell == "rnn_relu" else list(exact)  # a slope of 0 or 1 may flip
@@ -373,7 +373,7 @@ for _ in range(20):  # past the point where the guard takes the machine for over
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a core here")
-def test_threads_that_come_late_change_no_bit() -> None:
+def test_late_threads_give_the_same_bits() -> None:
     def run(how: str) -> list[str]:
         return subprocess.check_output([sys.executable, "-c", LATE, how], text=True, timeout=60).split()
 

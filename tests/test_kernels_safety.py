@@ -146,9 +146,7 @@ def test_a_missing_tensor_raises(op: str, name: str) -> None:
         (head_arguments, {"grad_w": None}, "grad_w must be given"),
     ],
 )  # fmt: skip
-def test_arguments_that_contradict_one_another_raise(
-    make: Callable[[], dict[str, Any]], changes: dict[str, Any], words: str
-) -> None:
+def test_contradictory_arguments_raise(make: Callable[[], dict[str, Any]], changes: dict[str, Any], words: str) -> None:
     arguments = make() | changes
     op = next(op for op, of in OPERATORS.items() if of().keys() == arguments.keys())
     with pytest.raises(RuntimeError, match=words):
@@ -174,7 +172,7 @@ def test_a_target_outside_the_classes_raises(wrong: int) -> None:
         call("head_loss", arguments)
 
 
-def test_a_cell_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_without_a_kernel_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     cell, tensors = CELLS["gru"], [torch.zeros(1)] * 3
     assert cpu.unsupported_reason(cell, tensors, False) is None
     monkeypatch.setattr(type(cell), "name", "mgu")
@@ -190,7 +188,7 @@ def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, m
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-# Common beginning of every program of this section.
+# Common first part of every program in this section.
 PROGRAM = """
 import ctypes, resource, torch
 from statefeed import native

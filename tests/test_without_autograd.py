@@ -98,7 +98,7 @@ def test_a_frozen_layer_saves_for_the_gradient_of_its_input_or_state():
 
 
 @every_layer
-def test_steps_are_the_sequence_at_once(cell):
+def test_steps_equal_one_call_on_the_sequence(cell):
     torch.manual_seed(0)
     for rule in rules_of(cell):
         layer, x, state, outputs = LAYERS[cell](3, 4, 2, feedback=rule), torch.randn(5, 2, 3), None, []

@@ -41,7 +41,7 @@ SHAPES = (
 )
 # A case is slower where it has less than this part of torch.nn's speed and takes so many more microseconds a call.
 ENOUGH, FEW_MICROSECONDS = 0.98, 5.0
-_SECONDS = 5e-3  # of one measurement: short calls are repeated
+SECONDS = 5e-3  # of one measurement: short calls are repeated
 
 
 class Case(NamedTuple):
@@ -116,7 +116,7 @@ def _runner(case: Case, layer: nn.RNNBase, x: Tensor | PackedSequence, setting: 
             start = clock("cpu")
             once()
             took = clock("cpu") - start
-            repeats = max(1, min(1000, int(_SECONDS / max(took, 1e-6))))
+            repeats = max(1, min(1000, int(SECONDS / max(took, 1e-6))))
             start = clock("cpu")
             for _ in range(repeats):
                 once()

@@ -107,5 +107,6 @@ BACKEND = Backend(
     device="cpu",
     describe=describe,
     upcasts=True,
+    saves=True,
     fused_forward=True,
 )

@@ -1,4 +1,4 @@
-// Bias gradients: column sums over the rows of a chunk, and the sum of a cell's two biases.
+// Column sums over the rows of a chunk, for bias gradients, and the sum of the two biases of a cell.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +8,15 @@
 
 namespace statefeed {
 
-// totals (units) += column sums of rows (rows, units). Few rows are summed in T and all blocks of them in double: the
-// error does not grow with the number of rows. A task: an item is a vector of units.
+// totals (units) += column sums of rows (rows, units). Blocks of few rows are summed in T, and the blocks in double,
+// so that the error does not grow with the number of rows. A task: an item is a vector of units.
 template <class T>
 struct ColumnSums {
   static constexpr int L = lanes<T>, accumulators = 4;
   static constexpr int64_t block = 16;
   int64_t rows, units, stride;
   const T* from;
-  double* totals;  // null: not wanted
+  double* totals;  // null: no sums are needed
 
   int64_t items() const { return totals ? panel_count(units, L) : 0; }
   void run(int64_t item) const {

@@ -52,7 +52,7 @@ StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
 
-// The states before the steps of a chunk, row by row beside its gradients. They lie in y, one step earlier, except
+// The states before the steps of a chunk, row by row beside its gradients. They are in y, one step earlier, except
 // before the first step, and except where sequences end: there a step has fewer rows than the one before.
 template <class T>
 struct StatesBefore {
@@ -146,7 +146,7 @@ class Backward {
   T* separate_grads = separate ? gate_grads + G : nullptr;
   T* states_before = workspace<T, Tag::states_before>(most * H);
   const PackedWeights<P> packed_w_ih = columns<P, Tag::input_weights>(s.layer.w_ih, I, G, s.grad_x);
-  // Shared and separate gradients lie in two buffers, and so their weights in two packs. The steps of exact BPTT are
+  // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT are
   // float32 in any case.
   const PackedWeights<Plain<T>> packed_w_hh =
       columns<Plain<T>, Tag::hidden_weights>(s.layer.w_hh, H, G, s.rule == Rule::exact);
