@@ -98,6 +98,8 @@ def _file(path: Path) -> Found:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = validate(json.loads(line), {})
+            if "package" in record:
+                continue  # of other people's packages: their table is in docs/packages.md
             if "bench" in record:
                 found.benchmarks.append(_benchmark_record(migration.benchmark(record)))
             else:

@@ -51,3 +51,9 @@ def test_what_is_read_is_not_overwritten(flag: str, name: str, runs: Path, capsy
     assert cli.main(["report", str(runs / "good"), str(runs / "records"), flag, str(runs / name)]) == 2
     assert "the page must not replace a file that is read" in capsys.readouterr().err
     assert (runs / name).read_bytes() == before
+
+
+def test_records_of_other_peoples_packages_are_not_reported(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "machine.jsonl").write_text('{"package": "darts", "model": "GRU"}\n')
+    assert cli.main(["report", str(runs)]) == 0
+    assert "machine.jsonl" not in capsys.readouterr().err
