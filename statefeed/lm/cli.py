@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,8 @@ statefeed COMMAND --help lists every flag of a command.
 
 
 _PYTHONS_WARNING = warnings.showwarning
+_PACKAGE = Path(__file__).parent.parent
+_SHOWN: set[str] = set()  # warnings of this process
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,12 +113,13 @@ def own_process() -> None:
             libc.mallopt(parameter, 1 << 30)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """A warning of the library as one line, without the line of code it came from; others as Python prints them."""
-    if category is RuntimeWarning:
-        notify(" ".join(str(message).split()))
-    else:
-        _PYTHONS_WARNING(message, category, *place, **more)
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+    """A warning of the library as one line, once, without the line of code; others as Python prints them."""
+    if category is not RuntimeWarning and not Path(filename).is_relative_to(_PACKAGE):
+        _PYTHONS_WARNING(message, category, filename, *place, **more)
+    elif (sentence := " ".join(str(message).split())) not in _SHOWN:
+        _SHOWN.add(sentence)
+        notify(sentence)
 
 
 def _report(sentence: str, code: int) -> int:

@@ -72,7 +72,7 @@ def scoring(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
         recipe: evaluation batch and context. The batch matters to continuous streams alone, each of which starts
             from an empty state.
     """
-    batch = recipe.eval_batch or recipe.batch
+    batch = min(recipe.eval_batch or recipe.batch, max(1, len(tokens)))
     if data.batches == "sentences":
         return Sentences(tokens, batch, recipe.context)
     if data.batches == "blocks":
