@@ -4,7 +4,8 @@ A layer works on rows, one for every step of every sequence, time first. A dense
 packed batch is laid out as in torch's PackedSequence: sequences are sorted by length, longest first, and step t has
 ``batch_sizes[t]`` rows, which never increase. In both, row (t, b) is therefore ``offset[t] + b``, with
 ``offset[t] = batch_sizes[:t].sum()`` or ``t * B``, and the row of the same sequence one step earlier is
-``offset[t-1] + b``. Matrix products never include padding: rows become a (T, B, .) grid only for a scan over time.
+``offset[t-1] + b``. Matrix products never include padding: rows become a (T, B, .) grid only for a scan over
+time, and in ``statefeed/newton.py``, whose iterations alternate between the two.
 """
 
 from __future__ import annotations

@@ -28,14 +28,16 @@ from statefeed.scan import diagonal_scan
 # Number of iterations between two readings of the defect on a GPU, each of which synchronizes.
 _CHECK_EVERY = 4
 # Number of iterations without a decrease of the defect after which the iteration stops.
-_PATIENCE = 16
-# A defect below this multiple of the machine epsilon of the products may be rounding error, which does not decrease.
-_ROUNDING = 4
+_GIVE_UP_AFTER = 16
+# Multiples of the machine epsilon of the products: the smallest tolerance, and the largest defect that may be rounding
+# error, which does not decrease.
+_FLOOR, _ROUNDING = 0.5, 4
 
-NOT_COMPILED = (
-    'torch.compile and torch.export do not support forward_method "newton", which reads its progress from the device: '
-    'set forward_method to "sequential", or compile the model without the layer'
+_UNSUPPORTED = (
+    'not support forward_method "newton", which reads its progress from the device: set forward_method to '
+    '"sequential", or leave out the layer'
 )
+NOT_COMPILED = f"torch.compile and torch.export do {_UNSUPPORTED}"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Newton:
     error of the states is larger than this defect. Steps that do not converge run sequentially.
 
     Args:
-        tolerance: largest defect of a step. A defect below 4 times the machine epsilon of the products (5e-7 in
-            float32, 4e-3 in TF32, 3e-2 in bfloat16) that no longer decreases is accepted as rounding error.
+        tolerance: largest defect of a step; at least half the machine epsilon of the products is used (6e-8 in float32,
+            5e-4 in TF32, 4e-3 in bfloat16). A defect below 4 times that epsilon that no longer decreases is accepted
+            as rounding error.
         max_iterations: number of iterations after which the remaining steps run sequentially.
 
     Raises:
@@ -144,6 +147,9 @@ def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward
 
     Gradient: none.
 
+    Raises:
+        RuntimeError: called while a CUDA graph is captured.
+
     Cost: per iteration one product over all T * B steps, including padding, and one scan; on a GPU one synchronization
         every 4 iterations. Memory: (2 G + 6) * H values per step.
     """
@@ -151,6 +157,8 @@ def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward
     def one(problem: Problem, save: bool) -> Forward:
         return _forward(problem, backend, run)
 
+    if problems[0].x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a CUDA graph does {_UNSUPPORTED}")
     # float32 products on a GPU run in the precision of cuDNN's layers, as in the sequential forward pass.
     with torch.no_grad(), matmul_precision("") if problems[0].x.is_cuda else nullcontext():
         return forward_in_order(one, problems, False)
@@ -211,7 +219,8 @@ class _System:
         self.w_hh = w_hh.to(self.dtype)
         self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, self.H).mT
         self.on_gpu = problem.x.is_cuda
-        self.tolerance, self.rounding = tolerance, _ROUNDING * self._spacing()
+        spacing = self._spacing()
+        self.tolerance, self.rounding = max(tolerance, _FLOOR * spacing), _ROUNDING * spacing
         self.valid = None
         if layout.batch_sizes is not None:
             steps = torch.arange(self.T, device="cpu")[:, None]
@@ -227,7 +236,7 @@ class _System:
             inputs += b_ih
             inputs[:shared] += b_hh[:shared]
             constant = b_hh[shared:]
-        self.inputs = inputs[shared:].view(-1, self.T, self.B, self.H)
+        self.inputs = inputs[shared:].view(G - shared, self.T, self.B, self.H)
         # Addend of the product with h: inputs for a gate that takes their sum, otherwise the hidden bias.
         self.addend = inputs if shared == G else torch.cat([inputs[:shared], constant.expand(-1, inputs.shape[1], -1)])
 
@@ -238,15 +247,17 @@ class _System:
     def solve(self, max_iterations: int) -> _Solved:
         """Iterate until every step has converged, there is no progress, or max_iterations is reached."""
         h = self.initial[0].new_zeros(self.T, self.B, self.H)
+        if not self.B:
+            return _Solved((h,) * len(self.initial), self.T, 0)
         read: dict[int, float] = {}
         for k in range(1, max_iterations + 1):
             reads = k == max_iterations or not self.on_gpu or k % _CHECK_EVERY == 0
             states, defect = self.update(h, reads)
             if defect is not None:
                 read[k] = float(defect.max())
-                if read[k] <= self.tolerance or (read[k] <= self.rounding and _stalled(read, _CHECK_EVERY, 0.5)):
+                if read[k] <= self.tolerance or (read[k] <= self.rounding and _stalled(read, 2 * _CHECK_EVERY, 0.5)):
                     return _Solved((h, *states[1:]), self.T, k)
-                if k == max_iterations or _stalled(read, _PATIENCE, 0.9):
+                if k == max_iterations or _stalled(read, _GIVE_UP_AFTER, 0.9):
                     above = (~(defect.amax((1, 2)) <= self.tolerance)).nonzero()
                     return _Solved((h, *states[1:]), int(above[0]), k)
             h = states[0]
@@ -264,7 +275,7 @@ class _System:
                 defect.append(relative if self.valid is None else relative.where(self.valid, 0))
             return b if a is None else diagonal_scan(b, a, initial=self.initial[part])
 
-        gates = self.preactivations(h_prev).view(-1, self.T, self.B, self.H)
+        gates = self.preactivations(h_prev).view(self.cell.gates, self.T, self.B, self.H)
         states = self.cell.newton_update(gates, self.inputs, h_prev, self.w_hh, scan)
         return states, defect[0] if defect else None
 

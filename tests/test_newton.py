@@ -168,6 +168,22 @@ def test_every_form_of_input(cell, options):
     assert len(layer.newton_iterations) == K
 
 
+def test_an_empty_batch():
+    layer = make("lstm", num_layers=2)
+    ours, expected = both_ways(layer, torch.zeros(T, 0, I).double())
+    assert [t.shape for t in ours] == [t.shape for t in expected]
+    assert layer.newton_iterations == (0, 0)
+
+
+def test_function_transforms():
+    layer = make("gru", feedback="dsf")
+    x = torch.randn(T, B, I).double()
+    found = torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    layer(leaf)[0].square().sum().backward()
+    assert largest(found, leaf.grad) < 1e-12
+
+
 def test_it_runs_without_autograd():
     layer = make("gru", method=sf.Newton(0.1))
     x = torch.randn(T, B, I).double()
@@ -293,6 +309,18 @@ def test_autocast(cell, dtype):
     for a, b, c in zip(ours, expected, exact, strict=True):
         assert a.dtype == b.dtype
         assert largest(a, c) < 4 * largest(b, c) + torch.finfo(dtype).eps
+
+
+def test_steps_that_do_not_converge_under_autocast():
+    layer = make("gru", 16, 64, method="newton", scale=20.0).float()
+    x = torch.randn(60, 2, 16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours, expected = both_ways(layer, x)
+    assert layer.newton_sequential_steps[0] > 0
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.isfinite().all()
+    assert largest(ours[0][:3], expected[0][:3]) < 0.1  # later, rounding errors grow
 
 
 def test_rounding_errors_end_the_iteration():

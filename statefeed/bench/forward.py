@@ -32,21 +32,21 @@ _PARITY = 1e-9
 class Options(Common):
     """The forward pass in parallel over time: iterations, and with --timed its time against torch.nn's."""
 
-    cells: str = option("rnn,gru,lstm", "cells with random weights, among rnn (tanh), gru and lstm")
+    cells: str = option("rnn,gru,lstm", "cells with random weights, among rnn (tanh), gru and lstm; none for none")
     scales: str = option("1", "factors of torch's random W_hh, whole numbers separated by commas")
     runs: str = option("", "folders of trained language models, separated by commas; their layers read their own text")
     steps: str = option("64,256,1024,4096", "values of T, separated by commas")
     batches: str = option("1", "values of B, separated by commas")
     widths: str = option("256", "values of H for random weights, separated by commas")
     tolerances: str = option("1e-3,1e-4,1e-5,1e-6", "largest defects of a step, separated by commas")
-    max_iterations: int = option(100, "iterations after which the remaining steps run one after the other")
+    max_iterations: int = option(100, "iterations after which the remaining steps run sequentially")
     dtype: str = option("float32", "float32 or, on a GPU, tf32, or bfloat16 (autocast)")
     timed: bool = option(False, "also measure the time, and that of torch.nn's forward pass")
     output: str = option("forward.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names("cells", self.cells, tuple(GATES))
+        cells_of(self)
         names("dtype", self.dtype, DTYPES[self.device])
         for flag in ("scales", "steps", "batches", "widths"):
             numbers(flag, getattr(self, flag))
@@ -54,6 +54,11 @@ class Options(Common):
         for path in run_folders(self):
             if not path.is_dir():
                 raise OptionError(f"runs must be folders of trained models, got {str(path)!r}")
+
+
+def cells_of(options: Options) -> list[str]:
+    """The cells with random weights."""
+    return [cell for cell in names("cells", options.cells, (*GATES, "none")) if cell != "none"]
 
 
 def methods(options: Options) -> dict[str, sf.Newton]:
@@ -81,8 +86,7 @@ class Subject(NamedTuple):
 
 def random_subjects(options: Options, T: int, B: int, widths: Sequence[int]) -> Iterator[Subject]:
     """Layers with torch's random weights, W_hh scaled, on unit normal inputs."""
-    cells = names("cells", options.cells, tuple(GATES))
-    for cell, H, scale in itertools.product(cells, widths, numbers("scales", options.scales)):
+    for cell, H, scale in itertools.product(cells_of(options), widths, numbers("scales", options.scales)):
         torch.manual_seed(0)
         module = getattr(sf, cell.upper())(H, H)
         with torch.no_grad():
@@ -231,7 +235,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
     result = Table(
         title="forward pass in parallel over time: iterations of one product over all steps and one scan",
-        caption="sequential: steps that did not converge and ran one after the other; error: largest difference from "
+        caption="sequential: steps that did not converge and ran sequentially; error: largest difference from "
         "torch.nn's states; a speed-up above 1 is faster than torch.nn",
     )
     for heading in ("cell", "weights", "layer", "T", "B", "method"):

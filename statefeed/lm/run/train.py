@@ -150,7 +150,6 @@ def optimize(
     model, optimizer, scaler = setup.model, setup.optimizer, setup.scaler
     rules, keeps_states = sf.Schedule(config.model.feedback), config.data.batches == "stream"
     autocast = autocast_context(recipe.precision, group.device)
-    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     first, marked = checkpoints.step + 1, False
     parts = group.columns(recipe.batch, recipe.accumulate)
     before = [None if states is None else group.shard(states, part) for part in parts]
@@ -188,7 +187,7 @@ def optimize(
             scaler.update()
             log.time_phase("optimizer")
             log.step(step, epoch + 1, nats / counted, counted)
-            if step in scored:
+            if is_scored(step, steps, recipe.evaluations):
                 with _uncompiled(recipe):
                     _score(setup, recipe, log, best, group, step, epoch + 1)
             if stop or save or step == steps:
@@ -198,6 +197,16 @@ def optimize(
             if stop and step < steps:
                 raise Interrupted(f"interrupted after step {step:,} of {steps:,}", signals.caught or signal.SIGTERM)
             log.time_phase(None)
+
+
+def is_scored(step: int, steps: int, evaluations: int) -> bool:
+    """Whether the validation split is scored after a step: after ``steps * k // evaluations`` for k = 1, 2, ...
+
+    >>> [step for step in range(1, 11) if is_scored(step, 10, 3)]
+    [3, 6, 10]
+    """
+    k = -(-step * evaluations // steps)  # the first one that is not before this step
+    return evaluations >= steps or steps * k // evaluations == step
 
 
 def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: torch.device) -> None:
