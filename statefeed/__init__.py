@@ -7,6 +7,7 @@ from statefeed.explain import Explanation, explain
 from statefeed.feedback import Feedback
 from statefeed.layers import GRU, LSTM, RNN
 from statefeed.mixin import FeedbackLayer
+from statefeed.newton import Newton
 from statefeed.scan import diagonal_scan
 from statefeed.schedule import Schedule
 from statefeed.swap import SwapReport, restore, swap
@@ -25,6 +26,7 @@ __all__ = [
     "FeedbackLayer",
     "Lags",
     "Monitor",
+    "Newton",
     "Recurrent",
     "Schedule",
     "SwapReport",

@@ -15,7 +15,7 @@ def main() -> None:
         print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
         sys.exit(2)
     if sys.argv[1:2] == ["bench"]:
-        # Benchmarks run in a process as users of the library have it: torch.nn as shipped, default denormals and
+        # Benchmarks run with the process settings of a library user: torch.nn as shipped, default denormals and
         # allocator. Only the training benchmark, baselines included, runs with the trainer's process settings.
         from statefeed import bench
 
@@ -36,15 +36,15 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Standard streams that are closed read and write nothing; text that stdout cannot encode is printed with `?`.
+    """Open closed standard streams on the null device, and print `?` for characters that stdout cannot encode.
 
-    A stream that stayed closed would leave its number to the next file that is opened, which is then written into.
+    The file number of a closed stream would be given to the next opened file, into which output would then be written.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -54,7 +54,7 @@ def _open_streams() -> None:
 def _trainer_process() -> None:
     from statefeed.lm import cli
 
-    cli.own_process()
+    cli.configure_process()
 
 
 if __name__ == "__main__":

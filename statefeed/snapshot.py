@@ -1,4 +1,4 @@
-"""What a pass through a model may change, restored after it: rules, buffers, hidden state, random generators."""
+"""Context manager that restores what a pass changes in a model: rules, buffers, hidden state, random generators."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from statefeed.mixin import FeedbackLayer
 
-# What every module has: parameters, submodules, hooks. Buffers are treated apart.
+# Attributes of every module: parameters, submodules, hooks. Buffers are restored separately.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore a model after the block, also the hidden state that a module keeps from one call to the next.
+    """Restore a model after the block, including hidden state that a module stores between calls.
 
-    State is found in attributes: tensors and generators, and lists, tuples and dictionaries of them. The generators of
-    torch, Python and numpy are restored too.
+    Hidden state is searched in attributes: tensors and generators, and lists, tuples and dictionaries of them. The
+    generators of torch, Python and numpy are restored too.
     """
     modules = list(model.modules())
     rules = [(m, m.feedback) for m in modules if isinstance(m, FeedbackLayer)]
@@ -53,7 +53,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], object]]:
-    """Functions that write into tensors, generators, lists and dictionaries what they hold now."""
+    """Functions that restore the current contents of tensors, generators, lists and dictionaries."""
     for value in values:
         if id(value) in seen or isinstance(value, nn.Parameter):
             continue
@@ -73,7 +73,7 @@ def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], objec
 
 
 def _generator_restorers() -> Iterator[Callable[[], object]]:
-    """Functions that set the generators of Python and numpy, where it was imported, to their state of now."""
+    """Functions that restore the current state of the generators of Python and, if imported, numpy."""
     yield partial(random.setstate, random.getstate())
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
@@ -84,7 +84,7 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     was = tensor.detach().clone()
 
     def undo() -> None:
-        # A write would make a graph that holds the tensor unusable, so only where a value changed.
+        # An in-place write invalidates a graph that saved the tensor, so write only if a value changed.
         if not torch.equal(tensor, was):
             tensor.copy_(was)
 

@@ -28,7 +28,7 @@ class Stub:
         self.calls: list[bool] = []
         self.train: list[bool] = []
         self.flattened = 0
-        monkeypatch.setattr(cudnn, "_uses_cudnn", lambda _: True)
+        monkeypatch.setattr(cudnn, "uses_cudnn", lambda _: True)
         monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", self.flatten)
         for cell in CELLS:
             monkeypatch.setattr(torch._VF, cell, self.recorded(getattr(torch._VF, cell)))
@@ -75,6 +75,7 @@ class Stub:
         *places, end = self.places(weights, per == 4)
         buffer = weights[0].new_zeros(end)
         for w, at in zip(weights, places, strict=True):
+            w.view(-1)  # as torch does, which raises if the weight is not contiguous
             new = buffer[at : at + w.numel()].view(w.shape)
             new.copy_(w)
             w.set_(new)
@@ -152,6 +153,19 @@ def test_weights_that_were_replaced_are_packed_for_the_call(stub: Stub) -> None:
     assert versions == [p._version for p in rnn.parameters()], "packing is no change of a parameter"
 
 
+def test_weights_that_are_not_contiguous_are_packed_for_the_call(stub: Stub) -> None:
+    rnn, x = module("lstm"), torch.randn(5, 2, 3)
+    expected = rnn(x)[0]
+    for p in rnn.parameters():
+        if p.dim() == 2:
+            p.data = p.data.T.contiguous().T
+    assert not any(w.is_contiguous() for w in rnn.parameters() if w.dim() == 2)
+    cudnn.flatten("lstm", weights_of(rnn), 2)
+    stub.calls.clear()
+    torch.testing.assert_close(run(rnn, "lstm", x), expected)
+    assert stub.calls == [True]
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_rows_and_states(cell: str, stub: Stub) -> None:
     rnn = module(cell)
@@ -175,6 +189,23 @@ def test_under_autocast_the_layer_runs_in_its_dtype(stub: Stub) -> None:
     assert y.dtype == torch.bfloat16
     assert stub.calls == [True]
     torch.testing.assert_close(y.float(), rnn(x)[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_weights_in_one_buffer_are_cast_in_one_copy(bias: bool, bidirectional: bool, stub: Stub) -> None:
+    rnn, directions = module("gru", 1, bidirectional, bias), 2 if bidirectional else 1
+    separate = cudnn.cast_weights(weights_of(rnn), directions, torch.bfloat16)
+    assert len({w.untyped_storage().data_ptr() for w in separate}) == len(separate)
+    cudnn.flatten("gru", weights_of(rnn), directions)
+    with torch.no_grad():
+        cast = cudnn.cast_weights(weights_of(rnn), directions, torch.bfloat16)
+    assert stub.layout(cast, bias)
+    for a, b, w in zip(cast, separate, weights_of(rnn), strict=True):
+        assert torch.equal(a, w.to(torch.bfloat16))
+        assert torch.equal(b, a)
+    for dtype in (None, torch.float32):
+        assert cudnn.cast_weights(weights_of(rnn), directions, dtype) == weights_of(rnn)
 
 
 def test_another_dtype_raises() -> None:

@@ -38,9 +38,9 @@ def test_the_reason_is_named() -> None:
 
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    loaded = kernels._load
+    loaded = kernels.load
     monkeypatch.setattr(
-        kernels, "_load", lambda device: kernels._Loaded("Triton 3", None) if device == "cuda" else loaded(device)
+        kernels, "load", lambda device: kernels.Loaded("Triton 3", None) if device == "cuda" else loaded(device)
     )
     with FakeTensorMode():
         x = torch.zeros(T, B, I, device="cuda")
@@ -123,7 +123,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
         return now[0]
 
     monkeypatch.setattr(sf.LSTM, "forward", forward)
-    monkeypatch.setattr(importlib.import_module("statefeed.explain"), "_clock", clock)
+    monkeypatch.setattr(importlib.import_module("statefeed.explain"), "clock", clock)
     state = torch.get_rng_state()
     result = sf.explain(layer, x, timed=True)
     assert (result.seconds, result.torch_seconds) == (4.0 if slower else 1.0, 2.0)
@@ -143,13 +143,13 @@ def test_timing_is_real() -> None:
     assert min(result.seconds, result.torch_seconds) > 0
 
 
-def test_other_layers_are_refused() -> None:
+def test_other_layers_raise() -> None:
     with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.GRU$"):
         sf.explain(nn.GRU(2, 3), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, B, I), (T, 0, I), (T, B, I + 1)])
-def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_unsupported_input_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"^x must have at least one step and row and {I} features, [^\n]+$"):
         sf.explain(sf.GRU(I, H), torch.zeros(shape))
 

@@ -65,7 +65,7 @@ beta = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @beta
 @pytest.mark.parametrize("rule", APPROXIMATE)
 @every_layer
-def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, rule, x):
+def test_an_approximate_rule_raises_for_every_complex_layer(cell, rule, x):
     with pytest.raises(ValueError, match=COMPLEX):
         LAYERS[cell](3, 4, dtype=torch.cdouble, feedback=rule)
     with pytest.raises(ValueError, match=COMPLEX):
@@ -87,7 +87,7 @@ def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, r
 @pytest.mark.parametrize(
     "layer", [sf.LSTM(3, 4, feedback="calibrated"), Minimal(3, 4), sf.Recurrent(nn.GRUCell(3, 4), "calibrated")]
 )
-def test_a_layer_that_refuses_complex_numbers_stays_as_it_was(layer, dtype, x):
+def test_a_layer_that_raises_for_complex_numbers_is_unchanged(layer, dtype, x):
     expected = layer(x)[0]
     expected.sum().backward()
     with pytest.raises(ValueError, match=r"is defined for real numbers, got torch\.complex"):
@@ -113,7 +113,7 @@ def test_exact_rules_have_the_gradient_of_torch_on_complex_numbers(cell, rule):
 
 
 @beta
-def test_a_cell_that_torch_lacks_and_a_cell_of_ones_own_refuse_complex_numbers():
+def test_cells_outside_torch_raise_for_complex_numbers():
     with pytest.raises(ValueError, match=r"^Minimal is defined for real numbers, got torch.complex64$"):
         Minimal(3, 4, dtype=torch.cfloat)
     with pytest.raises(ValueError, match=r"^Minimal is defined for real numbers"):
@@ -179,7 +179,7 @@ def test_every_tensor_of_the_library_names_its_device():
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("rule", ["bptt", "torch", *APPROXIMATE])
 @every_layer
-def test_the_default_device_changes_nothing(cell, rule, bidirectional):
+def test_results_do_not_depend_on_the_default_device(cell, rule, bidirectional):
     def results():
         layer = LAYERS[cell](3, 4, bidirectional=bidirectional, feedback=rule, device="cpu")
         with torch.no_grad():
@@ -207,7 +207,7 @@ def test_the_default_device_changes_nothing(cell, rule, bidirectional):
     assert found[1] == expected[1]
 
 
-def test_a_diagonal_without_values_is_refused():
+def test_a_diagonal_without_values_raises():
     with pytest.raises(ValueError, match=r'^a feedback diagonal must have values, got a tensor on the device "meta"'):
         sf.GRU(3, 4, feedback=torch.linspace(0, 1, 4, device="meta"))
 
@@ -263,10 +263,10 @@ def test_lengths_and_resets_change_no_dtype(cell, rule, x):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype, layers, x, monkeypatch):
-    layer = sf.LSTM(3, 4, layers, feedback="dsf")
+    layer = sf.LSTM(3, 4, layers, feedback="torch")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
-        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        monkeypatch.setattr("statefeed.layers.onednn_supports_bf16", lambda: False)
         for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)
@@ -292,7 +292,7 @@ def test_a_linear_layer_feeds_a_gru_under_autocast(feature, x):
     assert y.dtype == h.dtype == torch.bfloat16
 
 
-# A forward of one's own -----------------------------------------------------------------------------------------------
+# An overridden forward ------------------------------------------------------------------------------------------------
 
 
 class Doubled(sf.GRU):
@@ -308,7 +308,7 @@ class DoubledCell(Minimal):
 
 
 @pytest.mark.parametrize(("kind", "plain"), [(Doubled, sf.GRU), (DoubledCell, Minimal)])
-def test_a_forward_of_ones_own_runs_once(kind, plain, x):
+def test_an_overridden_forward_runs_once(kind, plain, x):
     ours, other = kind(3, 4, feedback="dsf"), plain(3, 4, feedback="dsf")
     other.load_state_dict(ours.state_dict())
     calls = []
@@ -319,7 +319,7 @@ def test_a_forward_of_ones_own_runs_once(kind, plain, x):
     assert len(calls) == 4
 
 
-def test_alignment_measures_the_layer_inside_a_forward_of_ones_own(x):
+def test_alignment_measures_a_layer_with_an_overridden_forward(x):
     class Last(sf.GRU):
         """Another input and another result than a recurrent layer has."""
 
@@ -418,7 +418,7 @@ def test_alignment_of_a_frozen_layer_that_a_gradient_passes(x):
     assert sf.alignment(model, lambda m, x: m["layer"](m["embedding"](x))[0].square().sum(), x).total.cosine < 1
     model["embedding"].requires_grad_(False)
     model["head"] = nn.Linear(4, 1)
-    with pytest.raises(ValueError, match="passes none"):
+    with pytest.raises(ValueError, match="got a loss without one"):
         sf.alignment(model, lambda m, x: through_head(m, m["layer"](x)[0]), x)
 
 
@@ -475,7 +475,7 @@ class Tagger(nn.Module):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.parametrize("everything", [False, True])
-def test_alignment_refuses_sharded_parameters(everything, one_process, x):
+def test_alignment_raises_for_sharded_parameters(everything, one_process, x):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -483,7 +483,7 @@ def test_alignment_refuses_sharded_parameters(everything, one_process, x):
     fully_shard(model.layer, mesh=mesh)
     if everything:
         fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"^alignment needs whole parameters, got layer.weight_ih_l0 as a DTensor"):
+    with pytest.raises(ValueError, match=r"^alignment needs unsharded parameters, got layer.weight_ih_l0 as a DTensor"):
         sf.alignment(model, lambda m, x: m(x).square().sum(), x)
 
 
@@ -552,7 +552,7 @@ def test_an_unused_parameter_of_a_cell_has_no_gradient_and_no_decay(rule, x):
 
 
 @pytest.mark.parametrize("learned", ["calibrated+1", "fitted"])
-def test_an_average_that_was_made_before_a_schedule_switches(learned, x):
+def test_an_average_created_before_a_schedule_switches(learned, x):
     model = Tagger()
     schedule, average = sf.Schedule(f"dsf@0.5/{learned}"), AveragedModel(model, use_buffers=True)
     for step in range(4):
@@ -574,7 +574,7 @@ def pickled(layer):
 
 @pytest.mark.parametrize("make", [copied, pickled])
 @pytest.mark.parametrize("kind", [sf.GRU, Minimal, lambda *sizes, feedback: sf.Recurrent(nn.GRUCell(*sizes), feedback)])
-def test_what_was_learned_follows_copies_pickles_and_dtypes(make, kind, x):
+def test_learned_tensors_follow_copies_pickles_and_dtypes(make, kind, x):
     layer = kind(3, 4, feedback="calibrated")
     if make is pickled and kind is Minimal:
         pytest.skip("a cell made here has no name to be pickled by")
@@ -683,14 +683,14 @@ SENTENCES = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rule", ["dsf", "bptt", "calibrated+1"])
 @every_layer
-def test_a_transform_answers_with_one_sentence(cell, rule, transform, x):
+def test_an_unsupported_transform_raises_a_clear_error(cell, rule, transform, x):
     with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback=rule), x)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_layer
-def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
+def test_the_remedy_of_an_error_works(cell, transform, x):
     """Where it names "torch", that rule runs, with the values of torch's layer; where it does not, it fails as well."""
     with pytest.raises(RuntimeError) as error:
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback="dsf"), x)
@@ -710,7 +710,7 @@ def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacobian", "is_grads_batched", "jvp", "forward_ad", "vmap"])
-def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(transform, x):
+def test_a_user_defined_cell_raises_a_clear_error_whose_remedy_works(transform, x):
     layer = sf.Recurrent(nn.GRUCell(3, 4), "dsf")
     with pytest.raises(
         RuntimeError, match=r'^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'
@@ -733,7 +733,7 @@ class Plain(nn.Module):
         return torch.tanh(self.input(x) + self.hidden(h))
 
 
-def test_expanded_weights_run_through_a_cell_of_ones_own_under_the_exact_rule(x):
+def test_expanded_weights_run_through_a_user_defined_cell_under_the_exact_rule(x):
     layer = sf.Recurrent(Plain(), "dsf")
     with pytest.raises(RuntimeError, match=r"^ExpandedWeights [^\n]+ statefeed.Recurrent [^\n]+\"bptt\"[^\n]+$"):
         per_sample(layer, x)
@@ -768,7 +768,7 @@ def test_fx_traces_a_module_that_holds_a_layer(layer, x):
     torch.testing.assert_close(graph(x), model(x))
 
 
-def test_fx_is_told_lengths_by_name(x):
+def test_fx_records_lengths_by_name(x):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -781,9 +781,10 @@ def test_fx_is_told_lengths_by_name(x):
     torch.testing.assert_close(fx.symbolic_trace(model)(x, lengths), model(x, lengths))
 
 
-def test_fx_refuses_what_it_would_draw_wrongly():
+def test_fx_raises_for_a_module_that_it_cannot_trace():
     with pytest.raises(
-        RuntimeError, match=r"^torch.fx cannot trace Doubled, a subclass with a forward of its own[^\n]+$"
+        RuntimeError,
+        match=r"^torch.fx cannot trace Doubled, a subclass of a recurrent layer that overrides forward[^\n]+$",
     ):
         fx.symbolic_trace(nn.Sequential(Doubled(3, 4)))
     with pytest.raises(RuntimeError, match=r"^torch.fx traces a module that holds a recurrent layer, not GRU itself$"):
@@ -913,7 +914,7 @@ def test_weights_that_are_no_parameters(cell, rule, autocast, x):
 
 @pytest.mark.parametrize("rule", ["bptt", *APPROXIMATE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cell_of_ones_own_takes_tokens(rule, dtype):
+def test_a_user_defined_cell_accepts_tokens(rule, dtype):
     class Embedded(nn.Module):
         hidden_size = 4
 

@@ -12,15 +12,22 @@ from typing import Any, get_type_hints
 
 import torch
 
-from statefeed.bench import layers, memory, recall, scan, training
+from statefeed.bench import forward, layers, memory, recall, scan, training
 from statefeed.bench.measure import ParityError, environment
 from statefeed.bench.options import OptionError, Options
 
 __all__ = ["OptionError", "ParityError", "main"]
 
-_BENCHMARKS = {"layers": layers, "scan": scan, "memory": memory, "training": training, "recall": recall}
+_BENCHMARKS = {
+    "layers": layers,
+    "scan": scan,
+    "memory": memory,
+    "training": training,
+    "recall": recall,
+    "forward": forward,
+}
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
-_PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype", "seed")
+_PLACE = ("cell", "implementation", "variant", "layer", "method", "diagonal", "T", "B", "H", "S", "dtype", "seed")
 # Table width in characters if the output is not a terminal.
 _WIDTH = 190
 
@@ -29,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
-        argv: arguments after ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
+        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall or forward, and its flags.
 
     Returns:
         Exit code: 0; 1 if parity fails and nothing was timed; 2 for invalid flags, a missing dependency or a full disk;

@@ -304,14 +304,16 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         for shape in sizes
     ]
     settings = float32_settings(options.device)
-    plans = [(case, contenders(case, rules_of(case.cell, options.rules), _tried(case, settings))) for case in cases]
+    plans = [
+        (case, contenders(case, rules_of(case.cell, options.rules), torch_settings(case, settings))) for case in cases
+    ]
     parity = [check_parity(case, entries) for case, entries in plans]
     for (case, entries), errors in zip(plans, parity, strict=True):
         for record in compare(case, entries, options.rounds, rates):
             yield {**record, "parity": errors[f"{record['implementation']} {record['variant']}"]}
 
 
-def _tried(case: Case, settings: list[Setting]) -> list[Setting]:
+def torch_settings(case: Case, settings: list[Setting]) -> list[Setting]:
     """torch.nn's settings for a case; for bfloat16 they include oneDNN products, which may compute in bfloat16."""
     if case.device != "cpu":
         return [usual(case.device, case.dtype)]
@@ -342,7 +344,7 @@ def compare(
     limit = 1e3 * UNITS * 2 * T * B * H * GATES[case.cell] * H / (1e9 * rate["gflops"])
     for entry in entries:
         forward, backward = zip(*seconds[entry.name], strict=True)
-        mine = total[entry.name]
+        times = total[entry.name]
         yield {
             "bench": "layers",
             "implementation": entry.implementation,
@@ -356,17 +358,17 @@ def compare(
             "dtype": case.dtype,
             "device": case.device,
             "repeats": rounds,
-            "ms": spread(mine),
+            "ms": spread(times),
             "forward_ms": spread([1e3 * s for s in forward]),
             "backward_ms": spread([1e3 * s for s in backward]),
             "backward_us_per_step": spread([1e6 * s / T for s in backward]),
             "times_faster_than": {
-                label: spread([b / m for b, m in zip(total[name], mine, strict=True)])
+                label: spread([b / m for b, m in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
             "torch_nn_best": best.removeprefix("torch.nn "),
             "limit_ms": limit,
-            "part_of_limit": limit / spread(mine)["median"],
+            "part_of_limit": limit / spread(times)["median"],
             "matmul": rate,
         }
 

@@ -34,7 +34,7 @@ Fit = Callable[[bool], tuple[list[float], Any]]
 def compare() -> Callable[..., tuple[Any, Any]]:
     """Fits in turns, plain and swapped, from the same seed, and compares the losses of every step.
 
-    ``fit(swapped)`` builds and trains a model, and returns its losses and whatever the test goes on with. Returned are
+    ``fit(swapped)`` builds and trains a model, and returns its losses and values for the rest of the test. Returned are
     the plain and the swapped result.
     """
 

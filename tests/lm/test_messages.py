@@ -19,7 +19,7 @@ from statefeed.lm.config import Data, Train
 from statefeed.lm.data import batches, tokens
 from statefeed.lm.errors import UsageError
 from statefeed.lm.run import train as training
-from statefeed.lm.run.generate import _scale
+from statefeed.lm.run.generate import scale_logits
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_rates_in_a_recipe(written: str, value: float) -> None:
         ("--train.stepz=3", "train.steps"),
     ],
 )
-def test_the_key_that_was_meant(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_similar_key_is_suggested(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"did you mean {meant}?" in sentence(["train", flag], capsys)
 
 
@@ -142,7 +142,7 @@ def test_numbers_beyond_64_bits(key: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("width", [10**8, 10**12, 2**62])
-def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_larger_than_memory_raises(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     err = sentence(["train", *flags, f"--model.width={width}"], capsys)
     assert "lower model.width" in err
     assert "train.batch" not in err
@@ -151,8 +151,8 @@ def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pyte
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
 def test_a_temperature_near_zero_is_its_limit(temperature: float, run: Path) -> None:
     logits = torch.tensor([1.0, 3.0, 3.0, -2.0])
-    assert _scale(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
-    assert torch.equal(_scale(logits, 0.5), logits / 0.5)
+    assert scale_logits(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert torch.equal(scale_logits(logits, 0.5), logits / 0.5)
     assert cli.main(["generate", str(run), f"--temperature={temperature}", "--tokens=5"]) == 0
 
 
@@ -196,7 +196,7 @@ def test_a_folder_that_links_to_the_text(flags: list[str], here: Path, capsys: p
 
 @pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints", "checkpoints/text.txt"])
 @pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
-def test_a_run_beside_its_text_or_in_its_place(
+def test_a_run_folder_that_overlaps_the_text_raises(
     command: list[str], name: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = here / "x" / name
@@ -217,31 +217,30 @@ def test_a_run_beside_its_text_or_in_its_place(
 def test_a_warning_of_the_library_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(warnings, "showwarning", cli._show_warning)
-    monkeypatch.setattr(cli, "_SHOWN", set())
+    monkeypatch.setattr(warnings, "showwarning", cli.show_warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = cli._show_warning
+        warnings.showwarning = cli.show_warning
         warnings.warn("torch does the work:\nno compiler", RuntimeWarning, stacklevel=1)
         for _ in range(2):
-            sf.Schedule("dsf+2")  # which is warned of inside the package
+            sf.Schedule("ramp(0.97)+2")  # which is warned of inside the package
     first, second = capsys.readouterr().err.splitlines()
     assert first == "statefeed: torch does the work: no compiler"
-    assert second.startswith('statefeed: feedback "dsf+2" adds corrections')
+    assert second.startswith('statefeed: feedback "ramp(0.97)+2" adds corrections')
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
 def test_a_hangup_saves_as_a_termination_does(
     flags: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw = training._draw
+    draw = training.seed_step
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         if step == 6:
             os.kill(os.getpid(), signal.SIGHUP)
         return draw(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
     assert cli.main(["train", *flags, "--run.dir=run"]) == 128 + signal.SIGHUP
     assert "interrupted after step 6 of 12: run keeps the checkpoint of step 6" in capsys.readouterr().err
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
@@ -267,7 +266,7 @@ def test_byte_pairs_of_text_without_white_space(capsys: pytest.CaptureFixture[st
     assert "FixedLength" in found.to_json()
 
 
-def test_sentences_of_which_most_is_left_out_are_noticed(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncation_of_most_tokens_gives_a_notice(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data.tokens=word", "--data.batches=sentences", "--train.steps=2", "--train.evaluations=1"]
     for context, noticed in ((2, True), (16, False)):
         capsys.readouterr()

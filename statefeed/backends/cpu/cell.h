@@ -57,7 +57,7 @@ struct ReverseArgs {
   int64_t gate_grad_stride;  // between rows of gate_grads and of separate_grads
   T* gate_grads;             // out: gradients at the pre-activations of x W_ih^T + b_ih
   T* separate_grads;         // out: those at h W_hh^T + b_hh where they differ (GRU: the candidate's); or null
-  T* sums;                   // += column sums of gate_grads and separate_grads, one row for each worker
+  T* sums;                   // sum_jacobians: += diag(J[t]), (states, hidden)
 };
 
 // One row (step, batch element) at one vector of units, `count` lanes of which are inside.
@@ -87,10 +87,7 @@ struct ReverseRow {
   // Part `part` of a row that has several of `hidden` each: a gate, a state, a sum.
   Vector<T> at(const T* row, int part = 0) const { return load(row + part * hidden + unit, count); }
   void put(T* row, int part, Vector<T> value) const { store(row + part * hidden + unit, value, count); }
-  void put_gate_grad(int gate, Vector<T> value) const {
-    put(gate_grads, gate, value);
-    put(sums, gate, at(sums, gate) + value);
-  }
+  void put_gate_grad(int gate, Vector<T> value) const { put(gate_grads, gate, value); }
   // Whether the rule's D is an array that the caller made.
   bool has_diagonal() const { return rule == Rule::stationary || rule == Rule::per_row; }
   // carry = D * delta + residual; the next pass's residual begins as (direct - D) * delta.

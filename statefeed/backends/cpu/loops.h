@@ -108,7 +108,7 @@ void forward(Worker& worker, const ForwardArgs<typename P::value_t>& s) {
 
 template <class T, class Cell, class Visit>
 [[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors,
-                                  T* sums, Visit visit) {
+                                  Visit visit) {
   constexpr int L = lanes<T>;
   constexpr int64_t S = Cell::states;
   const int64_t H = s.range.hidden;
@@ -131,7 +131,7 @@ template <class T, class Cell, class Visit>
                      .carry = row_of(s.carry, b * S * H),
                      .gate_grads = row_of(s.gate_grads, row * s.gate_grad_stride),
                      .separate_grads = row_of(s.separate_grads, row * s.gate_grad_stride),
-                     .sums = sums,
+                     .sums = s.sums,
                      .rule = s.rule,
                      .hidden = H,
                      .unit = 0,
@@ -189,9 +189,8 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
     int64_t offset = range.rows;
     for (int64_t t = range.steps - 1; t >= 0; --t) step(t, offset -= range.size(t));
   };
-  auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
-    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * (2 * Cell::gates - Cell::shared_gates) * H,
-                         [](const ReverseRow<T>& row) { Cell::reverse(row); });
+  auto local = [&](int64_t t, int64_t offset, Range rows, Range part) {
+    each_vector<T, Cell>(s, t, offset, rows, part, [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
   const bool exact = s.rule == Rule::exact;
   Partition partition{.count = ranks, .by_rows = range.batch >= 2 * ranks && !range.batch_sizes};
@@ -205,7 +204,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
         const Range all{.begin = 0, .end = range.size(t)};
         const Range rows = partition.by_rows ? range_of(range.size(t), i, partition.count) : all;
         const Range every{.begin = 0, .end = vectors};
-        local(t, offset, rows, partition.by_rows ? every : range_of(vectors, i, partition.count), i);
+        local(t, offset, rows, partition.by_rows ? every : range_of(vectors, i, partition.count));
         if (exact) add_dense_product<T, Cell>(s, offset, rows, {.begin = 0, .end = panels});
       });
     });
@@ -214,7 +213,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
       const Range all{.begin = 0, .end = range.size(t)};
       worker.parallel_for(partition.count, [&](int64_t i) {
         const Range part = range_of(panels, i, partition.count);
-        local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)}, i);
+        local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)});
       });
       worker.parallel_for(partition.count, [&](int64_t i) {
         add_dense_product<T, Cell>(s, offset, all, range_of(panels, i, partition.count));
@@ -229,7 +228,7 @@ void sum_jacobians(Worker& worker, const ReverseArgs<T>& s) {
   worker.parallel_for(ranks, [&](int64_t i) {
     for (int64_t t = 0, offset = 0; t < s.range.steps; offset += s.range.size(t++)) {
       const Range all{.begin = 0, .end = s.range.size(t)};
-      each_vector<T, Cell>(s, t, offset, all, range_of(vectors, i, ranks), s.sums, [](const ReverseRow<T>& row) {
+      each_vector<T, Cell>(s, t, offset, all, range_of(vectors, i, ranks), [](const ReverseRow<T>& row) {
         const typename Cell::Local local = Cell::local(row);
         for (int state = 0; state < Cell::states; ++state)
           row.put(row.sums, state, row.at(row.sums, state) + Cell::jacobian(row, local, state));

@@ -35,7 +35,8 @@ def layer(
         state: h, for an LSTM h and c, each (directions, B, H).
         weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
         directions: 1 or 2.
-        dtype: dtype to which x, states and weights are cast, as autocast does (float64 is not cast); None for no cast.
+        dtype: dtype to which x and states are cast, as autocast does, and weights that do not have it (float64 is not
+            cast); None for no cast.
 
     Returns:
         y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
@@ -56,20 +57,39 @@ def layer(
     return y, tuple(final[: len(state)])
 
 
+def cast_weights(weights: Sequence[Tensor], directions: int, dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """The weights of a layer in the dtype of autocast; one copy of their buffer if they are in cuDNN's layout.
+
+    Args:
+        weights: as for ``layer``.
+        directions: 1 or 2.
+        dtype: None for no cast; float64 is not cast.
+    """
+    first = weights[0]
+    if dtype is None or first.dtype in (dtype, torch.float64):
+        return weights
+    if torch.compiler.is_compiling() or not (uses_cudnn(first) and in_one_buffer(weights, directions)):
+        return [w.to(dtype) for w in weights]
+    buffer = first.as_strided((_buffer_size(weights, directions),), (1,), 0).to(dtype)
+    start = first.data_ptr()
+    return [buffer.as_strided(w.shape, w.stride(), (w.data_ptr() - start) // first.element_size()) for w in weights]
+
+
 def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
     """Move the weights of one layer into one buffer in cuDNN's layout; values and parameter objects stay.
 
     Call it after the weights are created or replaced. It has no effect if they are already in that layout, if two of
-    them share memory, or if cuDNN is not used.
+    them share memory, if one is not contiguous, or if cuDNN is not used.
 
     Args:
         cell: as for ``layer``.
         weights: as for ``layer``; parameters, changed in place.
         directions: 1 or 2.
     """
-    if not _uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
+    if not uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
         return
-    if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
+    separate = len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1
+    if separate and all(w.is_contiguous() for w in weights):
         _flatten(cell, list(weights), directions)
 
 
@@ -77,12 +97,7 @@ def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
     """Whether the weights fill one buffer from its beginning in cuDNN's layout."""
     first = weights[0]
     at, itemsize = first.data_ptr(), first.element_size()
-    per = len(weights) // directions
-    H = weights[1].shape[1]
-    # cuDNN reserves memory for biases even if there are none.
-    biases = 0 if per > 2 else 2 * directions * (len(first) // H) * H
-    total = sum(w.numel() for w in weights) + biases
-    if first.storage_offset() or first.untyped_storage().nbytes() < total * itemsize:
+    if first.storage_offset() or first.untyped_storage().nbytes() < _buffer_size(weights, directions) * itemsize:
         return False
     for w in _cudnn_order(weights, directions):
         if w.data_ptr() != at or w.dtype != first.dtype or not w.is_contiguous():
@@ -91,13 +106,20 @@ def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
     return True
 
 
+def _buffer_size(weights: Sequence[Tensor], directions: int) -> int:
+    """Elements of cuDNN's buffer, which holds biases even if there are none."""
+    without_biases = len(weights) == 2 * directions
+    return sum(w.numel() for w in weights) + (2 * sum(len(w) for w in weights[::2]) if without_biases else 0)
+
+
 def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
     per = len(weights) // directions
     matrices = [w for d in range(directions) for w in weights[d * per : d * per + 2]]
     return matrices + [w for d in range(directions) for w in weights[d * per + 2 : (d + 1) * per]]
 
 
-def _uses_cudnn(weight: Tensor) -> bool:
+def uses_cudnn(weight: Tensor) -> bool:
+    """Whether torch runs a layer with this weight through cuDNN."""
     return weight.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
 
 
@@ -112,7 +134,10 @@ def _flatten(cell: str, weights: list[Tensor], directions: int) -> None:
 def _packed(cell: str, weights: Sequence[Tensor], directions: int, dtype: torch.dtype) -> list[Tensor]:
     """The weights in one buffer for this call: FSDP's unsharded views, weights after ``.to``, or under autocast."""
     # Not detach(): its result must keep its storage, and a view would share the parameter's version counter.
-    copies = [w.to(dtype) if w.dtype != dtype else w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+    copies = [
+        w.new_empty(0).set_(w) if w.dtype == dtype and w.is_contiguous() else w.to(dtype).contiguous()  # type: ignore[call-overload]
+        for w in weights
+    ]
     _flatten(cell, copies, directions)
     return copies
 
@@ -150,7 +175,7 @@ def run_layer(
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implementation of the operator: y, h and c (empty if there is no c); arguments as for ``layer``."""
-    if _uses_cudnn(weights[0]):
+    if uses_cudnn(weights[0]):
         if weights[0].dtype != x.dtype or not in_one_buffer(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)
     elif weights[0].dtype != x.dtype:

@@ -1,4 +1,4 @@
-"""Records of benchmarks as tables and bars."""
+"""Tables and bar charts of benchmark records in the report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from statefeed.lm.compare.elements import figure_grid, note, table
 from statefeed.lm.compare.sources import MAIN
 from statefeed.lm.compare.table import format_value
 
-# The provenance in every record of a benchmark, printed in a line below the table.
+# Provenance keys of every benchmark record, printed in one line below the table.
 _PROVENANCE = ("command", "commit", "dirty", "machine", "threads", "denormals", "versions", "date")
 
 
 def section(records: Sequence[dict[str, Any]]) -> str:
-    """A table of what differs between the records, what they share in one line, and bars of the main number."""
+    """A table of the keys that differ between records, one line with the common values, and bars of the main metric."""
     rows = [_flat({key: value for key, value in record.items() if key not in _PROVENANCE}) for record in records]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shared = {key for key in keys if len(rows) > 1 and len({row.get(key) for row in rows}) == 1}
@@ -34,7 +34,7 @@ def section(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """A record's numbers by name: a median with its minimum and maximum in one cell, other groups one cell each."""
+    """The values of a record by name, nested ones flattened; median, min and max are one cell."""
     if isinstance(value, dict) and {"median", "min", "max"} <= value.keys():
         number = format_value(value["median"])
         if value["min"] != value["max"]:
@@ -50,23 +50,23 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """Bars of the main number of a benchmark, medians with their minima and maxima, one figure a case."""
+    """Bar charts of the main metric of a benchmark, one figure per case: medians with their range."""
     main = next((key for key in MAIN if any(record.get(key) for record in records)), None)
     if main is None:
         return {}
     cases: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record.get(main):
-            place = [str(record[key]) for key in ("cell", "T", "B", "H", "S", "diagonal", "dtype") if key in record]
-            cases.setdefault(" ".join(place), []).append(record)
+            case_keys = [key for key in ("cell", "T", "B", "H", "S", "diagonal", "dtype") if key in record]
+            cases.setdefault(" ".join(str(record[key]) for key in case_keys), []).append(record)
     drawn = {}
     for case, rows in cases.items():
         names = [" ".join(str(r[key]) for key in ("implementation", "variant", "method") if key in r) for r in rows]
-        middle = [r[main]["median"] for r in rows]
-        reach = [[r[main]["median"] - r[main]["min"] for r in rows], [r[main]["max"] - r[main]["median"] for r in rows]]
+        medians = [r[main]["median"] for r in rows]
+        error = [[r[main]["median"] - r[main]["min"] for r in rows], [r[main]["max"] - r[main]["median"] for r in rows]]
         figure = Figure(figsize=(figures.SIZE[0], 1 + 0.28 * len(rows)), layout="constrained")
         axes = figure.add_subplot(xlabel=main.replace("_", " "))
-        axes.barh(range(len(rows)), middle, xerr=reach, color="C0")
+        axes.barh(range(len(rows)), medians, xerr=error, color="C0")
         axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)

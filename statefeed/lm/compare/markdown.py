@@ -1,7 +1,7 @@
-"""Runs and benchmarks as Markdown: the page docs/measured.md, and the figures in README.md.
+"""Markdown tables of runs and benchmarks: the page docs/measured.md, and the summary in README.md.
 
-Runs of one task are compared with one another, whichever machine made them: it changes a perplexity by no more than
-rounding does. Times are those of one machine each. With no record there is no number.
+Runs of one task are compared across machines, since the machine changes a perplexity by rounding errors only. Times are
+compared on the same machine only. Every number comes from a record.
 """
 
 import json
@@ -17,11 +17,11 @@ from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
 from statefeed.lm.errors import UsageError
 
-FEWEST_REPEATS = 5  # fewer are a trial
-PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
+FEWEST_REPEATS = 5  # records with fewer repeats are left out
+PTB = "ptb-gru-1x256"  # the default recipe of `statefeed bench training`; older records do not name it
 BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
 
-Record = dict[str, Any]  # of a benchmark
+Record = dict[str, Any]  # a benchmark record
 
 
 def page(found: Found) -> str:
@@ -49,10 +49,10 @@ def page(found: Found) -> str:
 
 
 def update_summary(path: Path, found: Found) -> None:
-    """Replace what is between the two marks of a file, README.md, by `summary`.
+    """Replace the text between the two marks of a file, README.md, with `summary`.
 
     Raises:
-        UsageError: when the file has no such marks.
+        UsageError: the file has no such marks.
     """
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
@@ -63,12 +63,12 @@ def update_summary(path: Path, found: Found) -> None:
 
 
 def summary(found: Found) -> str:
-    """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
+    """The summary for README.md: single layers under "bptt" and "dsf", and training, for every machine."""
     layers: dict[str, tuple[str, list[Record]]] = {}
     text = ""
     for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
-        most = layers.get(_machine(records[0]))
-        if most is None or most[1][0]["threads"] <= records[0]["threads"]:
+        previous = layers.get(_machine(records[0]))
+        if previous is None or previous[1][0]["threads"] <= records[0]["threads"]:
             layers[_machine(records[0])] = heading, records
     if layers:
         text += (
@@ -112,7 +112,7 @@ def summary(found: Found) -> str:
 
 
 def _tasks(found: Found) -> str:
-    """For every task one table: rule, seeds, perplexity, and the times of a step that the benchmark has measured."""
+    """One table per task: rule, seeds, perplexity, and times of a step that `statefeed bench training` measured."""
     finished = [result for result in found.results if result.outcome == "finished" and result.valid]
     times, text = _step_times(found), ""
     for titled in split(finished, _title).values():
@@ -129,7 +129,7 @@ def _tasks(found: Found) -> str:
 
 
 def _title(result: Result) -> str:
-    """A task in words, without the keys in which it may differ from others of the same title."""
+    """The title of a task, without the keys in which tasks of the same title may differ."""
     corpus = result.metadata.get("corpus") or result.get("data.corpus")
     steps, epochs, precision = (result.get(f"train.{key}") for key in ("steps", "epochs", "precision"))
     length = f"{steps} steps" if steps else f"{epochs} epochs"
@@ -141,7 +141,7 @@ def _title(result: Result) -> str:
 
 
 def _where(metadata: Mapping[str, Any]) -> str:
-    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
+    """Processor or GPU and number of threads of a run, in the form of benchmark headings."""
     place = metadata.get("device", "cpu")
     if place == "cpu":
         place, _, _ = metadata["machine"].rsplit(", ", 2)  # without cores and system
@@ -150,11 +150,11 @@ def _where(metadata: Mapping[str, Any]) -> str:
 
 
 def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
-    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
+    """A table with one row per rule: seeds, mean and range of the best validation perplexities, and time per step.
 
     Args:
-        results: of one task.
-        times: milliseconds by rule, by place.
+        results: results of one task.
+        times: milliseconds by machine and rule.
     """
     scores = {label: [r.best for r in group if r.best is not None] for label, group in by_rule(results).items()}
     rules = {label: group[0].rule for label, group in by_rule(results).items()}
@@ -170,20 +170,20 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
                 row.append("")
                 continue
             rivals = [(means[other], took[rules[other]]) for other in means if rules[other] in took]
-            beaten = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
-            row.append(f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
+            dominated = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
+            row.append(f"{ms:.0f}" if dominated else f"**{ms:.0f}**")
         body.append(row)
     return _table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
 
 def _step_key(result: Result) -> tuple[Any, ...]:
-    """What the time of a step depends on, as `_step_times` has it."""
+    """The keys that the time of a step depends on, as in `_step_times`."""
     keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")
     return tuple(result.get(key) for key in keys)
 
 
 def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, float]]:
-    """Milliseconds of a step by rule, by `_step_key` and place: measured in turns by `statefeed bench training`."""
+    """Milliseconds of a step that `statefeed bench training` measured, by (`_step_key`, machine) and rule."""
     times: dict[tuple[tuple[Any, ...], str], dict[str, float]] = defaultdict(dict)
     for heading, records in _measurements(found, "training").items():
         place, _, _ = heading.rpartition(", torch ")
@@ -198,7 +198,7 @@ def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, flo
 
 
 def _measurements(found: Found, bench: str) -> dict[str, list[Record]]:
-    """The records of one benchmark by the heading of their table: machine, threads and torch; trials are left out."""
+    """The records of one benchmark with enough repeats, by heading of their table: machine, threads and torch."""
     measured = defaultdict(list)
     for r in found.benchmarks:
         if r["bench"] == bench and r["repeats"] >= FEWEST_REPEATS:
@@ -216,7 +216,7 @@ def _newest(item: tuple[str, Sequence[Record]]) -> str:
 
 
 def _instructions(records: Iterable[Record]) -> str:
-    """Which instruction set the fused kernels were compiled for, in words."""
+    """The instruction set that the fused kernels were compiled for, in words."""
     descriptions = (r["kernels"]["forward"] for r in records if r.get("kernels"))
     matches = (re.search(r"for (\S+),", words) for words in descriptions)
     return next((f", kernels for {match[1]}" for match in matches if match), "")
@@ -265,8 +265,8 @@ def _training(found: Found) -> str:
 def _recall(found: Found) -> str:
     text = ""
     for heading, records in _measurements(found, "recall").items():
-        for (delay, steps), same in _grouped(records, "delay", "steps").items():
-            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _success(item[1]))
+        for (delay, steps), case in _grouped(records, "delay", "steps").items():
+            rules = sorted(_grouped(case, "variant").items(), key=lambda item: _sort_key(item[1]))
             body = []
             for (rule,), runs in rules:
                 accuracy = [r["accuracy"] for r in runs]
@@ -291,11 +291,11 @@ def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], lis
     return groups
 
 
-def _success(records: Sequence[Record]) -> tuple[float, float, float]:
-    """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
+def _sort_key(records: Sequence[Record]) -> tuple[float, float, float]:
+    """Sort key of rules: number of successful seeds, then mean step of success, then accuracy."""
     learnt = [r["learnt"] for r in records if r["learnt"] is not None]
-    sooner = statistics.mean(learnt) if learnt else 0
-    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
+    step = statistics.mean(learnt) if learnt else 0
+    return -len(learnt) / len(records), step, -statistics.mean(r["accuracy"] for r in records)
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

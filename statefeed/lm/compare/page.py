@@ -1,4 +1,4 @@
-"""The page of `statefeed report`: one file of HTML that needs nothing from outside."""
+"""The HTML page of `statefeed report`, one self-contained file."""
 
 import html
 from collections.abc import Sequence
@@ -37,19 +37,19 @@ def write(found: Found, output: Path) -> None:
     """Write the page.
 
     Args:
-        found: what it shows.
-        output: where it goes; an existing page is replaced.
+        found: results and benchmarks to show.
+        output: path of the page; an existing file is replaced.
     """
     output.write_text(page(found), encoding="utf-8")
 
 
 def page(found: Found) -> str:
-    """The page as text: for every task a table of its rules and its figures, sizes and cells, then the benchmarks."""
+    """The page as text: tables and figures of every task, figures over sizes and cells, then the benchmarks."""
     drawn = figures.draw(found.results)
     sections: list[tuple[str, str]] = []
-    for title, same in tasks(found.results).items():
-        mine = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
-        body = elements.table(*table(same)) + elements.note(_about(same)) + elements.figure_grid(mine, title)
+    for title, results in tasks(found.results).items():
+        of_task = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
+        body = elements.table(*table(results)) + elements.note(_about(results)) + elements.figure_grid(of_task, title)
         sections.append((title, body))
     if drawn:
         sections.append(("Over sizes and cells", elements.figure_grid(drawn)))
@@ -66,16 +66,16 @@ def page(found: Found) -> str:
     )
 
 
-def _about(same: Sequence[Result]) -> str:
-    """Under which conditions the runs of one task were made."""
-    metadata = [result.metadata for result in same]
+def _about(results: Sequence[Result]) -> str:
+    """The conditions of the runs of one task, in words."""
+    metadata = [result.metadata for result in results]
 
     def all_of(key: str) -> str:
         return " and ".join(dict.fromkeys(format_value(one[key]) for one in metadata if key in one))
 
     return (
         f"{all_of('parameters')} parameters. Perplexity: mean and standard deviation over the seeds of the best "
-        "evaluation. Epochs and seconds to: the first evaluation that reaches what the named rule ends with, seed by "
-        "seed; seconds are those of training, evaluations left out. Times of runs that were made one after the other, "
-        f"not in turns. torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
+        "evaluation. Epochs and seconds to a rule: the first evaluation that reaches the final perplexity of that rule "
+        "with the same seed; seconds are training time without evaluations. Runs were timed one after the other, not "
+        f"interleaved. torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
     )

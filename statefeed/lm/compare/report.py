@@ -9,17 +9,17 @@ from statefeed.lm.compare import figures, markdown, page
 from statefeed.lm.compare.sources import read
 from statefeed.lm.errors import require
 
-_READ = (".jsonl", ".json", ".yaml", ".safetensors")  # the endings of runs, comparisons and benchmarks
+_READ = (".jsonl", ".json", ".yaml", ".safetensors")  # suffixes of files of runs, comparisons and benchmarks
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Carry out `statefeed report`.
+    """Run `statefeed report`.
 
     Args:
-        arguments: the words after it.
+        arguments: the words after the command.
 
     Raises:
-        UsageError: for an error in them, or a path that holds nothing to report.
+        UsageError: the arguments are invalid, or a path holds nothing to report.
     """
     flags = ArgumentParser(prog="statefeed report", exit_on_error=False, allow_abbrev=False)
     flags.add_argument(
@@ -27,8 +27,10 @@ def command(arguments: Sequence[str]) -> None:
         nargs="+",
         help="run folders, comparison folders, folders of these, JSONL files of a comparison or bench",
     )
-    flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
-    flags.add_argument("--figures", type=str | None, default=None, help="a folder for the figures as SVG files as well")
+    flags.add_argument(
+        "-o", "--output", type=str, default="report.html", help="path of the page; an existing file is replaced"
+    )
+    flags.add_argument("--figures", type=str | None, default=None, help="folder for the figures as SVG files")
     flags.add_argument(
         "--markdown", type=str | None, default=None, help="write tables into this Markdown file instead of the page"
     )
@@ -39,10 +41,10 @@ def command(arguments: Sequence[str]) -> None:
     output = recipe.expand(values.markdown or values.summary or values.output)
     folder = None if values.figures is None else recipe.expand(values.figures)
     paths = [recipe.expand(path) for path in values.paths]
-    require(output.parent.is_dir(), "the page must be in a folder that exists", output)
+    require(output.parent.is_dir(), "the page must be in an existing folder", output)
     require(
         output.suffix not in _READ and all(output.resolve() != path.resolve() for path in paths),
-        f"the page must not replace a file that is read, nor be named {', '.join(_READ)}",
+        f"the page must not replace an input file or have the suffix {', '.join(_READ)}",
         output,
     )
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)

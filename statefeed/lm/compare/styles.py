@@ -1,4 +1,4 @@
-"""How a rule is drawn in every figure."""
+"""Colors, line styles, markers and hatches of the rules in figures."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,13 +10,13 @@ _LINES, _MARKERS, _HATCHES = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v"), 
 
 
 class Style(NamedTuple):
-    """How a rule is drawn in every figure of a section: a color, and where that is another's too, a line of its own.
+    """The style of a rule in the figures of a section; rules of the same color differ in the other attributes.
 
     Args:
-        color: of lines, points and bars.
-        line: style of lines.
-        marker: of points.
-        hatch: of bars.
+        color: color of lines, points and bars.
+        line: line style.
+        marker: marker of points.
+        hatch: hatch of bars.
     """
 
     color: str
@@ -26,18 +26,18 @@ class Style(NamedTuple):
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A look of its own for every label; the usual rules have theirs in every figure.
+    """A distinct style for every label; common rules have the same style in all figures.
 
     >>> styles(["dsf", "a", "b", "a"])["b"]
     Style(color='C5', line='-', marker='o', hatch='')
     """
     found: dict[str, Style] = {}
-    taken = 0
+    assigned = 0
     for label in dict.fromkeys(labels):
         if label in _COLORS:
             found[label] = Style(_COLORS[label])
         else:
-            again, place = divmod(taken, len(_FREE))
-            found[label] = Style(_FREE[place], *(of[again % len(of)] for of in (_LINES, _MARKERS, _HATCHES)))
-            taken += 1
+            cycle, color = divmod(assigned, len(_FREE))
+            found[label] = Style(_FREE[color], *(of[cycle % len(of)] for of in (_LINES, _MARKERS, _HATCHES)))
+            assigned += 1
     return found

@@ -1,4 +1,4 @@
-"""The table that compares the rules of one task."""
+"""Table that compares the rules of one task."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,14 +9,14 @@ from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, split
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """The comparison of the rules of one task: headings, and one row a rule, the perplexity first for narrow screens.
+    """Headings and one row per rule of one task, perplexity first for narrow screens.
 
     Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
-    and norm ratio are means over the evaluations at which the rule was not exact. The targets are the perplexities at
-    the last evaluation of ft-bptt, and of the exact rules, with the same seed, each at its best rate.
+    and norm ratio are means over the evaluations under an approximate rule. The targets of "epochs to" and "seconds to"
+    are the final perplexities of ft-bptt and of the exact rules with the same seed, each at its best learning rate.
 
     Args:
-        results: of one task.
+        results: results of one task.
     """
     groups = by_rule(results)
     rules = split(results, lambda result: result.rule)
@@ -47,7 +47,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _reached(group: Sequence[Result], rival: Sequence[Result]) -> list[dict[str, float] | None]:
-    """Where every run reached what the rival with its seed ended with."""
+    """For every run, the first evaluation that reaches the final perplexity of the rival with the same seed."""
     ends = {
         run.get("train.seed"): run.valid[-1]["perplexity"] for run in rival if run.outcome == "finished" and run.valid
     }
@@ -64,7 +64,7 @@ def _times(reached: Sequence[dict[str, float] | None], what: str) -> str:
 
 
 def _aligned(group: Sequence[Result], what: str) -> str:
-    """The mean over the evaluations at which the rule was not exact, with their number where that is not all."""
+    """The mean over the evaluations under an approximate rule, with their number if not all evaluations are."""
     runs = [result for result in group if result.alignment]
     if not runs:
         return "-"

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step, made without writing anything."""
+"""Setup of a run: corpus, tokenizer, batches, model and optimizer, without writing files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +30,14 @@ class Setup:
 
     Args:
         corpus: the text.
-        tokenizer: of the text.
-        ids: of every split, int32 (N,).
-        source: the batches of the training split.
-        valid: the batches of the validation split.
-        steps: of the whole run.
-        model: on its device, its weights sharded where the processes share them.
-        optimizer: of its parameters.
-        scaler: of the loss, for float16.
+        tokenizer: its tokenizer.
+        ids: token ids by split, int32 (N,).
+        source: batches of the training split.
+        valid: batches of the validation split.
+        steps: number of steps of the whole run.
+        model: the model on its device, sharded under FSDP.
+        optimizer: the optimizer of its parameters.
+        scaler: the loss scaler, enabled for float16.
     """
 
     corpus: Corpus
@@ -51,7 +51,7 @@ class Setup:
     scaler: torch.amp.GradScaler
 
     def describe(self, recipe: Train, group: Group) -> str:
-        """What is trained on what and where, in one line."""
+        """One line about the corpus, the model, the number of steps and the device."""
         processes = f", {group.size} processes ({recipe.parallel})" if group.size > 1 else ""
         amounts = ", ".join(f"{len(found):,} {split}" for split, found in self.ids.items())
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -63,10 +63,10 @@ class Setup:
 
 
 def check_recipe(config: Config, group: Group) -> None:
-    """Check what a recipe alone decides, before anything is read.
+    """Check a recipe without reading the text or the run folder.
 
     Raises:
-        UsageError: when a feedback rule, a precision or an extra does not fit, or there is no text.
+        UsageError: a feedback rule or precision is not supported, a dependency is not installed, or there is no text.
     """
     recipe = config.train
     parts = recipe.accumulate * group.size
@@ -86,15 +86,15 @@ def check_recipe(config: Config, group: Group) -> None:
 
 
 def prepare(config: Config, resume: bool, group: Group) -> Setup:
-    """Read the corpus, fit the tokenizer, make the model.
+    """Read the corpus, fit the tokenizer, create the model and the optimizer.
 
     Args:
         config: the recipe.
-        resume: take the tokenizer from the run folder, and check that the text is the run's.
+        resume: load the tokenizer from the run folder, and check that the text has not changed.
         group: the processes of the job.
 
     Raises:
-        UsageError: when a split is shorter than one step, or one of the three cannot be made.
+        UsageError: a split is shorter than one step, or the corpus, the tokenizer or the model cannot be created.
     """
     folder, recipe = Path(config.run.dir), config.train
     corpus = corpora.read(config.data)
@@ -115,8 +115,8 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
     source = batches.training(ids["train"], config.data, recipe)
     if isinstance(source, batches.Sentences) and source.trained < source.tokens / 2:
         notify(
-            f"data.batches=sentences trains on {source.trained:,} of {source.tokens:,} tokens: what comes after the "
-            f"first {context} of a line is left out; raise train.context, or use data.batches=stream"
+            f"data.batches=sentences trains on {source.trained:,} of {source.tokens:,} tokens: lines are truncated to "
+            f"{context} tokens; raise train.context, or use data.batches=stream"
         )
     valid = batches.scoring(ids["valid"], config.data, recipe)
     steps = recipe.steps or recipe.epochs * len(source)
@@ -124,20 +124,20 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config.model, tokenizer.size)
     _apply_rules(model, config)
-    group.place(model)
+    group.distribute(model)
     if recipe.compile is not None:
         torch._dynamo.config.allow_rnn = True
         for block in model.blocks:
             block.compile(mode=recipe.compile)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
-    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD takes no sharded weights
+    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD does not support sharded weights
     optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "float16")
     return Setup(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
 
 
 def _apply_rules(model: LanguageModel, config: Config) -> None:
-    """Apply every rule of a schedule to the layers once, the first one last, so that all they learn into is there."""
+    """Apply every rule of a schedule once, ending with the first, so that the tensors of learned rules exist."""
     rules = sf.Schedule(config.model.feedback)
-    for begin in (*(until for until, _ in rules.stages), 0.0):
-        rules.apply(model, begin)
+    for fraction in (*(until for until, _ in rules.stages), 0.0):
+        rules.apply(model, fraction)

@@ -1,4 +1,4 @@
-"""The run folder: weights are replaced whole or not at all, and a folder that is no run is refused."""
+"""The run folder: weights are replaced atomically, and a folder without a run raises."""
 
 import shutil
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_best_keeps_the_lowest_loss(folder: Path) -> None:
     assert (again.step, again.epoch, again.score) == (2, 1, best.score)
 
 
-def test_a_folder_that_is_taken(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_raises(tmp_path: Path) -> None:
     check_unused(Config(run=Run(dir=str(tmp_path))))
     check_unused(Config(run=Run(dir=str(tmp_path / "new"))))
     (tmp_path / "config.yaml").touch()
@@ -131,7 +131,7 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
         ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),
     ],
 )
-def test_a_broken_run_is_one_sentence(
+def test_a_corrupt_run_raises_a_clear_error(
     run: Path, tmp_path: Path, name: str, content: bytes | None, sentence: str
 ) -> None:
     folder = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_a_broken_run_is_one_sentence(
     assert "\n" not in str(refused.value)
 
 
-def test_weights_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_of_another_width_raise(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     recipe = (folder / "config.yaml").read_text()
