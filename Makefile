@@ -24,8 +24,9 @@ slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 # Other people's packages, each in an environment of its own under build/interop; `make interop PACKAGES="darts flair"`.
+# On a quiet machine, `make interop RECORD=zen5-1` appends to results/packages/zen5-1.jsonl and writes the table of the docs.
 interop:
-	$(PYTHON) tests/interop/environments.py $(PACKAGES)
+	$(PYTHON) tests/interop/environments.py $(if $(RECORD),--record $(RECORD)) $(PACKAGES)
 
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -13,10 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
-from statefeed.paths import torch_is_faster
-from statefeed.recurrence import autocast_dtype
+from statefeed.paths import extent, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import RecurrentStack
-from statefeed.transforms import is_transformed
+from statefeed.transforms import is_expanded, is_transformed
 
 _TORCHSCRIPT = (
     "TorchScript cannot hold a feedback rule: call statefeed.restore(model), then script or trace torch.nn's layers"
@@ -97,29 +95,42 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         """Why torch's own layer runs a call on this input, even if kernels support it; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        if self._newton is not None:
+        if not self._runs_in_torch(input):
             return None
-        if torch.compiler.is_exporting():
-            return "torch.export has torch's own layer"
-        if not torch.is_grad_enabled() and is_transformed() and not self._layer_by_layer:
-            return "a trace and torch.func without autograd have torch's own layer"
-        # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
-        free = self._feedback.exact or not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        return self._faster_in_torch(input) if free and not torch.compiler.is_compiling() else None
+        way = None if is_transformed() else way_of(self.mode, input)
+        if way is None or torch.compiler.is_exporting():
+            return "torch.export, traces and torch.func without autograd have torch's own layer"
+        return reason(way, *extent(input, self.batch_first), self.hidden_size)
 
-    def _faster_in_torch(self, input: Tensor | PackedSequence) -> str | None:
-        """Why torch's own layer is faster; None if it is not, or does not run here in the dtype of the autocast."""
-        x = input.data if isinstance(input, PackedSequence) else input
-        if not x.is_cpu or (self.mode == "LSTM" and _lacks_bf16(x)):
-            return None
-        return torch_is_faster(_steps(input, self.batch_first))
+    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer runs a call; a fraction of a small layer's time, so without words."""
+        if self._feedback.through_torch:
+            return True
+        if self._newton is not None:
+            return False
+        if torch.compiler.is_exporting():
+            return True
+        if is_transformed():
+            return not torch.is_grad_enabled() and not self._layer_by_layer
+        # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
+        if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            return False
+        # The answers of torch.compile and of ExpandedWeights do not depend on the shape.
+        if torch.compiler.is_compiling() or not self.is_faster_in_torch(input):
+            return False
+        return not is_expanded(self._weight("weight_hh_l0"))
+
+    def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
+        way = way_of(self.mode, input)
+        return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
-            raise RuntimeError(_COMPILED_LSTM)
-        if self.mode == "LSTM" and _lacks_bf16(input):
-            return self._in_float32(input, hx)
+        if self.mode == "LSTM":
+            if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+                raise RuntimeError(_COMPILED_LSTM)
+            if lacks_bf16(input):
+                return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
     def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
@@ -142,33 +153,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return all(s.shape == expected for s in state)
 
 
-def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
-    if isinstance(input, PackedSequence):
-        return len(input.batch_sizes)
-    return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
-
-
 def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:
     return input.to(dtype) if isinstance(input, Tensor) else input._replace(data=input.data.to(dtype))
-
-
-def _lacks_bf16(input: Tensor | PackedSequence) -> bool:
-    """Whether oneDNN, which runs torch's LSTM unless lengths differ, raises under the enabled bfloat16 autocast."""
-    x = input if isinstance(input, Tensor) else input.data
-    if not x.is_cpu or autocast_dtype(x) != torch.bfloat16 or onednn_supports_bf16():
-        return False
-    return isinstance(input, Tensor) or bool(input.batch_sizes[-1] == input.batch_sizes[0])
-
-
-@functools.cache
-def onednn_supports_bf16() -> bool:
-    """Whether oneDNN can run bfloat16 layers on this CPU, or is not used at all."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return not available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# As for ``native.unavailable``: a constant to torch.compile.
-onednn_supports_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _signature(**more: tuple[str, Any]) -> inspect.Signature:

@@ -106,7 +106,7 @@ class RecurrentStack(FeedbackLayer):
 
         Segments call this method and not ``forward``, so that the ``forward`` of a subclass runs once per call.
         """
-        if self.torch_path_reason(input) is not None:
+        if self._runs_in_torch(input):
             return self._torch_path(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
@@ -158,6 +158,10 @@ class RecurrentStack(FeedbackLayer):
         state = () if hx is None else self._as_state(hx)
         tensors = (x, *state, *(w for layer_weights in weights for w in layer_weights))
         return choose(self.feedback_cell, tensors, self._feedback.exact, self._newton is not None).name
+
+    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer runs a call, whatever the backends support."""
+        return False
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call on this input.

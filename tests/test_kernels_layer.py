@@ -382,6 +382,37 @@ def test_late_threads_give_the_same_bits() -> None:
     assert len(set(found)) == 1
 
 
+# Determinism ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rule", ["bptt", "dsf", "jacobian+1"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.usefixtures("threads")
+def test_the_same_call_gives_the_same_bits(name: str, rule: str, bf16: bool) -> None:
+    """Also where torch is asked for deterministic algorithms, which fills new memory with NaN."""
+    torch.manual_seed(0)
+    layer, x, e = getattr(sf, name)(32, 64, feedback=rule), torch.randn(60, 16, 32), torch.randn(60, 16, 64)
+
+    def results() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y, _ = layer(leaf)
+        y.backward(e.to(y.dtype))
+        assert leaf.grad is not None
+        return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    expected = results()
+    assert len(expected) == 6
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # Sums over many rows --------------------------------------------------------------------------------------------------
 
 

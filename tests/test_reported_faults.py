@@ -266,7 +266,7 @@ def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype,
     layer = sf.LSTM(3, 4, layers, feedback="torch")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
-        monkeypatch.setattr("statefeed.layers.onednn_supports_bf16", lambda: False)
+        monkeypatch.setattr("statefeed.paths.onednn_supports_bf16", lambda: False)
         for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)
@@ -684,8 +684,20 @@ SENTENCES = {
 @pytest.mark.parametrize("rule", ["dsf", "bptt", "calibrated+1"])
 @every_layer
 def test_an_unsupported_transform_raises_a_clear_error(cell, rule, transform, x):
+    x = torch.cat([x] * 5)  # long enough for kernels under the exact rule
     with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback=rule), x)
+
+
+@pytest.mark.parametrize(
+    "transform", ["jacrev", "jvp", "jacfwd", "forward_ad", "vmap", "vmap of grad", "ExpandedWeights"]
+)
+@every_layer
+def test_the_answer_to_a_transform_does_not_depend_on_the_length(cell, transform, x):
+    layer = LAYERS[cell](3, 4)
+    assert "torch.nn" in sf.explain(layer, x[:2]).forward
+    with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
+        TRANSFORMS[transform](layer, x[:2])
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -794,7 +806,7 @@ def test_fx_raises_for_a_module_that_it_cannot_trace():
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "calibrated", "jacobian", "gate+2"])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_products_are_counted_as_explain_counts_them(cell, rule, x):
-    layer, leaf = LAYERS[cell](3, 4, feedback=rule), x.clone().requires_grad_()
+    layer, leaf = LAYERS[cell](3, 4, feedback=rule), torch.cat([x] * 5).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         total(layer, leaf).backward()
     expected = sf.explain(layer, leaf)

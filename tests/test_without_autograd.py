@@ -74,7 +74,7 @@ def test_the_numbers_are_those_with_autograd(cell, mode, bf16):
 @pytest.mark.parametrize("mode", WITHOUT)
 @every_layer
 def test_nothing_is_saved(cell, mode):
-    x = torch.randn(16, 16, 64)
+    x = torch.randn(60, 16, 64)
     for rule in rules_of(cell):
         layer = LAYERS[cell](64, 64, feedback=rule)
         for frozen in (False, True):
@@ -89,7 +89,7 @@ def test_nothing_is_saved(cell, mode):
 @needs_kernels
 def test_a_frozen_layer_saves_for_the_gradient_of_its_input_or_state():
     layer = sf.LSTM(3, 4).requires_grad_(False)
-    x, h = torch.randn(8, 2, 3), torch.randn(1, 2, 4)
+    x, h = torch.randn(20, 2, 3), torch.randn(1, 2, 4)
     for inputs in ((x.clone().requires_grad_(),), (x, (h, h.clone().requires_grad_()))):
         with Saved() as saved:
             y, _ = layer(*inputs)

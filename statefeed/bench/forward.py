@@ -39,7 +39,7 @@ class Options(Common):
     batches: str = option("1", "values of B, separated by commas")
     widths: str = option("256", "values of H for random weights, separated by commas")
     tolerances: str = option("1e-3,1e-4,1e-5,1e-6", "largest defects of a step, separated by commas")
-    max_iterations: int = option(100, "iterations after which the remaining steps run one after the other")
+    max_iterations: int = option(100, "iterations after which the remaining steps run sequentially")
     dtype: str = option("float32", "float32 or, on a GPU, tf32, or bfloat16 (autocast)")
     timed: bool = option(False, "also measure the time, and that of torch.nn's forward pass")
     output: str = option("forward.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
@@ -91,7 +91,7 @@ def random_subjects(options: Options, T: int, B: int, widths: Sequence[int]) -> 
         module = getattr(sf, cell.upper())(H, H)
         with torch.no_grad():
             module.weight_hh_l0.mul_(scale)
-        x = torch.randn(T, B, H)
+        x = torch.randn(T, B, H, device="cpu")
         yield Subject(cell, f"random x{scale}", 0, module.to(options.device), x.to(options.device))
 
 
@@ -108,7 +108,7 @@ def trained_subjects(path: Path, T: int, B: int, device: str) -> list[Subject]:
         raise OptionError(f"runs: {error}") from None
     if len(tokens) // B < T:
         return []
-    columns = torch.as_tensor(tokens.astype("int64"))[: len(tokens) // B * B].view(B, -1)[:, :T].T
+    columns = torch.as_tensor(tokens.astype("int64"), device="cpu")[: len(tokens) // B * B].view(B, -1)[:, :T].T
     layers = [m for m in found.model.modules() if isinstance(m, nn.RNNBase)]
     inputs: list[Tensor] = []
     for layer in layers:
@@ -235,7 +235,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
     result = Table(
         title="forward pass in parallel over time: iterations of one product over all steps and one scan",
-        caption="sequential: steps that did not converge and ran one after the other; error: largest difference from "
+        caption="sequential: steps that did not converge and ran sequentially; error: largest difference from "
         "torch.nn's states; a speed-up above 1 is faster than torch.nn",
     )
     for heading in ("cell", "weights", "layer", "T", "B", "method"):

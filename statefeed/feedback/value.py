@@ -22,6 +22,7 @@ from statefeed.feedback.spelling import SPELLINGS, parse
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
+_CORRECTIONS = 2**31  # more than any sequence has steps
 _RENAMED = {"bptt": "torch", "fused-bptt": "bptt"}
 
 
@@ -88,6 +89,8 @@ class Feedback:
             value, suffix = parse(diagonal)
         if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
             raise ValueError(f"corrections must be a whole number >= 0, got {corrections!r}")
+        if max(suffix, corrections) >= _CORRECTIONS:
+            raise ValueError(f"corrections must be below 2^31, got {max(suffix, corrections)}")
         if suffix and corrections:
             raise ValueError(f"corrections are given twice: as the suffix +{suffix} and as corrections={corrections}")
         object.__setattr__(self, "diagonal", _diagonal(value))

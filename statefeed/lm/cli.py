@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,8 @@ statefeed COMMAND --help lists every flag of a command.
 
 
 _python_showwarning = warnings.showwarning
+_PACKAGE = Path(__file__).parent.parent
+shown_warnings: set[str] = set()  # of this process
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,12 +112,13 @@ def configure_process() -> None:
             libc.mallopt(parameter, 1 << 30)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """Print a RuntimeWarning of the library as one line, without its source line; others as Python does."""
-    if category is RuntimeWarning:
-        notify(" ".join(str(message).split()))
-    else:
-        _python_showwarning(message, category, *place, **more)
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+    """Print a warning of the library as one line, once, without its source line; others as Python does."""
+    if category is not RuntimeWarning and not Path(filename).is_relative_to(_PACKAGE):
+        _python_showwarning(message, category, filename, *place, **more)
+    elif (sentence := " ".join(str(message).split())) not in shown_warnings:
+        shown_warnings.add(sentence)
+        notify(sentence)
 
 
 def _report(sentence: str, code: int) -> int:

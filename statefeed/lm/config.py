@@ -161,7 +161,7 @@ class Train:
     steps: int | None = option(None, "number of optimizer steps; overrides train.epochs")
     seed: int = option(1, "seed of the initial weights, the order of the text, dropout and the sample", identity="run")
     batch: int = option(32, "number of sequences in one step, of all processes together")
-    accumulate: int = option(1, "number of parts that a process computes one after the other in a step, to save memory")
+    accumulate: int = option(1, "number of sequential parts of a step, to save memory")
     eval_batch: int | None = option(None, "number of sequences in a step of evaluation; null for train.batch")
     context: int = option(64, "number of tokens of a sequence in one step; the state is passed to the next step")
     state_reset_prob: float = option(

@@ -25,6 +25,10 @@ _OTHER_NAMES = {  # names of keys in other programs, for suggestions
     "block_size": "context",
     "bptt": "context",
     "hidden_size": "width",
+    "d_model": "width",
+    "dim": "width",
+    "n_embd": "width",
+    "embedding_size": "width",
     "num_layers": "layers",
     "n_layer": "layers",
     "grad_clip": "clip",
@@ -72,7 +76,7 @@ def parse(flags: ArgumentParser, arguments: Sequence[str], path: str | Path | No
     for word in arguments:
         _check_decimal(*word.removeprefix("--").partition("=")[::2])
     try:
-        defaults = None if path is None else parser("").parse_object(read(path))
+        defaults = None if path is None else parser("").parse_object(read(expand(str(path))))
         return flags.parse_args(list(arguments), namespace=defaults)
     except ArgumentError as error:
         raise UsageError(_sentence(str(error), flags.get_defaults().keys())) from error

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import sentences
 
+import statefeed as sf
 from statefeed.lm import cli
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Data, Train
@@ -217,11 +218,16 @@ def test_a_warning_of_the_library_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(warnings, "showwarning", cli.show_warning)
+    monkeypatch.setattr(cli, "shown_warnings", set())
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = cli.show_warning
         warnings.warn("torch does the work:\nno compiler", RuntimeWarning, stacklevel=1)
-    assert capsys.readouterr().err == "statefeed: torch does the work: no compiler\n"
+        for _ in range(2):
+            sf.Schedule("dsf+2")  # which is warned of inside the package
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "statefeed: torch does the work: no compiler"
+    assert second.startswith('statefeed: feedback "dsf+2" adds corrections')
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
@@ -302,3 +308,48 @@ def test_the_rules_of_a_comparison_are_checked_before_its_folder(
     words = ["compare", *flags, f"--out={text}"]
     assert "--feedback DSF: feedback must be " in sentence([*words, "--feedback=dsf,DSF"], capsys)
     assert "must be another folder than the text" in sentence([*words, "--feedback=dsf"], capsys)
+
+
+LARGE = {
+    "data.vocabulary": ["--data.tokens=bpe", f"--data.vocabulary={2**63 - 1}"],
+    "train.eval_batch": [f"--train.eval_batch={2**63 - 1}"],
+    "train.evaluations": [f"--train.evaluations={2**63 - 1}"],
+}
+
+
+@pytest.mark.parametrize("key", LARGE)
+def test_large_numbers_that_mean_no_limit(key: str, flags: list[str]) -> None:
+    assert cli.main(["train", *flags, "--train.steps=2", "--run.dir=x", *LARGE[key]]) == 0
+
+
+@pytest.mark.parametrize("layers", [10**9, 2**62])
+def test_layers_that_no_memory_holds(layers: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    err = sentence(["train", *flags, "--run.dir=x", f"--model.layers={layers}"], capsys)
+    assert f"the weights of model.width=16 and model.layers={layers} with " in err
+
+
+def test_more_seeds_and_corrections_than_there_can_be(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    err = sentence(["compare", *flags, "--feedback=dsf", f"--seeds={10**20}"], capsys)
+    assert f"--seeds must be between 1 and 1,000, got {10**20}" in err
+    err = sentence(["train", *flags, f"--model.feedback=gate+{2**31}"], capsys)
+    assert f"corrections must be below 2^31, got {2**31}" in err
+
+
+def test_a_top_p_near_zero_is_the_likeliest_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for flag in ("--top-p=1e-300", "--top-k=1"):
+        capsys.readouterr()
+        assert cli.main(["generate", str(run), flag, "--tokens=9"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("command", ["compare", "corpora", "train"])
+def test_the_home_folder_of_a_recipe(
+    command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "home").mkdir()
+    (here / "home" / "r.yaml").write_text("train: {lr: -1}")
+    more = ["--feedback=dsf"] if command == "compare" else []
+    assert "train.lr must be a positive number, got -1.0" in sentence([command, "~/r.yaml", *more], capsys)

@@ -1,5 +1,5 @@
-// One layer in one direction, in chunks of time that stay in cache: products over all rows of a chunk, beside its
-// steps.
+// One layer in one direction, in chunks of time that stay in cache: the steps of a chunk, and products over all its
+// rows.
 //   grad_x = grad_input W_ih,   grad_W_ih^T += x^T grad_input,   grad_W_hh^T += h'^T grad_hidden   per chunk
 #include "layer.h"
 
@@ -52,8 +52,8 @@ StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
 
-// The states before the steps of a chunk, row by row beside its gradients. They are in y, one step earlier, except
-// before the first step, and except where sequences end: there a step has fewer rows than the one before.
+// The states before the steps of a chunk, in the same order as the rows of its gradients. They are in y, one step
+// earlier, except before the first step and where sequences end: there a step has fewer rows than the previous one.
 template <class T>
 struct StatesBefore {
   const StepRange& range;
@@ -74,7 +74,7 @@ struct StatesBefore {
   }
 };
 
-// The same weights with memory to pack them into, if they are wanted.
+// The same weights with memory to pack them into, if they are needed.
 template <ProductTraits P, Tag tag>
 PackedWeights<P> with_memory(PackedWeights<P> weights, bool wanted = true) {
   weights.to = wanted ? workspace<typename P::packed_t, tag>(weights.size()) : nullptr;

@@ -30,7 +30,7 @@ inline Partition partition_of_step(int64_t ranks, const StepRange& range, const 
   return {.count = count, .by_rows = count == 1};
 }
 
-// A row of an array that may be missing: arithmetic on a null pointer is undefined.
+// A row of an array, or null if the array is null: arithmetic on a null pointer is undefined behavior.
 template <class T>
 inline T* row_of(T* array, int64_t offset) {
   return array ? array + offset : nullptr;
@@ -117,7 +117,7 @@ template <class T, class Cell, class Visit>
   const T* previous_c = t == 0 ? s.first_c : row_of(s.aux, before * H);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = offset + b;
-    // Null where the cell, the rule or the pass has no such array.
+    // Pointers are null if the cell, the rule or the pass has no such array.
     ReverseRow<T> at{.gates = s.gates + row * Cell::gates * H,
                      .aux = row_of(s.aux, row * H),
                      .y = s.y + row * H,
@@ -136,11 +136,11 @@ template <class T, class Cell, class Visit>
                      .hidden = H,
                      .unit = 0,
                      .count = L};
-    // Time runs backward, which no hardware prefetcher follows, so each row asks for a row that comes `ahead` rows
-    // later in the order of the loop. Within the step that is row b + ahead. Past its end it is a row of the step
-    // before, which lies before this one in memory: b + ahead = q * size + r is row r of the step q steps earlier, and
-    // so r - q * size rows from the first row of this step, or r - q * size - b from this row. At the beginning of the
-    // sequence the address may lie before the array, where a prefetch does no harm.
+    // Time runs backward, which hardware prefetchers do not follow, so each row prefetches the row that the loop visits
+    // `ahead` rows later. Within the step this is row b + ahead. After the end of the step it is a row of an earlier
+    // step, which is before this one in memory: with b + ahead = q * size + r it is row r of the step q steps earlier,
+    // r - q * size rows from the first row of this step, and r - q * size - b rows from this row. At the beginning of
+    // the sequence the address may be before the array; a prefetch of it has no effect.
     constexpr int64_t ahead = 4;
     const int64_t later = b + ahead, size = s.range.size(t);
     const int64_t next = (later % size - later / size * size - b) * H;

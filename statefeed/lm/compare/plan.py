@@ -8,6 +8,8 @@ from statefeed.lm import identity
 from statefeed.lm.config import RECURRENT, Config
 from statefeed.lm.errors import UsageError, require
 
+_SEEDS = 1000  # of one rule, more than anybody can train
+
 
 def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) -> list[Config]:
     """The recipe of every run of a comparison, ordered by seed, then by rule.
@@ -23,7 +25,7 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
         UsageError: a rule does not exist or is not supported by the cell, a rate is for a rule that is not compared, or
             there are no seeds.
     """
-    require(seeds >= 1, "--seeds must be at least 1", seeds)
+    require(1 <= seeds <= _SEEDS, f"--seeds must be between 1 and {_SEEDS:,}", seeds)
     require(
         config.model.cell in RECURRENT,
         f"a comparison of rules needs a cell out of {', '.join(RECURRENT)}",

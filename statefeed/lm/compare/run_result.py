@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import statefeed as sf
-from statefeed.lm import migration, recipe
+from statefeed.lm import identity, migration, recipe
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.tasks import split
 from statefeed.lm.errors import UsageError
@@ -42,6 +42,10 @@ def read_run(folder: Path, outcome: str | None = None) -> Result:
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is not a run folder: it holds no {CONFIG}")
     config = dataclasses.asdict(recipe.load(folder / CONFIG))
+    try:
+        identity.check_rules(config["model"]["cell"], config["model"]["feedback"])
+    except ValueError as error:
+        raise UsageError(f"{folder / CONFIG} cannot be read: {error}") from None
     record, rows = metadata.read(folder), _rows(folder / METRICS)
     position = _positions(rows, record)
     by_split: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": [], "alignment": []}

@@ -73,7 +73,7 @@ def scoring(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
         recipe: evaluation batch size and context. The batch size changes the score of continuous streams only, since
             each stream starts from a zero state.
     """
-    batch = recipe.eval_batch or recipe.batch
+    batch = min(recipe.eval_batch or recipe.batch, max(1, len(tokens)))
     if data.batches == "sentences":
         return Sentences(tokens, batch, recipe.context)
     if data.batches == "blocks":

@@ -201,7 +201,10 @@ class BytePairs:
             model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer, fixed])
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            # No text has more pairs than bytes; tokenizers reserves memory for what it is asked for.
+            vocab_size=min(limit, 256 + 4 * len(text)),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
         model.train_from_iterator(text_parts(text), trainer)
         return cls(model)

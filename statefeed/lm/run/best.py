@@ -60,4 +60,4 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UsageError(f"{path} does not fit the recipe beside it: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path} does not match the recipe of the run: {' '.join(str(error).split())}") from error

@@ -97,7 +97,7 @@ class Checkpoints:
                 return _read_states(tensors), migration.log_state(metadata["log"]), corrupt
             except (KeyError, RuntimeError) as error:
                 raise CorruptFile(
-                    f"{path} does not fit the recipe beside it: {' '.join(str(error).split())}"
+                    f"{path} does not match the recipe of the run: {' '.join(str(error).split())}"
                 ) from error
         if corrupt:
             raise CorruptFile("; ".join(map(str, corrupt)) + f"; no checkpoint in {self._folder} can be resumed")

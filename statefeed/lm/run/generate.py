@@ -65,5 +65,6 @@ def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         excluded = ordered.cumsum(0) - ordered >= top_p
+        excluded[0] = False  # whatever top_p is in float32
         probabilities = probabilities.index_fill(0, order[excluded], 0.0)
     return probabilities

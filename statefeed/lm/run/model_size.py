@@ -1,5 +1,6 @@
 """Check that a model fits into memory before it is allocated."""
 
+import dataclasses
 import os
 
 import torch
@@ -25,9 +26,8 @@ def check_fits(recipe: Model, vocabulary: int, device: torch.device, processes: 
     """
     available = _memory(device)
     try:
-        with torch.device("meta"):
-            model = LanguageModel(recipe, vocabulary)
-        needed = _FLOAT32 * sum(parameter.numel() for parameter in model.parameters()) // processes
+        one, two = (_parameters(dataclasses.replace(recipe, layers=layers), vocabulary) for layers in (1, 2))
+        needed = _FLOAT32 * (one + (recipe.layers - 1) * (two - one)) // processes
     except (RuntimeError, OverflowError):  # a size beyond 64 bits
         needed = None
     if needed is None or (available is not None and needed > available):
@@ -37,6 +37,11 @@ def check_fits(recipe: Model, vocabulary: int, device: torch.device, processes: 
             f"the weights of model.width={recipe.width} and model.layers={recipe.layers} with {vocabulary:,} types of "
             f"tokens take {size}{memory}: lower model.width, model.layers or data.vocabulary"
         )
+
+
+def _parameters(recipe: Model, vocabulary: int) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LanguageModel(recipe, vocabulary).parameters())
 
 
 def _memory(device: torch.device) -> int | None:

@@ -27,7 +27,7 @@ from statefeed.lm.run.best import BestWeights, load_weights
 from statefeed.lm.run.checkpoint import Checkpoints
 from statefeed.lm.run.device import autocast_context
 from statefeed.lm.run.distributed import Group, finite, shard_batch
-from statefeed.lm.run.evaluate import score
+from statefeed.lm.run.evaluate import is_scored, score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
@@ -150,7 +150,6 @@ def optimize(
     model, optimizer, scaler = setup.model, setup.optimizer, setup.scaler
     rules, keeps_states = sf.Schedule(config.model.feedback), config.data.batches == "stream"
     autocast = autocast_context(recipe.precision, group.device)
-    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     first, marked = checkpoints.step + 1, False
     parts = group.columns(recipe.batch, recipe.accumulate)
     before = [None if states is None else group.shard(states, part) for part in parts]
@@ -188,7 +187,7 @@ def optimize(
             scaler.update()
             log.time_phase("optimizer")
             log.step(step, epoch + 1, nats / counted, counted)
-            if step in scored:
+            if is_scored(step, steps, recipe.evaluations):
                 with _uncompiled(recipe):
                     _score(setup, recipe, log, best, group, step, epoch + 1)
             if stop or save or step == steps:

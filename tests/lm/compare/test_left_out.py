@@ -53,3 +53,20 @@ def test_input_files_are_not_overwritten(flag: str, name: str, runs: Path, capsy
     assert cli.main(["report", str(runs / "good"), str(runs / "records"), flag, str(runs / name)]) == 2
     assert "the page must not replace an input file" in capsys.readouterr().err
     assert (runs / name).read_bytes() == before
+
+
+def test_records_of_other_peoples_packages_are_not_reported(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "machine.jsonl").write_text('{"package": "darts", "model": "GRU"}\n')
+    assert cli.main(["report", str(runs), "-o", str(runs / "page.html")]) == 0
+    assert "machine.jsonl" not in capsys.readouterr().err
+
+
+def test_a_run_of_a_rule_that_does_not_exist_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "good", runs / "unknown")
+    config = runs / "unknown" / "config.yaml"
+    config.write_text(config.read_text().replace("feedback: dsf", "feedback: nope"))
+    capsys.readouterr()
+    assert cli.main(["report", str(runs), "-o", str(runs / "page.html")]) == 0
+    out, err = capsys.readouterr()
+    assert ": 1 runs, " in out
+    assert f"left out: {config} cannot be read: feedback must be " in err

@@ -150,6 +150,6 @@ def test_weights_of_another_width_raise(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, folder)
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("width: 16", "width: 8"))
-    with pytest.raises(UsageError, match="does not fit the recipe beside it") as refused:
+    with pytest.raises(UsageError, match="does not match the recipe of the run") as refused:
         load(folder)
     assert "\n" not in str(refused.value)

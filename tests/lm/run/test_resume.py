@@ -554,7 +554,7 @@ def test_a_checkpoint_of_another_model_raises(stopped: Callable[..., Path], caps
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert "does not fit the recipe beside it" in err
+    assert "does not match the recipe of the run" in err
     assert err.count("\n") == 1
 
 

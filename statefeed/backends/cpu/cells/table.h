@@ -1,4 +1,4 @@
-// The table of cells: their names, sizes and loops. A new cell is a file beside this one and two lines here.
+// The table of cells: names, sizes and loops. A new cell is a file in this folder and two lines here.
 #pragma once
 
 #include "cell.h"
