@@ -209,7 +209,7 @@ def test_on_a_gpu_float32_is_float32_and_tf32_is_a_dtype_of_its_own():
             found = {value for name, value in flags().items() if name.endswith("fp32_precision")}
         assert found == {"tf32" if dtype == "tf32" else "ieee"}
         case = layers.Case("gru", Shape(3, 2, 4), dtype, "cuda")
-        assert layers._tried(case, measure.float32_settings("cuda")) == [setting]
+        assert layers.settings_for(case, measure.float32_settings("cuda")) == [setting]
     case = layers.Case("gru", Shape(3, 2, 4), "tf32", "cpu")  # one that can be made here
     entries = layers.contenders(case, ["dsf", "gate"], [GPU["tf32"]])
     assert [entry.name for entry in entries] == [
@@ -317,7 +317,11 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
     [
         ([], "one of {layers,scan,memory,training,recall}"),
         (["train"], "training"),
-        (["layers", "--shape=1x2x3"], "--shape"),
+        (["layer"], ": did you mean layers?"),
+        (["layers", "--shape=1x2x3"], ": did you mean --shapes?"),
+        (["layers", "--pass=backward"], "pass must be among training, forward"),
+        (["layers", "--layers=0"], "layers must be at least 1"),
+        (["layers", "--packed", "--shapes=1x2x3"], "packed shapes must have at least 2 steps"),
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
         (["layers", "--shapes=0x2x3"], "shapes must be TxBxH"),
         (["layers", "--cells=gru,tcn"], "cells must be among rnn, gru, lstm"),
@@ -325,7 +329,10 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
         (["layers", "--cells=rnn", "--rules=gate,gate+1"], "it has no gate"),
         (["memory", "--cells=rnn", "--rules=gate"], "it has no gate"),
         (["layers", "--dtypes=int8"], "dtypes must be among"),
-        (["layers", "--dtypes=tf32"], "dtypes must be among float32, bfloat16, separated by commas, got 'tf32'"),
+        (
+            ["layers", "--dtypes=tf32"],
+            "dtypes must be among float32, float64, bfloat16, separated by commas, got 'tf32'",
+        ),
         (["layers", "--repeats=4"], "repeats must be at least 5"),
         (["layers", "--repeats=many"], "repeats"),
         (["layers", "--threads=0"], "threads must be at least 1"),

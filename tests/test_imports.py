@@ -112,6 +112,7 @@ before, state, threads = set(sys.modules), torch.get_rng_state(), torch.get_num_
 seen = []
 sys.addaudithook(lambda event, args: seen.append((event, str(args[0]) if args else "")))
 import statefeed
+statefeed.GRU
 events = list(seen)
 new = sorted(set(sys.modules) - before)
 allowed = set(sys.stdlib_module_names) | {"torch", "statefeed"}

@@ -1,8 +1,7 @@
-"""The command `statefeed compare`: the same training under several feedback rules, and their table."""
+"""A comparison: the same training under several feedback rules, and their table."""
 
 import dataclasses
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from rich.table import Table
 from statefeed.lm import identity
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import figures
-from statefeed.lm.compare.plan import plan
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import COMPARISON, read
@@ -27,42 +25,10 @@ from statefeed.lm.config import Config
 from statefeed.lm.errors import Interrupted, UsageError
 from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
-from statefeed.lm.run.folder import check_apart
 from statefeed.lm.run.signals import handled
 
 _WIDTH = 1000  # characters that no table has
 _RESUME = "the same command resumes it"
-
-
-def command(arguments: Sequence[str]) -> None:
-    """Carry out `statefeed compare`.
-
-    Args:
-        arguments: the words after it.
-
-    Raises:
-        UsageError: for an error in them, before anything is written, and for a run that cannot be carried out.
-        Interrupted: when a run was interrupted; the same command resumes it.
-    """
-    flags = recipes.parser("statefeed compare")
-    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
-    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
-    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
-    flags.add_argument(
-        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
-    )
-    flags.add_argument(
-        "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
-    )
-    for argument in arguments:
-        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
-            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
-    values = recipes.parse(flags, arguments)
-    values = recipes.parse(flags, arguments, values.recipe)
-    config = recipes.build(values)
-    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
-    check_apart(config.data, folder)
-    compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
 
 
 def compare(planned: Sequence[Config], folder: Path) -> None:

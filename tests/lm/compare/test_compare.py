@@ -20,6 +20,7 @@ import torch
 from statefeed.lm import cli, config, identity
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import compare, figures
+from statefeed.lm.compare.plan import plan
 from statefeed.lm.compare.results import Result, from_line, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import read
@@ -81,7 +82,7 @@ def test_everything_is_the_same_but_the_rule(compared: Path) -> None:
 
 def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path: Path) -> None:
     recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
-    planned = compare.plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
+    planned = plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
     assert [(p.train.seed, p.model.feedback, p.train.lr) for p in planned] == [
         (1, "bptt", 1e-3),
         (1, "dsf", recipe.train.lr),
@@ -425,7 +426,7 @@ def test_a_rule_is_one_however_it_is_spelled(flags: list[str], tmp_path: Path) -
     ]
     recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
     with pytest.raises(UsageError, match=r"--feedback must name a rule once, got 0\.5 and 0\.50, which are the same"):
-        compare.plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
+        plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
 
 
 def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import figures, report, results
+from statefeed.lm.compare import figures, results, sources
+from statefeed.lm.compare.page import page as write_page
 from statefeed.lm.compare.results import Result, from_line, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import read
@@ -392,7 +393,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int, t
 def test_a_phone_shows_the_perplexity_of_a_rule_with_a_long_name(tmp_path: Path) -> None:
     one = result("dsf")
     config = {**one.config, "model": {**one.config["model"], "feedback": "dsf@0.3/calibrated@0.6/log_spaced(64)"}}
-    text = report.page(report.Found([dataclasses.replace(one, config=config)]))
+    text = write_page(sources.Found([dataclasses.replace(one, config=config)]))
     heading = "[...document.querySelectorAll('th')].filter(th => th.textContent == 'valid perplexity')"
     (right,) = measured(text, f"{heading}.map(th => th.getBoundingClientRect().right)", 390, tmp_path)
     assert right < 374  # the page ends 1rem before the screen

@@ -1,0 +1,270 @@
+"""The commands: each parses its arguments without torch, and returns the work that is left to do."""
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+from jsonargparse import ArgumentParser
+
+from statefeed.lm import recipe as recipes
+from statefeed.lm.config import Data
+from statefeed.lm.data import corpora
+from statefeed.lm.errors import UsageError, require
+from statefeed.lm.run.files import CONFIG
+
+Work: TypeAlias = Callable[[], None]
+
+_REPORTED = (".jsonl", ".json", ".yaml", ".safetensors")  # the endings of runs, comparisons and benchmarks
+
+
+def train(arguments: Sequence[str]) -> Work | None:
+    """`statefeed train`; None where the recipe was only printed."""
+    flags = recipes.parser("statefeed train")
+    flags.add_argument(
+        "recipe", nargs="?", help="YAML file of these keys; flags override it; with --resume it may be a run folder"
+    )
+    flags.add_argument("--resume", action="store_true", help="resume the run in run.dir, bit for bit")
+    flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
+    values = recipes.parse(flags, arguments)
+    path = None if values.recipe is None else recipes.expand(values.recipe)
+    if values.resume and (path is None or path.is_dir()):
+        folder = path or recipes.expand(values.run.dir)
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"{folder} holds no run to resume: name its folder, or the recipe to begin with")
+        named = [word for word in arguments if re.match(r"--run\.dir\b", word)]
+        if path is not None and named and recipes.expand(values.run.dir).resolve() != path.resolve():
+            raise UsageError(
+                f"--resume {path} names the folder of the run, and --run.dir another, {values.run.dir}: give one"
+            )
+        # The folder may have been moved since.
+        values = recipes.parse(flags, [*arguments, f"--run.dir={folder}"], folder / CONFIG)
+    elif path is not None:
+        if values.resume and not path.exists():
+            raise UsageError(f"there is no run folder or recipe {path} to resume")
+        if (path / CONFIG).is_file():
+            raise UsageError(f"{path} is the folder of a run: resume it with --resume")
+        values = recipes.parse(flags, arguments, path)
+    config = recipes.build(values)
+    if values.print_config:
+        print(config.to_yaml(), end="")
+        return None
+
+    def work() -> None:
+        from statefeed.lm.run.train import train
+
+        train(config, values.resume)
+
+    return work
+
+
+def _run_parser(command: str) -> ArgumentParser:
+    flags = ArgumentParser(prog=f"statefeed {command}", exit_on_error=False, allow_abbrev=False)
+    flags.add_argument("run", help="run folder that `statefeed train` left")
+    flags.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where it runs")
+    return flags
+
+
+def evaluate(arguments: Sequence[str]) -> Work:
+    """`statefeed evaluate`."""
+    flags = _run_parser("evaluate")
+    splits = Literal["train", "valid", "test", "all"]
+    flags.add_argument("--split", type=splits, default="valid", help="what to score; all: the splits as one text")
+    flags.add_argument(
+        "--data.path",
+        type=str | None,
+        default=None,
+        help="where the text of the run is now, or another text to score; null for where it was in training",
+    )
+    values = recipes.parse(flags, arguments)
+
+    def work() -> None:
+        from statefeed.lm.data import batches, cache
+        from statefeed.lm.run import folder
+        from statefeed.lm.run.device import resolve_device
+        from statefeed.lm.run.evaluate import score
+
+        device = resolve_device(values.device, "--device")
+        run = folder.load(recipes.expand(values.run))
+        corpus = corpora.read(_data(run.config.data, values.data.path))
+        if values.split not in ("all", *corpus.splits):
+            raise UsageError(f"{corpus.name} has no {values.split} split, only {' and '.join(corpus.splits)}")
+        chosen = [split for split in corpus.splits if values.split in (split, "all")]
+        what = values.split
+        for split in chosen:
+            recorded = run.metadata["splits"].get(split, {}).get("sha256")
+            if recorded in (None, corpus.digests[split]):
+                continue
+            if values.data.path is None:
+                raise UsageError(
+                    f"the {split} split of {corpus.name} is not the text of the run: expected sha256 {recorded}, got "
+                    f"{corpus.digests[split]}; name the text to score with --data.path"
+                )
+            what = f"{values.split} of {corpus.name}, another text than the run's"
+        ids = cache.encode(run.tokenizer, "".join(corpus.splits[split] for split in chosen))
+        source = batches.scoring(ids, run.config.data, run.config.train)
+        print(f"{what}: {score(run.model.to(device), source, sum(corpus.sizes[split] for split in chosen))}")
+
+    return work
+
+
+def _data(data: Data, path: str | None) -> Data:
+    """How a run reads text, of another path where one is given."""
+    if path is None:
+        return data
+    corpus = "text" if data.corpus == "pydoc" else data.corpus
+    return dataclasses.replace(data, corpus=corpus, path=path)
+
+
+def generate(arguments: Sequence[str]) -> Work:
+    """`statefeed generate`."""
+    flags = _run_parser("generate")
+    flags.add_argument("--prompt", type=str, default="\n", help="text to continue")
+    flags.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
+    flags.add_argument("--temperature", type=float, default=1.0, help="lower: more deterministic; higher: more diverse")
+    flags.add_argument("--top-k", type=int | None, default=None, help="sample from the k likeliest tokens only")
+    flags.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+    )
+    flags.add_argument("--seed", type=int, default=1, help="the same seed gives the same text")
+    values = recipes.parse(flags, arguments)
+    require(values.tokens >= 1, "--tokens must be at least 1", values.tokens)
+    require(0 < values.temperature < float("inf"), "--temperature must be positive", values.temperature)
+    require(values.top_k is None or values.top_k >= 1, "--top-k must be at least 1", values.top_k)
+    require(0 < values.top_p <= 1, "--top-p must be above 0 and at most 1", values.top_p)
+    require(0 <= values.seed < 2**63, "--seed must be at least 0 and below 2^63", values.seed)
+
+    def work() -> None:
+        from statefeed.lm.run import folder
+        from statefeed.lm.run.device import resolve_device
+        from statefeed.lm.run.generate import generate
+
+        device = resolve_device(values.device, "--device")
+        run = folder.load(recipes.expand(values.run))
+        outside = run.tokenizer.unknown(values.prompt)
+        if outside is not None:
+            kind = run.config.data.tokens
+            raise UsageError(
+                f"--prompt: {outside!r} is not among the {run.tokenizer.size:,} {kind} tokens of {values.run}"
+            )
+        ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
+        require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
+        following = generate(
+            run.model.to(device),
+            ids,
+            temperature=values.temperature,
+            top_k=values.top_k,
+            top_p=values.top_p,
+            seed=values.seed,
+            sentence=run.tokenizer.sentence,
+        )
+        ids += [next(following) for _ in range(values.tokens)]
+        print(run.tokenizer.decode(ids))
+
+    return work
+
+
+def list_corpora(arguments: Sequence[str]) -> Work | None:
+    """`statefeed corpora`; None where the corpora were only listed."""
+    if not arguments:
+        for name, what in corpora.KINDS.items():
+            print(textwrap.fill(what, 100, initial_indent=f"{name:10}", subsequent_indent=10 * " "))
+        print("\nFiles may be plain, .gz or .xz. `statefeed corpora --data.corpus=ptb --data.path=FOLDER` reads one.")
+        return None
+    flags = recipes.parser("statefeed corpora")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys, of which data counts; flags override it")
+    values = recipes.parse(flags, arguments)
+    values = recipes.parse(flags, arguments, values.recipe)
+    data = recipes.build(values).data
+
+    def work() -> None:
+        from statefeed.lm.data import cache
+
+        corpus = corpora.read(data)
+        tokenizer = cache.tokenizer(data, corpus.splits)
+        print(f"{corpus.name}: {tokenizer.size:,} types of {data.tokens} tokens")
+        print(f"{'split':5}  {'bytes':>13}  {'tokens':>13}  sha256")
+        for split, text in corpus.splits.items():
+            amounts = f"{corpus.sizes[split]:13,}  {len(cache.encode(tokenizer, text)):13,}"
+            print(f"{split:5}  {amounts}  {corpus.digests[split]}")
+
+    return work
+
+
+def compare(arguments: Sequence[str]) -> Work:
+    """`statefeed compare`."""
+    flags = recipes.parser("statefeed compare")
+    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
+    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
+    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
+    flags.add_argument(
+        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
+    )
+    flags.add_argument(
+        "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
+    )
+    for argument in arguments:
+        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
+            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
+    values = recipes.parse(flags, arguments)
+    values = recipes.parse(flags, arguments, values.recipe)
+    config = recipes.build(values)
+    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
+
+    def work() -> None:
+        from statefeed.lm.compare.compare import compare
+        from statefeed.lm.compare.plan import plan
+        from statefeed.lm.run.folder import check_apart
+
+        check_apart(config.data, folder)
+        compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
+
+    return work
+
+
+def report(arguments: Sequence[str]) -> Work:
+    """`statefeed report`."""
+    flags = ArgumentParser(prog="statefeed report", exit_on_error=False, allow_abbrev=False)
+    flags.add_argument(
+        "paths",
+        nargs="+",
+        help="run folders, comparison folders, folders of these, JSONL files of a comparison or bench",
+    )
+    flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
+    flags.add_argument("--figures", type=str | None, default=None, help="a folder for the figures as SVG files as well")
+    flags.add_argument(
+        "--markdown", type=str | None, default=None, help="write tables into this Markdown file instead of the page"
+    )
+    flags.add_argument(
+        "--summary", type=str | None, default=None, help="update the figures in this Markdown file instead of the page"
+    )
+    values = recipes.parse(flags, arguments)
+    output = recipes.expand(values.markdown or values.summary or values.output)
+    folder = None if values.figures is None else recipes.expand(values.figures)
+    paths = [recipes.expand(path) for path in values.paths]
+    require(output.parent.is_dir(), "the page must be in a folder that exists", output)
+    require(
+        output.suffix not in _REPORTED and all(output.resolve() != path.resolve() for path in paths),
+        f"the page must not replace a file that is read, nor be named {', '.join(_REPORTED)}",
+        output,
+    )
+    require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
+
+    def work() -> None:
+        from statefeed.lm.compare import figures, markdown, page
+        from statefeed.lm.compare.sources import read
+
+        found = read(paths)
+        if values.markdown is not None:
+            output.write_text(markdown.page(found), encoding="utf-8")
+        elif values.summary is not None:
+            markdown.update_summary(output, found)
+        else:
+            page.write(found, output)
+        written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
+        if folder is not None:
+            written += figures.save(figures.draw(found.results), folder)
+        print("\n".join(written))
+
+    return work
