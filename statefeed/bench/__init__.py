@@ -34,8 +34,7 @@ _BENCHMARKS: dict[str, type[Options]] = {
 }
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
 _PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype", "pass", "seed")
-# Table width in characters if the output is not a terminal.
-_WIDTH = 190
+_WIDEST = 1000  # characters, which no table has
 
 
 def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) -> int:
@@ -71,8 +70,10 @@ def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) 
 def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
     import torch
     from rich.console import Console
+    from rich.measure import Measurement
 
     from statefeed.bench.measure import ParityError, environment, machine_line
+    from statefeed.busy import describe
 
     bench = importlib.import_module(f"{__name__}.{name}")
     output, threads = Path(options.output), torch.get_num_threads()
@@ -90,11 +91,15 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
         return 1
     finally:
         torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console, table = Console(), bench.table(records)
+    # A row that a narrow terminal wraps can be read, one that is truncated cannot.
+    whole = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.width = max(console.width, whole)
     console.print(machine_line(records))
-    console.print(bench.table(records))
+    loads = [record["other_load"] for record in records if record.get("other_load") is not None]
+    if loads:
+        console.print(describe(max(loads)))
+    console.print(table)
     picture = output.with_suffix(".png")
     bench.figure(records).savefig(picture, dpi=100)
     console.print(f"records in {output}, figure in {picture}")

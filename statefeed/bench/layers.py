@@ -14,6 +14,7 @@ from statefeed.bench.measure import float32_settings, interleaved, matmul_rates,
 from statefeed.bench.options import DTYPES, GATES, PASSES, Shape, names, rules_of, shapes
 from statefeed.bench.options import LayerOptions as Options
 from statefeed.bench.parity import check_parity
+from statefeed.busy import OtherLoad
 
 __all__ = ["Case", "Options", "check_parity", "compare", "contenders", "figure", "run", "table"]
 
@@ -85,11 +86,13 @@ def compare(
         rounds: repetitions.
         rates: product rates of this machine, from ``matmul_rates``.
     """
+    load = OtherLoad()
     inputs = {padded: case.data(padded=padded) for padded in {entry.padded for entry in entries}}
     seconds = interleaved(
         {entry.name: lambda entry=entry: entry.once(inputs[entry.padded]) for entry in entries},  # type: ignore[misc]
         rounds,
     )
+    others = load.processors()
     total = {name: [1e3 * sum(phases) for phases in turns] for name, turns in seconds.items()}
 
     def best_of(implementation: str) -> str:
@@ -142,4 +145,5 @@ def compare(
             "limit_ms": limit,
             "part_of_limit": limit / spread(mine)["median"],
             "matmul": rate,
+            "other_load": others,
         }

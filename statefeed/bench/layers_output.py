@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from statefeed.bench.measure import machine_line
+from statefeed.lm.compare.measurements import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,20 +19,6 @@ _BASELINES = {
     "published": "x published",
 }
 _HATCHES = ("", "//", "..", "xx", "--", "oo")
-
-
-def place(record: dict[str, Any]) -> str:
-    """The shape of a record, and what is not one layer of one direction, dense and in training.
-
-    Example:
-        >>> place({"T": 9, "B": 2, "H": 4, "layers": 2, "packed": True})
-        '9x2x4 2 layers packed'
-    """
-    words = [f"{record['T']}x{record['B']}x{record['H']}"]
-    words += [f"{record['layers']} layers"] if record.get("layers", 1) > 1 else []
-    words += [word for word in ("bidirectional", "packed") if record.get(word)]
-    words += ["forward"] if record.get("pass", "training") == "forward" else []
-    return " ".join(words)
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
@@ -59,15 +46,17 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
             f"{r['implementation']} {r['variant']}" + (" *" if is_best else ""),
             *(f"{r[phase]['median']:.2f}" if phase in r else "-" for phase in ("forward_ms", "backward_ms")),
             f"{r['ms']['median']:.2f} ({r['ms']['min']:.2f} to {r['ms']['max']:.2f})",
-            *(_ratio(r["times_faster_than"].get(name)) for name in baselines),
+            *(_ratio(r["times_faster_than"].get(name), name == "torch.nn at its best") for name in baselines),
             f"{r['part_of_limit']:.0%}",
         )
         before = case
     return result
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return "-" if found is None else f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+def _ratio(found: dict[str, float] | None, ranged: bool) -> str:
+    if found is None:
+        return "-"
+    return f"{found['median']:.2f}" + (f" ({found['min']:.2f} to {found['max']:.2f})" if ranged else "")
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -114,7 +103,7 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
         for panel in (left, right):
             panel.set_xticks(range(len(places)), [text.replace(" ", "\n", 1) for text in places], fontsize=7)
             panel.set_xlabel("steps x sequences x width", fontsize=7)
-            panel.legend(fontsize=6)
+            panel.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     result.suptitle(
         f"{machine_line(records)}\nbars: medians of the repetitions; error bars: minimum to maximum", fontsize=9
     )

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from statefeed.lm.compare import figures
 from statefeed.lm.compare.elements import figure_grid, note, table
+from statefeed.lm.compare.measurements import kind
 from statefeed.lm.compare.sources import MAIN
 from statefeed.lm.compare.table import format_value
 
@@ -57,8 +58,9 @@ def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     cases: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record.get(main):
-            place = [str(record[key]) for key in ("cell", "T", "B", "H", "S", "diagonal", "dtype") if key in record]
-            cases.setdefault(" ".join(place), []).append(record)
+            keys = ("cell", "T", "B", "H", "S", "diagonal", "dtype")
+            words = [*(str(record[key]) for key in keys if key in record), kind(record)]
+            cases.setdefault(" ".join(words).rstrip(), []).append(record)
     drawn = {}
     for case, rows in cases.items():
         names = [" ".join(str(r[key]) for key in ("implementation", "variant", "method") if key in r) for r in rows]

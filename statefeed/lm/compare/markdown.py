@@ -5,23 +5,20 @@ rounding does. Times are those of one machine each. With no record there is no n
 """
 
 import json
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from statefeed.lm.compare.measurements import Record, instructions, kind, machine, measurements, newest, place
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
 from statefeed.lm.errors import UsageError
 
-FEWEST_REPEATS = 5  # fewer are a trial
 PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
 BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
-
-Record = dict[str, Any]  # of a benchmark
 
 
 def page(found: Found) -> str:
@@ -64,34 +61,18 @@ def update_summary(path: Path, found: Found) -> None:
 
 def summary(found: Found) -> str:
     """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
-    layers: dict[str, tuple[str, list[Record]]] = {}
-    text = ""
-    for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
-        most = layers.get(_machine(records[0]))
-        if most is None or most[1][0]["threads"] <= records[0]["threads"]:
-            layers[_machine(records[0])] = heading, records
-    if layers:
+    text = _packed_summary(found)
+    dense = _of_best_threads(found, "")
+    if dense:
         text += (
             "One layer, forward and backward: times faster than `torch.nn` at its best for that shape, under "
-            '`"bptt"` (exact) / under `"dsf"`.'
+            '`"bptt"` (exact) / under `"dsf"`.\n\n'
         )
-        text += "\n\n"
-    for heading, records in layers.values():
-        cases: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
-        ours = [r for r in records if r["implementation"] == "statefeed"]
-        for rule, before in (("bptt", ""), ("dsf", " / ")):
-            for r in ours:
-                if r["variant"] == rule:
-                    median = r["times_faster_than"]["torch.nn at its best"]["median"]
-                    case, column = cases[f"{r['T']} x {r['B']} x {r['H']}"], (r["cell"], r["dtype"])
-                    case[column] = case.get(column, "-" if before else "") + f"{before}{median:.1f}"
-        columns = list(dict.fromkeys(column for case in cases.values() for column in case))
-        columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
-        head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
-        body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
-        text += f"{heading}{_instructions(records)}:\n\n{_table(head, body)}\n"
+    for heading, records in dense:
+        rules = [(rule, "torch.nn at its best") for rule in ("bptt", "dsf")]
+        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rules)}\n"
     lines = []
-    for heading, records in sorted(_measurements(found, "training").items(), key=_newest):
+    for heading, records in sorted(measurements(found, "training").items(), key=newest):
         ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
         best = ", ".join(
             f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
@@ -99,13 +80,57 @@ def summary(found: Found) -> str:
             for r in ours
             if r["variant"] == "dsf"
         )
-        lines += [f"- {heading}{_instructions(ours)}: {best}\n"] if best else []
+        lines += [f"- {heading}{instructions(ours)}: {best}\n"] if best else []
     if lines:
         text += (
             "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
             f"in float32:\n\n{''.join(lines)}\n"
         )
     return text
+
+
+def _packed_summary(found: Found) -> str:
+    text = ""
+    packed = _of_best_threads(found, "packed")
+    if packed:
+        text += (
+            'Packed sequences of T/2 to T steps, one layer, forward and backward, `"bptt"` (exact): times faster than '
+            "`torch.nn` packed / than `torch.nn` padded, with the padding computed in vain.\n\n"
+        )
+    for heading, records in packed:
+        rivals = [("bptt", "torch.nn at its best"), ("bptt", "torch.nn padded")]
+        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rivals)}\n"
+    return text
+
+
+def _of_best_threads(found: Found, wanted: str) -> list[tuple[str, list[Record]]]:
+    """Of every machine the heading and the records of layers of one kind, with its largest number of threads."""
+    best: dict[str, tuple[str, list[Record]]] = {}
+    for heading, every in sorted(measurements(found, "layers").items(), key=newest):
+        records = [record for record in every if kind(record) == wanted and record["dtype"] != "float64"]
+        if records:
+            most = best.get(machine(records[0]))
+            if most is None or most[1][0]["threads"] <= records[0]["threads"]:
+                best[machine(records[0])] = heading, records
+    return list(best.values())
+
+
+def _pairs(records: Sequence[Record], shown: Sequence[tuple[str, str]]) -> str:
+    """A table of shapes by cell and dtype, each field with one ratio for every rule and baseline."""
+    cases: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(lambda: ["-"] * len(shown)))
+    for r in records:
+        for k, (rule, baseline) in enumerate(shown):
+            if r["implementation"] == "statefeed" and r["variant"] == rule and baseline in r["times_faster_than"]:
+                median = r["times_faster_than"][baseline]["median"]
+                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]][k] = f"{median:.1f}"
+    columns = list(dict.fromkeys(column for case in cases.values() for column in case))
+    columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
+    head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
+    body = [
+        [case, *(" / ".join(values[column]) if column in values else "" for column in columns)]
+        for case, values in cases.items()
+    ]
+    return _table(head, body)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +210,7 @@ def _step_key(result: Result) -> tuple[Any, ...]:
 def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, float]]:
     """Milliseconds of a step by rule, by `_step_key` and place: measured in turns by `statefeed bench training`."""
     times: dict[tuple[tuple[Any, ...], str], dict[str, float]] = defaultdict(dict)
-    for heading, records in _measurements(found, "training").items():
+    for heading, records in measurements(found, "training").items():
         place, _, _ = heading.rpartition(", torch ")
         for r in records:
             if r["implementation"] == "statefeed":
@@ -197,38 +222,13 @@ def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, flo
 # Benchmarks ----------------------------------------------------------------------------------------------------------
 
 
-def _measurements(found: Found, bench: str) -> dict[str, list[Record]]:
-    """The records of one benchmark by the heading of their table: machine, threads and torch; trials are left out."""
-    measured = defaultdict(list)
-    for r in found.benchmarks:
-        if r["bench"] == bench and r["repeats"] >= FEWEST_REPEATS:
-            threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-            measured[f"{_machine(r)}, {threads}, torch {r['versions']['torch']}"].append(r)
-    return dict(sorted(measured.items()))
-
-
-def _machine(record: Record) -> str:
-    return str(record["machine"]["gpu"] or record["machine"]["cpu"])
-
-
-def _newest(item: tuple[str, Sequence[Record]]) -> str:
-    return max(str(r["date"]) for r in item[1])
-
-
-def _instructions(records: Iterable[Record]) -> str:
-    """Which instruction set the fused kernels were compiled for, in words."""
-    descriptions = (r["kernels"]["forward"] for r in records if r.get("kernels"))
-    matches = (re.search(r"for (\S+),", words) for words in descriptions)
-    return next((f", kernels for {match[1]}" for match in matches if match), "")
-
-
 def _layers(found: Found) -> str:
     text = ""
-    for heading, records in _measurements(found, "layers").items():
+    for heading, records in measurements(found, "layers").items():
         cases: dict[str, dict[str, float]] = defaultdict(dict)
         for r in records:
             if r["implementation"] == "statefeed":
-                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
+                case = f"{r['cell']} {place(r)} {r['dtype']}"
                 cases[case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
         rules = list(dict.fromkeys(rule for case in cases.values() for rule in case))
         body = [
@@ -241,7 +241,7 @@ def _layers(found: Found) -> str:
 def _training(found: Found) -> str:
     text = ""
     tables = defaultdict(list)
-    for heading, records in _measurements(found, "training").items():
+    for heading, records in measurements(found, "training").items():
         for r in records:
             tables[f"{heading}; {r.get('recipe', PTB)}, {r['corpus']}"].append(r)
     for heading, records in tables.items():
@@ -264,7 +264,7 @@ def _training(found: Found) -> str:
 
 def _recall(found: Found) -> str:
     text = ""
-    for heading, records in _measurements(found, "recall").items():
+    for heading, records in measurements(found, "recall").items():
         for (delay, steps), same in _grouped(records, "delay", "steps").items():
             rules = sorted(_grouped(same, "variant").items(), key=lambda item: _success(item[1]))
             body = []

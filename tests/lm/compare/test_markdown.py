@@ -190,6 +190,31 @@ def common(machine: str = MACHINE) -> dict[str, Any]:
     }
 
 
+def test_packed_layers_have_a_table_of_their_own_with_both_rivals(tmp_path: Path) -> None:
+    record = {"bench": "layers", "implementation": "statefeed", "dtype": "float32", "ms": spread(1.0), **common()}
+    record |= {"T": 9, "B": 2, "H": 4, "layers": 1, "bidirectional": False, "pass": "training", "cell": "gru"}
+    best, padded = "torch.nn at its best", "torch.nn padded"
+    kinds = [
+        ({"packed": False, "variant": "bptt"}, {best: {"median": 2.0}}),
+        ({"packed": False, "variant": "dsf"}, {best: {"median": 3.0}}),
+        ({"packed": True, "variant": "bptt"}, {best: {"median": 40.0}, padded: {"median": 1.5}}),
+        ({"packed": True, "variant": "bptt", "layers": 2}, {best: {"median": 7.0}, padded: {"median": 7.0}}),
+        ({"packed": False, "variant": "bptt", "pass": "forward"}, {best: {"median": 8.0}}),
+    ]
+    lines = [json.dumps(record | which | {"times_faster_than": ratios}) + "\n" for which, ratios in kinds]
+    (tmp_path / "layers.jsonl").write_text("".join(lines))
+    found = read([tmp_path])
+    text = markdown.summary(found)
+    assert "| 9 x 2 x 4 | 2.0 / 3.0 |" in text
+    assert "| 9 x 2 x 4 | 40.0 / 1.5 |" in text
+    assert "7.0" not in text
+    assert "8.0" not in text
+    page = markdown.page(found)
+    for row in ("gru 9x2x4 float32", "gru 9x2x4 packed float32", "gru 9x2x4 2 layers packed float32"):
+        assert f"| {row} |" in page
+    assert "| gru 9x2x4 forward float32 | 8.00 |" in page
+
+
 def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -> None:
     record = {"bench": "training", "corpus": "sentences", "dtype": "float32", "step_ms": {"median": 9.0}, **common()}
     record |= {"cell": "gru", "layers": 1, "width": 256, "batch": 128, "context": 64}
