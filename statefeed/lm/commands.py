@@ -204,6 +204,7 @@ def compare(arguments: Sequence[str]) -> Work:
     flags.add_argument(
         "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
     )
+    flags.add_argument("--wide", action="store_true", help="print every column, and not only what 80 characters hold")
     for argument in arguments:
         if re.match(r"--(model\.feedback|run\.dir)\b", argument):
             raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
@@ -218,7 +219,7 @@ def compare(arguments: Sequence[str]) -> Work:
         from statefeed.lm.run.folder import check_apart
 
         check_apart(config.data, folder)
-        compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder)
+        compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder, values.wide)
 
     return work
 

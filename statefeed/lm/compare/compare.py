@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from statefeed.lm.compare import figures
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import COMPARISON, read
+from statefeed.lm.compare.table import short_table
 from statefeed.lm.compare.table import table as comparison
 from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.config import Config
@@ -27,16 +29,17 @@ from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
 from statefeed.lm.run.signals import handled
 
-_WIDTH = 1000  # characters that no table has
+_COLUMNS, _WIDEST = 80, 1000  # characters: of a usual terminal, and more than any table has
 _RESUME = "the same command resumes it"
 
 
-def compare(planned: Sequence[Config], folder: Path) -> None:
+def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None:
     """Train what is not trained yet, one record a run, then draw and print what the records of the folder say.
 
     Args:
         planned: the recipe of every run.
         folder: of the comparison.
+        wide: whether to print every column, and not only those that fit 80 characters.
 
     Raises:
         UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
@@ -65,7 +68,7 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         done[Path(config.run.dir).name] = result
         if caught is not None:
             raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
-    show(list(done.values()), folder)
+    show(list(done.values()), folder, wide)
 
 
 def _add(line: str, records: Path) -> None:
@@ -142,23 +145,30 @@ def _train(config: Config) -> tuple[str, int | None]:
     raise UsageError(f"the comparison stopped in {config.run.dir}, {ended}: {_RESUME}")
 
 
-def show(compared: Sequence[Result], folder: Path) -> None:
+def _unlimited(console: Console) -> ConsoleOptions:
+    return console.options.update(max_width=_WIDEST)
+
+
+def show(compared: Sequence[Result], folder: Path, wide: bool = False) -> None:
     """Print a table for every task and leave the figures in the folder."""
     console = output.console()
     for title, same in tasks(compared).items():
-        headings, rows = comparison(same)
+        headings, rows = comparison(same) if wide else short_table(same)
         table = Table(title=title)
         for place, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if place else "left")
+            # Only a rule may be wrapped: a schedule of many stages is as long as it likes.
+            table.add_column(heading, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
         for row in rows:
             table.add_row(*row)
-        # A row that a narrow terminal wraps can be read, one that is truncated cannot.
-        wide = Measurement.get(console, console.options.update(max_width=_WIDTH), table).maximum
-        console.width = max(console.width, wide)  # rich prints nothing wider than its console
+        if wide:
+            # A row that a terminal wraps can be read, one that is truncated cannot.
+            console.width = max(console.width, Measurement.get(console, _unlimited(console), table).maximum)
+        else:
+            console.width = max(console.width, _COLUMNS)
         console.print(table)
     names = figures.save(figures.draw(compared), folder)
     console.print(
         f"{folder} keeps the runs, {COMPARISON}{''.join(f', {name}' for name in names)}; "
-        f"statefeed report {folder} makes one page of it",
+        f"statefeed report {folder} makes one page of it{'' if wide else ', --wide prints every column'}",
         soft_wrap=True,
     )

@@ -46,6 +46,18 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
+def short_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """The columns of `table` that fit a terminal of 80 characters, with the seeds beside the perplexity."""
+    headings = ["rule", "valid perplexity (seeds)", "ms a step", "norm ratio", "cosine"]
+    rows = []
+    for label, group in by_rule(results).items():
+        step = _mean([result.step_ms for result in group], ".1f")
+        perplexity = f"{_spread(best_scores(group))} ({_seeds(group)})"
+        aligned = [_aligned(group, what, counted=False) for what in ("norm_ratio", "cosine")]
+        rows.append([label, perplexity, step, *aligned])
+    return headings, rows
+
+
 def _reached(group: Sequence[Result], rival: Sequence[Result]) -> list[dict[str, float] | None]:
     """Where every run reached what the rival with its seed ended with."""
     ends = {
@@ -63,14 +75,20 @@ def _times(reached: Sequence[dict[str, float] | None], what: str) -> str:
     return f"{statistics.mean(found):,.{0 if what == 'seconds' and max(found) >= 100 else 1}f}{some}"
 
 
-def _aligned(group: Sequence[Result], what: str) -> str:
-    """The mean over the evaluations at which the rule was not exact, with their number where that is not all."""
+def _aligned(group: Sequence[Result], what: str, counted: bool = True) -> str:
+    """The mean over the evaluations at which the rule was not exact.
+
+    Args:
+        group: runs of one rule.
+        what: cosine or norm_ratio.
+        counted: whether the number of these evaluations follows where it is not all.
+    """
     runs = [result for result in group if result.alignment]
     if not runs:
         return "-"
     mean = statistics.mean(statistics.mean(row[what] for row in run.alignment) for run in runs)
     inexact, scored = sum(len(run.alignment) for run in runs), sum(len(run.valid) for run in runs)
-    return f"{mean:.3f}" + (f" ({inexact} of {scored})" if inexact < scored else "")
+    return f"{mean:.3f}" + (f" ({inexact} of {scored})" if counted and inexact < scored else "")
 
 
 def _seeds(group: Sequence[Result]) -> str:

@@ -128,8 +128,11 @@ def test_a_second_time_nothing_is_trained(
     before = (compared / "compare.jsonl").read_text()
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}"]) == 0
     out = capsys.readouterr().out
-    assert "valid perplexity" in out
-    assert "epochs to bptt" in out
+    assert "valid perplexity (seeds)" in out
+    assert "epochs to bptt" not in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line[:1] in "┏┃┡│└")
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}", "--wide"]) == 0
+    assert "epochs to bptt" in capsys.readouterr().out
     assert (compared / "compare.jsonl").read_text() == before
 
 
@@ -590,3 +593,17 @@ def test_the_peak_is_that_of_the_steps_before_the_first_evaluation(run: Path, tm
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_the_printed_table_fits_80_columns_whatever_the_rules_are_called(
+    columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    long = "dsf@0.3/calibrated@0.6/log_spaced(64)@0.9/bptt"
+    compare.show([result(long, 1, [50.0]), result(long, 2, [60.0]), result("bptt", 1, [55.0])], tmp_path)
+    table_lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] and line[0] in "┏┃┡│└"]
+    assert max(map(len, table_lines)) <= max(80, int(columns))
+    text = "".join(line.split("│")[1].strip() for line in table_lines if line.startswith("│"))
+    assert long in text  # wrapped, not truncated
+    assert any("55.00 ± 7.07 (2)" in line for line in table_lines)
