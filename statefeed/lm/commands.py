@@ -4,15 +4,16 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from jsonargparse import ArgumentParser
 
 from statefeed.lm import recipe as recipes
-from statefeed.lm.config import Data
+from statefeed.lm.config import Config, Data
 from statefeed.lm.data import corpora
 from statefeed.lm.errors import UsageError, require
-from statefeed.lm.run.files import CONFIG
+from statefeed.lm.run.files import CONFIG, METRICS
 
 Work: TypeAlias = Callable[[], None]
 
@@ -26,8 +27,14 @@ def train(arguments: Sequence[str]) -> Work | None:
         "recipe", nargs="?", help="YAML file of these keys; flags override it; with --resume it may be a run folder"
     )
     flags.add_argument("--resume", action="store_true", help="resume the run in run.dir, bit for bit")
+    flags.add_argument(
+        "--again",
+        action="store_true",
+        help="resume the run in run.dir if it is unfinished; where it has ended, start run.dir-2, run.dir-3, ...",
+    )
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
     values = recipes.parse(flags, arguments)
+    require(not (values.resume and values.again), "--resume and --again exclude each other", "both")
     path = None if values.recipe is None else recipes.expand(values.recipe)
     if values.resume and (path is None or path.is_dir()):
         folder = path or recipes.expand(values.run.dir)
@@ -54,9 +61,23 @@ def train(arguments: Sequence[str]) -> Work | None:
     def work() -> None:
         from statefeed.lm.run.train import train
 
-        train(config, values.resume)
+        train(*(_again(config) if values.again else (config, values.resume)))
 
     return work
+
+
+def _again(config: Config) -> tuple[Config, bool]:
+    """The recipe with the folder of its unfinished run or of a new one, and whether it is resumed."""
+    from statefeed.lm.compare.run_result import read_run
+    from statefeed.lm.run.again import again
+
+    def unfinished(folder: Path) -> bool:
+        return not (folder / METRICS).exists() or read_run(folder).outcome == "unfinished"
+
+    config, resumed, why = again(config, unfinished)
+    if why is not None:
+        print(why, flush=True)
+    return config, resumed
 
 
 def _run_parser(command: str) -> ArgumentParser:

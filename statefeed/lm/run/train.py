@@ -34,6 +34,7 @@ from statefeed.lm.run.generate import generate
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
+from statefeed.lm.run.next_steps import next_steps, program
 from statefeed.lm.run.setup import Setup, prepare
 from statefeed.lm.run.signals import SignalHandler
 
@@ -84,7 +85,7 @@ def train(config: Config, resume: bool = False) -> None:
                     metadata.resume(folder, checkpoints.step, group)
                     changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
-        remedy = f"; resume with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
+        remedy = f"; resume with `{program()} train --resume --run.dir={shlex.quote(str(folder))}`"
 
         def saved() -> str:
             return f"{folder} keeps {checkpoints} and {best}" if there() else f"{folder} was removed, and keeps nothing"
@@ -116,8 +117,6 @@ def train(config: Config, resume: bool = False) -> None:
                         with suppress(OSError):
                             metadata.update(folder, diverged=str(error))
                 raise
-            if writes:
-                log.draw(folder / CURVES)
 
 
 def optimize(
@@ -215,6 +214,8 @@ def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: to
     sample += [next(following) for _ in range(SAMPLE)]
     log.print(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{setup.tokenizer.decode(sample)}\n")
     log.print(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
+    log.draw(best.folder / CURVES)
+    log.print(next_steps(config, best.folder, list(setup.ids)))
 
 
 def _describe_extension(config: Config, extended: tuple[int, int], step: int, steps_per_epoch: int) -> str:
@@ -253,6 +254,8 @@ def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Grou
     valid = score(setup.model, setup.valid, setup.corpus.sizes["valid"], group)
     log.score(step, epoch, "valid", valid)
     best.offer(setup.model, step, epoch, valid)
+    if group.rank == 0:
+        log.draw(best.folder / CURVES)
     if recipe.alignment:
         first = next(setup.source.epoch(0))
         fixed = shard_batch(first, Group().columns(first.inputs.shape[1], recipe.accumulate)[0])
