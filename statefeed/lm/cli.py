@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from statefeed.lm import commands
+from statefeed.lm.compare import commands as compare
 from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError, notify
 
 USAGE = """usage: statefeed COMMAND ...
 
   statefeed train [RECIPE.yaml] [--section.key=value ...]     train a language model, leave a run folder
   statefeed train [RECIPE.yaml|RUN] --resume [...]            resume the run in run.dir, or in the folder RUN
+  statefeed train [RECIPE.yaml] --again [...]                 resume it if it is unfinished, else start a numbered one
   statefeed evaluate RUN [--split=test]                       score a run on a split
   statefeed generate RUN [--prompt=TEXT] [--tokens=N]         sample from a run
   statefeed compare [RECIPE.yaml] --feedback=A,B [...]        train under several feedback rules, compare them
   statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
   statefeed corpora [RECIPE.yaml] [--data.key=value ...]      list the corpora, or what is in the one named
+  statefeed recipes [NAME...]                                 list the recipes of the package, or copy those named
   statefeed bench layers|scan|memory|training|recall [--smoke]  time layers and training here, or test long memory
 
   statefeed --version
@@ -33,9 +36,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], commands.Work | None]] = {
     "train": commands.train,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
-    "compare": commands.compare,
-    "report": commands.report,
+    "compare": compare.compare,
+    "report": compare.report,
     "corpora": commands.list_corpora,
+    "recipes": commands.copy_recipes,
 }
 
 

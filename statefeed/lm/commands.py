@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Literal, TypeAlias
 from jsonargparse import ArgumentParser
 
 from statefeed.lm import recipe as recipes
+from statefeed.lm import shipped
 from statefeed.lm.config import Config, Data
 from statefeed.lm.data import corpora
 from statefeed.lm.errors import UsageError, require
 from statefeed.lm.run.files import CONFIG, METRICS
 
 Work: TypeAlias = Callable[[], None]
-
-_REPORTED = (".jsonl", ".json", ".yaml", ".safetensors")  # the endings of runs, comparisons and benchmarks
 
 
 def train(arguments: Sequence[str]) -> Work | None:
@@ -213,80 +213,21 @@ def list_corpora(arguments: Sequence[str]) -> Work | None:
     return work
 
 
-def compare(arguments: Sequence[str]) -> Work:
-    """`statefeed compare`."""
-    flags = recipes.parser("statefeed compare")
-    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
-    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
-    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
-    flags.add_argument(
-        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
-    )
-    flags.add_argument(
-        "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
-    )
-    flags.add_argument("--wide", action="store_true", help="print every column, and not only what 80 characters hold")
-    for argument in arguments:
-        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
-            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
+def copy_recipes(arguments: Sequence[str]) -> None:
+    """`statefeed recipes`: list the recipes that come with the package, or copy those named."""
+    flags = ArgumentParser(prog="statefeed recipes", exit_on_error=False, allow_abbrev=False)
+    flags.add_argument("names", nargs="*", help="recipes to copy, with the base files they need; all: every one")
+    flags.add_argument("--out", type=str, default="recipes", help="folder of the copies")
     values = recipes.parse(flags, arguments)
-    values = recipes.parse(flags, arguments, values.recipe)
-    config = recipes.build(values)
-    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
-
-    def work() -> None:
-        from statefeed.lm.compare.compare import compare
-        from statefeed.lm.compare.plan import plan
-        from statefeed.lm.run.folder import check_apart
-
-        check_apart(config.data, folder)
-        compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder, values.wide)
-
-    return work
-
-
-def report(arguments: Sequence[str]) -> Work:
-    """`statefeed report`."""
-    flags = ArgumentParser(prog="statefeed report", exit_on_error=False, allow_abbrev=False)
-    flags.add_argument(
-        "paths",
-        nargs="+",
-        help="run folders, comparison folders, folders of these, JSONL files of a comparison or bench",
-    )
-    flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
-    flags.add_argument("--figures", type=str | None, default=None, help="a folder for the figures as SVG files as well")
-    flags.add_argument(
-        "--markdown", type=str | None, default=None, help="write tables into this Markdown file instead of the page"
-    )
-    flags.add_argument(
-        "--summary", type=str | None, default=None, help="update the figures in this Markdown file instead of the page"
-    )
-    values = recipes.parse(flags, arguments)
-    output = recipes.expand(values.markdown or values.summary or values.output)
-    folder = None if values.figures is None else recipes.expand(values.figures)
-    paths = [recipes.expand(path) for path in values.paths]
-    require(output.parent.is_dir(), "the page must be in a folder that exists", output)
-    require(
-        output.suffix not in _REPORTED and all(output.resolve() != path.resolve() for path in paths),
-        f"the page must not replace a file that is read, nor be named {', '.join(_REPORTED)}",
-        output,
-    )
-    require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
-
-    def work() -> None:
-        from statefeed.lm.compare import figures, markdown, page
-        from statefeed.lm.compare.sources import read
-
-        found = read(paths)
-        if values.markdown is not None:
-            output.write_text(markdown.page(found), encoding="utf-8")
-        elif values.summary is not None:
-            markdown.update_summary(output, found)
-        else:
-            page.write(found, output)
-        written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
-        if folder is not None:
-            written += figures.save(figures.draw(found.results), folder)
-        print("\n".join(written))
-
-    return work
+    if not values.names:
+        known = shipped.titles()
+        width = max(map(len, known))
+        for name, title in known.items():
+            print(f"{name:{width}}  {title}")
+        print("\n`statefeed recipes NAME...` copies them into the folder recipes, `statefeed recipes all` every one.")
+        return
+    target = recipes.expand(values.out)
+    for path in shipped.copy(values.names, target):
+        print(path)
+    name = "quickstart" if "all" in values.names else values.names[0].removesuffix(".yaml")
+    print(f"next: statefeed train {shlex.quote(str(target / f'{name}.yaml'))}")
