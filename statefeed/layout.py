@@ -9,16 +9,20 @@ packed batch is laid out as in torch's PackedSequence: sequences are sorted by l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Layout:
-    """T steps of at most B rows each. One object per call of a layer, which caches its index tensors.
+    """T steps of at most B rows each, and the index tensors made from ``batch_sizes``.
+
+    The index tensors are made once per ``batch_sizes`` tensor. A CUDA graph of a packed layer can therefore be captured
+    after one call with the same PackedSequence: copies from the CPU are not allowed during capture.
 
     Args:
         T: steps.
@@ -28,7 +32,7 @@ class Layout:
 
     def __init__(self, T: int, B: int, batch_sizes: Tensor | None = None) -> None:
         self.T, self.B, self.batch_sizes = T, B, batch_sizes
-        self._on_device: dict[str, Tensor] = {}
+        self._on_device = _index_tensors(batch_sizes)
 
     def grid(self, rows: Tensor) -> Tensor:
         """Rows (N, .) as (T, B, .), zero after the end of a sequence."""
@@ -95,8 +99,24 @@ class Layout:
     def _cached(self, name: str, make: Callable[[Layout], Tensor], device: torch.device) -> Tensor:
         key = f"{name} {device}"
         if key not in self._on_device:
-            self._on_device[key] = make(self).to(device)
+            # Without non_blocking the host would wait for all queued work of the device.
+            self._on_device[key] = make(self).to(device, non_blocking=True)
         return self._on_device[key]
+
+
+# batch_sizes -> its version, and the index tensors made from it.
+_INDEX_TENSORS: MutableMapping[Tensor, tuple[int, dict[str, Tensor]]] = WeakTensorKeyDictionary()
+
+
+def _index_tensors(batch_sizes: Tensor | None) -> dict[str, Tensor]:
+    """The index tensors that earlier calls made from this tensor, none if it was changed in place since."""
+    if batch_sizes is None or torch.compiler.is_compiling() or batch_sizes.is_inference():
+        return {}
+    version, tensors = _INDEX_TENSORS.get(batch_sizes, (-1, {}))
+    if version != batch_sizes._version:
+        tensors = {}
+        _INDEX_TENSORS[batch_sizes] = batch_sizes._version, tensors
+    return tensors
 
 
 def _offsets(layout: Layout) -> Tensor:

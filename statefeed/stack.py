@@ -277,6 +277,8 @@ class RecurrentStack(FeedbackLayer):
             finals += found
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+        if len(finals) == 1:
+            return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 

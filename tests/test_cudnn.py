@@ -177,6 +177,23 @@ def test_under_autocast_the_layer_runs_in_its_dtype(stub: Stub) -> None:
     torch.testing.assert_close(y.float(), rnn(x)[0], atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_weights_in_one_buffer_are_cast_in_one_copy(bias: bool, bidirectional: bool, stub: Stub) -> None:
+    rnn, directions = module("gru", 1, bidirectional, bias), 2 if bidirectional else 1
+    separate = cudnn.cast_weights(weights_of(rnn), directions, torch.bfloat16)
+    assert len({w.untyped_storage().data_ptr() for w in separate}) == len(separate)
+    cudnn.flatten("gru", weights_of(rnn), directions)
+    with torch.no_grad():
+        cast = cudnn.cast_weights(weights_of(rnn), directions, torch.bfloat16)
+    assert stub.layout(cast, bias)
+    for a, b, w in zip(cast, separate, weights_of(rnn), strict=True):
+        assert torch.equal(a, w.to(torch.bfloat16))
+        assert torch.equal(b, a)
+    for dtype in (None, torch.float32):
+        assert cudnn.cast_weights(weights_of(rnn), directions, dtype) == weights_of(rnn)
+
+
 def test_another_dtype_raises() -> None:
     with pytest.raises(ValueError, match=r"dtype of the weights, torch.float32, got torch.float64"):
         run(module("gru"), "gru", torch.randn(5, 2, 3, dtype=torch.float64))

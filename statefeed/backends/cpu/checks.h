@@ -51,8 +51,8 @@ class Name {
   std::string_view view() const {
     size_t length = 0;
     const char* text = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
     return {text, length};
   }
 };
@@ -111,7 +111,7 @@ class Checks {
   }
   void tensor(const char* name, const Tensor& got, Shape shape, ScalarType wanted) const {
     int64_t* sizes = nullptr;  // one call for all sizes: a small layer's checks are as long as its kernel
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(got.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(got.get(), &sizes));
     if (got.dim() != static_cast<int64_t>(shape.size()) || !std::equal(shape.begin(), shape.end(), sizes) ||
         got.scalar_type() != wanted || !got.is_contiguous() || !got.is_cpu()) [[unlikely]]
       refuse(name, got, wanted, shape);

@@ -18,7 +18,7 @@ namespace statefeed {
 int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 void run_parallel(int64_t ranks, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, ranks, 1, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, ranks, 1, body, context));
 }
 
 namespace {

@@ -59,6 +59,7 @@ def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
 
     first, directions = problems[0], len(problems)
     layout, H = first.layout, first.state[0].shape[1]
+    weights = cudnn.cast_weights([w for p in problems for w in p.weights], directions, first.compute_dtype)
     y, final = cudnn.layer(
         first.cell.name,
         layout.grid(first.x) if layout.batch_sizes is None else first.x,
@@ -67,14 +68,19 @@ def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
             torch.stack(part) if directions > 1 else part[0][None]
             for part in zip(*(p.state for p in problems), strict=True)
         ],
-        [w for p in problems for w in p.weights],
+        weights,
         directions,
         first.compute_dtype,
     )
     rows = y.flatten(0, -2) if y.dim() > 2 else y
-    saved = _precision_mark(y) if save else ()
+    saved: list[tuple[Tensor, ...]] = [()] * directions
+    if save and weights[0].dtype != first.weights[0].dtype:  # the backward pass needs them in the same dtype
+        per = len(weights) // directions
+        saved = [tuple(weights[k * per : (k + 1) * per]) for k in range(directions)]
+    elif save:
+        saved = [_precision_mark(y)] * directions
     return [
-        Forward(rows[:, k * H : (k + 1) * H] if directions > 1 else rows, tuple(part[k] for part in final), saved)
+        Forward(rows[:, k * H : (k + 1) * H] if directions > 1 else rows, tuple(part[k] for part in final), saved[k])
         for k in range(directions)
     ]
 
@@ -96,30 +102,36 @@ def recompute(problem: Problem, done: Forward) -> Forward:
     from statefeed.backends.triton import operators as _operators  # noqa: F401
 
     offsets = problem.layout.offsets(problem.x.device)
-    precision = ("ieee", "tf32")[done.saved[0].shape[1]] if done.saved else ""
+    precision, weights = "", problem.weights
+    if len(done.saved) == 1:
+        precision = ("ieee", "tf32")[done.saved[0].shape[1]]
+    elif done.saved:
+        weights = done.saved
     saved = torch.ops.statefeed.triton_recompute(
-        problem.cell.name, problem.x, done.y, problem.state, problem.weights, offsets, problem.reverse, precision
+        problem.cell.name, problem.x, done.y, problem.state, weights, offsets, problem.reverse, precision
     )
-    return done._replace(saved=(*saved, offsets, precision))
+    return done._replace(saved=(*saved, offsets, precision, weights))
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
-    *saved, offsets, _ = done.saved
+    *saved, offsets, _, weights = done.saved
     mean: Tensor = torch.ops.statefeed.triton_mean_jacobian(
-        problem.cell.name, *saved, done.y, problem.weights[1], problem.layout.B, offsets
+        problem.cell.name, *saved, done.y, weights[1], problem.layout.B, offsets
     )
     return mean
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
-    *saved, offsets, precision = done.saved
+    *saved, offsets, precision, cast = done.saved
+    weights = (*cast[:2], *problem.weights[2:])  # the gradients of biases are float32 sums
     grads: list[Any] = [upstream.y, *upstream.final]
     d_x, *rest = torch.ops.statefeed.triton_backward(
-        problem.cell.name, rule.name, *saved, problem.x, done.y, problem.state, problem.weights, grads, rule.diagonal,
+        problem.cell.name, rule.name, *saved, problem.x, done.y, problem.state, weights, grads, rule.diagonal,
         offsets, rule.corrections, problem.reverse, needs_x, precision,
     )  # fmt: skip
-    state, weights = rest[: len(problem.state)], rest[2 : 2 + len(problem.weights)]
-    return Gradients(d_x if needs_x else None, tuple(state), tuple(weights))
+    state, found = rest[: len(problem.state)], rest[2 : 2 + len(weights)]
+    d_weights = tuple(g.to(w.dtype) for g, w in zip(found, problem.weights, strict=True))
+    return Gradients(d_x if needs_x else None, tuple(state), d_weights)
 
 
 def describe(cell: Cell, x: Tensor, exact: bool) -> Description:

@@ -35,7 +35,8 @@ def layer(
         state: h, for an LSTM h and c, each (directions, B, H).
         weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
         directions: 1 or 2.
-        dtype: dtype to which x, states and weights are cast, as autocast does (float64 is not cast); None for no cast.
+        dtype: dtype to which x and states are cast, as autocast does, and weights that do not have it (float64 is not
+            cast); None for no cast.
 
     Returns:
         y, (T, B, directions * H) or (N, directions * H), both directions in the order of x; the final states, shaped
@@ -54,6 +55,24 @@ def layer(
         x, state = x.to(dtype), [s.to(dtype) for s in state]
     y, *final = torch.ops.statefeed.cudnn_layer(cell, x, batch_sizes, state, weights, directions)
     return y, tuple(final[: len(state)])
+
+
+def cast_weights(weights: Sequence[Tensor], directions: int, dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """The weights of a layer in the dtype of autocast; one copy of their buffer if they are in cuDNN's layout.
+
+    Args:
+        weights: as for ``layer``.
+        directions: 1 or 2.
+        dtype: None for no cast; float64 is not cast.
+    """
+    first = weights[0]
+    if dtype is None or first.dtype in (dtype, torch.float64):
+        return weights
+    if torch.compiler.is_compiling() or not (_uses_cudnn(first) and in_one_buffer(weights, directions)):
+        return [w.to(dtype) for w in weights]
+    buffer = first.as_strided((_buffer_size(weights, directions),), (1,), 0).to(dtype)
+    start = first.data_ptr()
+    return [buffer.as_strided(w.shape, w.stride(), (w.data_ptr() - start) // first.element_size()) for w in weights]
 
 
 def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
@@ -77,18 +96,19 @@ def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
     """Whether the weights fill one buffer from its beginning in cuDNN's layout."""
     first = weights[0]
     at, itemsize = first.data_ptr(), first.element_size()
-    per = len(weights) // directions
-    H = weights[1].shape[1]
-    # cuDNN reserves memory for biases even if there are none.
-    biases = 0 if per > 2 else 2 * directions * (len(first) // H) * H
-    total = sum(w.numel() for w in weights) + biases
-    if first.storage_offset() or first.untyped_storage().nbytes() < total * itemsize:
+    if first.storage_offset() or first.untyped_storage().nbytes() < _buffer_size(weights, directions) * itemsize:
         return False
     for w in _cudnn_order(weights, directions):
         if w.data_ptr() != at or w.dtype != first.dtype or not w.is_contiguous():
             return False
         at += w.numel() * itemsize
     return True
+
+
+def _buffer_size(weights: Sequence[Tensor], directions: int) -> int:
+    """Elements of cuDNN's buffer, which holds biases even if there are none."""
+    without_biases = len(weights) == 2 * directions
+    return sum(w.numel() for w in weights) + (2 * sum(len(w) for w in weights[::2]) if without_biases else 0)
 
 
 def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ SETTINGS = {
     "float32": Setting("float32", tf32=False),
     "tf32": Setting("tf32", tf32=True),
 }
-DTYPES = {"cpu": ("shipped", "bfloat16"), "cuda": tuple(SETTINGS)}
+USUAL = ("shipped", "bfloat16")
+DTYPES = {"cpu": USUAL, "cuda": tuple(SETTINGS)}
 
 
 class Case(NamedTuple):
@@ -135,13 +136,22 @@ def contenders(case: Case, dtype: str, device: str) -> tuple[dict[str, Work], di
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
-    """Time every case in every precision, the most important cases first.
+    """Time the most important cases in every precision, then FlashRNN, then the other cases as users run them.
 
     Yields:
         One record per contender, with the times, or ``failed`` or ``not_run``.
     """
-    groups = (SMOKE,) if options.smoke else (DECIDING, BROAD)
-    for case, dtype in ((case, dtype) for group in groups for dtype in DTYPES[options.device] for case in group):
+    if options.smoke:
+        yield from _cases(SMOKE, DTYPES[options.device], options)
+        return
+    yield from _cases(DECIDING, DTYPES[options.device], options)
+    if options.device == "cuda":
+        yield from rivals.flashrnn(options)
+    yield from _cases(BROAD, USUAL, options)
+
+
+def _cases(cases: Sequence[Case], dtypes: Sequence[str], options: Options) -> Iterator[dict[str, Any]]:
+    for dtype, case in ((dtype, case) for dtype in dtypes for case in cases):
         record: dict[str, Any] = {**case._asdict(), "dtype": dtype, "device": options.device, "repeats": options.rounds}
         if options.time_left() <= 0:
             yield {**record, "not_run": "no time left"}
@@ -158,5 +168,3 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             yield {**record, "contender": name, "kernels": kernels.get(name), **found}
         del timed, times
         gc.collect()
-    if options.device == "cuda" and options.time_left() > 0:
-        yield from rivals.flashrnn(options)

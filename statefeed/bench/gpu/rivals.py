@@ -50,7 +50,8 @@ def flashrnn(options: Options) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 with time_limit(options.time_left()):
-                    times = measure({"flashrnn": _flashrnn_work(cell, T, B, H)}, options.rounds, options.device)
+                    work = {"flashrnn": _flashrnn_work(cell, T, B, H)}
+                    times = measure(work, options.rounds, options.device, without_graph=work)
             except Exception as error:  # errors of another package are recorded, not raised
                 yield {**record, "not_run": f"{type(error).__name__}: {error}"}
                 continue

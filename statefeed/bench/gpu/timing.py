@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +27,16 @@ class Work(NamedTuple):
         self.backward(self.forward())
 
 
-def measure(work: Mapping[str, Work], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+def measure(
+    work: Mapping[str, Work], rounds: int, device: str, without_graph: Container[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Time several ways to do the same work, alternately.
 
     Args:
         work: name -> the work to time; at least one.
         rounds: measurements of each.
         device: cuda, or cpu, for which only the time of consecutive passes is measured.
+        without_graph: names of work for which no CUDA graph is captured: a failed capture breaks later ones.
 
     Returns:
         name -> ``ms``, ``forward_ms``, ``backward_ms`` of a pass, medians with their spread, and its ``peak_bytes``;
@@ -67,15 +70,15 @@ def measure(work: Mapping[str, Work], rounds: int, device: str) -> dict[str, dic
         for name, seconds in host.items():
             found[name]["host_ms"] = spread([1e3 * s for (s,) in seconds])
         graphs = {}
-        for name in ready:
+        for name in (name for name in ready if name not in without_graph):
             try:
                 graphs[name] = capture(work[name].run)
             except Exception as error:
                 found[name]["graph_failed"] = f"{type(error).__name__}: {error}"
-        replays = interleaved({n: lambda n=n: _replays(graphs[n], passes[n]) for n in graphs}, rounds)  # type: ignore[misc]
-        for name, seconds in replays.items():
+        replayed = interleaved({n: lambda n=n: replays(graphs[n], passes[n]) for n in graphs}, rounds)  # type: ignore[misc]
+        for name, seconds in replayed.items():
             found[name]["graph_ms"] = spread([1e3 * s for (s,) in seconds])
-        _ratios(found, replays, "graph_times_faster_than")
+        _ratios(found, replayed, "graph_times_faster_than")
     return found
 
 
@@ -140,7 +143,8 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replays(graph: torch.cuda.CUDAGraph, count: int) -> Seconds:
+def replays(graph: torch.cuda.CUDAGraph, count: int) -> Seconds:
+    """Seconds of one replay of a CUDA graph, from consecutively queued replays."""
     start, stop = _event(), _event()
     torch.cuda.synchronize()
     start.record()

@@ -2,7 +2,8 @@
 
 The model is that of the recipe, in plain torch: embedding, three pre-norm blocks around a GRU, head over
 16,000 byte pairs, Adam, 128 sequences of 256 tokens. Its loss is torch's, so that the records show the
-speed-up of a rule in a training loop, not that of the trainer.
+speed-up of a rule in a training loop, not that of the trainer. Each step is timed in eager mode, and as a CUDA graph of
+the whole step, which removes the time that the host needs to launch kernels.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch.nn import functional as F
 import statefeed as sf
 from statefeed.bench.gpu.layers import DTYPES, RULES, SETTINGS
 from statefeed.bench.gpu.stage import Options
-from statefeed.bench.gpu.timing import peak_bytes
-from statefeed.bench.measure import applied, clock, interleaved, spread
+from statefeed.bench.gpu.timing import capture, peak_bytes, replays
+from statefeed.bench.measure import Seconds, applied, clock, interleaved, spread
 from statefeed.bench.precision import flags
 
 
@@ -93,14 +94,15 @@ class Contender:
     def __init__(self, sizes: Sizes, rule: str | None, dtype: str, device: str) -> None:
         torch.manual_seed(0)
         self.model, self.device, self.bfloat16 = Model(sizes, rule).to(device), device, dtype == "bfloat16"
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_LR, fused=True)
+        graphs = device == "cuda"  # capturable: the step count is on the device, as a CUDA graph needs it
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_LR, fused=True, capturable=graphs)
         self.loss = torch.zeros(())
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step, without waiting for the device."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.loss = loss.detach()
@@ -143,7 +145,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _compare(sizes: Sizes, batch: tuple[Tensor, Tensor], dtype: str, options: Options) -> dict[str, dict[str, Any]]:
-    """Times and peak memory of every contender's steps, or its failure."""
+    """Times and peak memory of every contender's steps, measured alternately, or its failure."""
     entries: dict[str, Contender] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in ("torch.nn", *RULES):
@@ -157,24 +159,31 @@ def _compare(sizes: Sizes, batch: tuple[Tensor, Tensor], dtype: str, options: Op
             found[name] = {"failed": f"{type(error).__name__}: {error}"}
             continue
         entries[name] = entry
-    for name, times in _timed(entries, batch, options).items():
-        found[name] |= times
-    return found
-
-
-def _timed(entries: dict[str, Contender], batch: tuple[Tensor, Tensor], options: Options) -> dict[str, dict[str, Any]]:
-    """Times of every contender's steps, measured alternately."""
     count = 1 if options.smoke else 3
     seconds = interleaved({n: lambda e=e: e.steps(batch, count) for n, e in entries.items()}, options.rounds)  # type: ignore[misc]
-    found: dict[str, dict[str, Any]] = {}
-    for name, turns in seconds.items():
+    _add_times(found, seconds, count, "step_ms", "times_faster_than")
+    for name, entry in entries.items():
+        found[name]["tokens_per_s"] = spread([batch[0].numel() * count / s for (s,) in seconds[name]])
+        found[name]["loss"] = float(entry.loss)
+    if options.device == "cuda":
+        graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        for name, entry in entries.items():
+            try:
+                graphs[name] = capture(lambda entry=entry: entry.step(*batch))  # type: ignore[misc]
+            except Exception as error:
+                found[name]["graph_failed"] = f"{type(error).__name__}: {error}"
+        replayed = interleaved({n: lambda g=g: replays(g, count) for n, g in graphs.items()}, options.rounds)  # type: ignore[misc]
+        _add_times(found, replayed, 1, "graph_step_ms", "graph_times_faster_than")
+    return found
+
+
+def _add_times(
+    found: dict[str, dict[str, Any]], seconds: dict[str, list[Seconds]], count: int, name: str, ratio: str
+) -> None:
+    """Add the time of one of ``count`` steps, and the ratio to torch.nn's, to every contender's record."""
+    for contender, turns in seconds.items():
         mine = [s for (s,) in turns]
-        found[name] = {
-            "step_ms": spread([1e3 * s / count for s in mine]),
-            "tokens_per_s": spread([batch[0].numel() * count / s for s in mine]),
-            "loss": float(entries[name].loss),
-        }
+        found[contender][name] = spread([1e3 * s / count for s in mine])
         if baseline := seconds.get("torch.nn"):
             ratios = [b / s for (b,), s in zip(baseline, mine, strict=True)]
-            found[name]["times_faster_than"] = {"torch.nn": spread(ratios)}
-    return found
+            found[contender][ratio] = {"torch.nn": spread(ratios)}
