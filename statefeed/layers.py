@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback.value import check_keyword_only
 from statefeed.recurrence import autocast_dtype
 from statefeed.stack import RecurrentStack
 
@@ -32,6 +33,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     _torchscript = _TORCHSCRIPT
 
     def __init__(self, *args: Any, feedback: FeedbackLike = "bptt", **kwargs: Any) -> None:
+        check_keyword_only(type(self).__name__, args)
         super().__init__(*args, **kwargs)
         # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
         self.feedback = as_feedback(feedback)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import Direction, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
+from statefeed.user_warning import warn
 
 
 class RecurrentStack(FeedbackLayer):
@@ -255,10 +255,9 @@ class RecurrentStack(FeedbackLayer):
         """All layers and directions over x (T, B, I) or packed rows; state (L * directions, B, H) per part."""
         rule, cell = self._feedback, self.feedback_cell
         if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
-            warnings.warn(
+            warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
-                'D[1] * delta[1], not the exact one (zero under "ft-bptt")',
-                stacklevel=5,
+                'D[1] * delta[1], not the exact one (zero under "ft-bptt")'
             )
         count = 2 if self.bidirectional else 1
         finals: list[State] = []
