@@ -144,12 +144,15 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
     for name, default in defaults.items():
         arguments[name] = default
         arguments |= {added: value for added, (after, value) in more.items() if after == name}
+    types: dict[str, Any] = {name: type(value) for name, value in arguments.items()}
+    types |= {"input_size": int, "hidden_size": int, "device": torch.device | str | None, "dtype": torch.dtype | None}
     arguments |= {"device": None, "dtype": None}
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, default=default) for name, default in arguments.items()]
-    return inspect.Signature(
-        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt")]
-    )
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=types[name])
+        for name, default in arguments.items()
+    ]
+    rule = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt", annotation="FeedbackLike")
+    return inspect.Signature([*parameters, rule])
 
 
 class RNN(RecurrentLayer, nn.RNN):

@@ -54,7 +54,7 @@ class RecurrentStack(FeedbackLayer):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Any = None,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -151,7 +151,7 @@ class RecurrentStack(FeedbackLayer):
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(self._torchscript)
 
-    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Tensor | tuple[Tensor, ...] | None = None) -> tuple[Tensor, Any]:
         """One step of a stream: what ``forward`` returns for a sequence of length 1, without its time axis.
 
         ``y[t], s[t] = step(x[t], s[t-1])``; steps in a row are the sequence at once. torch.nn's plain layer has no

@@ -72,14 +72,14 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
 
     def work() -> None:
-        from statefeed.lm.compare import figures, markdown, page
+        from statefeed.lm.compare import figures, markdown, page, summary
         from statefeed.lm.compare.sources import read
 
         found = read(paths)
         if values.markdown is not None:
             output.write_text(markdown.page(found), encoding="utf-8")
         elif values.summary is not None:
-            markdown.update_summary(output, found)
+            summary.update_summary(output, found)
         else:
             page.write(found, output)
         written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]

@@ -1,4 +1,4 @@
-"""Runs and benchmarks as Markdown: the page docs/measured.md, and the figures in README.md.
+"""Runs and benchmarks as Markdown: the page docs/measured.md.
 
 Runs of one task are compared with one another, whichever machine made them: it changes a perplexity by no more than
 rounding does. Times are those of one machine each. With no record there is no number.
@@ -8,17 +8,12 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from statefeed.lm.compare.measurements import Record, instructions, kind, machine, measurements, newest, place
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
-from statefeed.lm.errors import UsageError
-
-PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
-BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
 
 
 def page(found: Found) -> str:
@@ -30,107 +25,25 @@ def page(found: Found) -> str:
     return "\n\n".join(
         [
             "<!-- Written by `make measured` from results/; do not edit. -->",
+            "# Measurements",
+            "## Perplexity and time",
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
-            "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
+            "## Layers",
+            "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
+            "(below 1: slower).",
             _layers(found).rstrip("\n") or "No records yet.",
-            "Training end to end, a GRU of 256 units on sentences of words: times faster than the published procedure "
-            "in the same dtype, and than `torch.nn` at its best setting in the same loop.",
+            "## Training end to end",
+            "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
+            "and than `torch.nn` at its best setting in the same loop.",
             _training(found).rstrip("\n") or "No records yet.",
-            "Long memory: share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench "
-            "recall`; guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
+            "## Long memory",
+            "Share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench recall`; "
+            "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
             (_recall(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
-
-
-def update_summary(path: Path, found: Found) -> None:
-    """Replace what is between the two marks of a file, README.md, by `summary`.
-
-    Raises:
-        UsageError: when the file has no such marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UsageError(f"--summary must name a file with the lines {BEGIN.strip()} and {END}, got {path}")
-    path.write_text(f"{before}{BEGIN}\n{summary(found)}{END}{after}", encoding="utf-8")
-
-
-def summary(found: Found) -> str:
-    """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
-    text = _packed_summary(found)
-    dense = _of_best_threads(found, "")
-    if dense:
-        text += (
-            "One layer, forward and backward: times faster than `torch.nn` at its best for that shape, under "
-            '`"bptt"` (exact) / under `"dsf"`.\n\n'
-        )
-    for heading, records in dense:
-        rules = [(rule, "torch.nn at its best") for rule in ("bptt", "dsf")]
-        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rules)}\n"
-    lines = []
-    for heading, records in sorted(measurements(found, "training").items(), key=newest):
-        ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
-        best = ", ".join(
-            f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
-            f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
-            for r in ours
-            if r["variant"] == "dsf"
-        )
-        lines += [f"- {heading}{instructions(ours)}: {best}\n"] if best else []
-    if lines:
-        text += (
-            "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
-            f"in float32:\n\n{''.join(lines)}\n"
-        )
-    return text
-
-
-def _packed_summary(found: Found) -> str:
-    text = ""
-    packed = _of_best_threads(found, "packed")
-    if packed:
-        text += (
-            'Packed sequences of T/2 to T steps, one layer, forward and backward, `"bptt"` (exact): times faster than '
-            "`torch.nn` packed / than `torch.nn` padded, with the padding computed in vain.\n\n"
-        )
-    for heading, records in packed:
-        rivals = [("bptt", "torch.nn at its best"), ("bptt", "torch.nn padded")]
-        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rivals)}\n"
-    return text
-
-
-def _of_best_threads(found: Found, wanted: str) -> list[tuple[str, list[Record]]]:
-    """Of every machine the heading and the records of layers of one kind, with its largest number of threads."""
-    best: dict[str, tuple[str, list[Record]]] = {}
-    for heading, every in sorted(measurements(found, "layers").items(), key=newest):
-        records = [record for record in every if kind(record) == wanted and record["dtype"] != "float64"]
-        if records:
-            most = best.get(machine(records[0]))
-            if most is None or most[1][0]["threads"] <= records[0]["threads"]:
-                best[machine(records[0])] = heading, records
-    return list(best.values())
-
-
-def _pairs(records: Sequence[Record], shown: Sequence[tuple[str, str]]) -> str:
-    """A table of shapes by cell and dtype, each field with one ratio for every rule and baseline."""
-    cases: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(lambda: ["-"] * len(shown)))
-    for r in records:
-        for k, (rule, baseline) in enumerate(shown):
-            if r["implementation"] == "statefeed" and r["variant"] == rule and baseline in r["times_faster_than"]:
-                median = r["times_faster_than"][baseline]["median"]
-                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]][k] = f"{median:.1f}"
-    columns = list(dict.fromkeys(column for case in cases.values() for column in case))
-    columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
-    head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
-    body = [
-        [case, *(" / ".join(values[column]) if column in values else "" for column in columns)]
-        for case, values in cases.items()
-    ]
-    return _table(head, body)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -198,7 +111,7 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
             beaten = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
             row.append(f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
         body.append(row)
-    return _table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
+    return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
 
 def _step_key(result: Result) -> tuple[Any, ...]:
@@ -234,7 +147,7 @@ def _layers(found: Found) -> str:
         body = [
             [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
         ]
-        text += f"{heading}.\n\n{_table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+        text += f"{heading}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
     return text
 
 
@@ -258,7 +171,7 @@ def _training(found: Found) -> str:
             ]
             for r in records
         ]
-        text += f"{heading}.\n\n{_table(head, body)}\n"
+        text += f"{heading}.\n\n{table(head, body)}\n"
     return text
 
 
@@ -280,7 +193,7 @@ def _recall(found: Found) -> str:
                     ]
                 )
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
-            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{_table(head, body)}\n"
+            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
 
 
@@ -296,8 +209,3 @@ def _success(records: Sequence[Record]) -> tuple[float, float, float]:
     learnt = [r["learnt"] for r in records if r["learnt"] is not None]
     sooner = statistics.mean(learnt) if learnt else 0
     return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Records of benchmarks by machine, and how they are named."""
+"""Records of benchmarks by machine, how they are named, and Markdown tables."""
 
 import re
 from collections import defaultdict
@@ -8,6 +8,7 @@ from typing import Any
 from statefeed.lm.compare.sources import Found
 
 FEWEST_REPEATS = 5  # fewer are a trial
+PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
 
 Record = dict[str, Any]  # of a benchmark
 
@@ -60,3 +61,9 @@ def place(record: Mapping[str, Any]) -> str:
         '9x2x4 packed'
     """
     return f"{record['T']}x{record['B']}x{record['H']} {kind(record)}".rstrip()
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
