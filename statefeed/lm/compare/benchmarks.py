@@ -1,15 +1,18 @@
 """Records of benchmarks as tables and bars."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from statefeed.lm.compare import figures
 from statefeed.lm.compare.elements import figure_grid, note, table
 from statefeed.lm.compare.measurements import kind
+from statefeed.lm.compare.panel import SIZE
 from statefeed.lm.compare.sources import MAIN
 from statefeed.lm.compare.table import format_value
+
+_UNITS = {"tokens_per_s": "tokens per second", "ms": "milliseconds", "peak_bytes": "bytes at the peak"}
 
 # The provenance in every record of a benchmark, printed in a line below the table.
 _PROVENANCE = ("command", "commit", "dirty", "machine", "threads", "denormals", "versions", "date")
@@ -60,15 +63,18 @@ def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         if record.get(main):
             keys = ("cell", "T", "B", "H", "S", "diagonal", "dtype")
             words = [*(str(record[key]) for key in keys if key in record), kind(record)]
-            cases.setdefault(" ".join(words).rstrip(), []).append(record)
+            at = record.get("machine") or {}
+            where = f"{at.get('gpu') or at.get('cpu')}, {record.get('threads')} threads"
+            cases.setdefault(f"{' '.join(words).rstrip()}; {where}".removeprefix("; "), []).append(record)
     drawn = {}
     for case, rows in cases.items():
         names = [" ".join(str(r[key]) for key in ("implementation", "variant", "method") if key in r) for r in rows]
         middle = [r[main]["median"] for r in rows]
         reach = [[r[main]["median"] - r[main]["min"] for r in rows], [r[main]["max"] - r[main]["median"] for r in rows]]
-        figure = Figure(figsize=(figures.SIZE[0], 1 + 0.28 * len(rows)), layout="constrained")
-        axes = figure.add_subplot(xlabel=main.replace("_", " "))
+        figure = Figure(figsize=(SIZE[0], 1 + 0.28 * len(rows)), layout="constrained")
+        axes = figure.add_subplot(xlabel=_UNITS[main])
         axes.barh(range(len(rows)), middle, xerr=reach, color="C0")
+        figure.suptitle("\n".join(textwrap.wrap(f"{case}; medians, bars: minimum to maximum", 78)), fontsize=6.5)
         axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)

@@ -73,6 +73,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
 
     def work() -> None:
         from statefeed.lm.compare import figures, markdown, page, summary
+        from statefeed.lm.compare.measurements import step_times
         from statefeed.lm.compare.sources import read
 
         found = read(paths)
@@ -84,7 +85,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
             page.write(found, output)
         written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
         if folder is not None:
-            written += figures.save(figures.draw(found.results), folder)
+            written += figures.save(figures.draw(found.results, step_times(found)), folder)
         print("\n".join(written))
 
     return work

@@ -5,39 +5,43 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from statefeed.lm.compare.measurements import StepTimes, step_key, where
+from statefeed.lm.compare.panel import curve, legend, panel, places, points
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.styles import Style, styles
 from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, setting, size, split, tasks, valid_runs
 from statefeed.lm.config import RECURRENT
 
-SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
-# The curves are shown up to this many times the lowest perplexity: above, the rules look alike.
-REACH = 2.0
+# A rule whose best perplexity is more than this many times the lowest is off the scale, and its name says so: the axis
+# shows how the others differ.
+REACH = 1.25
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
 
-# The names of more rules than these stand below the panel, where they cover nothing.
-NAMED = 5
+_AXES = {"model.width": "width, units", "model.layers": "depth, layers"}
+_BARS = "mean over the seeds, bars: their range"
 
 
-def draw(results: Sequence[Result]) -> dict[str, Figure]:
-    """Every figure that the results have the runs for, by its title."""
+def draw(results: Sequence[Result], times: StepTimes | None = None) -> dict[str, Figure]:
+    """Every figure that the results have the runs for, by its title.
+
+    Args:
+        results: of any tasks.
+        times: of a step, measured in turns. Runs are made one after the other, so their own times are not compared:
+            figures with a time are drawn of the tasks and machines that have such a measurement.
+    """
     figures: dict[str, Figure] = {}
     for title, same in tasks(results).items():
-        for form, drawn in (
-            ("perplexity against epoch", plot_vs(same, "epochs")),
-            ("perplexity against time", plot_vs(same, "seconds")),
-            ("speed against quality", frontier(same)),
-            ("alignment with BPTT", alignment(same)),
-        ):
-            if drawn is not None:
-                figures[f"{title}: {form}"] = drawn
+        drawn = {"perplexity against epoch": plot_vs_epochs(same), "alignment with BPTT": alignment(same)}
+        for place in dict.fromkeys(where(result.metadata) for result in same):
+            if ms := (times or {}).get((step_key(same[0]), place)):
+                drawn[f"perplexity against time, {place}"] = plot_vs_time(same, ms, place)
+                drawn[f"speed against quality, {place}"] = frontier(same, ms, place)
+        figures |= {f"{title}: {form}": figure for form, figure in drawn.items() if figure is not None}
     figures.update(plot_by(results, "model.width", "perplexity against width"))
     figures.update(plot_by(results, "model.layers", "perplexity against depth"))
     figures.update(by_cell(results))
@@ -63,54 +67,84 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def plot_vs(results: Sequence[Result], what: str) -> Figure | None:
-    """Validation perplexity of one task against epochs or seconds of training: mean over the seeds, and their range.
+def plot_vs_epochs(results: Sequence[Result]) -> Figure | None:
+    """Validation perplexity of one task against epochs: mean over the seeds, and their range."""
+    return _plot_vs(results, dict.fromkeys(by_rule(results), 1.0), "epochs", "epochs", places(results))
+
+
+def plot_vs_time(results: Sequence[Result], ms: Mapping[str, float], place: str) -> Figure | None:
+    """Validation perplexity of one task against time: its steps times the time of a step, measured in turns.
 
     Args:
         results: of one task.
-        what: epochs or seconds.
+        ms: milliseconds of a step by rule.
+        place: machine and threads on which they were measured.
     """
-    best = best_scores(results)
+    scale = {label: ms[group[0].rule] / 1e3 for label, group in by_rule(results).items() if group[0].rule in ms}
+    return _plot_vs(results, scale, "step", "seconds of training", place) if len(scale) > 1 else None
+
+
+def _plot_vs(results: Sequence[Result], scale: Mapping[str, float], what: str, name: str, place: str) -> Figure | None:
+    """Perplexity against `what` of every evaluation, times the scale of its rule."""
+    groups = by_rule(results)
+    best = {label: best_scores(groups[label]) for label in scale if best_scores(groups[label])}
     if not best:
         return None
-    figure, axes = _panel(f"{what} of training" if what == "seconds" else what, "validation perplexity")
-    groups = by_rule(results)
-    for label, style in styles(groups).items():
+    figure, axes = panel(name, "validation perplexity", f"{place}; mean over the seeds, shaded: their range")
+    low, high = _limits([statistics.mean(found) for found in best.values()])
+    looks = styles(groups)
+    for label in best:
         evaluations = list(zip(*(result.valid for result in valid_runs(groups[label])), strict=False))
-        if not evaluations:
-            continue
-        x = [statistics.mean(row[what] for row in rows) for rows in evaluations]
+        x = [scale[label] * statistics.mean(row[what] for row in rows) for rows in evaluations]
         y = [[row["perplexity"] for row in rows] for rows in evaluations]
-        _curve(axes, x, [statistics.mean(values) for values in y], style, label)
+        off = "" if min(map(min, y)) <= high else " (off the scale)"
+        curve(axes, x, [statistics.mean(values) for values in y], looks[label], label + off)
         if len(y[0]) > 1:
-            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=style.color, alpha=0.15, linewidth=0)
-    axes.set_ylim(0.97 * min(best), REACH * min(best))
-    _legend(figure, axes)
+            axes.fill_between(
+                x, list(map(min, y)), list(map(max, y)), color=looks[label].color, alpha=0.15, linewidth=0
+            )
+    axes.set_ylim(low, high)
+    legend(figure, axes)
     return figure
 
 
-def frontier(results: Sequence[Result]) -> Figure | None:
-    """Best validation perplexity of every rule of one task against the time of a step; a line joins the best of each.
+def _limits(best: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis on which the best perplexities of the rules differ visibly.
+
+    >>> [round(limit) for limit in _limits([130.0, 137.0, 150.0, 400.0])]
+    [126, 170]
+    """
+    lowest = min(best)
+    span = max([value for value in best if value <= REACH * lowest]) - lowest
+    span = max(span, 0.02 * lowest)
+    return lowest - 0.2 * span, lowest + 2 * span
+
+
+def frontier(results: Sequence[Result], ms: Mapping[str, float], place: str) -> Figure | None:
+    """Best validation perplexity of every rule of one task against the time of a step, measured in turns.
 
     Args:
         results: of one task.
+        ms: milliseconds of a step by rule.
+        place: machine and threads on which they were measured.
     """
-    points: dict[str, tuple[float, float]] = {}
     groups = by_rule(results)
-    for label, group in groups.items():
-        steps = [result.step_ms for result in group if result.step_ms is not None]
-        if best_scores(group) and steps:
-            points[label] = (statistics.mean(steps), statistics.mean(best_scores(group)))
-    if len(points) < 2:
+    found = {
+        label: (ms[group[0].rule], statistics.mean(best_scores(group)))
+        for label, group in groups.items()
+        if group[0].rule in ms and best_scores(group)
+    }
+    if len(found) < 2:
         return None
-    figure, axes = _panel("milliseconds of a training step", "best validation perplexity")
+    title = f"{place}; steps timed in turns; gray: no other rule is both faster and better"
+    figure, axes = panel("milliseconds of a training step", "best validation perplexity", title)
     for label, style in styles(groups).items():
-        if label in points:
-            axes.plot(*points[label], style.marker, color=style.color, label=label)
-    line = pareto_front(list(points.values()))
+        if label in found:
+            axes.plot(*found[label], linestyle="", marker=style.marker, color=style.color, label=label)
+    line = pareto_front(list(found.values()))
     axes.plot(*zip(*line, strict=True), color="0.7", linewidth=1, zorder=0, drawstyle="steps-post")
     axes.margins(0.1)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -137,13 +171,13 @@ def alignment(results: Sequence[Result]) -> Figure | None:
     aligned = {label: [r for r in valid_runs(group) if r.alignment] for label, group in groups.items()}
     if not any(aligned.values()):
         return None
-    figure, axes = _panel("epochs", "cosine with the BPTT gradient")
+    figure, axes = panel("epochs", "cosine with the BPTT gradient", f"{places(results)}; mean over the seeds")
     for label, style in styles(groups).items():
         if aligned[label]:
             rows = list(zip(*(result.alignment for result in aligned[label]), strict=False))
             x = [statistics.mean(row["epochs"] for row in same) for same in rows]
-            _curve(axes, x, [statistics.mean(row["cosine"] for row in same) for same in rows], style, label)
-    _legend(figure, axes)
+            curve(axes, x, [statistics.mean(row["cosine"] for row in same) for same in rows], style, label)
+    legend(figure, axes)
     return figure
 
 
@@ -161,14 +195,15 @@ def plot_by(results: Sequence[Result], key: str, form: str) -> dict[str, Figure]
         values = sorted({result.get(key) for result in same if result.best is not None})
         if len(values) < 2:
             continue
-        figure, axes = _panel(key.replace("model.", ""), "best validation perplexity")
+        title = f"{places(same)}; {_BARS}"
+        figure, axes = panel(_AXES[key], "best validation perplexity", title)
         groups = split(same, lambda result: result.rule)
         for label, group in groups.items():
             sized = {value: [result for result in group if result.get(key) == value] for value in values}
             at = {value: best_scores(at_best_rate(found)) for value, found in sized.items() if found}
-            _points(axes, {value: found for value, found in at.items() if found}, drawn[label], label)
+            points(axes, {value: found for value, found in at.items() if found}, drawn[label], label)
         axes.set_xticks(values, [str(value) for value in values])
-        _legend(figure, axes)
+        legend(figure, axes)
         first = same[0]
         layers, width = first.get("model.layers"), first.get("model.width")
         fixed = f"layers {layers}" if key == "model.width" else f"width {width}"
@@ -196,7 +231,7 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].metadata.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
-                figures[_numbered(figures, title)] = _bars(cells, drawn)
+                figures[_numbered(figures, title)] = _cells(cells, drawn)
     return figures
 
 
@@ -205,68 +240,25 @@ def _equals(parameters: int, budget: int) -> bool:
     return abs(budget - parameters) <= BUDGET * parameters
 
 
-def _bars(cells: dict[str, list[Result]], drawn: Mapping[str, Style]) -> Figure:
-    rules = list(dict.fromkeys(r.rule for group in cells.values() for r in group if r.get("model.cell") in RECURRENT))
-    figure, axes = _panel("", "best validation perplexity")
-    width = 0.8 / max(1, len(rules))
+def _cells(cells: dict[str, list[Result]], drawn: Mapping[str, Style]) -> Figure:
+    """A column of points for every cell; points, unlike bars, need no axis from zero."""
+    every = [result for group in cells.values() for result in group]
+    rules = list(dict.fromkeys(result.rule for result in every if result.get("model.cell") in RECURRENT))
+    figure, axes = panel("cell", "best validation perplexity", f"{places(every)}; {_BARS}")
+    for k, rule in enumerate(rules):
+        mine = {cell: [r for r in group if r.rule == rule and cell in RECURRENT] for cell, group in cells.items()}
+        shift = 0.6 * ((k + 0.5) / len(rules) - 0.5)
+        at = {
+            list(cells).index(cell) + shift: best_scores(at_best_rate(found)) for cell, found in mine.items() if found
+        }
+        points(axes, at, drawn[rule], rule, joined=False)
     for place, (cell, group) in enumerate(cells.items()):
         if cell not in RECURRENT:
-            _bar(axes, place, 0.4, best_scores(at_best_rate(group)), color="C9")
-    for k, rule in enumerate(rules):
-        color, hatch, first = drawn[rule].color, drawn[rule].hatch, True
-        for place, (cell, group) in enumerate(cells.items()):
-            mine = [result for result in group if result.rule == rule and cell in RECURRENT]
-            if mine:
-                found = best_scores(at_best_rate(mine))
-                left = place + (k + 0.5) * width - 0.4
-                _bar(axes, left, width, found, color=color, hatch=hatch, label=rule if first else None)
-                first = False
+            points(axes, {place: best_scores(at_best_rate(group))}, Style("C9", "", "h"), cell, joined=False)
     axes.set_xticks(range(len(cells)), list(cells))
-    axes.grid(visible=False)
-    figure.legend(loc="outside upper center", ncols=3)
+    axes.set_xlim(-0.5, len(cells) - 0.5)
+    legend(figure, axes)
     return figure
-
-
-def _bar(axes: Axes, place: float, width: float, found: Sequence[float], **style: Any) -> None:
-    middle = statistics.mean(found)
-    reach = [[middle - min(found)], [max(found) - middle]] if len(found) > 1 else None
-    bar = axes.bar(place, middle, width, yerr=reach, **style)
-    axes.bar_label(bar, fmt="%.3g", fontsize="x-small", padding=1)
-
-
-def _points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str) -> None:
-    """Means over the seeds with their range."""
-    middle = [statistics.mean(found) for found in at.values()]
-    reach = [
-        [m - min(found) for m, found in zip(middle, at.values(), strict=True)],
-        [max(found) - m for m, found in zip(middle, at.values(), strict=True)],
-    ]
-    look: dict[str, Any] = {"color": style.color, "linestyle": style.line, "marker": style.marker}
-    axes.errorbar(list(at), middle, yerr=reach, capsize=2, label=label, **look)
-
-
-def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, label: str) -> None:
-    """A line over evaluations, whose points are shown while they do not overlap."""
-    marker = style.marker if len(x) <= 60 else None
-    axes.plot(x, y, color=style.color, linestyle=style.line, marker=marker, markersize=3, linewidth=1.2, label=label)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """What is what: within the panel, or below it where the names would cover what they name."""
-    names = axes.get_legend_handles_labels()[1]
-    if len(names) <= NAMED:
-        axes.legend()
-        return
-    columns = 2 if max(map(len, names)) <= 24 else 1
-    figure.set_figheight(SIZE[1] + 0.2 * -(-len(names) // columns))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")
-
-
-def _panel(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _numbered(taken: dict[str, Figure], title: str) -> str:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, table
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
@@ -52,15 +52,15 @@ def page(found: Found) -> str:
 def _tasks(found: Found) -> str:
     """For every task one table: rule, seeds, perplexity, and the times of a step that the benchmark has measured."""
     finished = [result for result in found.results if result.outcome == "finished" and result.valid]
-    times, text = _step_times(found), ""
+    times, text = step_times(found), ""
     for titled in split(finished, _title).values():
         parts = list(split(titled, lambda result: json.dumps(setting(result), sort_keys=True)).values())
         differing = differing_keys([setting(part[0]) for part in parts])
         for part in parts:
-            places = sorted({_where(result.metadata) for result in part})
+            places = sorted({where(result.metadata) for result in part})
             more = "".join(f", {key}={setting(part[0]).get(key)}" for key in differing)
             torch = " and ".join(dict.fromkeys(str(result.metadata.get("torch")) for result in part))
-            key = _step_key(part[0])
+            key = step_key(part[0])
             measured = {place: times[key, place] for place in places if (key, place) in times}
             text += f"{_title(part[0])}; {'; '.join(places)}; torch {torch}{more}.\n\n{_frontier(part, measured)}\n"
     return text
@@ -76,15 +76,6 @@ def _title(result: Result) -> str:
         f"**{corpus}, {result.get('data.tokens')} tokens, {size(result)}**, {length}, "
         f"{result.get('train.batch')} x {result.get('train.context')} tokens a step"
     )
-
-
-def _where(metadata: Mapping[str, Any]) -> str:
-    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
-    place = metadata.get("device", "cpu")
-    if place == "cpu":
-        place, _, _ = metadata["machine"].rsplit(", ", 2)  # without cores and system
-    threads = metadata["threads"]
-    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
@@ -112,24 +103,6 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
             row.append(f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
         body.append(row)
     return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
-
-
-def _step_key(result: Result) -> tuple[Any, ...]:
-    """What the time of a step depends on, as `_step_times` has it."""
-    keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")
-    return tuple(result.get(key) for key in keys)
-
-
-def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, float]]:
-    """Milliseconds of a step by rule, by `_step_key` and place: measured in turns by `statefeed bench training`."""
-    times: dict[tuple[tuple[Any, ...], str], dict[str, float]] = defaultdict(dict)
-    for heading, records in measurements(found, "training").items():
-        place, _, _ = heading.rpartition(", torch ")
-        for r in records:
-            if r["implementation"] == "statefeed":
-                key = tuple(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype"))
-                times[key, place][r["variant"]] = r["step_ms"]["median"]
-    return times
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------

@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 
 FEWEST_REPEATS = 5  # fewer are a trial
 PTB = "ptb-gru-1x256"  # the recipe of `statefeed bench training`, and the only one of older records
 
 Record = dict[str, Any]  # of a benchmark
+# Milliseconds of a training step by rule, by `step_key` and place.
+StepTimes = dict[tuple[tuple[Any, ...], str], dict[str, float]]
 
 
 def measurements(found: Found, bench: str) -> dict[str, list[Record]]:
@@ -61,6 +64,33 @@ def place(record: Mapping[str, Any]) -> str:
         '9x2x4 packed'
     """
     return f"{record['T']}x{record['B']}x{record['H']} {kind(record)}".rstrip()
+
+
+def where(metadata: Mapping[str, Any]) -> str:
+    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
+    place = metadata.get("device", "cpu")
+    if place == "cpu":
+        place = re.sub(r", \d+ cores?, \w+$", "", metadata.get("machine") or "unknown machine")
+    threads = metadata.get("threads", "?")
+    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def step_key(result: Result) -> tuple[Any, ...]:
+    """What the time of a step depends on, as `step_times` has it."""
+    keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")
+    return tuple(result.get(key) for key in keys)
+
+
+def step_times(found: Found) -> StepTimes:
+    """Milliseconds of a step by rule, by `step_key` and place: measured in turns by `statefeed bench training`."""
+    times: StepTimes = defaultdict(dict)
+    for heading, records in measurements(found, "training").items():
+        place, _, _ = heading.rpartition(", torch ")
+        for r in records:
+            if r["implementation"] == "statefeed":
+                key = tuple(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype"))
+                times[key, place][r["variant"]] = r["step_ms"]["median"]
+    return times
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

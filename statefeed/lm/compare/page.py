@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from statefeed.lm.compare import benchmarks, elements, figures
+from statefeed.lm.compare.measurements import step_times
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.table import format_value, table
@@ -20,10 +21,12 @@ p { overflow-wrap: anywhere; } .note { color: #555; font-size: .85rem; }
 nav ul { padding-left: 1.2rem; } a { color: #0550ae; }
 .table { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { background: #f6f6f6; font-weight: 600; }
+th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { background: #f6f6f6; font-weight: 600; white-space: normal; vertical-align: bottom; }
+td.long { white-space: normal; min-width: 10rem; text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f6f6; }
+@media (min-width: 70rem) { td { white-space: normal; } }
 @media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere;
   min-width: 7rem; } }
 .figures { display: grid; gap: 1rem; margin-top: 1rem;
@@ -45,7 +48,7 @@ def write(found: Found, output: Path) -> None:
 
 def page(found: Found) -> str:
     """The page as text: for every task a table of its rules and its figures, sizes and cells, then the benchmarks."""
-    drawn = figures.draw(found.results)
+    drawn = figures.draw(found.results, step_times(found))
     sections: list[tuple[str, str]] = []
     for title, same in tasks(found.results).items():
         mine = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
@@ -76,6 +79,7 @@ def _about(same: Sequence[Result]) -> str:
     return (
         f"{all_of('parameters')} parameters. Perplexity: mean and standard deviation over the seeds of the best "
         "evaluation. Epochs and seconds to: the first evaluation that reaches what the named rule ends with, seed by "
-        "seed; seconds are those of training, evaluations left out. Times of runs that were made one after the other, "
-        f"not in turns. torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
+        "seed; seconds are those of training, evaluations left out. These runs were made one after the other, so their "
+        "times do not say which rule is faster; `statefeed bench training` times the rules in turns. "
+        f"torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
     )

@@ -408,7 +408,7 @@ def test_a_seed_that_diverged_or_is_under_way_spoils_nothing() -> None:
     headings, ((*row,),) = table([*whole, *odd])
     cells = dict(zip(headings, row, strict=True))
     assert (cells["seeds"], cells["valid perplexity"]) == ("4, 1 diverged, 1 unfinished", "50.00 ± 0.00")
-    drawn = figures.plot_vs([*whole, *odd], "epochs")
+    drawn = figures.plot_vs_epochs([*whole, *odd])
     assert drawn is not None
     assert [len(line.get_xdata()) for line in drawn.axes[0].lines] == [3]
     headings, ((*row,),) = table(odd)  # nothing else is there yet
@@ -491,7 +491,8 @@ def test_cells_are_compared_with_their_equals() -> None:
 
     gru = [of("gru", "plain", 1e-3, 60), of("gru", "plain", 2e-3, 50), of("gru", "prenorm", 1e-3, 30)]
     (drawn,) = figures.by_cell([*gru, of("lstm", "plain", 1e-3, 40)]).values()
-    assert [patch.get_height() for patch in drawn.axes[0].patches] == [50, 40]  # the better rate, one block
+    (points,) = drawn.axes[0].containers
+    assert points.lines[0].get_xydata().tolist() == [[0, 50], [1, 40]]  # the better rate, one block
     assert figures.by_cell([*gru, of("lstm", "stacked", 1e-3, 40)]) == {}
 
 
