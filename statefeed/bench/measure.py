@@ -212,7 +212,8 @@ def machine_line(records: Sequence[Mapping[str, Any]]) -> str:
     if found is None:
         return "machine not recorded"
     machine = found["machine"]
-    return f"{machine['gpu'] or machine['cpu']}, {found['threads']} threads, torch {found['versions']['torch']}"
+    threads = f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    return f"{machine['gpu'] or machine['cpu']}, {threads}, torch {found['versions']['torch']}"
 
 
 def _flushes_denormals() -> bool:

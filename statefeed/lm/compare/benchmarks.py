@@ -12,15 +12,25 @@ from statefeed.lm.compare.panel import SIZE
 from statefeed.lm.compare.sources import MAIN
 from statefeed.lm.compare.table import format_value
 
+_MORE = "Medians, with minimum and maximum in parentheses; kernels, parity and limits are in the records."
 _UNITS = {"tokens_per_s": "tokens per second", "ms": "milliseconds", "peak_bytes": "bytes at the peak"}
 
 # The provenance in every record of a benchmark, printed in a line below the table.
 _PROVENANCE = ("command", "commit", "dirty", "machine", "threads", "denormals", "versions", "date")
+# What else only the records have: a table of everything would be wider than a screen.
+_LEFT_OUT = {
+    *_PROVENANCE,
+    *("kernels", "parity", "matmul", "torch_nn_best", "limit_ms", "part_of_limit", "backward_us_per_step", "curve"),
+    *("other_load", "rows", "I", "counted", "outputs_bytes", "tokens", "vocabulary", "steps", "repeats"),
+}
 
 
 def section(records: Sequence[dict[str, Any]]) -> str:
     """A table of what differs between the records, what they share in one line, and bars of the main number."""
-    rows = [_flat({key: value for key, value in record.items() if key not in _PROVENANCE}) for record in records]
+    rows = [
+        _flat({"machine": _machine(record), **{key: value for key, value in record.items() if key not in _LEFT_OUT}})
+        for record in records
+    ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shared = {key for key in keys if len(rows) > 1 and len({row.get(key) for row in rows}) == 1}
     headings = [key for key in keys if key not in shared]
@@ -34,7 +44,14 @@ def section(records: Sequence[dict[str, Any]]) -> str:
             f"torch {(first.get('versions') or {}).get('torch')}, commit {str(first.get('commit'))[:10]}"
             f"{' and changes' if first.get('dirty') else ''}, {first.get('date')}"
         )
-    return body + note(f"In all rows: {shared_values}." if shared_values else "") + figure_grid(_bars(records))
+    return (
+        body + note(f"{_MORE} In all rows: {shared_values}." if shared_values else _MORE) + figure_grid(_bars(records))
+    )
+
+
+def _machine(record: dict[str, Any]) -> str:
+    found, threads = record.get("machine") or {}, record.get("threads")
+    return f"{found.get('gpu') or found.get('cpu')}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
@@ -63,9 +80,7 @@ def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         if record.get(main):
             keys = ("cell", "T", "B", "H", "S", "diagonal", "dtype")
             words = [*(str(record[key]) for key in keys if key in record), kind(record)]
-            at = record.get("machine") or {}
-            where = f"{at.get('gpu') or at.get('cpu')}, {record.get('threads')} threads"
-            cases.setdefault(f"{' '.join(words).rstrip()}; {where}".removeprefix("; "), []).append(record)
+            cases.setdefault(f"{' '.join(words).rstrip()}; {_machine(record)}".removeprefix("; "), []).append(record)
     drawn = {}
     for case, rows in cases.items():
         names = [" ".join(str(r[key]) for key in ("implementation", "variant", "method") if key in r) for r in rows]

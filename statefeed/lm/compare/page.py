@@ -81,5 +81,5 @@ def _about(same: Sequence[Result]) -> str:
         "evaluation. Epochs and seconds to: the first evaluation that reaches what the named rule ends with, seed by "
         "seed; seconds are those of training, evaluations left out. These runs were made one after the other, so their "
         "times do not say which rule is faster; `statefeed bench training` times the rules in turns. "
-        f"torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
+        f"torch {all_of('torch')}, threads: {all_of('threads')}, {all_of('machine')}."
     )
