@@ -399,6 +399,7 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
         (["layers", "--shapes=0x2x3"], "shapes must be TxBxH"),
         (["layers", "--cells=gru,tcn"], "cells must be among rnn, gru, lstm"),
+        (["layers", "--cells=GRU"], "got 'GRU': did you mean gru?"),
         (["layers", "--rules=fast"], "feedback must be"),
         (["layers", "--cells=rnn", "--rules=gate,gate+1"], "it has no gate"),
         (["memory", "--cells=rnn", "--rules=gate"], "it has no gate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,9 @@ def names(flag: str, text: str, allowed: tuple[str, ...]) -> list[str]:
     words = list(dict.fromkeys(word.strip() for word in text.split(",")))
     for word in words:
         if word not in allowed:
-            raise OptionError(f"{flag} must be among {', '.join(allowed)}, separated by commas, got {word!r}")
+            near = difflib.get_close_matches(word.lower(), allowed, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise OptionError(f"{flag} must be among {', '.join(allowed)}, separated by commas, got {word!r}{hint}")
     return words
 
 
