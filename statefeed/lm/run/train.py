@@ -255,7 +255,8 @@ def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Grou
     log.score(step, epoch, "valid", valid)
     best.offer(setup.model, step, epoch, valid)
     if group.rank == 0:
-        log.draw(best.folder / CURVES)
+        with suppress(OSError):  # the picture of the whole run is drawn at its end, and raises there
+            log.draw(best.folder / CURVES)
     if recipe.alignment:
         first = next(setup.source.epoch(0))
         fixed = shard_batch(first, Group().columns(first.inputs.shape[1], recipe.accumulate)[0])
