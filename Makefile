@@ -25,16 +25,18 @@ slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 # Other people's packages, each in an environment of its own under build/interop; `make interop PACKAGES="darts flair"`.
+# On a quiet machine, `make interop RECORD=zen5-1` appends to results/packages/zen5-1.jsonl and writes the table of the docs.
 interop:
-	$(PYTHON) tests/interop/environments.py $(PACKAGES)
+	$(PYTHON) tests/interop/environments.py $(if $(RECORD),--record $(RECORD)) $(PACKAGES)
 
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
 
-# docs/measured.md, the figures in README.md, and the pictures that results/README.md shows, from the records alone.
+# docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the pictures that results/README.md shows, from the records alone.
 measured: .venv/.installed-lm
 	$(BIN)/statefeed report results --markdown=docs/measured.md
 	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md
+	$(BIN)/python -m statefeed.bench.gpu.tables results/bench/nvidia-h200 docs/gpu.md
 	mkdir -p build
 	$(BIN)/statefeed report results/runs --output=build/report.html --figures=build/figures
 	for figure in results/figures/*.svg; do cp build/figures/$${figure##*/} $$figure; done

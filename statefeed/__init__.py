@@ -13,6 +13,7 @@ if typing.TYPE_CHECKING:
     from statefeed.feedback import Feedback
     from statefeed.layers import GRU, LSTM, RNN
     from statefeed.mixin import FeedbackLayer
+    from statefeed.newton import Newton
     from statefeed.scan import diagonal_scan
     from statefeed.schedule import Schedule
     from statefeed.swap import SwapReport, restore, swap
@@ -31,6 +32,7 @@ __all__ = [
     "FeedbackLayer",
     "Lags",
     "Monitor",
+    "Newton",
     "Recurrent",
     "Schedule",
     "SwapReport",
@@ -41,7 +43,19 @@ __all__ = [
     "swap",
 ]
 
-_MODULES = ("alignment", "cell_layer", "custom", "explain", "feedback", "layers", "mixin", "scan", "schedule", "swap")
+_MODULES = (
+    "alignment",
+    "cell_layer",
+    "custom",
+    "explain",
+    "feedback",
+    "layers",
+    "mixin",
+    "newton",
+    "scan",
+    "schedule",
+    "swap",
+)
 
 
 class _Package(types.ModuleType):

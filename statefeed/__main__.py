@@ -24,8 +24,8 @@ def main() -> None:
     if sys.argv[1:2] == ["bench"]:
         from statefeed import bench
 
-        sys.exit(bench.main(sys.argv[2:], cli.own_process))
-    code = cli.main(sys.argv[1:], cli.own_process)
+        sys.exit(bench.main(sys.argv[2:], cli.configure_process))
+    code = cli.main(sys.argv[1:], cli.configure_process)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Everything is saved. Threads of torch.distributed may outlive the group, and abort the process while Python
         # ends, after which torchrun would call the job failed.
@@ -36,15 +36,15 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Standard streams that are closed read and write nothing; text that stdout cannot encode is printed with `?`.
+    """Open closed standard streams on the null device, and print `?` for characters that stdout cannot encode.
 
-    A stream that stayed closed would leave its number to the next file that is opened, which is then written into.
+    The file number of a closed stream would be given to the next opened file, into which output would then be written.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):

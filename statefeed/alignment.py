@@ -1,4 +1,4 @@
-"""Comparison of a rule's gradient with the exact one on a model and batch: in total, by layer and by time lag."""
+"""Comparison of the gradient under the rules of a model with the exact one: in total, by layer and by time lag."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
@@ -19,19 +20,21 @@ from statefeed.mixin import FeedbackLayer
 from statefeed.snapshot import untouched
 from statefeed.stack import RecurrentStack
 
-# Rows of the batch for the measurement by lag: enough for a curve, cheap compared with the whole batch.
+# Number of rows of the batch for the measurement by lag: enough for a curve, and cheap.
 _ROWS = 4
+# Largest relative difference of two losses that rounding can cause, also in bfloat16.
+_SAME_LOSS = 0.05
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Comparison of one gradient with the exact one.
+    """Comparison of a gradient with the exact one.
 
     Attributes:
-        cosine: cosine of the angle between the two; NaN if one of them is zero.
+        cosine: cosine of the angle between the two; NaN if either is zero.
         norm_ratio: norm under the rule divided by the exact norm; NaN if the exact gradient is zero.
-        sign_agreement: fraction of entries with the right sign, among those with a nonzero exact gradient; NaN if there
-            is no such entry.
+        sign_agreement: fraction of entries with the correct sign, among those with a nonzero exact gradient; NaN if
+            there is no such entry.
     """
 
     cosine: float
@@ -41,11 +44,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Lags:
-    """Credit assignment of one layer by time lag: one value for every lag k = 0, 1, ...
+    """Credit assignment of one layer by time lag, one value for every lag k = 0, 1, ...
 
-    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, where x and y are the layer's input and output and v is a random normal
-    vector: the gradient of the last output with respect to the input k steps earlier, through all states between. The
-    state before the first measured step is zero.
+    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, where x and y are the input and output of the layer and v is a random normal
+    vector: the gradient of the last output with respect to the input k steps earlier, through all states in between.
+    The state before the first measured step is zero.
 
     Attributes:
         exact: norm of g[k] under BPTT.
@@ -63,10 +66,10 @@ class Alignment:
     """The result of ``alignment``.
 
     Attributes:
-        total: over all parameters concatenated.
-        parameters: by parameter name, for parameters that require grad and have a gradient.
-        layers: by module name, over all parameters of a statefeed layer concatenated.
-        lags: by module name, credit assignment of that layer by time lag.
+        total: comparison over all parameters concatenated.
+        parameters: comparison by parameter name, for parameters that require grad and have a gradient.
+        layers: comparison by module name, over the concatenated parameters of each statefeed layer.
+        lags: credit assignment by time lag, by module name.
     """
 
     total: Agreement
@@ -75,43 +78,50 @@ class Alignment:
     lags: dict[str, Lags]
 
     def numbers(self) -> dict[str, float]:
-        """Values for a logger: ``alignment/cosine`` etc. in total, ``alignment/LAYER/cosine`` etc. per layer."""
+        """The values for a logger by name.
+
+        Returns:
+            ``alignment/cosine`` etc. in total, ``alignment/LAYER/cosine`` etc. per layer.
+        """
         parts = {"alignment": self.total, **{f"alignment/{name or 'model'}": at for name, at in self.layers.items()}}
-        return {f"{place}/{what}": value for place, at in parts.items() for what, value in asdict(at).items()}
+        return {f"{prefix}/{metric}": value for prefix, at in parts.items() for metric, value in asdict(at).items()}
 
 
 def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, lags: int = 64) -> Alignment:
-    """Measure cosine, norm ratio and sign agreement between the gradient under the current rules and exact BPTT.
+    """Compare the gradient under the current rules with exact BPTT: cosine, norm ratio and sign agreement.
 
     ``cos(g, g*) = <g, g*> / (|g| |g*|)``, ``|g| / |g*|`` and the fraction of entries with ``sign(g) = sign(g*)``, where
     g* is the gradient with every statefeed layer of the model set to ``"torch"``. Both passes draw the same random
     numbers and start from the same hidden state, so that dropout masks are equal. A compiled model is run uncompiled.
-    Rules, ``.grad``, buffers, hidden state in attributes and random generators are restored afterwards. Where a
-    gradient is not finite all numbers are NaN.
+    Rules, ``.grad``, buffers, hidden state in attributes and random generators are restored afterwards. If a gradient
+    is not finite, its results are NaN.
 
     A layer under ``"fitted"`` is measured with its current diagonal, not with one of its exact passes.
 
-    The lags are measured on every layer alone, with the input of its first call. For packed inputs and inputs with
+    The lags are measured on each layer separately, with the input of its first call. For packed inputs and inputs with
     ``lengths`` only the longest sequences are used; ``resets`` are ignored. For a bidirectional layer, the forward half
-    of the last output is used. A subclass with a ``forward`` of its own has no lags.
+    of the last output is used. A subclass that overrides ``forward`` has no lags.
 
     Args:
         model: any module that contains statefeed layers.
         loss_fn: (model, batch) -> scalar loss.
         batch: passed to ``loss_fn`` unchanged.
-        lags: number of time lags to measure, on the last ``lags`` steps of a layer's input; 0 for none.
+        lags: number of time lags to measure, on the last ``lags`` steps of the input of a layer; 0 for none.
 
     Returns:
-        ``Alignment``: in total, per parameter, per layer, and per layer and lag.
+        ``Alignment``: the comparison in total, per parameter, per layer, and per layer and lag.
 
     Gradient: none; ``.grad`` is not changed.
 
     Raises:
-        ValueError: the model has no statefeed layer, no parameter that requires grad and is reached by the loss, or
-            sharded parameters, or ``lags`` is negative.
+        ValueError: the model has no statefeed layer that the gradient passes through, no parameter that requires grad
+            and that the loss depends on, or sharded parameters; or ``lags`` is negative.
 
-    Cost: one forward and backward pass under the rules and one under torch's own BPTT. The lags take one more pass of
-        the recurrent layers each way, over min(lags, T) steps of min(4, B) rows.
+    Warns:
+        UserWarning: the two passes have different losses, so that their gradients cannot be compared.
+
+    Cost: one forward and backward pass under the rules and one under torch's own BPTT. The lags add two passes of the
+        recurrent layers, over min(lags, T) steps of min(4, B) rows.
 
     Example:
         >>> import torch
@@ -135,19 +145,26 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         raise ValueError("alignment needs a parameter that requires grad, got a model without one")
     sharded = _sharded(model)
     if sharded is not None:
-        raise ValueError(f"alignment needs whole parameters, got {sharded}: measure a model that is not sharded")
+        raise ValueError(f"alignment needs unsharded parameters, got {sharded}: measure a model that is not sharded")
 
     with untouched(model), _inputs(layers, lags) as inputs, _eager():
         _freeze(layers.values())
-        ours = _gradients(model, loss_fn, batch, parameters)
+        with _passed(layers.values()) as passed:
+            loss, ours = _gradients(model, loss_fn, batch, parameters)
     with untouched(model), _eager(), ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.exact_rule())
-        exact = _gradients(model, loss_fn, batch, parameters)
+        expected, exact = _gradients(model, loss_fn, batch, parameters)
 
+    _warn_of_two_losses(loss, expected)
     reached = [name for name, g in exact.items() if g is not None and ours[name] is not None]
     if not reached:
         raise ValueError("alignment needs a loss that depends on a parameter, got one that reaches none of them")
+    if not passed:
+        raise ValueError(
+            "alignment needs a loss whose gradient passes through a statefeed layer, got a loss without one: every "
+            "layer's output is unused, detached or computed without autograd"
+        )
     names = {id(p): name for name, p in parameters.items()}
     reached_by_layer = {
         layer_name: [n for n in (names.get(id(p)) for p in layer.parameters()) if n in reached]
@@ -166,12 +183,12 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
 
 
 class Monitor:
-    """Measures alignment on one batch at regular steps of any training loop.
+    """Measures alignment on a fixed batch at regular steps of a training loop.
 
     Args:
         loss_fn: (model, batch) -> scalar loss, as for ``alignment``.
         batch: the batch of every measurement.
-        every: steps between measurements; the first is at step 0.
+        every: number of steps between measurements; the first is at step 0.
         lags: as for ``alignment``; the results by lag are in ``history``.
 
     Attributes:
@@ -182,7 +199,7 @@ class Monitor:
     Raises:
         ValueError: ``every`` below 1.
 
-    Cost: that of ``alignment`` at every measurement, none at other steps.
+    Cost: the cost of ``alignment`` at every measurement, none at other steps.
 
     Example:
         >>> import torch
@@ -222,8 +239,8 @@ class Monitor:
 
 
 def _sharded(model: nn.Module) -> str | None:
-    """The first part of a model whose parameters are spread over processes."""
-    # Named rather than imported: torch.distributed takes as long to import as torch.
+    """The name of the first module or parameter that is sharded over processes."""
+    # Compare names instead of importing torch.distributed, which takes as long to import as torch.
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             return f"{name or 'a model'} in FullyShardedDataParallel"
@@ -235,7 +252,7 @@ def _sharded(model: nn.Module) -> str | None:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Run what torch.compile has compiled uncompiled: torch cannot compile the training of its own LSTM."""
+    """Context in which compiled modules run eagerly: torch cannot compile the training of its own LSTM."""
     if "torch._dynamo" not in sys.modules:
         yield
     else:
@@ -245,15 +262,44 @@ def _eager() -> Iterator[None]:
 
 def _gradients(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, parameters: dict[str, nn.Parameter]
-) -> dict[str, Tensor | None]:
+) -> tuple[float, dict[str, Tensor | None]]:
+    """The loss, and its gradients by name."""
     with torch.enable_grad():
         loss = loss_fn(model, batch)
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, grads, strict=True))
+    return float(loss.detach()), dict(zip(parameters, grads, strict=True))
+
+
+def _warn_of_two_losses(ours: float, exact: float) -> None:
+    """Warn if the losses of the two passes differ, although every rule has the same forward pass."""
+    if abs(ours - exact) > _SAME_LOSS * max(abs(ours), abs(exact)):
+        warnings.warn(
+            f"alignment needs the same loss in both passes, got {ours:g} under the rule and {exact:g} under BPTT: the "
+            "model or loss_fn depends on state that a pass changes and that is not an attribute of a module",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _passed(layers: Iterable[Any]) -> Iterator[list[bool]]:
+    """Context with a list that becomes non-empty when a gradient passes through one of the layers."""
+    passed: list[bool] = []
+
+    def watch(layer: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: passed.append(True))  # type: ignore[no-untyped-call]
+
+    hooks = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        yield passed
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _real(gradient: Tensor) -> Tensor:
-    """All entries, real and imaginary parts as two."""
+    """All entries as float64; the real and imaginary part of a complex entry are two entries."""
     return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).double().flatten()
 
 
@@ -263,19 +309,19 @@ def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreeme
     if not all(bool(v.isfinite().all()) for pair in pairs for v in pair):
         return Agreement(nan, nan, nan)
     dot = sum(float(g @ h) for g, h in pairs)
-    right = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
-    signed = sum(int((h != 0).sum()) for _, h in pairs)
-    rule_norm, exact_norm = (sum(float(v @ v) for v in side) ** 0.5 for side in zip(*pairs, strict=True))
+    same_sign = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
+    nonzero = sum(int((h != 0).sum()) for _, h in pairs)
+    rule_norm, exact_norm = (sum(float(v @ v) for v in grads) ** 0.5 for grads in zip(*pairs, strict=True))
     return Agreement(
         dot / (rule_norm * exact_norm) if rule_norm and exact_norm else nan,
         rule_norm / exact_norm if exact_norm else nan,
-        right / signed if signed else nan,
+        same_sign / nonzero if nonzero else nan,
     )
 
 
 @contextmanager
 def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
-    """Collect the input of every layer's first call: its last steps and a few rows, (lags, rows, I)."""
+    """Context that collects the input of every layer's first call: its last steps and a few rows, (lags, rows, I)."""
     inputs: dict[str, Tensor] = {}
 
     def collect(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -291,7 +337,7 @@ def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
         if lags and name not in inputs and (x.is_floating_point() or x.is_complex()):
             inputs[name] = x[-lags:, :_ROWS].detach()
 
-    # What a subclass with a forward of its own takes and returns is not known.
+    # The arguments and results of a subclass that overrides forward are unknown.
     hooks = [
         layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
         for name, layer in layers.items()

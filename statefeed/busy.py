@@ -22,16 +22,16 @@ class OtherLoad:
     """
 
     def __init__(self) -> None:
-        self._began = time.monotonic(), _all_seconds(), _own_seconds()
+        self._began = time.monotonic(), all_seconds(), own_seconds()
 
     def processors(self) -> float | None:
         """How many processors others used on average; None where the system does not say, which Linux does."""
         began, before, own = self._began
-        now = _all_seconds()
+        now = all_seconds()
         elapsed = time.monotonic() - began
         if before is None or now is None or elapsed <= 0:
             return None
-        others = (now - before - (_own_seconds() - own)) / elapsed
+        others = (now - before - (own_seconds() - own)) / elapsed
         return min(max(0.0, others), float(os.cpu_count() or 1))
 
 
@@ -52,7 +52,7 @@ def describe(processors: float | None) -> str:
     return f"{state}: other processes used {processors:.1f} of {os.cpu_count()} processors{advice}"
 
 
-def _all_seconds() -> float | None:
+def all_seconds() -> float | None:
     """Seconds in which the processors worked for anybody."""
     try:
         fields = [int(word) for word in _STAT.read_text().split("\n", 1)[0].split()[1 : 1 + _COUNTED]]
@@ -61,6 +61,6 @@ def _all_seconds() -> float | None:
     return sum(value for k, value in enumerate(fields) if k not in _IDLE) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_seconds() -> float:
+def own_seconds() -> float:
     """Seconds in which they worked for this process, all threads."""
     return time.process_time()

@@ -1,4 +1,4 @@
-"""Layers of cells that torch lacks: torch.nn.GRU's constructor, parameters and input forms around any Cell."""
+"""Base class of layers whose cell is not in torch: the interface of torch.nn.GRU around any ``Cell``."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from statefeed.user_warning import warn
 
 
 class CellLayer(RecurrentStack):
-    """The base of a layer whose cell torch lacks; a subclass sets ``cell``.
+    """Base class of a layer whose cell is not in torch; a subclass sets ``cell``.
 
-    Input forms, state and parameters are those of torch.nn.GRU: ``weight_ih_l0``, ``weight_hh_l0``, ``bias_ih_l0``,
-    ``bias_hh_l0``, then with the suffix ``_reverse``, in the shapes of ``cell.weight_shapes``, drawn uniformly from
-    (-1/sqrt(H), 1/sqrt(H)). The first backend that has the cell runs it; the reference backend has every one.
+    Input forms, state and parameter names are those of torch.nn.GRU: ``weight_ih_l0``, ``weight_hh_l0``,
+    ``bias_ih_l0``, ``bias_hh_l0``, and the same with the suffix ``_reverse``. Shapes are those of
+    ``cell.weight_shapes``; initial values are uniform in (-1/sqrt(H), 1/sqrt(H)). The first backend that supports the
+    cell runs it; the reference backend supports every cell.
 
     Args:
-        input_size: I, features of one step.
-        hidden_size: H, features of the state.
-        num_layers: L, stacked layers.
-        bias: whether there are b_ih and b_hh.
-        batch_first: (B, T, .) instead of (T, B, .).
-        dropout: probability, between layers, in training.
-        bidirectional: a second direction in every layer.
-        device: of the parameters.
-        dtype: of the parameters.
+        input_size: I, number of input features.
+        hidden_size: H, number of features of the state.
+        num_layers: L, number of stacked layers.
+        bias: whether the layer has b_ih and b_hh.
+        batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
+        dropout: dropout probability between layers in training.
+        bidirectional: add a reverse direction to every layer.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: as the rule says; exact under ``"bptt"``, the default, and for k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"``, the default, and with k >= T corrections.
 
     Raises:
-        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the layer cannot run under, as
-            ``"torch"``.
+        ValueError: a size that is not positive, a dropout outside 0 to 1, or a rule that the layer does not support,
+            such as ``"torch"``.
 
-    Cost: on the reference backend, forward one call of ``cell.step`` per step, without autograd; backward as GRU.
+    Cost: on the reference backend one call of ``cell.step`` per step forward, without autograd; backward as GRU.
 
     Example:
         >>> import torch
@@ -100,19 +101,26 @@ class CellLayer(RecurrentStack):
         return self.cell
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
-        """Why the layer cannot run under a rule, in one sentence; None if it can."""
+        """Why the layer does not support a rule.
+
+        Args:
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if the layer supports the rule.
+        """
         if rule.through_torch:
             return (
-                f'feedback "torch" needs a layer of torch, which has no cell {self.cell.name!r}; use "bptt", or '
-                "statefeed.Recurrent where a second derivative is needed"
+                f'feedback "torch" needs a layer of torch.nn, which has no cell {self.cell.name!r}; use "bptt", or '
+                "statefeed.Recurrent if you need a second derivative"
             )
-        weight = next(self.parameters(), None)
-        if weight is not None and weight.is_complex():
-            return f"{type(self).__name__} is defined for real numbers, got {weight.dtype}"
         return super().unsupported_reason(rule)
 
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str:
+        return f"{type(self).__name__} is defined for real numbers, got {dtype}"
+
     def reset_parameters(self) -> None:
-        """Draw the weights again, and forget the diagonal that was learned under them."""
+        """Initialize the weights again and reset the learned diagonal."""
         bound = 1 / math.sqrt(self.hidden_size)
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
@@ -128,8 +136,7 @@ class CellLayer(RecurrentStack):
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
         if x.dim() != (3 if batch_sizes is None else 2) or x.shape[-1] != self.input_size:
             raise RuntimeError(
-                f"the input must have {self.input_size} features per step, as input_size says, got the shape "
-                f"{tuple(x.shape)}"
+                f"the input must have input_size = {self.input_size} features per step, got the shape {tuple(x.shape)}"
             )
         weight = self._weights_of(0)[0]
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -1,4 +1,4 @@
-"""Recurrent layer for any cell, state' = cell(x, state), under a feedback rule."""
+"""Recurrent layer for any user-defined cell, state' = cell(x, state), with a feedback rule."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import autocast_dtype
 from statefeed.scan import diagonal_scan
 from statefeed.transforms import (
+    NO_EXPANDED_STEP,
     NO_SECOND_DERIVATIVE,
     NO_TRANSFORM_OF_A_STEP,
     is_batched,
+    is_expanded,
     no_batched_gradients,
     no_forward_mode,
     traced,
@@ -36,7 +38,7 @@ State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 class Recurrent(FeedbackLayer):
-    """Runs any cell over time with a feedback rule for the backward pass.
+    """Recurrent layer that runs any cell module over time with a feedback rule.
 
     ``s[t] = cell(x[t], s[t-1])``; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` over the concatenated states, then
     one batched VJP of the cell over all T*B rows gives all other gradients (arXiv 2503.23104).
@@ -51,8 +53,8 @@ class Recurrent(FeedbackLayer):
             v * (J^T v) with one random sign vector v per row (Hutchinson's estimator, unbiased; its variance comes from
             the off-diagonal entries). ``"calibrated"`` averages it over all rows and steps. An exact pass of
             ``"fitted"`` calls the cell once more at every step.
-        state_size: width of the state, or of each of its tensors; if None, the cell's ``hidden_size``, and for an
-            nn.LSTMCell its ``hidden_size`` for both h and c.
+        state_size: width of the state, or of each of its tensors; if None, the cell's ``hidden_size``, for an
+            nn.LSTMCell as the width of both h and c.
         batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
 
     Gradient: that of the rule; exact under ``"bptt"`` (the default), ``"torch"`` and with k >= T corrections.
@@ -132,10 +134,11 @@ class Recurrent(FeedbackLayer):
         if self.batch_first:
             x = x.transpose(0, 1)
         if state is None:
-            # Tokens have the state of the parameters: a state of whole numbers has no gradient.
-            weight = next((p for p in self.cell.parameters() if p.is_floating_point() or p.is_complex()), None)
+            # For integer inputs (tokens) the state has the dtype of the parameters: an integer state has no gradient.
+            # Read the dtype only: ExpandedWeights have no is_floating_point.
+            inexact = (p.dtype for p in self.cell.parameters() if p.dtype.is_floating_point or p.dtype.is_complex)
             real = x.is_floating_point() or x.is_complex()
-            dtype = x.dtype if real else torch.get_default_dtype() if weight is None else weight.dtype
+            dtype = x.dtype if real else next(inexact, torch.get_default_dtype())
             initial = tuple(x.new_zeros(x.shape[1], width, dtype=dtype) for width in self._widths)
         else:
             initial = (state,) if isinstance(state, Tensor) else tuple(state)
@@ -153,6 +156,8 @@ class Recurrent(FeedbackLayer):
         else:
             named = dict(self.cell.named_parameters())
             for tensor in (x, *initial, *named.values()):
+                if is_expanded(tensor):
+                    raise RuntimeError(NO_EXPANDED_STEP)
                 if tensor.is_complex():
                     raise ValueError(complex_reason(self._feedback, tensor.dtype))
             if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -239,14 +244,14 @@ class _Custom(torch.autograd.Function):
             after = torch.cat(_call(call.cell, named, leaves[0], tuple(before)), -1)
 
         def vjp(delta: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-            """None for an input that the cell does not use."""
+            """Gradients of ``inputs``; None for an input that the cell does not use."""
             rows = delta.flatten(0, 1).to(after.dtype)
             return torch.autograd.grad(after, inputs, rows, retain_graph=True, allow_unused=True)
 
         def jacobian_product(delta: Tensor) -> Tensor:
             """J^T delta, (T, B, S)."""
-            found = [torch.zeros_like(s) if g is None else g for g, s in zip(vjp(delta, before), before, strict=True)]
-            return torch.cat(found, -1).reshape(T, B, sum(widths))
+            grads = [torch.zeros_like(s) if g is None else g for g, s in zip(vjp(delta, before), before, strict=True)]
+            return torch.cat(grads, -1).reshape(T, B, sum(widths))
 
         e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
         e[-1] += torch.cat(grads[1:], -1)
@@ -266,15 +271,15 @@ class _Custom(torch.autograd.Function):
             grad_prev = D * delta + residual
 
         d_initial = torch.split(grad_prev[0], widths, -1)
-        wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
-        found = iter(vjp(delta, wanted) if wanted else ())
+        needed = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
+        found = iter(vjp(delta, needed) if needed else ())
         d_x, *d_parameters = [next(found) if n else None for n in needs]
         d_x = None if d_x is None else d_x.reshape(x.shape)
         return None, d_x, *d_initial, *d_parameters
 
 
 class _EagerCustom(_Custom):
-    """``_Custom`` with a sentence on forward mode; torch.compile takes no function with a ``jvp``."""
+    """``_Custom`` that raises in forward mode; separate, as torch.compile supports no function with a ``jvp``."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

@@ -1,9 +1,10 @@
-"""Explanation of which kernels run a layer on a given input, why, and at what cost."""
+"""Report of which kernels run a layer on a given input, why, and at what cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -14,7 +15,7 @@ from statefeed.cells.protocol import Cell
 from statefeed.stack import RecurrentStack
 from statefeed.timing import Timing, time_rules
 
-# Matrix products relative to exact BPTT, above which fewer dependent steps are not expected to pay off.
+# Matrix products relative to exact BPTT above which a rule is not expected to be faster.
 _TOO_MANY_PRODUCTS = 1.5
 
 
@@ -26,12 +27,12 @@ class Explanation:
         rule: the feedback rule.
         forward: the kernels of the forward pass.
         backward: the kernels of the backward pass.
-        why: the reason for that choice.
+        why: the reason for this choice.
         forward_flops: flops of the matrix products of the forward pass, all layers and directions.
         backward_flops: flops of the matrix products of the backward pass.
         bptt_flops: flops of the matrix products of torch.nn's backward pass.
         backward_steps: sequentially dependent products of the backward pass; T * L for exact BPTT.
-        kept_bytes: memory saved for the backward pass, including outputs, in bytes; None if torch.nn's own path runs.
+        kept_bytes: bytes saved for the backward pass, including outputs; None if torch.nn's own path runs.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
         torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``, and None for
@@ -40,6 +41,10 @@ class Explanation:
             and ``times_faster`` than the last one as (median, least, largest). Empty unless ``timed``.
         other_load: processors that other processes used meanwhile; None unless ``timed``, and where the system does not
             say.
+            a cell that is not in torch.
+        iterations: iterations of ``forward_method`` "newton" in the last call of the layer, per layer and direction;
+            empty before the first call, and for a sequential forward pass.
+        sequential_steps: number of steps of that call that did not converge and ran sequentially, in the same form.
     """
 
     rule: str
@@ -56,6 +61,8 @@ class Explanation:
     torch_seconds: float | None = None
     timings: tuple[Timing, ...] = ()
     other_load: float | None = None
+    iterations: tuple[int, ...] = ()
+    sequential_steps: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -65,6 +72,11 @@ class Explanation:
             f"products (exact BPTT: {self.bptt_flops / 1e9:.3g} Gflop)",
             f"why       {self.why}",
         ]
+        if self.iterations:
+            taken = ", ".join(map(str, self.iterations))
+            lines.append(
+                f"newton    {taken} iterations in the last call, {sum(self.sequential_steps)} sequential steps"
+            )
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB saved for the backward pass")
         if self.timings:
@@ -87,11 +99,12 @@ def _ratio(timing: Timing) -> str:
 
 
 def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
-    """Explain which kernels run a layer on an input, why, and at what cost.
+    """Report which kernels run a layer on an input, why, and at what cost.
 
     The cost is counted in matrix products and in sequentially dependent products. A warning is given if a rule has as
     many dependent products as exact BPTT, or more than 1.5 times its matrix products. The actual time also depends on
-    the machine and the shape; ``timed`` measures it.
+    the machine and the shape; ``timed`` measures it. The forward products of ``forward_method`` "newton" are those of
+    the layer's last call, and of one iteration before the first.
 
     Args:
         layer: a statefeed layer.
@@ -106,8 +119,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     Gradient: none.
 
     Raises:
-        TypeError: not a statefeed layer.
-        ValueError: x has no steps or rows, or not ``input_size`` features.
+        TypeError: the layer is not a statefeed layer.
+        ValueError: x has no steps or rows, or its features are not ``input_size``.
 
     Cost: none, except building the kernels at their first use; with ``timed``, six passes under each of the rules.
 
@@ -144,12 +157,15 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden
     tensors = (data, *layer.parameters())
-    backend = choose(cell, tensors, rule.exact)
-    reason = layer.torch_path_reason(x)
-    if reason is None and backend.fallback:
+    method = layer.forward_method
+    sequential = method == "sequential"
+    backend = choose(cell, tensors, rule.exact, not sequential)
+    with torch.enable_grad():
+        reason = layer.torch_path_reason(x)
+    if reason is None and backend.fallback and sequential:
         reason = _reason(layer, tensors)
-    torch_has_it = cell.torch_forward is not None
-    if rule.exact and reason is not None and torch_has_it:
+    in_torch = cell.torch_forward is not None
+    if rule.exact and reason is not None and in_torch:
         path = "torch.nn's own path"
         result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
         return _timed(result, layer, x) if timed else result
@@ -164,17 +180,27 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     warning = (
         None if rule.exact else _expected_slower(T, dependent, (inputs + hidden + backward) / (inputs + hidden + bptt))
     )
+    forward, forward_flops = found.forward, inputs + hidden
+    if not sequential:
+        forward = (
+            f"{method}, one product over all steps and one scan per iteration; without convergence {found.forward}"
+        )
+        each = hidden // layer._feedback_rows
+        forward_flops = inputs + (each * sum(layer.newton_iterations) if layer.newton_iterations else hidden)
+        warning = _slower_forward(data) or warning
     result = Explanation(
         rule=str(rule),
-        forward=found.forward,
+        forward=forward,
         backward=found.backward,
-        why=reason or found.why,
-        forward_flops=inputs + hidden,
+        why=reason or (found.why if sequential else f'forward_method is "{method}"'),
+        forward_flops=forward_flops,
         backward_flops=backward,
         bptt_flops=bptt,
         backward_steps=dependent * layer.num_layers,
         kept_bytes=saved_values * data.element_size(),
         warning=warning,
+        iterations=layer.newton_iterations,
+        sequential_steps=layer.newton_sequential_steps,
     )
     return _timed(result, layer, x) if timed else result
 
@@ -202,6 +228,16 @@ def _expected_slower(T: int, dependent: int, products: float) -> str | None:
     if products > _TOO_MANY_PRODUCTS:
         return f"the products are {products:.1f} times those of exact BPTT; timed=True measures whether they are faster"
     return None
+
+
+def _slower_forward(x: Tensor) -> str | None:
+    """Why a forward pass in parallel over time is expected to be slower than the sequential one; None if it is not."""
+    if x.is_cuda:
+        return None
+    return (
+        'forward_method "newton" repeats the products of all steps, which pays where a device runs many steps at once; '
+        f'on a {x.device.type} it is expected to be slower than "sequential"'
+    )
 
 
 def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:

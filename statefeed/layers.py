@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -14,11 +13,12 @@ from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.feedback.value import check_keyword_only
-from statefeed.recurrence import autocast_dtype
+from statefeed.paths import extent, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import RecurrentStack
+from statefeed.transforms import is_expanded, is_transformed
 
 _TORCHSCRIPT = (
-    "TorchScript cannot hold a feedback rule: call statefeed.restore(model) first and script or trace torch.nn's layers"
+    "TorchScript cannot hold a feedback rule: call statefeed.restore(model), then script or trace torch.nn's layers"
 )
 
 _COMPILED_LSTM = (
@@ -28,7 +28,7 @@ _COMPILED_LSTM = (
 
 
 class RecurrentLayer(RecurrentStack, nn.RNNBase):
-    """A stack of a cell that torch has: torch.nn.RNNBase's constructor and parameters, and torch's path."""
+    """Base class of RNN, GRU and LSTM: the constructor and parameters of torch.nn.RNNBase, and torch's own path."""
 
     _torchscript = _TORCHSCRIPT
 
@@ -43,23 +43,24 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return CELLS[self.mode.lower()]
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
-        """Why the layer cannot run under a rule, in one sentence; None if it can."""
+        """Why the layer does not support a rule, in one sentence; None if it does."""
         if self.proj_size:
             return (
-                f"proj_size must be 0, got {self.proj_size}: the feedback needs h and c of one width; "
-                "torch.nn.LSTM has it"
+                f"proj_size must be 0, got {self.proj_size}: a feedback rule needs h and c of the same width; use "
+                "torch.nn.LSTM"
             )
         return super().unsupported_reason(rule)
 
     def reset_parameters(self) -> None:
-        """Draw the weights again, as torch's layers do, and forget the diagonal that was learned under them."""
+        """Initialize the weights again, as torch's layers do, and reset the learned diagonal."""
         super().reset_parameters()
         self.reset_diagonal()
 
     def flatten_parameters(self) -> None:
-        """Lay the weights in memory as cuDNN reads them: one buffer per layer, one for all layers under an exact rule.
+        """Move the weights into contiguous buffers that cuDNN reads without a copy.
 
-        An exact rule runs torch's own path there, all layers in one call; the other rules run layer by layer.
+        An exact rule runs all layers in one call of torch's own path and needs one buffer for all of them. The other
+        rules run layer by layer and need one buffer per layer.
         """
         if not self._layer_by_layer:
             super().flatten_parameters()
@@ -71,8 +72,10 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     @property
     def _layer_by_layer(self) -> bool:
         """Whether every pass on a GPU, with autograd or without, runs one layer after the other."""
-        weight = next(self.parameters(), None)  # None where a hypernetwork sets the weights
-        return "_feedback" in self.__dict__ and not self._feedback.exact and weight is not None and weight.is_cuda
+        weight = next(self.parameters(), None)  # None if another module sets the weights
+        if "_feedback" not in self.__dict__ or weight is None or not weight.is_cuda:
+            return False
+        return not self._feedback.exact or self._newton is not None
 
     def _rule_changed(self) -> None:
         self.flatten_parameters()
@@ -81,64 +84,87 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return f"{super().extra_repr()}, {self.feedback_repr()}"
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
-        """torch's own layer runs without autograd, in torch.export, and an exact rule that no kernels run."""
-        without_grad = not torch.is_grad_enabled() and not self._layer_by_layer
-        if without_grad or torch.compiler.is_exporting() or self.torch_path_reason(input) is not None:
-            return None
+        """None, so that torch's own layer runs, also without kernels if the rule is exact or autograd is disabled."""
         name = super()._backend(input, hx, weights)
-        return None if name is None or (self._feedback.exact and BACKENDS[name].fallback) else name
+        if name is None or self._newton is not None:
+            return name
+        if self._feedback.exact and BACKENDS[name].fallback:
+            return None
+        fused = torch.is_grad_enabled() or BACKENDS[name].fused_forward or self._layer_by_layer
+        return name if fused else None
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
-        """Why torch's own layer runs a call, whether kernels support it or not; None if a backend may run it."""
+        """Why torch's own layer runs a call on this input, even if kernels support it; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        if self._feedback.exact and _steps(input, self.batch_first) == 1 and not torch.compiler.is_compiling():
-            return "one step has no recurrence to fuse, and torch's own path costs less per call"
-        return None
+        if not self._runs_in_torch(input):
+            return None
+        way = None if is_transformed() else way_of(self.mode, input)
+        if way is None or torch.compiler.is_exporting():
+            return "torch.export, traces and torch.func without autograd have torch's own layer"
+        return reason(way, *extent(input, self.batch_first), self.hidden_size)
+
+    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer runs a call; a fraction of a small layer's time, so without words."""
+        if self._feedback.through_torch:
+            return True
+        if self._newton is not None:
+            return False
+        if torch.compiler.is_exporting():
+            return True
+        if is_transformed():
+            return not torch.is_grad_enabled() and not self._layer_by_layer
+        # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
+        if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            return False
+        if not self.is_faster_in_torch(input):
+            return False
+        # Their answers do not depend on the shape.
+        return not torch.compiler.is_compiling() and not is_expanded(self._weight("weight_hh_l0"))
+
+    def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
+        way = way_of(self.mode, input)
+        return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and torch.is_grad_enabled() and self.mode == "LSTM":
-            raise RuntimeError(_COMPILED_LSTM)
-        if self.mode == "LSTM" and isinstance(input, Tensor) and not torch.is_grad_enabled() and _lacks_bf16(input):
-            return self._in_float32(input, hx)
+        if self.mode == "LSTM":
+            if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+                raise RuntimeError(_COMPILED_LSTM)
+            if lacks_bf16(input):
+                return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
-    def _in_float32(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
-        """torch's path without the autocast in force, its results in the dtype of that autocast."""
+    def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        """Run torch's path without the enabled autocast, and return results in the dtype of that autocast."""
         dtype = self._weights_of(0)[0].dtype
         with torch.autocast("cpu", enabled=False):
             state = None if hx is None else tuple(s.to(dtype) for s in hx)
-            y, final = super(RecurrentStack, self).forward(input.to(dtype), state)
-        return y.to(torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
+            y, final = super(RecurrentStack, self).forward(_to(input, dtype), state)
+        return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
-        self.check_forward_args(x, self._as_hx(state), batch_sizes)
+        if batch_sizes is not None or not self._fits(x, state):
+            self.check_forward_args(x, self._as_hx(state), batch_sizes)
+
+    def _fits(self, x: Tensor, state: State) -> bool:
+        """Whether a padded batch is as torch's check wants it, in a third of its time."""
+        if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
+            return False
+        expected = (self._feedback_rows, x.shape[0 if self.batch_first else 1], self.hidden_size)
+        return all(s.shape == expected for s in state)
 
 
-def _steps(input: Tensor | PackedSequence, batch_first: bool) -> int:
-    if isinstance(input, PackedSequence):
-        return len(input.batch_sizes)
-    return input.shape[1 if batch_first and input.dim() == 3 else 0] if input.dim() else 0
-
-
-def _lacks_bf16(x: Tensor) -> bool:
-    """Whether oneDNN, which runs torch's LSTM on padded batches, raises under the bfloat16 autocast in force."""
-    return x.is_cpu and autocast_dtype(x) == torch.bfloat16 and not _onednn_has_bf16()
-
-
-@functools.cache
-def _onednn_has_bf16() -> bool:
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return not available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# As for ``native.unavailable``: a constant to torch.compile.
-_onednn_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:
+    return input.to(dtype) if isinstance(input, Tensor) else input._replace(data=input.data.to(dtype))
 
 
 def _signature(**more: tuple[str, Any]) -> inspect.Signature:
-    """The constructor's as torch.nn documents it, with ``feedback``; ``more`` is (the argument it follows, default)."""
+    """The signature that torch.nn documents, with ``feedback``.
+
+    Args:
+        more: further arguments by name: (name of the argument before it, default value).
+    """
     defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
     arguments: dict[str, Any] = {"input_size": inspect.Parameter.empty, "hidden_size": inspect.Parameter.empty}
     for name, default in defaults.items():
@@ -158,28 +184,28 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
 class RNN(RecurrentLayer, nn.RNN):
     """torch.nn.RNN with a feedback rule.
 
-    ``h[t] = act(x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh)``, forward exactly as torch.nn.RNN; backward
+    ``h[t] = act(x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh)``, with the forward pass of torch.nn.RNN; backward
     ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
 
     Args:
-        input_size: I, features of one step.
-        hidden_size: H, features of the state.
-        num_layers: L, stacked layers.
+        input_size: I, number of input features.
+        hidden_size: H, number of features of the state.
+        num_layers: L, number of stacked layers.
         nonlinearity: ``"tanh"`` or ``"relu"``.
-        bias: whether there are b_ih and b_hh.
-        batch_first: (B, T, .) instead of (T, B, .).
-        dropout: probability, between layers, in training.
-        bidirectional: a second direction in every layer.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: whether the layer has b_ih and b_hh.
+        batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
+        dropout: dropout probability between layers in training.
+        bidirectional: add a reverse direction to every layer.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback`` but ``"gate"``; settable as ``layer.feedback``.
 
-    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"``, the default, ``"torch"`` and with k >= T corrections.
 
     Raises:
-        ValueError: an unknown rule, or ``"gate"``: an RNN has no direct path.
+        ValueError: an unknown rule, or ``"gate"``, because an RNN has no direct path.
 
-    Cost: backward per step O(H) for the state, and three products over all steps at once.
+    Cost: backward O(H) per step for the state, and three matrix products over all steps at once.
 
     Example:
         >>> import torch
@@ -195,27 +221,27 @@ class RNN(RecurrentLayer, nn.RNN):
 class GRU(RecurrentLayer, nn.GRU):
     """torch.nn.GRU with a feedback rule.
 
-    ``h[t] = (1 - z) n + z h[t-1]``, ``n = tanh(W_in x + b_in + r (W_hn h[t-1] + b_hn))``, forward exactly as
-    torch.nn.GRU; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
+    ``h[t] = (1 - z) n + z h[t-1]``, ``n = tanh(W_in x + b_in + r (W_hn h[t-1] + b_hn))``, with the forward pass
+    of torch.nn.GRU; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
 
     Args:
-        input_size: I, features of one step.
-        hidden_size: H, features of the state.
-        num_layers: L, stacked layers.
-        bias: whether there are b_ih and b_hh.
-        batch_first: (B, T, .) instead of (T, B, .).
-        dropout: probability, between layers, in training.
-        bidirectional: a second direction in every layer.
-        device: of the parameters.
-        dtype: of the parameters.
+        input_size: I, number of input features.
+        hidden_size: H, number of features of the state.
+        num_layers: L, number of stacked layers.
+        bias: whether the layer has b_ih and b_hh.
+        batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
+        dropout: dropout probability between layers in training.
+        bidirectional: add a reverse direction to every layer.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``.
 
-    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"``, the default, ``"torch"`` and with k >= T corrections.
 
     Raises:
         ValueError: an unknown rule.
 
-    Cost: backward per step O(H) for the state, and large products over all steps at once.
+    Cost: backward O(H) per step for the state, and three matrix products over all steps at once.
 
     Example:
         >>> import torch
@@ -232,30 +258,30 @@ class GRU(RecurrentLayer, nn.GRU):
 class LSTM(RecurrentLayer, nn.LSTM):
     """torch.nn.LSTM with a feedback rule.
 
-    ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, forward exactly as torch.nn.LSTM; backward two scans,
+    ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, with the forward pass of torch.nn.LSTM; backward two scans,
     ``delta_h[t] = e_h[t] + D_h * delta_h[t+1]`` and ``gamma[t] = e_c[t] + o (1 - tanh(c)^2) * delta_h[t] + D_c *
     gamma[t+1]``, and local gradients (arXiv 2503.23104).
 
     Args:
-        input_size: I, features of one step.
-        hidden_size: H, features of h and of c.
-        num_layers: L, stacked layers.
-        bias: whether there are b_ih and b_hh.
-        batch_first: (B, T, .) instead of (T, B, .).
-        dropout: probability, between layers, in training.
-        bidirectional: a second direction in every layer.
-        proj_size: only 0.
-        device: of the parameters.
-        dtype: of the parameters.
+        input_size: I, number of input features.
+        hidden_size: H, number of features of h and of c.
+        num_layers: L, number of stacked layers.
+        bias: whether the layer has b_ih and b_hh.
+        batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
+        dropout: dropout probability between layers in training.
+        bidirectional: add a reverse direction to every layer.
+        proj_size: must be 0.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
-            runs over (h, c) joined and has the shape (2H,).
+            covers the concatenated states (h, c) and has the shape (2H,).
 
-    Gradient: as the rule says; exact under ``"bptt"``, the default, ``"torch"`` and for k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"``, the default, ``"torch"`` and with k >= T corrections.
 
     Raises:
-        ValueError: an unknown rule, or a proj_size.
+        ValueError: an unknown rule, or proj_size > 0.
 
-    Cost: backward per step O(H) for the states, and large products over all steps at once.
+    Cost: backward O(H) per step for the states, and three matrix products over all steps at once.
 
     Example:
         >>> import torch

@@ -4,7 +4,8 @@ A layer works on rows, one for every step of every sequence, time first. A dense
 packed batch is laid out as in torch's PackedSequence: sequences are sorted by length, longest first, and step t has
 ``batch_sizes[t]`` rows, which never increase. In both, row (t, b) is therefore ``offset[t] + b``, with
 ``offset[t] = batch_sizes[:t].sum()`` or ``t * B``, and the row of the same sequence one step earlier is
-``offset[t-1] + b``. Matrix products never include padding: rows become a (T, B, .) grid only for a scan over time.
+``offset[t-1] + b``. Matrix products never include padding: rows become a (T, B, .) grid only for a scan over
+time, and in ``statefeed/newton.py``, whose iterations alternate between the two.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Layout:
-    """T steps of at most B rows each, and the index tensors made from ``batch_sizes``.
+    """Positions of rows in time: T steps of at most B rows each, and the index tensors made from ``batch_sizes``.
 
     The index tensors are made once per ``batch_sizes`` tensor. A CUDA graph of a packed layer can therefore be captured
     after one call with the same PackedSequence: copies from the CPU are not allowed during capture.
 
     Args:
-        T: steps.
+        T: number of steps.
         B: rows of the first step, which is the number of sequences.
-        batch_sizes: rows of every step, int64 (T,) on the CPU, non-increasing; None if every step has B rows.
+        batch_sizes: number of rows of every step, int64 (T,) on the CPU, non-increasing; None if every step has B rows.
     """
 
     def __init__(self, T: int, B: int, batch_sizes: Tensor | None = None) -> None:
         self.T, self.B, self.batch_sizes = T, B, batch_sizes
         self._on_device = _index_tensors(batch_sizes)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences have different lengths."""
+        return self.batch_sizes is not None and int(self.batch_sizes[-1]) < self.B
 
     def grid(self, rows: Tensor) -> Tensor:
         """Rows (N, .) as (T, B, .), zero after the end of a sequence."""
@@ -42,7 +48,7 @@ class Layout:
         return padded
 
     def rows(self, grid: Tensor) -> Tensor:
-        """The inverse of ``grid``."""
+        """Rows (N, .) of a grid (T, B, .); the inverse of ``grid``."""
         if self.batch_sizes is None:
             return grid.flatten(0, 1)
         packed: Tensor = torch._VF._pack_padded_sequence(grid, self.lengths(), False)[0]
@@ -53,7 +59,7 @@ class Layout:
         return torch.split(rows, self.B if self.batch_sizes is None else self.batch_sizes.tolist())
 
     def previous(self, rows: Tensor, initial: Tensor) -> Tensor:
-        """The row of the same sequence one step earlier, ``initial`` (B, .) before the first step."""
+        """For every row, the row of the same sequence one step earlier; ``initial`` (B, .) at the first step."""
         if self.batch_sizes is None:
             return torch.cat([initial, rows[: len(rows) - self.B]])
         return self.rows(torch.cat([initial[None], self.grid(rows)[:-1]]))
@@ -64,10 +70,11 @@ class Layout:
 
     def last(self, rows: Tensor, initial: Tensor) -> Tensor:
         """A copy of the row of every sequence's last step, (B, .); a copy of ``initial`` if there is no step."""
-        if not len(rows):
+        count = rows.shape[0]
+        if not count:
             return initial.clone()
         if self.batch_sizes is None:
-            return rows[len(rows) - self.B :].clone()
+            return rows[count - self.B :].clone()
         offset = self.batch_sizes.cumsum(0) - self.batch_sizes
         return rows[(offset[self.lengths() - 1] + torch.arange(self.B, device="cpu")).to(rows.device)]
 
@@ -125,7 +132,7 @@ def _offsets(layout: Layout) -> Tensor:
 
 
 def _reversal(layout: Layout) -> Tensor:
-    """For every packed row the index of its mirror image, int64 (N,).
+    """Index of the time-reversed row of every packed row, int64 (N,).
 
     Step t of sequence b becomes step ``length[b] - 1 - t``: its row is ``offset[length[b] - 1 - t] + b``.
     """
@@ -137,20 +144,20 @@ def _reversal(layout: Layout) -> Tensor:
 
 
 def shift_left(grid: Tensor) -> Tensor:
-    """The values one step later in time, zero after the last step."""
+    """Values one step later in time, zero after the last step."""
     return torch.cat([grid[1:], torch.zeros_like(grid[:1])])
 
 
 class Segments(NamedTuple):
-    """A padded batch split into segments, where rows end and where new sequences begin.
+    """A padded batch split into segments at the ends of rows and at resets.
 
-    A segment is a run of consecutive steps of one row. Sorted by length, longest first, segments form a packed batch.
+    A segment is a range of consecutive steps of one row. Sorted by length, longest first, segments form a packed batch.
     Step s of segment p is step ``start[p] + s`` of row ``row[p]``, at position ``(start[p] + s) * B + row[p]`` of the
     T * B steps of the batch. ``gather_index`` lists these positions in packed order.
 
     Attributes:
         gather_index: (N,), the position t * B + b of every packed row.
-        batch_sizes: rows of every packed step, on the CPU.
+        batch_sizes: number of rows of every packed step, int64, on the CPU.
         row: (P,), the row b of every segment.
         first: (B,), the first segment of every row.
         last: (B,), the last segment of every row.
@@ -188,14 +195,17 @@ class Segments(NamedTuple):
 
 
 def segment(T: int, B: int, lengths: Tensor | None, resets: Tensor | None, device: torch.device) -> Segments:
-    """Split a (T, B) batch into segments where sequences end and where new ones begin.
+    """Split a (T, B) batch into segments at the ends of rows and at resets.
 
     Args:
-        T: steps.
-        B: rows.
-        lengths: (B,), integer, valid steps of every row, 1 to T; T if None.
+        T: number of steps.
+        B: number of rows.
+        lengths: (B,), integer, number of valid steps of every row, 1 to T; T if None.
         resets: (T, B), bool, true where a new sequence begins inside a row; false everywhere if None.
-        device: of the returned tensors, except ``batch_sizes``.
+        device: device of the returned tensors, except ``batch_sizes``.
+
+    Returns:
+        ``Segments``, longest first.
 
     Raises:
         ValueError: wrong shape or dtype, or a length outside 1..T.
@@ -214,16 +224,16 @@ def segment(T: int, B: int, lengths: Tensor | None, resets: Tensor | None, devic
         raise ValueError(f"resets must be bool of shape (T, B) = ({T}, {B}), got {resets.dtype} {tuple(resets.shape)}")
     resets = resets.cpu()
 
-    # Row by row: the step where each segment begins and where it stops (the next begin, or the row's length).
-    begins = resets.clone()
-    begins[:1] = True
-    begins &= torch.arange(T, device=cpu)[:, None] < lengths
-    row, start = begins.T.nonzero(as_tuple=True)
+    # Segments in order of rows: the first step of each, and the step after its last (the next start, or the length).
+    starts = resets.clone()
+    starts[:1] = True
+    starts &= torch.arange(T, device=cpu)[:, None] < lengths
+    row, start = starts.T.nonzero(as_tuple=True)
     new_row = torch.ones_like(row, dtype=torch.bool)
     new_row[1:] = row[1:] != row[:-1]
     stop = torch.where(new_row.roll(-1), lengths[row], start.roll(-1))
 
-    # Longest first; ``place`` is the new position of every segment.
+    # Sort by length, longest first; ``place`` is the new position of every segment.
     length, order = (stop - start).sort(descending=True, stable=True)
     place = order.argsort()
     steps = torch.arange(int(length[0]) if len(length) else 0, device=cpu)[:, None]

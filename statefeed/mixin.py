@@ -1,4 +1,4 @@
-"""What every layer with a feedback rule has: the rule, what a learned rule stores, and how both go away again."""
+"""Base class of every layer with a feedback rule: the rule, and the tensors that a learned rule stores."""
 
 from __future__ import annotations
 
@@ -11,34 +11,49 @@ from torch import Tensor, nn
 
 from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
+from statefeed.newton import Newton, as_forward_method
 
 _LEARNED = ("diagonal", "diagonal_updates")
 TORCH, BPTT = Feedback("torch"), Feedback("bptt")
 
 
 class FeedbackLayer(nn.Module):
-    """A module with a feedback rule; the base of RNN, GRU, LSTM and Recurrent.
+    """Base class of every module with a feedback rule: RNN, GRU, LSTM, CellLayer and Recurrent.
 
-    A subclass says with which cell, how wide its state is and how many layers and directions it has. What a learned
-    rule stores is in the attributes ``diagonal`` (rows, S) and ``diagonal_updates`` (rows,): they follow ``.to``,
-    copies and pickles as buffers do. They are no buffers, because a module must have the same buffers under every rule:
-    averaged copies of a model pair them by position, and DistributedDataParallel broadcasts them.
+    A subclass defines its cell, the width S of its state, and its number of layers and directions. A learned rule
+    stores its tensors in the attributes ``diagonal`` (L * directions, S) and ``diagonal_updates`` (L * directions,).
+    They follow ``.to``, copies and pickles as buffers do. They are not buffers, because a module must have the same
+    buffers under every rule: averaged copies of a model match buffers by position, and DistributedDataParallel
+    broadcasts them.
+
+    Gradient: that of ``feedback``.
+
+    Example:
+        >>> from torch import nn
+        >>> import statefeed as sf
+        >>> model = nn.Sequential(sf.GRU(2, 3, feedback="dsf"), nn.Flatten())
+        >>> [str(m.feedback) for m in model.modules() if isinstance(m, sf.FeedbackLayer)]
+        ['dsf']
     """
 
     diagonal: Tensor
     diagonal_updates: Tensor
     _feedback: Feedback
     _rules: tuple[Feedback, ...]  # of every layer and direction
+    # Defaults of the class, which swapped layers and old pickles have; None is sequential.
+    _newton: Newton | None = None
+    newton_iterations: tuple[int, ...] = ()
+    newton_sequential_steps: tuple[int, ...] = ()
 
     @property
     def feedback(self) -> Feedback:
-        """The rule of the backward pass; settable at any time, in every spelling of ``Feedback``."""
+        """The rule of the backward pass; settable at any time, in any spelling of ``Feedback``."""
         return self._feedback
 
     @feedback.setter
     def feedback(self, rule: FeedbackLike) -> None:
         feedback = as_feedback(rule)
-        reason = self.unsupported_reason(feedback)
+        reason = self.unsupported_reason(feedback) or self.unsupported_forward(self._newton, feedback)
         if reason is not None:
             raise ValueError(reason)
         if feedback.learned and not self.learned_tensors():
@@ -52,11 +67,52 @@ class FeedbackLayer(nn.Module):
         self._rule_changed()
 
     def _rule_changed(self) -> None:
-        """Called after the rule was set."""
+        """Hook for subclasses, called after the rule or the forward method was set."""
+
+    @property
+    def forward_method(self) -> str | Newton:
+        """``"sequential"``, or a ``Newton`` for a forward pass that is parallel over time; settable at any time.
+
+        After a call, ``newton_iterations`` has the number of iterations per layer and direction, and
+        ``newton_sequential_steps`` the number of steps that did not converge and ran sequentially.
+        """
+        return "sequential" if self._newton is None else self._newton
+
+    @forward_method.setter
+    def forward_method(self, method: str | Newton) -> None:
+        value = as_forward_method(method)
+        reason = self.unsupported_forward(value, self._feedback)
+        if reason is not None:
+            raise ValueError(reason)
+        self._reset_forward_method()
+        if value is not None:
+            self._newton = value
+        self._rule_changed()
+
+    def unsupported_forward(self, method: Newton | None, rule: Feedback) -> str | None:
+        """Why the layer does not support a forward method under a rule.
+
+        Args:
+            method: a ``Newton``; None for the sequential method.
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if the layer supports both together.
+        """
+        if method is None:
+            return None
+        return (
+            f'forward_method of {type(self).__name__} must be "sequential", got "{method}": parallel iteration needs '
+            "the formulas of a Cell, as RNN, GRU, LSTM and CellLayer have"
+        )
+
+    def _reset_forward_method(self) -> None:
+        for name in ("_newton", "newton_iterations", "newton_sequential_steps"):
+            self.__dict__.pop(name, None)
 
     @property
     def feedback_cell(self) -> Cell | None:
-        """The cell, None where only its step is known."""
+        """The cell; None if only its step function is known."""
         raise NotImplementedError
 
     @property
@@ -66,43 +122,71 @@ class FeedbackLayer(nn.Module):
 
     @property
     def _feedback_rows(self) -> int:
-        """Layers times directions."""
+        """Number of layers times number of directions."""
         return 1
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
-        """Why the layer cannot run under a rule, in one sentence; None if it can."""
+        """Why the layer does not support a rule.
+
+        Args:
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if the layer supports the rule.
+        """
         complex_dtype = next((p.dtype for p in self.parameters() if p.is_complex()), None)
-        if complex_dtype is not None and not rule.exact:
-            return complex_reason(rule, complex_dtype)
-        return rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+        reason = None if complex_dtype is None else self.complex_reason(rule, complex_dtype)
+        return reason or rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+
+    def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str | None:
+        """Why the layer does not support a rule with complex weights.
+
+        Args:
+            rule: any rule.
+            dtype: complex dtype of the weights.
+
+        Returns:
+            The reason in one sentence; None if the layer supports it.
+        """
+        return None if rule.exact else complex_reason(rule, dtype)
 
     def learned_tensors(self) -> dict[str, Tensor]:
-        """What learned rules have stored, by attribute; backward passes change it in place."""
+        """The tensors that learned rules have stored, by attribute name; backward passes update them in place."""
         return {name: self.__dict__[name] for name in _LEARNED if name in self.__dict__}
 
     def learned_state(self, row: int, device: torch.device) -> LearnedState | None:
-        """What a learned rule stores for one layer and direction, on a device; None under the other rules."""
+        """The tensors that a learned rule stores for one layer and direction.
+
+        Args:
+            row: index of the layer and direction, ``layer * directions + direction``.
+            device: device of the returned tensors.
+
+        Returns:
+            Views that a backward pass updates in place; None under a rule that is not learned.
+        """
         if not self._feedback.learned:
             return None
-        if self.diagonal.device != device:  # of a module whose parameters were moved one by one
+        if self.diagonal.device != device:  # the parameters were moved one by one, not by ``.to``
             self.diagonal, self.diagonal_updates = self.diagonal.to(device), self.diagonal_updates.to(device)
         return LearnedState(self.diagonal[row], self.diagonal_updates[row], self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What ``.to``, ``.half`` and their like call: what was learned follows the parameters."""
+        """Called by ``.to``, ``.half`` and similar methods: the learned tensors follow the parameters."""
+        first = next(self.parameters(), None)
+        if first is not None and "_feedback" in self.__dict__:
+            dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
+            reason = self.complex_reason(self._feedback, dtype) if dtype.is_complex else None
+            if reason is not None:  # before anything has changed
+                raise ValueError(reason)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, tensor in self.learned_tensors().items():
                 setattr(self, name, fn(tensor))
-        if "_feedback" in self.__dict__:
-            reason = self.unsupported_reason(self._feedback)
-            if reason is not None:
-                raise ValueError(reason)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name in _LEARNED:  # which version 0.1 pickled as buffers
+        for name in _LEARNED:  # version 0.1 pickled them as buffers
             buffer = self._buffers.pop(name, None)
             if buffer is not None:
                 self._non_persistent_buffers_set.discard(name)
@@ -110,9 +194,10 @@ class FeedbackLayer(nn.Module):
 
     @contextmanager
     def exact_rule(self) -> Iterator[None]:
-        """Within the block the gradient is exact, also in eval mode, where cuDNN has no backward pass."""
+        """Context manager that makes the gradient exact, also in eval mode, where cuDNN has no backward pass."""
         rule, training, dropout = self._feedback, self.training, getattr(self, "dropout", None)
-        # torch's own layer where there is one, which is independent of our kernels.
+        method = self.__dict__.pop("_newton", None)
+        # torch's own layer if torch has the cell: it is independent of our kernels.
         self.feedback = TORCH if self.unsupported_reason(TORCH) is None else BPTT
         if not training and dropout is not None:
             self.training, self.dropout = True, 0.0
@@ -122,23 +207,27 @@ class FeedbackLayer(nn.Module):
             if not training and dropout is not None:
                 self.training, self.dropout = training, dropout
             self.feedback = rule
+            if method is not None:
+                self._newton = method
 
     def reset_diagonal(self) -> None:
-        """Forget what was learned about the diagonal."""
+        """Set the learned diagonal and its number of updates to zero."""
         for tensor in self.learned_tensors().values():
             tensor.zero_()
 
     def remove_feedback(self) -> None:
-        """Remove the rule and what was learned, so that the class can be set to a plain layer's."""
+        """Remove the rule and the learned tensors, so that the object can become a plain torch.nn layer again."""
         del self._feedback, self._rules
+        self._reset_forward_method()
         for name in self.learned_tensors():
             delattr(self, name)
 
     def feedback_repr(self) -> str:
-        """The rule as ``extra_repr`` prints it."""
-        return f"feedback={str(self._feedback)!r}"
+        """The rule, and a forward method that is not the default, as ``extra_repr`` prints them."""
+        method = "" if self._newton is None else f", forward_method={str(self._newton)!r}"
+        return f"feedback={str(self._feedback)!r}{method}"
 
 
 def complex_reason(rule: Feedback, dtype: torch.dtype) -> str:
-    """Why an approximate rule cannot run on complex numbers."""
+    """The error message for an approximate rule on complex numbers."""
     return f'feedback "{rule}" is defined for real numbers, got {dtype}: set feedback to "torch"'

@@ -1,9 +1,9 @@
-"""One recurrent layer with all its directions: one autograd function around a backend.
+"""One recurrent layer with all its directions, as one autograd function around a backend.
 
-    forward     the backend's forward pass; what its backward pass needs is saved
+    forward     the backend's forward pass, which saves the tensors of its backward pass
     backward    per direction: the rule's diagonal, then the backend's backward pass
 
-The chosen backend is an argument; nothing here asks which cell, rule or backend it has.
+The backend is an argument; this module does not depend on the cell, the rule or the backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from statefeed import newton
 from statefeed.backends import BACKENDS, Forward, Gradients, Problem, Upstream, reference
 from statefeed.cells.protocol import Cell, State
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
@@ -23,6 +24,7 @@ from statefeed.layout import Layout
 from statefeed.transforms import (
     NO_SECOND_DERIVATIVE,
     is_batched,
+    is_transformed,
     no_batched_gradients,
     no_forward_mode,
     no_vmap,
@@ -30,7 +32,14 @@ from statefeed.transforms import (
 
 
 class Direction(NamedTuple):
-    """One direction of a layer: initial state (B, width) per part, weights, rule, and what a learned rule stores."""
+    """One direction of a layer.
+
+    Attributes:
+        state: initial state, (B, width) per part.
+        weights: w_ih, w_hh and, with biases, b_ih and b_hh.
+        rule: its feedback rule.
+        learned: the tensors of a learned rule, None for other rules.
+    """
 
     state: State
     weights: tuple[Tensor, ...]
@@ -39,7 +48,7 @@ class Direction(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """Everything besides tensors that a forward pass hands to its backward pass."""
+    """Non-tensor arguments that the forward pass passes to the backward pass."""
 
     cell: Cell
     layout: Layout
@@ -47,13 +56,14 @@ class _Call(NamedTuple):
     rules: tuple[Feedback, ...]
     learned: tuple[LearnedState | None, ...]
     directions: int
-    parts: int  # of the state
-    weights: int  # of one direction
+    parts: int  # number of tensors of the state
+    weights: int  # number of weights of one direction
     compute_dtype: torch.dtype | None
-    output_dtype: torch.dtype | None  # of y and the final states, None for the backend's
+    output_dtype: torch.dtype | None  # dtype of y and the final states; None keeps the backend's
+    iteration: newton.Run | None  # None for the backend's own forward pass
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
-        """One per direction, from x as the layer takes it and states and weights, direction by direction."""
+        """One problem per direction; ``tensors`` are its states and weights, one direction after the other."""
         rows = x.reshape(-1, x.shape[-1])
         each = self.parts + self.weights
         return [
@@ -69,6 +79,12 @@ class _Call(NamedTuple):
             for k in range(self.directions)
         ]
 
+    def forward(self, x: Tensor, tensors: Sequence[Tensor], save: bool) -> list[Forward]:
+        problems = self.problems(x, tensors)
+        if self.iteration is not None:
+            return newton.forward(problems, self.backend, self.iteration)
+        return BACKENDS[self.backend].forward(problems, save)
+
     @property
     def saves_y(self) -> bool:
         """Whether the backend's y is saved per direction because the layer's output is another tensor."""
@@ -76,34 +92,41 @@ class _Call(NamedTuple):
 
 
 def recurrence(
-    cell: Cell, backend: str, x: Tensor, layout: Layout, directions: Sequence[Direction]
+    cell: Cell,
+    backend: str,
+    x: Tensor,
+    layout: Layout,
+    directions: Sequence[Direction],
+    iteration: newton.Run | None = None,
 ) -> tuple[Tensor, list[State]]:
-    """Outputs and final states of one layer.
+    """Compute outputs and final states of one layer.
 
     Args:
-        cell: of the layer.
-        backend: key of the table of backends, one that supports the layer.
+        cell: the cell of the layer.
+        backend: key of ``BACKENDS``; the backend must support the layer.
         x: (T, B, I), or packed rows (N, I).
-        layout: how the rows of x lie in time.
-        directions: one, or the forward and the reverse one.
+        layout: positions of the rows of x in time.
+        directions: the forward direction, or the forward and the reverse direction.
+        iteration: settings and statistics of a forward pass that is parallel over time; None for the backend's own
+            forward pass.
 
     Returns:
-        y, the shape of x with H in place of I, 2H with two directions; the final state of every direction.
+        y, in the shape of x with H in place of I (2H with two directions), and the final state of every direction.
 
-    Gradient: approximate, as the rules say; exact for exact rules and k >= T corrections.
+    Gradient: approximate; exact under exact rules and with k >= T corrections.
 
     Raises:
-        RuntimeError: no steps, as torch raises.
+        RuntimeError: x has no steps; torch raises the same error.
 
-    Cost: five products over all rows forward and backward, six under the exact rule, one more per correction; two more
-        where the backend recomputes the gates.
+    Cost: five products over all rows forward and backward, six under the exact rule, one more per correction, and two
+        more if the backend recomputes the gates.
     """
     if not layout.T:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     compute_dtype = autocast_dtype(x)
-    output_dtype, packed = None, layout.batch_sizes is not None
+    output_dtype = None
     if compute_dtype is not None and BACKENDS[backend].upcasts:
-        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, packed)
+        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, layout.ragged)
         output_dtype = None if dtype == directions[0].weights[0].dtype else dtype
     call = _Call(
         cell=cell,
@@ -116,18 +139,26 @@ def recurrence(
         weights=len(directions[0].weights),
         compute_dtype=compute_dtype,
         output_dtype=output_dtype,
+        iteration=iteration,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
-    if torch.is_grad_enabled():
+    if _needs_autograd((x, *tensors)):
         y, *rest = _autograd_function().apply(call, x, *tensors)  # type: ignore[no-untyped-call]
     else:
-        y, *rest = _outputs(call, BACKENDS[backend].forward(call.problems(x, tensors), False))
+        y, *rest = _outputs(call, call.forward(x, tensors, False))
     finals = [tuple(rest[k * call.parts : (k + 1) * call.parts]) for k in range(call.directions)]
     return y.reshape(*x.shape[:-1], y.shape[-1]), finals
 
 
+def _needs_autograd(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward pass is possible, or a function transform is active."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or any(t.requires_grad for t in tensors) or is_transformed()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of products under the autocast in force, None without; a device may have no autocast, as meta."""
+    """The dtype of products under autocast; None if autocast is disabled or the device, such as meta, has none."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -142,14 +173,15 @@ def _outputs(call: _Call, done: Sequence[Forward]) -> list[Tensor]:
 
 
 class _Layer(torch.autograd.Function):
-    """In torch.func's form: what the backward pass needs of the forward pass is an output of it, without a gradient.
+    """Autograd function of a layer in the form of torch.func: saved tensors are non-differentiable outputs.
 
-    Outputs are y, the final states, and per direction what the backend saved, its y before it if ``saves_y``.
+    Outputs are y, the final states, and for every direction the tensors that the backend saved, preceded by the
+    direction's y if ``saves_y``.
     """
 
     @staticmethod
     def forward(call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        done = BACKENDS[call.backend].forward(call.problems(x, tensors), True)
+        done = call.forward(x, tensors, True)
         saved = (t for d in done for t in ((d.y, *d.saved) if call.saves_y else d.saved))
         return *_outputs(call, done), *saved
 
@@ -168,15 +200,15 @@ class _Layer(torch.autograd.Function):
         x, y, *rest = ctx.saved_tensors
         each = call.parts + call.weights
         states = [s for k in range(call.directions) for s in rest[k * each : k * each + call.parts]]
-        known = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *states), strict=False)]
-        # With autograd off nobody can ask for a second derivative; torch.compile takes none, and traces no function
-        # within a backward pass.
+        output_grads = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *states), strict=False)]
+        # Without autograd (no create_graph) there is no second derivative to guard against. torch.compile supports no
+        # second derivative, and no autograd function inside a backward pass.
         compiling = torch.compiler.is_compiling()
         if not compiling and any(is_batched(g) for g in grads):
             raise RuntimeError(no_batched_gradients(call.cell))
-        plain = not torch.is_grad_enabled() or compiling
-        run = _gradients if plain else _Gradients.apply
-        return None, *run(call, ctx.needs_input_grad[1], x, y, *known, *rest)
+        unguarded = not torch.is_grad_enabled() or compiling
+        run = _gradients if unguarded else _Gradients.apply
+        return None, *run(call, ctx.needs_input_grad[1], x, y, *output_grads, *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:
@@ -184,7 +216,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _TransformedLayer(_Layer):
-    """``_Layer`` under torch.func; torch.compile takes no function with a ``jvp``."""
+    """``_Layer`` for torch.func; separate because torch.compile does not support a function with a ``jvp``."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -192,7 +224,7 @@ class _TransformedLayer(_Layer):
 
 
 class _EagerLayer(torch.autograd.Function):
-    """``_Layer`` without torch.func, for which torch does 30 microseconds of Python at every call."""
+    """``_Layer`` without support of torch.func, which costs 30 microseconds of Python per call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -211,10 +243,12 @@ def _autograd_function() -> type[torch.autograd.Function]:
 
 
 class _Gradients(torch.autograd.Function):
-    """``_gradients`` as a function of its own, so that a second derivative raises and torch.func.grad does not.
+    """The backward pass as an autograd function whose own backward raises.
 
-    ``once_differentiable`` cannot do it: it returns a detached result where the incoming gradient is a constant, and
-    the second derivative would silently be zero.
+    With ``create_graph=True`` autograd records the backward pass. Through this function a second derivative raises an
+    error, while torch.func.grad, which also records the backward pass but never differentiates it, works.
+    ``once_differentiable`` is not enough: if the incoming gradient does not require grad, it returns a detached result,
+    and the second derivative is silently zero.
     """
 
     @staticmethod
@@ -230,19 +264,19 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:  # as torch.func.jacrev asks for
+    def vmap(info: Any, in_dims: Any, call: _Call, *_: Any) -> None:  # called by torch.func.jacrev
         raise RuntimeError(no_batched_gradients(call.cell))
 
 
-# torch asks for a signature at every call, and finding it costs more than a small layer's kernel.
+# torch inspects the signature at every call, which costs more than the kernel of a small layer.
 for _function in (_Layer.forward, _Gradients.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 
 
 def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, then of states and weights per direction.
+    """Gradient of x, then the gradients of states and weights of every direction.
 
-    ``tensors`` are the gradients of y and of the final states, then states and weights, then what was saved.
+    ``tensors`` are the gradients of y and of the final states, then states and weights, then the saved tensors.
     """
     count = call.directions * call.parts
     grad_y, finals, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
@@ -251,8 +285,8 @@ def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tenso
     rows, grad_rows = y.reshape(-1, y.shape[-1]), grad_y.reshape(-1, y.shape[-1])
     found: list[Gradients] = []
     for k, problem in enumerate(call.problems(x, rest[:inputs])):
-        own = saved[k * len(saved) // call.directions : (k + 1) * len(saved) // call.directions]
-        done = Forward(own[0], (), own[1:]) if call.saves_y else Forward(rows, (), own)
+        part = saved[k * len(saved) // call.directions : (k + 1) * len(saved) // call.directions]
+        done = Forward(part[0], (), part[1:]) if call.saves_y else Forward(rows, (), part)
         width = grad_rows.shape[1] // call.directions
         upstream = Upstream(
             grad_rows if call.directions == 1 else grad_rows[:, k * width : (k + 1) * width],
@@ -262,14 +296,14 @@ def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tenso
     d_x = None
     for gradients in found:
         if gradients.x is not None:
-            # In the dtype of x, as autograd adds the gradients of two uses.
+            # Add in the dtype of x, as autograd adds the gradients of two uses of a tensor.
             d_x = gradients.x.to(x.dtype) if d_x is None else d_x + gradients.x.to(x.dtype)
     d_tensors = [g for gradients in found for g in (*gradients.state, *gradients.weights)]
     return None if d_x is None else d_x.view(x.shape), *d_tensors
 
 
 def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: Upstream, needs_x: bool) -> Gradients:
-    """One direction under its rule."""
+    """Gradients of one direction under its rule."""
     rule, learned, backend = call.rules[k], call.learned[k], BACKENDS[call.backend]
     diagonal, any_rows = rule.diagonal, bool(done.y.numel())
     if isinstance(diagonal, Learned) and learned is not None:
@@ -285,7 +319,7 @@ def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: U
     done = backend.recompute(problem, done)
     context = Context(
         size=sum(problem.sizes),
-        dtype=torch.promote_types(done.y.dtype, torch.float32),
+        dtype=torch.float64 if done.y.dtype == torch.float64 else torch.float32,
         device=done.y.device,
         mean_jacobian=lambda: backend.mean_jacobian(problem, done),
         linearize=lambda: Linearization(call.cell, reference.linearize(problem, done), problem.weights[1]),

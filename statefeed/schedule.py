@@ -51,13 +51,20 @@ class Schedule:
             stages.append((1.0, Feedback(last)))
         else:
             stages.append((1.0, as_feedback(spelling)))
-        untils = [until for until, _ in stages[:-1]]
-        if untils != sorted(set(untils)):
+        fractions = [until for until, _ in stages[:-1]]
+        if fractions != sorted(set(fractions)):
             raise ValueError(f"the fractions of a feedback schedule must increase, got {spelling!r}")
         self.stages = tuple(stages)
 
     def at(self, fraction: float) -> Feedback:
-        """The rule used after this fraction of training, 0 to 1."""
+        """The rule used at a point of training.
+
+        Args:
+            fraction: completed fraction of training, 0 to 1.
+
+        Returns:
+            The rule of the stage that contains the fraction.
+        """
         return next((rule for until, rule in self.stages if fraction < until), self.stages[-1][1])
 
     def apply(self, model: nn.Module, fraction: float) -> bool:
@@ -71,10 +78,10 @@ class Schedule:
             Whether the rule of a layer changed.
 
         Raises:
-            ValueError: a layer cannot run under the rule; then no layer is changed.
+            ValueError: a layer does not support the rule; then no layer is changed.
         """
         rule = self.at(fraction)
-        # A rule is compared by value only once: a diagonal on a GPU would be read at every step.
+        # Compare by identity first: a comparison by value copies a diagonal from the GPU.
         layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback is not rule]
         for layer in layers:
             reason = layer.unsupported_reason(rule)

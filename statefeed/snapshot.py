@@ -1,10 +1,13 @@
-"""What a pass through a model may change, restored after it: rules, buffers, hidden state, random generators."""
+"""Context manager that restores what a pass changes in a model: rules, buffers, hidden state, random generators."""
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +15,16 @@ from torch import Tensor, nn
 
 from statefeed.mixin import FeedbackLayer
 
-# What every module has: parameters, submodules, hooks. Buffers are treated apart.
+# Attributes of every module: parameters, submodules, hooks. Buffers are restored separately.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore a model after the block, also the hidden state that a module keeps from one call to the next.
+    """Restore a model after the block, including hidden state that a module stores between calls.
 
-    State is found in attributes: tensors, and lists, tuples and dictionaries of them.
+    Hidden state is searched in attributes: tensors and generators, and lists, tuples and dictionaries of them. The
+    generators of torch, Python and numpy are restored too.
     """
     modules = list(model.modules())
     rules = [(m, m.feedback) for m in modules if isinstance(m, FeedbackLayer)]
@@ -28,6 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(m, dict(m._buffers)) for m in modules]
     seen: set[int] = set()
     restore = [undo for _, values in (*attributes, *buffers) for undo in _restorers(list(values.values()), seen)]
+    restore += _generator_restorers()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
@@ -47,14 +52,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     undo()
 
 
-def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]]:
-    """Functions that write into tensors, lists and dictionaries what they hold now."""
+def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], object]]:
+    """Functions that restore the current contents of tensors, generators, lists and dictionaries."""
     for value in values:
         if id(value) in seen or isinstance(value, nn.Parameter):
             continue
         seen.add(id(value))
         if isinstance(value, Tensor) and not value.is_meta:
             yield _tensor_restorer(value)
+        elif isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
         elif isinstance(value, dict):
             yield _mapping_restorer(value)
             yield from _restorers(list(value.values()), seen)
@@ -65,11 +72,19 @@ def _restorers(values: list[Any], seen: set[int]) -> Iterator[Callable[[], None]
             yield from _restorers(list(value), seen)
 
 
+def _generator_restorers() -> Iterator[Callable[[], object]]:
+    """Functions that restore the current state of the generators of Python and, if imported, numpy."""
+    yield partial(random.setstate, random.getstate())
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        yield partial(numpy.random.set_state, numpy.random.get_state())
+
+
 def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     was = tensor.detach().clone()
 
     def undo() -> None:
-        # A write would make a graph that holds the tensor unusable, so only where a value changed.
+        # An in-place write invalidates a graph that saved the tensor, so write only if a value changed.
         if not torch.equal(tensor, was):
             tensor.copy_(was)
 

@@ -1,4 +1,4 @@
-"""Layers and directions of one cell over every form of input: what RNN, GRU, LSTM and CellLayer share."""
+"""Base class of RNN, GRU, LSTM and CellLayer: stacked layers and directions over every form of input."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from statefeed import newton
 from statefeed.backends import choose
 from statefeed.cells.protocol import Cell, State
+from statefeed.feedback import Feedback
 from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
-from statefeed.recurrence import Direction, recurrence
+from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 from statefeed.user_warning import warn
 
 
 class RecurrentStack(FeedbackLayer):
-    """Stacked layers in one or two directions, each under the feedback rule; the forward pass of torch.nn.RNNBase.
+    """Stacked recurrent layers in one or two directions with a feedback rule.
 
-    A subclass has torch.nn.GRU's attributes and parameter names.
+    Inputs, outputs and states have the forms of torch.nn.RNNBase. A subclass has the attributes and parameter names of
+    torch.nn.GRU.
     """
 
     input_size: int
@@ -31,7 +34,7 @@ class RecurrentStack(FeedbackLayer):
     batch_first: bool
     dropout: float
     bidirectional: bool
-    _torchscript: ClassVar[str]  # why TorchScript cannot have the layer
+    _torchscript: ClassVar[str]  # message of the error that TorchScript raises
 
     @property
     def feedback_cell(self) -> Cell:
@@ -45,11 +48,22 @@ class RecurrentStack(FeedbackLayer):
     def _feedback_rows(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
 
+    def unsupported_forward(self, method: newton.Newton | None, rule: Feedback) -> str | None:
+        if method is None:
+            return None
+        if rule.through_torch:
+            return f'forward_method "{method}" does not support feedback "torch": set feedback to "bptt"'
+        return newton.unsupported_cell(self.feedback_cell)
+
     def _weights_of(self, layer: int) -> list[Tensor]:
-        """The weights of a layer, of the reverse direction after those of the forward one."""
+        """The weights of one layer: those of the forward direction, then those of the reverse direction."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        return [getattr(self, f"{name}_l{layer}{suffix}") for suffix in suffixes for name in names]
+        suffixes = (f"_l{layer}", f"_l{layer}_reverse") if self.bidirectional else (f"_l{layer}",)
+        return [self._weight(name + suffix) for suffix in suffixes for name in names]
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._parameters.get(name)  # as an attribute it costs a microsecond
+        return getattr(self, name) if weight is None else weight  # a parametrized weight is no parameter
 
     def forward(
         self,
@@ -59,25 +73,27 @@ class RecurrentStack(FeedbackLayer):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Any, Any]:
-        """What torch.nn's layer of the same name returns; its gradient follows ``feedback``.
+        """Run the layer over a batch of sequences; arguments and results are those of torch.nn's layer.
 
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
-            hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; (h, c) for an
-                LSTM; zeros if None.
-            lengths: (B,), steps of every row that count, instead of packing: outputs after the end are zero, and the
-                final state is that of each row's last step.
-            resets: bool, (T, B), or (B, T) with batch_first, true where a new sequence begins inside a row: the state
-                before that step is zero, and no gradient passes there. The reverse direction is split there too.
+            hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; a pair (h, c) for an LSTM;
+                zeros if None.
+            lengths: int64 (B,), number of valid steps of every row, as an alternative to packing. Outputs after the
+                end of a row are zero, and its final state is the state at its last valid step.
+            resets: bool (T, B), or (B, T) with batch_first; true where a new sequence begins inside a row. The state
+                before that step is zero, and no gradient passes through it. The reverse direction is split at the
+                same steps.
 
         Returns:
-            outputs and final state, as torch.nn's layer.
+            Outputs (T, B, H * directions) in the form of the input, and the final state in the form of hx.
 
-        Gradient: approximate unless ``feedback`` is exact or has k >= T corrections. Without autograd
-            (``torch.no_grad``) and in ``torch.export`` torch's own path runs, where torch has the cell.
+        Gradient: exact if ``feedback`` is exact or has k >= T corrections; approximate otherwise. Without autograd
+            (``torch.no_grad``) nothing is saved. In ``torch.export`` torch's own layer runs if torch has the cell.
 
         Raises:
-            RuntimeError: traced by TorchScript while autograd is on; ``statefeed.restore`` the model first.
+            ValueError: lengths or resets of a wrong shape or dtype, or a complex input under an approximate rule.
+            RuntimeError: an input or state of a wrong shape; TorchScript traces the layer with autograd enabled.
         """
         if isinstance(input, fx.Proxy):
             return traced(input, self, RecurrentStack, hx, lengths=lengths, resets=resets)
@@ -86,9 +102,16 @@ class RecurrentStack(FeedbackLayer):
         return self._forward(input, hx)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        """The forward pass on a padded, packed or unbatched input; not overridden by a subclass's ``forward``."""
+        """The forward pass on a padded, packed or unbatched input.
+
+        Segments call this method and not ``forward``, so that the ``forward`` of a subclass runs once per call.
+        """
+        if self._runs_in_torch(input):
+            return self._torch_path(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
+        if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+            raise RuntimeError(newton.NOT_COMPILED)
         if backend is None:
             return self._torch_path(input, hx)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -112,7 +135,7 @@ class RecurrentStack(FeedbackLayer):
         else:
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
-        if x.is_complex() and not self._feedback.exact:
+        if x.is_complex() and not (self._feedback.exact and self._newton is None):
             raise ValueError(complex_reason(self._feedback, x.dtype))
 
         rows = x if packed or not self.batch_first else x.transpose(0, 1)
@@ -130,14 +153,25 @@ class RecurrentStack(FeedbackLayer):
         return y, self._as_hx(final)
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
-        """The backend that runs a call, chosen once for all layers; None for torch's own layer."""
+        """The backend that runs this call, selected once for all layers; None if torch's own layer runs it."""
         x = input.data if isinstance(input, PackedSequence) else input
         state = () if hx is None else self._as_state(hx)
-        tensors = (x, *state, *(w for of_layer in weights for w in of_layer))
-        return choose(self.feedback_cell, tensors, self._feedback.exact).name
+        tensors = (x, *state, *(w for layer_weights in weights for w in layer_weights))
+        return choose(self.feedback_cell, tensors, self._feedback.exact, self._newton is not None).name
+
+    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer runs a call, whatever the backends support."""
+        return False
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
-        """Why torch's own layer runs a call; None if a backend may run it, as it does where torch lacks the cell."""
+        """Why torch's own layer runs a call on this input.
+
+        Args:
+            input: as for ``forward``.
+
+        Returns:
+            The reason in one sentence; None if a backend may run the call.
+        """
         return None
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
@@ -154,22 +188,22 @@ class RecurrentStack(FeedbackLayer):
     def step(self, x: Tensor, state: Tensor | tuple[Tensor, ...] | None = None) -> tuple[Tensor, Any]:
         """One step of a stream: what ``forward`` returns for a sequence of length 1, without its time axis.
 
-        ``y[t], s[t] = step(x[t], s[t-1])``; steps in a row are the sequence at once. torch.nn's plain layer has no
-        ``step``: after ``statefeed.restore`` give it the sequence of length 1.
+        ``y[t], s[t] = step(x[t], s[t-1])``; consecutive steps give the same outputs as one call of ``forward`` on the
+        whole sequence. torch.nn's layer has no ``step``: after ``statefeed.restore`` call it on sequences of length 1.
 
         Args:
             x: (B, I), the input of this step.
-            state: (L, B, H), a pair of them for an LSTM, as the step before returned it; zeros if None.
+            state: (L, B, H), or a pair of them for an LSTM, as the previous call returned it; zeros if None.
 
         Returns:
-            y (B, H), and the state to hand to the next step.
+            y (B, H), and the state to pass to the next call.
 
         Gradient: none; train on whole sequences.
 
         Raises:
-            ValueError: a bidirectional layer, which needs the future, or x of another rank.
+            ValueError: the layer is bidirectional and so needs future steps, or x does not have two dimensions.
 
-        Cost: one step of torch's own layer.
+        Cost: one step without autograd.
 
         Example:
             >>> import statefeed as sf
@@ -199,7 +233,7 @@ class RecurrentStack(FeedbackLayer):
     def _forward_segments(
         self, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Any]:
-        """Every segment as a packed sequence of its own, then scattered back to the rows."""
+        """Run every segment as a sequence of a packed batch, and scatter the outputs to the rows."""
         if isinstance(x, PackedSequence) or x.dim() != 3:
             got = "a PackedSequence" if isinstance(x, PackedSequence) else f"{x.dim()}D"
             raise ValueError(f"lengths and resets need a padded batch as input, a 3D tensor, got {got}")
@@ -218,13 +252,23 @@ class RecurrentStack(FeedbackLayer):
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
         y, final = self._forward(packed, hx)
-        out = y.data.new_zeros(T * B, y.data.shape[-1]).index_copy(0, segments.gather_index, y.data)
+        dtype = self._padded_dtype(x, hx) or y.data.dtype
+        rows = y.data.to(dtype)
+        out = rows.new_zeros(T * B, rows.shape[-1]).index_copy(0, segments.gather_index, rows)
         out = out.unflatten(0, (T, B))
-        ends = self._as_hx(tuple(segments.final(s, directions) for s in self._as_state(final)))
+        ends = self._as_hx(tuple(segments.final(s.to(dtype), directions) for s in self._as_state(final)))
         return out.transpose(0, 1) if self.batch_first else out, ends
 
+    def _padded_dtype(self, x: Tensor, hx: Any) -> torch.dtype | None:
+        """The dtype of a padded batch under autocast on a CPU, which must not depend on lengths; otherwise None."""
+        compute_dtype = autocast_dtype(x) if x.is_cpu else None
+        if compute_dtype is None:
+            return None
+        state = x if hx is None else self._as_state(hx)[-1]
+        return self.feedback_cell.autocast_dtype(compute_dtype, state.dtype, False)
+
     def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
-        """Input and initial state with a batch axis, and whether one had to be added."""
+        """Input and initial state with a batch axis, and whether the axis was added."""
         if x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
         unbatched = x.dim() == 2
@@ -234,11 +278,11 @@ class RecurrentStack(FeedbackLayer):
         parts = len(states)
         if parts > 1 and not unbatched:
             kind = "pair" if parts == 2 else "tuple"
-            form = f"hx of an {self.feedback_cell.name.upper()} must be a {kind} ({', '.join(states)})"
+            expected = f"hx of an {self.feedback_cell.name.upper()} must be a {kind} ({', '.join(states)})"
             if isinstance(hx, Tensor):
-                raise TypeError(f"{form}, got one tensor of shape {tuple(hx.shape)}")
+                raise TypeError(f"{expected}, got one tensor of shape {tuple(hx.shape)}")
             if len(hx) != parts:
-                raise RuntimeError(f"{form}, got {len(hx)} of them")
+                raise RuntimeError(f"{expected}, got {len(hx)} tensors")
         state = self._as_state(hx)
         for s in state:
             if s.dim() != x.dim():
@@ -252,7 +296,7 @@ class RecurrentStack(FeedbackLayer):
     def _layers(
         self, backend: str, x: Tensor, layout: Layout, state: State, weights: list[list[Tensor]]
     ) -> tuple[Tensor, State]:
-        """All layers and directions over x (T, B, I) or packed rows; state (L * directions, B, H) per part."""
+        """Run all layers over x (T, B, I) or packed rows; every part of the state is (L * directions, B, H)."""
         rule, cell = self._feedback, self.feedback_cell
         if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
             warn(
@@ -260,27 +304,31 @@ class RecurrentStack(FeedbackLayer):
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")'
             )
         count = 2 if self.bidirectional else 1
+        iteration = None if self._newton is None else newton.Run(self._newton)
         finals: list[State] = []
-        for layer, of_layer in enumerate(weights):
-            each = len(of_layer) // count
+        for layer, layer_weights in enumerate(weights):
+            size = len(layer_weights) // count  # weights of one direction
             directions = [
                 Direction(
                     state=tuple(s[layer * count + k] for s in state),
-                    weights=tuple(of_layer[k * each : (k + 1) * each]),
+                    weights=tuple(layer_weights[k * size : (k + 1) * size]),
                     rule=self._rules[layer * count + k],
                     learned=self.learned_state(layer * count + k, x.device),
                 )
                 for k in range(count)
             ]
-            x, found = recurrence(cell, backend, x, layout, directions)
-            finals += found
+            x, layer_finals = recurrence(cell, backend, x, layout, directions, iteration)
+            finals += layer_finals
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+        if iteration is not None:
+            self.newton_iterations = tuple(iteration.iterations)
+            self.newton_sequential_steps = tuple(iteration.sequential_steps)
         if len(finals) == 1:
             return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
 def _permute(state: State, order: Tensor | None) -> State:
-    """The sequences of every part of the state in another order."""
+    """Every part of the state with its sequences in the given order."""
     return state if order is None else tuple(s.index_select(1, order) for s in state)

@@ -1,4 +1,7 @@
-"""Subclasses of torch's recurrent layers: whether ours can run them, and the class made of theirs and ours."""
+"""Conversion of user-defined subclasses of torch's recurrent layers: which are supported, and their joined class.
+
+``theirs`` is the user's class, ``ours`` is statefeed's layer with the same torch base.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ OURS: dict[type[nn.Module], type[RecurrentLayer]] = {nn.RNN: RNN, nn.GRU: GRU, n
 _JOINED: dict[type, type[RecurrentLayer]] = {}
 _FORWARDS = tuple(kind.forward for kind in OURS)
 _FUNCTIONS = tuple(getattr(torch, name) for name in ("rnn_tanh", "rnn_relu", "gru", "lstm"))
-# What a layer of ours stores on itself, beside the names that its classes define.
+# Instance attributes of a statefeed layer, in addition to the names that its classes define.
 _STORED = {"_feedback", "_rules", "diagonal", "diagonal_updates"}
 
 
 def torchs_class(kind: type) -> type[nn.Module] | None:
-    """torch.nn.RNN, GRU or LSTM, whichever a class is or comes from."""
+    """torch.nn.RNN, GRU or LSTM, whichever a class is or inherits from; None if it is neither."""
     return next((base for base in kind.__mro__ if base in OURS), None)
 
 
 def unsupported_subclass(module: nn.Module) -> str | None:
-    """Why a layer of a subclass cannot run through ours, in one sentence; None if it can."""
+    """Why a layer of a user's subclass cannot be converted, in one sentence; None if it can."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     base = torchs_class(kind)
@@ -41,7 +44,7 @@ def unsupported_subclass(module: nn.Module) -> str | None:
     defined = set().union(*(vars(k) for k in theirs), vars(module), *(d for d in _registered(module)))
     clash = sorted(defined & _names_of(OURS[base]))
     if clash:
-        return f"{name} has an attribute {clash[0]!r} of its own, which statefeed's layer needs"
+        return f"{name} defines an attribute {clash[0]!r}, which statefeed's layer needs"
     try:
         joined(kind)
     except TypeError as error:
@@ -50,10 +53,10 @@ def unsupported_subclass(module: nn.Module) -> str | None:
 
 
 def joined(theirs: type) -> type[RecurrentLayer]:
-    """The class made of a subclass of torch's layer and of ours, always the same one for the same subclass.
+    """The class that inherits from a user's subclass of torch's layer and from ours; one class per subclass.
 
-    Ours comes after theirs and before torch's in the method resolution order, so that what theirs inherits, or reaches
-    by ``super()``, is ours. An object is pickled and copied by the name of their class.
+    In the method resolution order ours is between theirs and torch's, so that methods that theirs inherits, or calls by
+    ``super()``, are ours. An object is pickled and copied by the name of the user's class.
     """
     if theirs in _JOINED:
         return _JOINED[theirs]
@@ -61,7 +64,7 @@ def joined(theirs: type) -> type[RecurrentLayer]:
     assert base is not None
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # Protocols 0 and 1 name the class itself, which no module has.
+        # Protocols 0 and 1 store the class by name, but no module has the joined class as an attribute.
         _, arguments, *state = super(made, self).__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
         return (new_joined, (theirs, *arguments[1:]), *state)
 
@@ -80,16 +83,16 @@ def joined(theirs: type) -> type[RecurrentLayer]:
 
 
 def new_joined(theirs: type, *arguments: Any) -> nn.Module:
-    """An object of the joined class without its state, for pickle and copy."""
+    """Create an object of the joined class without its state, for pickle and copy."""
     kind = joined(theirs)
     return kind.__new__(kind, *arguments)
 
 
 def _bypass(name: str, classes: tuple[type, ...]) -> str | None:
-    """Why what the classes define would not run ours.
+    """Why the methods of the classes would bypass our forward pass; None if they do not.
 
-    This reads the names in the code and runs nothing: a call that is reached by a function outside the classes, or by
-    getattr, is not seen.
+    This inspects the names in the code and runs nothing. Calls through functions outside the classes, or through
+    getattr, are not detected.
     """
     calls_super, has_forward = False, False
     for kind in classes:
@@ -108,12 +111,12 @@ def _bypass(name: str, classes: tuple[type, ...]) -> str | None:
                     if _is_torchs_own(dotted, scope):
                         return f"{name}.{attribute} calls {'.'.join(dotted)} by name, which bypasses statefeed's layer"
     if has_forward and not calls_super:
-        return f"{name} has a forward of its own that does not call super().forward"
+        return f"{name} overrides forward without calling super().forward"
     return None
 
 
 def _is_torchs_own(dotted: tuple[str, ...], scope: Mapping[str, Any]) -> bool:
-    """Whether a dotted name is torch's forward or a function that runs a whole layer."""
+    """Whether a dotted name is the forward method of a torch layer, or a torch function that runs a whole layer."""
     if "_VF" in dotted:
         return True
     value = scope.get(dotted[0])
@@ -140,7 +143,7 @@ def _dotted_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code object and those of the functions within it."""
+    """A code object and the code objects of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -155,7 +158,7 @@ def _closure(function: types.FunctionType) -> dict[str, Any]:
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:  # the variable is not assigned yet
         return None
 
 
@@ -164,7 +167,7 @@ def _registered(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
 
 
 def _names_of(ours: type[RecurrentLayer]) -> set[str]:
-    """What our class defines and torch's does not; ``step`` is left out, because the layer itself never calls it."""
+    """Names that our class defines and torch's does not, without ``step``, which the layer itself never calls."""
     torchs = set(dir(torchs_class(ours)))
     defined = set().union(*(vars(kind) for kind in ours.__mro__ if issubclass(kind, FeedbackLayer)))
     return {name for name in defined | _STORED if name not in torchs and not name.startswith("__")} - {"step"}

@@ -21,12 +21,12 @@ _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The layers that ``swap`` changed, or would change, and what it left alone.
+    """Result of ``swap``: which layers it converted, or would convert, and which it left unchanged.
 
     Attributes:
         swapped: module name -> ``repr`` of the layer.
-        kept: module name -> why the layer was not changed.
-        outside: module name -> recurrent code that ``swap`` cannot reach, and what to do about it.
+        kept: module name -> reason why the layer was not converted.
+        outside: module name -> recurrent code that ``swap`` cannot convert, and how to convert it by hand.
     """
 
     swapped: dict[str, str]
@@ -35,11 +35,14 @@ class SwapReport:
     _called: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def ran(self) -> dict[str, bool]:
-        """Whether each swapped layer, or a copy of it, was called since ``swap``, by module name.
+        """Report whether each swapped layer, or a copy of it, was called since ``swap``.
 
         False after a training step means that the step does not use the layer: the model calls ``forward`` directly,
         uses the weights in its own code, or runs another network. Calls inside ``torch.compile``, and calls of a layer
         that was loaded from a pickle, are not counted.
+
+        Returns:
+            Module name -> whether the layer was called.
         """
         return {name: name in self._called for name in self.swapped}
 
@@ -70,12 +73,13 @@ def swap(
             (``"bptt"``), and statefeed layers keep their rule.
         include: shell pattern of the names of recurrent layers (``"encoder.*"``), or several; the name of the model
             itself is ``""``.
-        exclude: pattern of names to leave alone, or several.
-        dry_run: only report, do not change the model.
+        exclude: shell pattern of names to leave unchanged, or several.
+        dry_run: only report; do not change the model.
 
     Returns:
-        ``SwapReport``: the swapped layers, the others with the reason, and recurrent code that ``swap`` cannot reach.
-        It prints one line per layer. After a training step, ``ran()`` says which swapped layers the step called.
+        ``SwapReport``: the swapped layers, the other layers with the reason, and recurrent code that ``swap`` cannot
+        convert. It prints one line per layer. After a training step, ``ran()`` reports which swapped layers the step
+        called.
 
     Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
@@ -117,7 +121,7 @@ def swap(
             module.feedback = rule
             hook = _FirstCall(name, report._called)
             module.register_forward_pre_hook(hook)
-        # The class of ours prints its rule, torch's does not.
+        # Our class prints its rule, but a dry run has torch's class, which does not.
         base = torchs_class(type(module))
         described = module.extra_repr() if base is None else base.extra_repr(module)
         rule_shown = "" if base is None else f", feedback={str(rule)!r}"
@@ -135,7 +139,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model object as plain torch.nn again, with the same parameters and state_dict. Layers of a subclass
-        have their class again.
+        have their original class again.
 
     Gradient: exact from the next forward pass on.
 
@@ -157,7 +161,9 @@ def restore(model: nn.Module) -> nn.Module:
         plain = _TORCHS.get(kind) or vars(kind).get("plain_class")
         reason = _changed_by_others(module, "restore")
         if reason is None and plain is None:
-            reason = f"{kind.__module__}.{kind.__qualname__} is built on statefeed, and torch has no such layer"
+            reason = (
+                f"{kind.__module__}.{kind.__qualname__} is defined on statefeed's layers, and torch has no such layer"
+            )
         if reason is not None:
             warn(f"restore left {name or '(the model)'}: {reason}")
             continue
@@ -171,7 +177,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 class _FirstCall:
-    """A forward pre-hook that records one call and removes itself."""
+    """Forward pre-hook that records the first call of a layer and removes itself."""
 
     def __init__(self, name: str, called: set[str]) -> None:
         self.name, self.called = name, called
@@ -182,7 +188,7 @@ class _FirstCall:
             _remove_hooks(module)
 
     def __deepcopy__(self, memo: Any) -> _FirstCall:
-        # A package that trains a copy of the model trains what was swapped.
+        # A call of a deep copy counts too: some packages train a copy of the model.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -190,7 +196,7 @@ class _FirstCall:
 
 
 def _remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks by which ``swap`` records whether a layer runs."""
+    """Remove the hooks with which ``swap`` records whether a layer was called."""
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _FirstCall)]:
         del hooks[key]
@@ -227,7 +233,7 @@ def _reason_to_keep(
         reason = unsupported_subclass(module)
     if reason is not None:
         return reason
-    # Only statefeed's class can check a rule, so the module has that class during the check.
+    # Only statefeed's class can check a rule, so the module is given that class during the check.
     module.__class__ = _our_class(module)
     try:
         return module.unsupported_reason(rule)  # type: ignore[operator, no-any-return]
@@ -236,12 +242,12 @@ def _reason_to_keep(
 
 
 def _changed_by_others(module: nn.Module, what: str) -> str | None:
-    """Why the class of a layer cannot be changed now; ``what`` names the function that would."""
+    """Why the class of a layer cannot be changed now; ``what`` is the name of the calling function."""
     if "forward" in vars(module) and not _is_class_forward(module):
         return (
             f"its forward was replaced on the object, as accelerate's hooks do: {what} before that, or remove the hooks"
         )
-    # Both give the object a class of its own, and find the original one by its position among the bases.
+    # Both create a new class for the object, and find its original class by position among the bases.
     if parametrize.is_parametrized(module):
         return f"it is parametrized: {what} before you parametrize or shard"
     if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.") for base in type(module).__mro__):
@@ -250,13 +256,13 @@ def _changed_by_others(module: nn.Module, what: str) -> str | None:
 
 
 def _is_class_forward(module: nn.Module) -> bool:
-    """Whether the forward on the object is its class's own, which accelerate leaves there as it removes a hook."""
+    """Whether an object's ``forward`` attribute is its class's method, which accelerate sets on removing a hook."""
     forward = vars(module).get("forward")
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
 def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Recurrent code of a model that is no layer of torch's, by name, and what to do about it."""
+    """Recurrent code of a model that is not a torch layer: (module name, what to do about it)."""
     known = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -268,7 +274,7 @@ def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:
             )
         backend = getattr(module, "recurrent_backend", None)
         if backend in ("scan", "triton"):
-            yield name, f"{kind} runs its layer by its own code: build it with recurrent_backend='pad'"
+            yield name, f"{kind} runs its layer with its own code: build it with recurrent_backend='pad'"
         for attribute, value in vars(module).items():
             for hidden in _modules_in(value):
                 if id(hidden) not in known and any(_is_torchs(m) and id(m) not in known for m in hidden.modules()):
@@ -281,7 +287,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """The modules that an attribute holds outside ``_modules``, in a list, tuple or dict as well."""
+    """The modules in the value of an attribute: a module, or a list, tuple or dict of modules."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, dict):

@@ -69,31 +69,33 @@ def time_rules(layer: RecurrentStack, x: Tensor | PackedSequence) -> Timings:
                 stack.enter_context(copies[name].exact_rule())
             if str(copies[name].feedback) != name:
                 copies[name].feedback = rule
+            if name == str(layer.feedback):
+                copies[name].forward_method = layer.forward_method
         for repeat in range(1 + _REPEATS):
             for name, module in copies.items():
-                took = _seconds(module, x)
+                took = seconds_of(module, x)
                 if repeat:
                     seconds[name].append(took)
     found = []
     for name, own in seconds.items():
-        ratios = [base / mine for base, mine in zip(seconds[baseline], own, strict=True)]
+        ratios = [base / took for base, took in zip(seconds[baseline], own, strict=True)]
         found.append(Timing(name, statistics.median(own), (statistics.median(ratios), min(ratios), max(ratios))))
     return Timings(tuple(found), load.processors())
 
 
-def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
+def seconds_of(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
     """Time of one forward and backward pass."""
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
     differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
-    start = _clock(leaf)
+    start = clock(leaf)
     with torch.enable_grad():
         y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
         total = (y.data if isinstance(y, PackedSequence) else y).sum()
     torch.autograd.grad(total, differentiated)
-    return _clock(leaf) - start
+    return clock(leaf) - start
 
 
-def _clock(x: Tensor) -> float:
+def clock(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -38,7 +38,7 @@ double to_bf16(float value) {
   return std::ldexp(std::nearbyint(std::ldexp(part, 8)), power - 8);
 }
 
-// What lies in memory must not matter: every buffer is full of NaN before it is used.
+// Results must not depend on uninitialized memory: every buffer is filled with NaN before it is used.
 Matrix nothing(int64_t count) { return Matrix(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
 template <class packed_t, Tag tag>
 packed_t* poisoned(int64_t count) {

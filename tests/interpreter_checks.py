@@ -62,11 +62,15 @@ class Checker:
         left = np.ones(len(addresses), bool)
         for buffer in self.buffers:
             offset = addresses.astype(np.int64) - buffer.start
-            mine = (offset >= 0) & (offset < len(buffer.valid) * buffer.itemsize) & left
-            if mine.any():
-                left &= ~mine
-                index = offset[mine] // buffer.itemsize
-                if size != buffer.itemsize or (offset[mine] % buffer.itemsize).any() or not buffer.valid[index].all():
+            in_buffer = (offset >= 0) & (offset < len(buffer.valid) * buffer.itemsize) & left
+            if in_buffer.any():
+                left &= ~in_buffer
+                index = offset[in_buffer] // buffer.itemsize
+                if (
+                    size != buffer.itemsize
+                    or (offset[in_buffer] % buffer.itemsize).any()
+                    or not buffer.valid[index].all()
+                ):
                     raise MemoryErrorFound("an access is out of bounds: between the elements of an argument")
                 yield buffer, index
         if left.any():

@@ -157,7 +157,7 @@ def test_a_model_without_anything_to_align_raises(model):
 # Signs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_sign_agreement_is_the_share_of_entries_whose_sign_is_right(x):
+def test_sign_agreement_is_the_fraction_of_entries_with_the_correct_sign(x):
     model = Model()
     ours, exact = by_hand(model, x)
     torch.manual_seed(7)

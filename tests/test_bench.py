@@ -109,7 +109,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(
         raise AssertionError("timed")
 
     monkeypatch.setattr(layers, "interleaved", timed)
-    monkeypatch.setattr(memory, "_in_a_new_process", timed)
+    monkeypatch.setattr(memory, "in_new_process", timed)
     monkeypatch.setattr(sf, "GRU", wrong)
     code, output = run(tmp_path, benchmark, "--smoke", "--cells=gru", f"--rules={rule}")
     printed = capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_contenders_take_turns():
     assert seconds == {"a": [(4.0,), (9.0,)], "b": [(5.0,), (8.0,)], "c": [(6.0,), (7.0,)]}
 
 
-def test_ratios_are_taken_turn_by_turn_and_the_best_setting_by_its_median(monkeypatch):
+def test_ratios_are_per_repetition_and_the_best_setting_has_the_best_median(monkeypatch):
     turns = {  # forward, backward
         "torch.nn as shipped": [(1.0, 5.0), (2.0, 6.0), (1.0, 6.0)],
         "torch.nn oneDNN matmul": [(1.0, 3.0), (1.0, 5.0), (1.0, 4.0)],
@@ -316,7 +316,7 @@ def test_growth_is_the_exponent_of_time_in_T(monkeypatch):
 
 
 def test_a_scan_that_would_not_fit_is_not_run(monkeypatch):
-    monkeypatch.setattr(scan, "_free_bytes", lambda _: 99 * 8 * 3)
+    monkeypatch.setattr(scan, "free_bytes", lambda _: 99 * 8 * 3)
     records = list(scan.run(scan.Options(steps="8", widths="3")))
     assert [r["method"] for r in records if "not_run" in r] == ["fft"]
     assert len(scan.table(records).rows) == len(records) == 7
@@ -326,7 +326,7 @@ def test_the_published_procedure_holds_more_memory_than_the_outputs():
     """The peak includes memory that autograd saves, not only the outputs."""
     case = layers.Case("gru", Shape(64, 32, 64), "float32", "cpu")
     outputs = 4 * 64 * 32 * 64
-    peak = memory._in_a_new_process(case, "dsf", 1)
+    peak = memory.in_new_process(case, "dsf", 1)
     # autograd keeps h before, three gates' products twice, r, z and n for every step
     assert 8 * outputs < peak < 80 * outputs
 
@@ -389,7 +389,7 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "one of {layers,scan,memory,training,recall}"),
+        ([], "one of {layers,scan,memory,training,recall"),
         (["train"], "training"),
         (["layer"], ": did you mean layers?"),
         (["layers", "--shape=1x2x3"], ": did you mean --shapes?"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from tolerances import SAME_BY_CANCELLATION, assert_different, assert_same
 
 import statefeed as sf
 from statefeed.bench.gpu import __main__ as command
-from statefeed.bench.gpu import layers, parity, records, rivals, stage, timing, training, truth
+from statefeed.bench.gpu import forward, layers, parity, records, rivals, stage, tables, timing, training, truth
 from statefeed.bench.measure import ParityError, Setting, applied
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +94,16 @@ def test_a_second_run_appends_its_records(planted: dict[str, str], tmp_path: Pat
 
 def test_every_stage_ends_before_four_minutes() -> None:
     assert command.BUDGET < command.LIMIT < 240
-    assert stage.STAGES == ("preflight", "parity", "layers", "scan", "training")
+    assert stage.STAGES == ("preflight", "parity", "layers", "scan", "training", "forward")
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--device=cpu", "memory"], "STAGE must be among preflight, parity, layers, scan, training, got memory"),
+        (
+            ["--device=cpu", "memory"],
+            "STAGE must be among preflight, parity, layers, scan, training, forward, got memory",
+        ),
         pytest.param(
             [], "device must be cpu here, got cuda: torch sees no GPU", marks=pytest.mark.skipif(HAS_GPU, reason="GPU")
         ),
@@ -114,7 +118,7 @@ def test_a_user_error_prints_one_line(flags: list[str], sentence: str, capsys: p
 
 def test_work_without_time_left_is_recorded() -> None:
     late = stage.Options("cpu", True, time.monotonic() - 1)
-    for module in (parity, layers, training):
+    for module in (parity, layers, training, forward):
         found = list(module.run(late))
         assert found
         assert {record["not_run"] for record in found} == {"no time left"}
@@ -127,7 +131,7 @@ class Properties:
     name, major, minor, multi_processor_count, total_memory, uuid = "Fake GPU", 9, 0, 132, 80, "abc"
 
 
-def test_a_record_says_what_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_has_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tmp_path / "nvidia-smi"
     asked.write_text(
         '#!/bin/sh\ncase "$1" in *clocks*) echo "1 MHz, 2 MHz, 3 MHz, 4 MHz, 50, 6 W, 7 W";; *) echo 550.1;; esac\n'
@@ -196,7 +200,7 @@ def test_parity_holds_on_a_cpu(case: parity.Case) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_parity_finds_a_planted_error(planted: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = parity.Case("gru", "gate+1", "bfloat16", packed, T=9, B=3, H=5)  # bfloat16 has the widest bounds
-    right = parity._found
+    right = parity.results_on_device
 
     def wrong(case: parity.Case, layer: Any, device: str) -> dict[str, torch.Tensor]:
         if planted == "another rule":
@@ -208,7 +212,7 @@ def test_parity_finds_a_planted_error(planted: str, packed: bool, monkeypatch: p
                 layer.weight_hh_l0[:, 0] += 1.0
         return right(case, layer, device)
 
-    monkeypatch.setattr(parity, "_found", wrong)
+    monkeypatch.setattr(parity, "results_on_device", wrong)
     with pytest.raises(ParityError, match="must agree with float64 within"):
         parity.check(case, "cpu")
     found = list(parity.run(stage.Options("cpu", True, time.monotonic() + 60)))
@@ -305,7 +309,7 @@ def test_a_pass_is_timed_pipelined_alone_on_the_host_and_in_a_graph(monkeypatch:
     assert gpu.replays == 2 * (1 + 5)
 
 
-def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_recorded_and_the_other_cases_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch)
     gpu.captures = False
 
@@ -317,6 +321,17 @@ def test_what_fails_is_recorded_and_the_rest_is_timed(monkeypatch: pytest.Monkey
     assert "not permitted" in found["dsf"]["graph_failed"]
     assert "graph_ms" not in found["dsf"]
     assert found["dsf"]["ms"]["median"] == pytest.approx(2000.0)
+
+
+def test_the_stage_forward_on_a_cpu() -> None:
+    found = list(forward.run(stage.Options("cpu", True, time.monotonic() + 600)))
+    assert len(found) == 4 * len(forward.SMOKE) * len(layers.DTYPES["cpu"])
+    for record in found:
+        assert "failed" not in record
+        assert record["error"] < (0.03 if record["dtype"] == "bfloat16" else 1e-2)
+        assert record["forward_ms"]["median"] > 0
+        assert ("iterations" in record) == ("newton" in record["contender"])
+    assert {r["contender"] for r in found} == {"torch.nn", "dsf sequential", "dsf newton(0.001)", "dsf newton(0.0001)"}
 
 
 def test_the_most_important_cases_come_first() -> None:
@@ -422,7 +437,7 @@ def test_the_command_finds_an_interpreter(tmp_path: Path) -> None:
     assert printed(PYTHON=str(tmp_path / "other"), DEVICE="cpu", OUT="/x") == expected
 
 
-def test_the_layers_are_ours_and_torchs() -> None:
+def test_the_layers_are_those_of_statefeed_and_torch() -> None:
     timed, kernels = layers.contenders(layers.Case("gru", 4, 3, 5, packed=True), "shipped", "cpu")
     assert list(timed) == ["torch.nn", *layers.RULES]
     assert kernels.keys() == set(layers.RULES)
@@ -432,3 +447,42 @@ def test_the_layers_are_ours_and_torchs() -> None:
         assert a.shape == other.shape
     assert not torch.allclose(gradients["torch.nn"][0], gradients["dsf"][0], rtol=1e-2, atol=1e-3)
     assert isinstance(layers.Case("lstm", 4, 3, 5).layer(sf, "cpu"), sf.LSTM)
+
+
+RECORDS = ROOT / "results" / "bench" / "nvidia-h200"
+
+
+@pytest.mark.skipif(not RECORDS.is_dir(), reason="a source distribution has no results")
+def test_the_tables_of_the_documents_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert tables.replaced(text, RECORDS) == text, "run `make measured`"
+    planted = text.replace("| gru 4096x8x512 | ", "| gru 4096x8x512 | 1", 1)
+    assert tables.replaced(planted, RECORDS) == text != planted
+
+
+@pytest.mark.skipif(not RECORDS.is_dir(), reason="a source distribution has no results")
+@pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
+def test_figures_of_other_documents_are_in_the_tables(page: str) -> None:
+    """Every row "layer or step | cuDNN | dsf (ratio)" repeats figures of the tables."""
+    known = set(re.findall(r"[\d.]+", tables.tables(RECORDS)))
+    section = (
+        (ROOT / page).read_text(encoding="utf-8").partition("## GPU\n" if page == "README.md" else "## What the m")[2]
+    )
+    rows = [
+        row for row in section.partition("\n## ")[0].splitlines() if row.startswith(("| gru", "| lstm", "| a step"))
+    ]
+    assert len(rows) >= 5
+    for row in rows:
+        cells = row.strip("|").split("|")[1:]
+        measured = cells if page == "README.md" else cells[1::2]
+        assert {f for cell in measured for f in re.findall(r"[\d.]+", cell)} <= known, row
+
+
+def test_the_latest_record_counts_and_what_was_not_run_does_not(tmp_path: Path) -> None:
+    records = [
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "ms": {"median": 2.0}},
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "ms": {"median": 3.5}},
+        {"T": 8, "S": 4, "diagonal": "stationary", "method": "auto", "not_run": "no time left"},
+    ]
+    (tmp_path / "gpu-scan.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "| 8 x 4, stationary | 3.5 /  |" in "\n".join(tables.scan(tmp_path))

@@ -28,7 +28,7 @@ def before(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.usefixtures("before")
-def test_every_getter_answers_inside_and_every_setting_is_restored(allowed: bool) -> None:
+def test_no_getter_raises_and_every_setting_is_restored(allowed: bool) -> None:
     found = flags()
     with tf32(allowed):
         name = "tf32" if allowed else "ieee"
@@ -46,7 +46,7 @@ def test_every_getter_answers_inside_and_every_setting_is_restored(allowed: bool
     }
 
 
-def test_onednn_may_compute_in_bfloat16_and_every_getter_answers() -> None:
+def test_onednn_may_compute_in_bfloat16_and_no_getter_raises() -> None:
     found, precision = flags(), ONEDNN.fp32_precision
     with onednn_bfloat16():
         assert ONEDNN.fp32_precision == "bf16"
@@ -67,7 +67,7 @@ def test_new_setters_alone_make_the_old_getters_raise(before: str) -> None:
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_what_reads_the_settings_does_not_raise(allowed: bool) -> None:
+def test_getters_of_the_settings_do_not_raise(allowed: bool) -> None:
     x = torch.randn(3, 4)
     with tf32(allowed):
         torch._dynamo.reset()

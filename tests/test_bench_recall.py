@@ -47,6 +47,6 @@ def test_learnt_is_the_first_step_with_accuracy_0_9(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"delay": 0}, {"steps": 0}, {"rules": "fast"}, {"repeats": 4}])
-def test_mistakes(wrong):
+def test_user_errors(wrong):
     with pytest.raises(OptionError, match=r"^[^\n]+$"):
         recall.Options(**wrong)

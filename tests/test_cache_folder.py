@@ -32,7 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(target)
 
     monkeypatch.setattr(build, "compile_library", compile_library)
-    monkeypatch.setattr(build, "_cache_key", lambda: "key")
+    monkeypatch.setattr(build, "cache_key", lambda: "key")
     return made
 
 
@@ -43,7 +43,7 @@ def own(path: Path, user: int) -> None:
         pytest.skip("only root may give a file away")
 
 
-def test_the_folder_is_private_whatever_the_umask_and_whoever_made_it(folder: Path) -> None:
+def test_the_folder_is_private_for_every_umask_and_owner(folder: Path) -> None:
     before = os.umask(0)
     try:
         make_private(folder)
@@ -56,12 +56,12 @@ def test_the_folder_is_private_whatever_the_umask_and_whoever_made_it(folder: Pa
 
 
 def test_a_library_is_compiled_once(compiled: list[Path], folder: Path) -> None:
-    assert build._compiled() == build._compiled() == folder / "kernels-key.so"
+    assert build.compiled_library() == build.compiled_library() == folder / "kernels-key.so"
     assert len(compiled) == 1
 
 
 @pytest.mark.parametrize(("user", "mode"), [(0, 0o757), (0, 0o775), (STRANGER, 0o700)])
-def test_a_library_that_others_may_have_written_is_not_loaded(
+def test_a_library_that_other_users_can_write_is_not_loaded(
     user: int, mode: int, compiled: list[Path], folder: Path
 ) -> None:
     make_private(folder)
@@ -69,8 +69,8 @@ def test_a_library_that_others_may_have_written_is_not_loaded(
     planted.write_text("theirs")
     planted.chmod(mode)
     own(planted, user or os.geteuid())
-    with pytest.warns(RuntimeWarning, match="kernels-key.so (may be written by others|belongs to user 54321)"):
-        assert build._compiled() == planted
+    with pytest.warns(RuntimeWarning, match="kernels-key.so (can be written by others|belongs to user 54321)"):
+        assert build.compiled_library() == planted
     assert planted.read_text() == "ours"
     assert distrust(planted) is None
 
@@ -81,28 +81,39 @@ def test_a_folder_of_another_user_is_not_used(
     make_private(folder)
     own(folder, STRANGER)
     with pytest.raises(OSError, match=f"belongs to user {STRANGER}, .*: set XDG_CACHE_HOME to a folder of your own"):
-        build._compiled()
+        build.compiled_library()
     assert not compiled
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     assert "tokens are not cached: " in capsys.readouterr().err
     assert list(folder.iterdir()) == []
 
 
-def test_tokens_that_others_may_have_written_are_not_read(
+def test_a_folder_that_others_could_replace_is_not_used(compiled: list[Path], folder: Path) -> None:
+    make_private(folder)
+    folder.parent.chmod(0o777)
+    with pytest.raises(OSError, match=r"home can be written by others \(mode 777\): set XDG_CACHE_HOME to a folder"):
+        build.compiled_library()
+    assert not compiled
+    folder.parent.chmod(0o1777)  # as /tmp, where only the owner of a folder may rename it
+    build.compiled_library()
+    assert len(compiled) == 1
+
+
+def test_tokens_that_other_users_can_write_are_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     cache.encode(tokenizer, "abc")
     (entry,) = (folder / "tokens").iterdir()
-    cache._write(entry, tokenizer.encode("xyz").data)
+    cache.write_entry(entry, tokenizer.encode("xyz").data)
     assert cache.encode(tokenizer, "abc").tolist() == [120, 121, 122]  # what one could plant
     entry.chmod(0o666)
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     err = capsys.readouterr().err
-    assert err == f"statefeed: {entry} may be written by others (mode 666): the text is tokenized again\n"
+    assert err == f"statefeed: {entry} can be written by others (mode 666): the text is tokenized again\n"
 
 
 def test_a_user_without_a_home_has_no_cache_and_needs_none(
@@ -115,7 +126,7 @@ def test_a_user_without_a_home_has_no_cache_and_needs_none(
     monkeypatch.setattr(Path, "home", home)
     with pytest.raises(OSError, match="no home folder for a cache: set XDG_CACHE_HOME"):
         cache_folder()
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     tokenizer = tokens.train(Data(tokens="byte"), {"train": "abc"})
     assert cache.encode(tokenizer, "abc").tolist() == [97, 98, 99]
     assert capsys.readouterr().err == (

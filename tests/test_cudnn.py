@@ -28,7 +28,7 @@ class Stub:
         self.calls: list[bool] = []
         self.train: list[bool] = []
         self.flattened = 0
-        monkeypatch.setattr(cudnn, "_uses_cudnn", lambda _: True)
+        monkeypatch.setattr(cudnn, "uses_cudnn", lambda _: True)
         monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", self.flatten)
         for cell in CELLS:
             monkeypatch.setattr(torch._VF, cell, self.recorded(getattr(torch._VF, cell)))
@@ -75,6 +75,7 @@ class Stub:
         *places, end = self.places(weights, per == 4)
         buffer = weights[0].new_zeros(end)
         for w, at in zip(weights, places, strict=True):
+            w.view(-1)  # as torch does, which raises if the weight is not contiguous
             new = buffer[at : at + w.numel()].view(w.shape)
             new.copy_(w)
             w.set_(new)
@@ -150,6 +151,19 @@ def test_weights_that_were_replaced_are_packed_for_the_call(stub: Stub) -> None:
     run(rnn, "gru", x)
     assert stub.calls == [True, True]
     assert versions == [p._version for p in rnn.parameters()], "packing is no change of a parameter"
+
+
+def test_weights_that_are_not_contiguous_are_packed_for_the_call(stub: Stub) -> None:
+    rnn, x = module("lstm"), torch.randn(5, 2, 3)
+    expected = rnn(x)[0]
+    for p in rnn.parameters():
+        if p.dim() == 2:
+            p.data = p.data.T.contiguous().T
+    assert not any(w.is_contiguous() for w in rnn.parameters() if w.dim() == 2)
+    cudnn.flatten("lstm", weights_of(rnn), 2)
+    stub.calls.clear()
+    torch.testing.assert_close(run(rnn, "lstm", x), expected)
+    assert stub.calls == [True]
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -164,7 +164,7 @@ def test_fitted_is_exact_once_and_then_the_fit_by_least_squares(name: str) -> No
     torch.testing.assert_close(a[0], (back * g).sum((0, 1)) / g.square().sum((0, 1)), rtol=1e-9, atol=1e-9)
 
 
-def test_state_sizes_shapes_and_refusals() -> None:
+def test_state_sizes_shapes_and_errors() -> None:
     class Bare(nn.Module):
         def forward(
             self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]

@@ -48,7 +48,7 @@ def test_forecast_of_a_made_csv():
     assert max(ours, theirs) < 0.5 * repeated
 
 
-def test_forecast_of_a_csv_of_ones_own(tmp_path):
+def test_forecast_of_a_user_csv(tmp_path):
     rows = [f"2024-01-01 {hour % 24:02d}:00:00,{hour % 24},{(hour * 5) % 24 / 24}" for hour in range(1200)]
     file = tmp_path / "mine.csv"
     file.write_text("\n".join(["date,hour,OT", *rows]) + "\n")
@@ -75,7 +75,7 @@ def test_credit_by_lag(tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_every_example_is_tested_and_says_its_duty_in_its_first_line():
+def test_every_example_is_tested_and_has_a_descriptive_first_line():
     tested = Path(__file__).read_text()
     files = sorted(EXAMPLES.glob("*.py"))
     assert files

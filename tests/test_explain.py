@@ -38,9 +38,9 @@ def test_the_reason_is_named() -> None:
 
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    loaded = kernels._load
+    loaded = kernels.load
     monkeypatch.setattr(
-        kernels, "_load", lambda device: kernels._Loaded("Triton 3", None) if device == "cuda" else loaded(device)
+        kernels, "load", lambda device: kernels.Loaded("Triton 3", None) if device == "cuda" else loaded(device)
     )
     with FakeTensorMode():
         x = torch.zeros(T, B, I, device="cuda")
@@ -123,7 +123,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
         return now[0]
 
     monkeypatch.setattr(sf.LSTM, "forward", forward)
-    monkeypatch.setattr(importlib.import_module("statefeed.timing"), "_clock", clock)
+    monkeypatch.setattr(importlib.import_module("statefeed.timing"), "clock", clock)
     state = torch.get_rng_state()
     result = sf.explain(layer, x, timed=True)
     assert (result.seconds, result.torch_seconds) == (4.0 if slower else 1.0, 2.0)
@@ -144,7 +144,7 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
 def test_ratios_have_the_range_of_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     timing = importlib.import_module("statefeed.timing")
     turns = iter([9.0] * 3 + [1.0, 2.0, 4.0, 2.0, 2.0, 6.0] + [1.0, 1.0, 5.0] * 3)
-    monkeypatch.setattr(timing, "_seconds", lambda layer, x: next(turns))
+    monkeypatch.setattr(timing, "seconds_of", lambda layer, x: next(turns))
     bptt, dsf, torchs = timing.time_rules(sf.GRU(I, H), torch.zeros(T, B, I)).rules
     assert (bptt, dsf) == (("bptt", 1.0, (5.0, 3.0, 5.0)), ("dsf", 1.0, (5.0, 2.0, 5.0)))
     assert torchs == ("torch", 5.0, (1.0, 1.0, 1.0))
@@ -153,8 +153,8 @@ def test_ratios_have_the_range_of_their_turns(monkeypatch: pytest.MonkeyPatch) -
 def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = importlib.import_module("statefeed.busy")
     readings = {"all": iter([100.0, 107.0]), "own": iter([50.0, 54.0]), "time": iter([0.0, 2.0])}
-    monkeypatch.setattr(busy, "_all_seconds", lambda: next(readings["all"]))
-    monkeypatch.setattr(busy, "_own_seconds", lambda: next(readings["own"]))
+    monkeypatch.setattr(busy, "all_seconds", lambda: next(readings["all"]))
+    monkeypatch.setattr(busy, "own_seconds", lambda: next(readings["own"]))
     monkeypatch.setattr(busy.time, "monotonic", lambda: next(readings["time"]))
     monkeypatch.setattr(busy.os, "cpu_count", lambda: 8)
     assert busy.OtherLoad().processors() == 1.5  # (7 - 4) s of others' work in 2 s
@@ -168,13 +168,13 @@ def test_timing_is_real() -> None:
     assert min(result.seconds, result.torch_seconds) > 0
 
 
-def test_other_layers_are_refused() -> None:
+def test_other_layers_raise() -> None:
     with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.GRU$"):
         sf.explain(nn.GRU(2, 3), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, B, I), (T, 0, I), (T, B, I + 1)])
-def test_an_input_that_the_layer_would_not_take_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_unsupported_input_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"^x must have at least one step and row and {I} features, [^\n]+$"):
         sf.explain(sf.GRU(I, H), torch.zeros(shape))
 

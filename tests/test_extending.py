@@ -98,9 +98,9 @@ class TwoPartLayer(CellLayer):
 
 
 def mgu_step(w, x, s):
-    fed, held = w["weight_ih"] @ x + w.get("bias_ih", 0.0), w["weight_hh"] @ s + w.get("bias_hh", 0.0)
-    f = torch.sigmoid(fed[:H] + held[:H])
-    return (1 - f) * torch.tanh(fed[H:] + f * held[H:]) + f * s
+    inputs, hidden = w["weight_ih"] @ x + w.get("bias_ih", 0.0), w["weight_hh"] @ s + w.get("bias_hh", 0.0)
+    f = torch.sigmoid(inputs[:H] + hidden[:H])
+    return (1 - f) * torch.tanh(inputs[H:] + f * hidden[H:]) + f * s
 
 
 def two_part_step(w, x, s):
@@ -403,7 +403,7 @@ def test_a_wrong_input_raises(page):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_what_a_new_cell_cannot_do_raises(page):
+def test_unsupported_uses_of_a_new_cell_raise(page):
     made = layer(page, "mgu", feedback="bptt")
     with pytest.raises(ValueError, match='"bptt"'):
         made.feedback = "torch"
@@ -520,7 +520,7 @@ def test_a_new_rule_is_the_same_packed_and_in_both_directions(page, cell, rule, 
     assert_same({name: p.grad for name, p in made.named_parameters()}, expected)
 
 
-def test_a_learned_rule_of_ones_own_is_stored_and_frozen_like_the_others(page):
+def test_a_user_defined_learned_rule_is_stored_and_frozen_like_the_others(page):
     made = layer(page, "mgu", num_layers=2, feedback="latest")
     x = random(T, B, I)
     made(x)[0].sum().backward()

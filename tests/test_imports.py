@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,9 @@ LEVELS = [
     {"cells"},
     {"feedback"},
     {"backends"},
-    {"transforms"},
+    {"transforms", "newton"},
     {"recurrence"},
-    {"mixin"},
+    {"mixin", "paths"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"modules", "snapshot", "timing"},
@@ -175,3 +176,48 @@ def test_the_first_line_of_every_file_says_what_it_contains(file):
 def test_no_module_is_called_utils():
     names = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
     assert not [file for file in PACKAGE.rglob("*") if file.stem in names]
+
+
+def private_uses(source):
+    """Names with a leading underscore that a file takes from another module of the package."""
+    tree = ast.parse(source)
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "statefeed":
+            modules |= {alias.asname or alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names if re.match("_(?!_)", alias.name))
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname for alias in node.names if alias.asname and alias.name.startswith("statefeed")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if re.match("_(?!_)", node.attr):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr" and len(node.args) > 1:
+            owner, name = node.args[:2]
+            if isinstance(owner, ast.Name) and owner.id in modules and isinstance(name, ast.Constant):
+                yield from [f"{owner.id}.{name.value}"] if re.match("_(?!_)", str(name.value)) else []
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *TESTS], ids=lambda file: "/".join(file.parts[-2:]))
+def test_a_name_with_an_underscore_is_used_in_its_module_only(file):
+    assert not list(private_uses(file.read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from statefeed.native import build\nbuild._key()",
+        "from statefeed.native.build import _key",
+        "import statefeed.native as kernels\nkernels._load()",
+        "from statefeed.native import build\nmonkeypatch.setattr(build, '_key', None)",
+    ],
+)
+def test_a_planted_private_use_is_found(source):
+    assert list(private_uses(source))
+
+
+def test_a_module_under_a_private_alias_is_not_a_private_use():
+    assert not list(private_uses("from statefeed.backends.triton import operators as _operators"))

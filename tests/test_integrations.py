@@ -157,6 +157,6 @@ def test_patterns_and_contradictions(load: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
-def test_without_its_package_a_callback_says_what_to_install(load: Any, name: str) -> None:
+def test_without_its_package_a_callback_raises_with_the_install_command(load: Any, name: str) -> None:
     with pytest.raises(ImportError, match=rf'pip install "statefeed\[{name}\]"'):
         load(name)

@@ -1,4 +1,4 @@
-"""Products in AMX tiles: in a model of the instructions that checks their rules, and on a CPU that has them."""
+"""Products in AMX tiles: in an emulation of the instructions that checks their rules, and on a CPU with AMX."""
 
 import platform
 import shutil
@@ -23,21 +23,21 @@ TORCH = Path(torch.__file__).parent
 
 if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
     pytest.skip("needs g++ on Linux for x86-64", allow_module_level=True)
-runs_the_model = pytest.mark.skipif("avx512_bf16" not in build._cpu_flags(), reason="the model needs AVX512-BF16")
+runs_the_model = pytest.mark.skipif("avx512_bf16" not in build.cpu_flags(), reason="the model needs AVX512-BF16")
 
 
 @runs_the_model
-def test_products_of_odd_sizes_keep_the_rules_of_the_tiles(tmp_path: Path) -> None:
+def test_products_of_odd_sizes_follow_the_rules_of_the_tiles(tmp_path: Path) -> None:
     program = tmp_path / "products"
     subprocess.run(["g++", "-std=c++20", "-O1", *MODEL, str(HERE / "amx_products.cc"), "-o", str(program)], check=True)
     found = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    wrong, products, held = (int(word) for word in found.stdout.split() if word.isdigit())
-    assert wrong == held == 0
+    wrong, products, configured = (int(word) for word in found.stdout.split() if word.isdigit())
+    assert wrong == configured == 0
     assert products > 10_000
 
 
-@pytest.mark.skipif("amx_bf16" not in build._cpu_flags(), reason="this CPU has no tiles")
+@pytest.mark.skipif("amx_bf16" not in build.cpu_flags(), reason="this CPU has no tiles")
 def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     program = tmp_path / "products"
     source = str(HERE / "amx_products.cc")
@@ -47,8 +47,8 @@ def test_products_of_odd_sizes_in_the_tiles_of_this_cpu(tmp_path: Path) -> None:
     assert found.stdout.startswith("0 wrong")
 
 
-def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
-    """Every rule of the model detects its violation."""
+def test_a_misuse_of_the_tiles_is_detected(tmp_path: Path) -> None:
+    """The emulation detects the violation of every rule."""
     (tmp_path / "misuse.cc").write_text(
         """
         #include <cstdint>
@@ -94,14 +94,14 @@ def test_a_misuse_of_the_tiles_stops_the_model(tmp_path: Path) -> None:
 
 
 def on_a_machine_with_tiles(monkeypatch: pytest.MonkeyPatch, permitted: bool) -> None:
-    """A CPU that has all instruction sets, under a Linux that permits the tiles or not."""
+    """Emulate a CPU with all instruction sets, on Linux with or without permission to use tiles."""
     flags, read = " ".join(sorted(frozenset().union(*(v.required for v in VARIANTS)))), Path.read_text
 
     def read_text(path: Path, *arguments: str) -> str:
         return f"flags\t\t: {flags}\n" if path == Path("/proc/cpuinfo") else read(path, *arguments)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(build, "_tiles_permitted", lambda: permitted)
+    monkeypatch.setattr(build, "tiles_permitted", lambda: permitted)
 
 
 @pytest.mark.parametrize(("permitted", "best"), [(True, "x86-64-v4-amx"), (False, "x86-64-v4-bf16")])
@@ -112,9 +112,9 @@ def test_tiles_are_used_if_linux_permits_them(
         (tmp_path / f"{variant.name}.so").touch()
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     on_a_machine_with_tiles(monkeypatch, permitted)
-    assert build._instruction_set() == best
-    assert build._prebuilt() == tmp_path / f"{best}.so"
-    assert ("-U__AMX_BF16__" in build._machine_flags()) == (not permitted)
+    assert build.instruction_set() == best
+    assert build.prebuilt_library() == tmp_path / f"{best}.so"
+    assert ("-U__AMX_BF16__" in build.machine_flags()) == (not permitted)
 
 
 def test_the_cache_key_depends_on_the_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +122,14 @@ def test_the_cache_key_depends_on_the_permission(monkeypatch: pytest.MonkeyPatch
     for permitted in (True, False):
         with monkeypatch.context() as patch:
             on_a_machine_with_tiles(patch, permitted)
-            keys.add(build._cache_key())
+            keys.add(build.cache_key())
     assert len(keys) == 2
 
 
 def test_linux_does_not_permit_tiles_that_the_cpu_lacks() -> None:
     if "amx_tile" in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has tiles")
-    assert not build._tiles_permitted()
+    assert not build.tiles_permitted()
 
 
 # Whole layers ---------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ WITH_LIBRARY = """
 import ctypes, sys, torch
 from pathlib import Path
 from statefeed.native import build
-build._prebuilt = lambda: Path(sys.argv[1])
+build.prebuilt_library = lambda: Path(sys.argv[1])
 from test_kernels_amx import answers, native
 torch.save(answers(), sys.argv[2])
 assert native.described().startswith("the wheel's model")
@@ -178,13 +178,13 @@ def answers() -> dict[str, Tensor]:
 
 
 def packed(cell: str) -> dict[str, Tensor]:
-    """Sequences of many lengths, in several chunks."""
+    """Results for sequences of many lengths, in several chunks."""
     lengths = [60, 60, *range(45, 5, -1), 1, 1]
     return Case(cell, 60, len(lengths), 5, 35, torch.float32).run_packed(lengths, "direct", 1, bf16=True)
 
 
 def objects(library: Path) -> set[str]:
-    """The instructions on tiles that a library holds."""
+    """The tile instructions in a library."""
     listing = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     return {word for word in ("ldtilecfg", "tdpbf16ps", "tilerelease") if word in listing}
 
@@ -192,17 +192,17 @@ def objects(library: Path) -> set[str]:
 @pytest.mark.slow
 @runs_the_model
 @pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
-def test_layers_in_tiles_are_those_without(tmp_path: Path) -> None:
-    """This machine's own products of bfloat16 pairs give the same; a rounding of a state may fall the other way."""
+def test_layers_in_tiles_equal_layers_without(tmp_path: Path) -> None:
+    """Compare with this CPU's products of bfloat16 pairs; states may be rounded differently."""
     library = tmp_path / "model.so"
     compile_library(library, TORCH, MODEL)
     threads = torch.get_num_threads()
     command = [sys.executable, "-c", WITH_LIBRARY, str(library), str(tmp_path / "answers.pt")]
     found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    products, held = map(int, found.stdout.split())
+    products, configured = map(int, found.stdout.split())
     assert products > 100_000
-    assert held == 0
+    assert configured == 0
     expected = answers()
     torch.set_num_threads(threads)
     worst, name = largest_error(torch.load(tmp_path / "answers.pt"), expected)

@@ -68,7 +68,7 @@ def test_no_row_leaves_gradients_of_zero() -> None:
     assert all(result[name].abs().sum() == 0 for name in ("weight", "bias"))
 
 
-def test_logits_far_below_zero_lose_no_accuracy() -> None:
+def test_logits_far_below_zero_are_accurate() -> None:
     x, weight, bias, targets = arguments(20, 5, 19)  # the last vector of a row is partly outside
     result, truth = found(x, weight, bias - 500, targets), exact(x, weight, bias.double() - 500, targets)
     for name in truth:

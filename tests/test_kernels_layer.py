@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset
 
+import statefeed as sf
 from statefeed import native
 from statefeed.backends import cpu
 from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream
@@ -38,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def rule_of(diagonal: str | Tensor, corrections: int) -> KernelRule:
-    """From a kernel's name of a rule, a stationary diagonal (S,) or one per row (..., S)."""
+    """The kernel rule of a name, of a stationary diagonal (S,), or of a diagonal per row (..., S)."""
     if isinstance(diagonal, str):
         return KernelRule(diagonal, None, corrections)
     if diagonal.dim() == 1:
@@ -47,7 +48,7 @@ def rule_of(diagonal: str | Tensor, corrections: int) -> KernelRule:
 
 
 class Case:
-    """Random inputs of one layer; ``exact`` is torch.nn's forward and backward, ``run`` the kernels'."""
+    """Random inputs of one layer; ``exact`` runs torch.nn, ``run`` the kernels, both forward and backward."""
 
     def __init__(self, cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, bias: bool = True) -> None:
         make = torch.Generator().manual_seed(T + 10 * B + 100 * H)
@@ -107,7 +108,7 @@ class Case:
     def run_packed(
         self, lengths: list[int], diagonal: str | Tensor, corrections: int, bf16: bool = False
     ) -> dict[str, Tensor]:
-        """The same for sequences of these lengths, longest first; results in packed order."""
+        """As ``run`` for sequences of these lengths, longest first; results are in packed order."""
         rows = [pack_sequence([v[:n, b] for b, n in enumerate(lengths)]) for v in (self.x, self.e)]
         x, e = (packed.data for packed in rows)
         if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
@@ -118,7 +119,7 @@ class Case:
         return self.named(done.y, done.final, found.x, found.state, list(found.weights))
 
     def alone(self, b: int, length: int) -> "Case":
-        """One sequence of the batch as a case of its own."""
+        """A case with one sequence of the batch."""
         case = object.__new__(Case)
         case.cell, case.states, case.weights = self.cell, self.states, self.weights
         case.x, case.e = self.x[:length, b : b + 1], self.e[:length, b : b + 1]
@@ -164,9 +165,9 @@ def test_a_sequence_of_several_chunks_follows_the_equations(cell: str) -> None:
 
 
 def expected_of(case: Case, diagonal: str | Tensor, corrections: int) -> dict[str, Tensor]:
-    """The oracle's gradients; ``diagonal`` as the oracle takes it."""
+    """The gradients of the oracle; ``diagonal`` in the form of the oracle."""
     w = dict(zip(NAMES, case.weights, strict=False))
-    # The oracle takes one gradient per state and step; the final state's is that of the last.
+    # The oracle takes one gradient per state and step; add that of the final state to the last step.
     e = torch.cat([case.e, torch.zeros_like(case.e)], -1)[..., : case.states * case.e.shape[-1]].clone()
     e[-1] += torch.cat(case.final_e, -1)
     return oracles.layer_gradients(ORACLE[case.cell], w, case.x, torch.cat(case.state, -1), e, (diagonal, corrections))
@@ -289,7 +290,7 @@ def test_uninitialized_memory_does_not_matter() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_denormals_count_outside() -> None:
+def test_denormals_are_not_flushed_after_a_call() -> None:
     Case("gru", 4, 64, 64, 64, torch.float32).run("direct")
     assert (torch.full((100_000,), 1e-39) * 1.0).count_nonzero() == 100_000
 
@@ -315,7 +316,7 @@ def test_extreme_activations(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("H", [3, 127])
 @pytest.mark.usefixtures("threads")
-def test_bfloat16_products_lose_no_more_than_bfloat16_does(cell: str, H: int) -> None:
+def test_bfloat16_products_have_the_accuracy_of_bfloat16(cell: str, H: int) -> None:
     case = Case(cell, 17, 19, 5, H, torch.float32)
     found, exact = case.run("direct", 1, bf16=True), case.run("direct", 1)
     names = ["y"] if cell == "rnn_relu" else list(exact)  # a slope of 0 or 1 may flip
@@ -327,13 +328,13 @@ def test_operators_pass_opcheck() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     rows, h0, hidden = case.x.reshape(6, 4), case.state[0], torch.zeros(5)
     saved, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
-    arguments = (False, rows, *case.weights[:2], torch.zeros(15), hidden, h0, None, *saved, y, None)
+    arguments = (False, rows, *case.weights[:2], torch.zeros(15), torch.zeros(15), h0, None, *saved, y, None)
     torch.library.opcheck(torch.ops.statefeed.layer_forward.default, ("gru", *arguments))
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,
         ("gru", "stationary", 0, False, rows, *case.weights[:2], *saved, y, h0, None, case.e.reshape(6, 5),
          torch.zeros(2, 5), hidden, None, torch.zeros(2, 5), torch.zeros(6, 4), torch.zeros(15, 4), torch.zeros(15, 5),
-         torch.zeros(4, 5), None),
+         torch.zeros(15), torch.zeros(15), None),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.statefeed.sum_jacobians.default,
@@ -372,10 +373,63 @@ for _ in range(20):  # past the point where the guard takes the machine for over
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a core here")
-def test_threads_that_come_late_change_no_bit() -> None:
+def test_late_threads_give_the_same_bits() -> None:
     def run(how: str) -> list[str]:
         return subprocess.check_output([sys.executable, "-c", LATE, how], text=True, timeout=60).split()
 
     found = run("late") + run("free")
     assert len(found) == 40
     assert len(set(found)) == 1
+
+
+# Determinism ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rule", ["bptt", "dsf", "jacobian+1"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.usefixtures("threads")
+def test_the_same_call_gives_the_same_bits(name: str, rule: str, bf16: bool) -> None:
+    """Also where torch is asked for deterministic algorithms, which fills new memory with NaN."""
+    torch.manual_seed(0)
+    layer, x, e = getattr(sf, name)(32, 64, feedback=rule), torch.randn(60, 16, 32), torch.randn(60, 16, 64)
+
+    def results() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y, _ = layer(leaf)
+        y.backward(e.to(y.dtype))
+        assert leaf.grad is not None
+        return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    expected = results()
+    assert len(expected) == 6
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Sums over many rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "gate", "share"), [("RNN", 0, 1.0), ("GRU", 2, 0.25), ("LSTM", 2, 0.25)])
+@pytest.mark.parametrize(("T", "B"), [(1024, 256), (50000, 1), (37, 3)])
+@pytest.mark.usefixtures("threads")
+def test_bias_gradients_are_summed_as_exactly_as_torch_sums(name: str, gate: int, share: float, T: int, B: int) -> None:
+    """At zero weights the gradient of a gate's bias is a power of two times the sum of all incoming gradients."""
+    H = 5
+    layer = getattr(sf, name)(2, H, feedback="ft-bptt")
+    for weight in layer.parameters():
+        torch.nn.init.zeros_(weight)
+    torch.manual_seed(0)
+    e = torch.randn(T, B, H)
+    layer(torch.zeros(T, B, 2))[0].backward(e)
+    exact = share * e.double().sum((0, 1))
+    found = layer.bias_hh_l0.grad.view(-1, H)[gate]
+    theirs = share * e.sum((0, 1))
+    scale = exact.norm()
+    assert (found.double() - exact).norm() / scale <= max(2e-7, 2 * float((theirs.double() - exact).norm() / scale))

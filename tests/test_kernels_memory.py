@@ -62,7 +62,7 @@ def test_idle_memory_does_not_grow() -> None:
         optimizer.zero_grad(set_to_none=False)
         model(x)[0].sum().backward()
         optimizer.step()
-        sizes.append(sum(map(len, memory._blocks)))
+        sizes.append(sum(map(len, memory.blocks)))
     assert sizes[1:] == sizes[:1] * 4
 
 

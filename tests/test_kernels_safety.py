@@ -25,8 +25,8 @@ def forward_arguments(cell: str = "gru") -> dict[str, Any]:
     gates, states = G[cell], 2 if cell == "lstm" else 1
     return {
         "cell": cell, "bf16": False, "x": torch.zeros(N, I), "w_ih": torch.zeros(gates * H, I),
-        "w_hh": torch.zeros(gates * H, H), "bias": torch.zeros(gates * H),
-        "hidden_bias": torch.zeros(H) if cell == "gru" else None, "h0": torch.zeros(B, H), "batch_sizes": None,
+        "w_hh": torch.zeros(gates * H, H), "b_ih": torch.zeros(gates * H),
+        "b_hh": torch.zeros(gates * H), "h0": torch.zeros(B, H), "batch_sizes": None,
         "gates": torch.zeros(N, gates * H) if gates > 1 else None, "aux": torch.zeros(N, H) if gates > 1 else None,
         "y": torch.zeros(N, H), "c": torch.zeros(B, H) if states > 1 else None,
     }  # fmt: skip
@@ -35,14 +35,14 @@ def forward_arguments(cell: str = "gru") -> dict[str, Any]:
 def backward_arguments(cell: str = "gru", rule: str = "stationary", corrections: int = 1) -> dict[str, Any]:
     made, states = forward_arguments(cell), 2 if cell == "lstm" else 1
     D = {"stationary": (states * H,), "per_row": (N, states * H), "jacobian": (G[cell], H)}.get(rule)
-    sums = {"gru": 4, "lstm": 4}.get(cell, 1)
     shared = {name: made[name] for name in ("x", "w_ih", "w_hh", "gates", "aux", "y", "h0")}
     return {
         "cell": cell, "rule": rule, "corrections": corrections, "bf16": False, **shared, "c0": made["c"],
         "grad_y": torch.zeros(N, H), "grad_final": torch.zeros(B, states * H),
         "diagonal": None if D is None else torch.zeros(D), "batch_sizes": None, "carry": torch.zeros(B, states * H),
         "grad_x": torch.zeros(N, I), "grad_w_ih": torch.zeros_like(made["w_ih"]),
-        "grad_w_hh": torch.zeros_like(made["w_hh"]), "sums": torch.zeros(sums, H),
+        "grad_w_hh": torch.zeros_like(made["w_hh"]), "grad_b_ih": torch.zeros(G[cell] * H),
+        "grad_b_hh": torch.zeros(G[cell] * H),
         "residual": torch.zeros(N, states * H) if corrections else None,
     }  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_a_missing_tensor_raises(op: str, name: str) -> None:
     [
         (forward_arguments, {"c": torch.zeros(B, H)}, "c must be None except for a cell with two states"),
         (lambda: forward_arguments("lstm"), {"c": None}, "c must be given"),
-        (lambda: forward_arguments("rnn_relu"), {"hidden_bias": torch.zeros(0)}, "hidden_bias must be None"),
+        (lambda: forward_arguments("rnn_relu"), {"b_hh": None}, "b_hh must be given"),
         (lambda: forward_arguments("rnn_relu"), {"gates": torch.zeros(N, H)}, "gates must be None"),
         (forward_arguments, {"h0": torch.zeros(4, H)}, "multiple of the batch of h0, 4, got 6"),
         (forward_arguments, {"batch_sizes": torch.tensor([2, 3, 1])}, "never grow.* got 3 after 2"),
@@ -146,9 +146,7 @@ def test_a_missing_tensor_raises(op: str, name: str) -> None:
         (head_arguments, {"grad_w": None}, "grad_w must be given"),
     ],
 )  # fmt: skip
-def test_arguments_that_contradict_one_another_raise(
-    make: Callable[[], dict[str, Any]], changes: dict[str, Any], words: str
-) -> None:
+def test_contradictory_arguments_raise(make: Callable[[], dict[str, Any]], changes: dict[str, Any], words: str) -> None:
     arguments = make() | changes
     op = next(op for op, of in OPERATORS.items() if of().keys() == arguments.keys())
     with pytest.raises(RuntimeError, match=words):
@@ -174,7 +172,7 @@ def test_a_target_outside_the_classes_raises(wrong: int) -> None:
         call("head_loss", arguments)
 
 
-def test_a_cell_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_without_a_kernel_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     cell, tensors = CELLS["gru"], [torch.zeros(1)] * 3
     assert cpu.unsupported_reason(cell, tensors, False) is None
     monkeypatch.setattr(type(cell), "name", "mgu")
@@ -190,7 +188,7 @@ def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, m
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-# Common beginning of every program of this section.
+# Common first part of every program in this section.
 PROGRAM = """
 import ctypes, resource, torch
 from statefeed import native

@@ -1,5 +1,7 @@
-"""The GPU kernels against the equations (oracles, float64) and the PyTorch path: in Triton's interpreter on a CPU,
-compiled where there is a GPU. What is launched is the same."""
+"""The GPU kernels against the equations (oracles, float64) and the PyTorch path.
+
+On a CPU the kernels run in Triton's interpreter, on a GPU compiled; the launches are the same.
+"""
 
 import os
 import subprocess
@@ -13,7 +15,7 @@ import test_kernels_layer
 import torch
 from functorch.compile import make_boxed_func
 from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
-from tolerances import SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
+from tolerances import MULTIPLE, SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import pack_sequence
@@ -34,26 +36,26 @@ from statefeed.scan.triton import scan  # noqa: E402
 
 BACKEND = BACKENDS["triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Only the interpreter takes another function in the place of a kernel's, and CPU tensors.
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="in Triton's interpreter alone")
+# Only the interpreter supports a replaced function of a kernel, and CPU tensors.
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only in Triton's interpreter")
 # On a GPU float32 is compared with float32, and cuDNN warns of the weights of a case, which are tensors of their own.
 pytestmark = [
     pytest.mark.usefixtures("ieee_float32"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
 
-# The interpreter computes with NumPy, which warns where a GPU does not.
+# The interpreter computes with NumPy, which warns of overflows; a GPU does not.
 OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two steps, however short the sequence."""
+    """Use chunks of two steps for every sequence."""
     monkeypatch.setattr(chunks, "steps", lambda *_: 2)
 
 
 @pytest.fixture(params=["whole", "chunked"])
-def either(request: pytest.FixtureRequest) -> None:
+def chunking(request: pytest.FixtureRequest) -> None:
     if request.param == "chunked":
         request.getfixturevalue("chunked")
 
@@ -68,7 +70,7 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 class Case(test_kernels_layer.Case):
-    """``run`` is torch's forward and the kernels' backward, ``reference`` that of the PyTorch path."""
+    """``run`` is torch's forward pass and the kernels' backward pass; ``reference`` is the PyTorch path."""
 
     def run(
         self,
@@ -123,11 +125,11 @@ def ramp(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    ("corrections", "bias", "either"),
+    ("corrections", "bias", "chunking"),
     [(0, True, "chunked"), (1, False, "chunked"), (2, True, "whole")],
-    indirect=["either"],
+    indirect=["chunking"],
 )
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("chunking")
 def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: bool) -> None:
     for rule in rules_of(cell):
         compare_with_oracle(Case(cell, 5, 2, 2, 3, torch.float64, bias), rule, corrections)
@@ -136,7 +138,7 @@ def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: boo
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("corrections", [0, 1])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, reverse: bool) -> None:
     case = Case(cell, 5, 2, 2, 3, torch.float64)
     D = torch.rand(5, 2, 3 * case.states, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -156,7 +158,7 @@ def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, r
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, packed: bool) -> None:
     case = Case(cell, 6, 3, 2, 3, torch.float64)
     batch_sizes = torch.tensor([3, 3, 2, 1, 1, 1]) if packed else None
@@ -178,7 +180,7 @@ def test_the_reverse_direction_is_the_forward_one_on_reversed_rows(cell: str, pa
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.usefixtures("chunked")
 @OVERFLOWS
-def test_a_chunk_whose_product_overflows_passes_a_carry_of_zero(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zero_carry_stays_zero_in_a_chunk_whose_product_overflows(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, 7, 2, 2, 3, torch.float32)
     # Two steps of a chunk multiply to infinity; no step before the last one that is processed has a gradient.
     case.e[1:], case.final_e = 0, tuple(torch.zeros_like(v) for v in case.final_e)
@@ -212,7 +214,9 @@ def test_float32_is_as_accurate_as_the_pytorch_path(cell: str, T: int, B: int, I
     case = Case(cell, T, B, I, H, torch.float32)
     found = case.run(ramp(case) if rule == "dsf" else rule, corrections)
     reference = case.reference(rule, corrections)
-    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, corrections))
+    # cuDNN approximates tanh and the sigmoid; on an H200 its y has errors of up to 120 roundoffs.
+    multiple = 4 * MULTIPLE if DEVICE.type == "cuda" else MULTIPLE
+    assert_as_accurate(found, reference, case.cast(torch.float64).reference(rule, corrections), multiple)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -280,7 +284,7 @@ def test_an_empty_batch() -> None:
     assert all(not found[name].any() for name in NAMES)
 
 
-def test_nan_reaches_the_gradients_of_its_sequence_alone() -> None:
+def test_nan_reaches_the_gradients_of_its_sequence_only() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     case.e[1, 0, 0] = float("nan")
     found = case.run("gate")["x"]
@@ -289,7 +293,7 @@ def test_nan_reaches_the_gradients_of_its_sequence_alone() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.usefixtures("either", "nan_in_new_memory")
+@pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_mean_jacobian(cell: str) -> None:
     case = Case(cell, 5, 3, 2, 5, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
@@ -356,14 +360,14 @@ def test_a_scan_whose_products_overflow_is_finite_where_the_states_are(
 
 
 @pytest.mark.usefixtures("chunked")
-def test_scan_tells_wrong_recurrences_apart() -> None:
+def test_the_comparison_of_scans_rejects_wrong_recurrences() -> None:
     x, a = torch.ones(7, 2, 3, device=DEVICE, dtype=torch.float64), torch.full((3,), 0.9, device=DEVICE)
     found = {"y": scan(x, a.double(), None, False).cpu()}
     assert_different(found, {"y": oracles.scan(x.cpu(), a.double().cpu(), True)})
     assert_different(found, {"y": oracles.scan(x.cpu(), -a.double().cpu(), False)})
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("chunking")
 def test_an_lstms_cell_states_are_recovered() -> None:
     case = Case("lstm", 5, 3, 2, 4, torch.float64)
     w = dict(zip(NAMES, case.weights, strict=False))
@@ -411,17 +415,19 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
     found = []
     for name in ("reference", "triton"):
         monkeypatch.setattr(stack, "choose", lambda *_, name=name: BACKENDS[name])
-        given = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
+        batch = pack_sequence([x[:, 0], x[:3, 1]]) if packed else x
         if rule == "calibrated":
             model.diagonal.zero_(), model.diagonal_updates.zero_()
-        y = model(given)[0]
+        y = model(batch)[0]
         loss = (y.data if packed else y).square().sum()
         found.append(dict(zip("abcdefghijklmnopq", torch.autograd.grad(loss, [x, *model.parameters()]), strict=False)))
     assert_same(found[1], found[0], SAME_BY_CANCELLATION)
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # a warning of torch while it traces
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     torch.manual_seed(0)
@@ -433,7 +439,9 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # a warning of torch while it traces
 def test_the_graphs_of_a_layer_do_not_depend_on_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     model, graphs = sf.GRU(3, 4, 2, bidirectional=True, feedback="dsf"), []
@@ -482,7 +490,7 @@ def test_a_long_scan_on_a_gpu(T: int) -> None:
     assert error(sf.diagonal_scan(x.to(DEVICE), a.to(DEVICE)).cpu(), exact) < 8 * error(prefix, exact)
 
 
-# Where they cannot be had ---------------------------------------------------------------------------------------------
+# Without Triton -------------------------------------------------------------------------------------------------------
 
 WITHOUT = """
 import sys, warnings
@@ -500,7 +508,7 @@ def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_triton_one_warning_says_so() -> None:
+def test_without_triton_there_is_one_warning() -> None:
     printed = program(WITHOUT).stdout
     assert printed.startswith(
         "False False 1 statefeed uses plain torch operations instead of its kernels: the CUDA kernels cannot be used"
@@ -513,7 +521,7 @@ def test_without_triton_one_warning_says_so() -> None:
 
 
 def test_every_launch_compiles_for_a100_and_h100() -> None:
-    """What the interpreter forgives, the compiler does not; it needs no GPU."""
+    """The compiler rejects code that the interpreter accepts; compiling needs no GPU."""
     script = Path(__file__).parent / "compile_triton.py"
     done = program(script.read_text(), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr

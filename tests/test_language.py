@@ -21,6 +21,12 @@ RETIRED_PHRASES = (
     "tells what they gain", "what became of each claim", "refused in one sentence",
     "nothing of statefeed left", "least to largest", "numbers a row", "that is there already", "wilder",
     "mistake of the user's", "mistake of a user's", "hands back", "handed back",
+    "goes on", "went on", "stands in the", "stand beside", "stands twice", "in disguise", "in force", "their like",
+    "beforehand", "of today", "whole or not at all", "turn by turn", "in one go", "one line a", "one row a",
+    "one record a", "one figure a", "one token a", "one object a", "as it lies", "as they lie", "taken for the other",
+    "of one's own", "ones own", "by way of a", "lies in", "lie in", "left alone", "leave alone",
+    "hand to", "hands to", "by themselves what", "is none of", "as often as not", "call themselves", "without end",
+    "carries along", "for good", "wherever they", "younger than",
 )  # fmt: skip
 BRITISH = (
     r"optimis\w+", r"initialis\w+", r"normalis\w+", r"generalis\w+", r"speciali[s]\w+", r"quantis\w+", r"serialis\w+",
@@ -39,6 +45,11 @@ RETIRED_NAMES = {
     "Team", "Parts", "divide", "Crowding", "patience", "worth_a_meeting", "Rounded", "Tiled", "Held", "put_pair",
     "interleave", "turn", "Turning", "told", "said", "Lost", "Refused", "circumstances", "go_on", "refuse_other",
     "refuse_taken", "amend", "_put_back", "standing", "bests", "undominated", "lap",
+}  # fmt: skip
+RETIRED_NAMES |= {
+    "own_process", "WORTH_IT", "PATIENCE", "REACH", "NAMED", "untils", "of_layer", "beaten", "nowhere", "twice",
+    "spelled", "torch_has_it", "left_out", "look", "looks", "mine", "held", "cut", "_place", "_places", "_refuse",
+    "_as_read", "_success", "_equals", "_misfit",
 }  # fmt: skip
 RETIRED_CPP_NAMES = RETIRED_NAMES | {"Exact", "In", "share", "taken", "owns", "given", "own", "pack", "scratch"}
 
@@ -69,8 +80,9 @@ def _retired_phrases(text: str) -> Iterator[str]:
 def _retired_python_names(text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         for field in ("id", "arg", "attr", "name", "asname"):
-            if getattr(node, field, None) in RETIRED_NAMES:
-                yield f"{getattr(node, 'lineno', 0)}: name {getattr(node, field)!r}"
+            name = getattr(node, field, None)
+            if isinstance(name, str) and (name in RETIRED_NAMES or _PROSE.search(name.replace("_", " "))):
+                yield f"{getattr(node, 'lineno', 0)}: name {name!r}"
 
 
 def _retired_cpp_names(text: str) -> Iterator[str]:
@@ -106,6 +118,10 @@ def test_no_file_uses_a_retired_word() -> None:
         ("a.py", "class Pieces:\n    pass"),
         ("a.py", "from a import b as told"),
         ("a.py", "f(refusal=True)"),
+        ("a.py", "def test_it_is_made_anew():\n    pass"),
+        ("a.py", "def test_a_cell_of_ones_own():\n    pass"),
+        ("a.py", "# one row a rule"),
+        ("a.py", "PATIENCE = 3"),
         ("a.md", "A run goes on\nexactly."),
         ("a.md", "One colour per cell."),
         ("a.h", "// computed anew\n"),

@@ -333,7 +333,7 @@ def test_positional_arguments_are_those_of_torch():
         ]
 
 
-def test_a_parameter_given_as_the_rule_is_a_fixed_diagonal():
+def test_a_parameter_as_the_rule_is_a_fixed_diagonal():
     made = sf.GRU(3, 4, feedback=nn.Parameter(torch.full((4,), 0.5)))
     assert str(made.feedback) == "tensor(4)"
     assert made.state_dict().keys() == nn.GRU(3, 4).state_dict().keys()
@@ -454,7 +454,7 @@ def test_a_layer_is_one_of_torchs():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_converting_a_layer_takes_the_calibrated_diagonal_along(cell):
+def test_converting_a_layer_converts_the_calibrated_diagonal(cell):
     made = layer(cell, feedback="calibrated")
     run(made, torch.randn(5, 2, 3))
     before = made.diagonal.clone()
@@ -494,7 +494,7 @@ def test_a_parametrized_weight_is_read_at_every_call(cell, rule):
 
 @pytest.mark.parametrize("rule", ["dsf", "jacobian+1", "torch"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_functional_call_uses_the_weights_it_is_given(cell, rule):
+def test_a_functional_call_uses_its_weights(cell, rule):
     x, made, other = torch.randn(5, 2, 3), layer(cell, feedback=rule), layer(cell, feedback=rule)
     with torch.no_grad():
         for weight in other.parameters():
@@ -524,7 +524,7 @@ def test_a_weight_that_is_replaced_or_shared_is_the_one_used(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_two_calls_before_one_backward_do_not_disturb_each_other(cell):
+def test_two_calls_before_one_backward_are_independent(cell):
     made, first, second = layer(cell), torch.randn(5, 2, 3), torch.randn(3, 1, 3)
     (made(first)[0].sum() + made(second)[0].sum()).backward()
     together = {name: p.grad.clone() for name, p in made.named_parameters()}
@@ -561,7 +561,7 @@ def test_strided_inputs(cell):
 
 
 def run_as_is(made, x, hx):
-    """Outputs and weight gradients, with the arguments' strides left alone."""
+    """Outputs and weight gradients, with the strides of the arguments unchanged."""
     made.zero_grad()
     outputs = tensors(made(x, hx[0] if len(hx) == 1 else tuple(hx)))
     outputs[0].square().sum().backward()
@@ -596,8 +596,8 @@ def test_bfloat16_weights_are_as_accurate_as_torchs(cell):
     exact = run(theirs.double(), x.double())
     assert [t.dtype for t in tensors(found[0])] == [t.dtype for t in tensors(reference[0])]
     assert all(g.dtype == torch.bfloat16 for g in found[2].values())
-    for mine, other, expected in zip(found[1:], reference[1:], exact[1:], strict=True):
-        assert largest(mine, expected) <= 4 * max(largest(other, expected), 8 * torch.finfo(torch.bfloat16).eps)
+    for value, other, expected in zip(found[1:], reference[1:], exact[1:], strict=True):
+        assert largest(value, expected) <= 4 * max(largest(other, expected), 8 * torch.finfo(torch.bfloat16).eps)
 
 
 def largest(actual, expected):
@@ -629,7 +629,7 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(cell, rule):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_falls_back_to_exact_gradients_in_a_whole_network(cell):
+def test_no_layer_of_a_network_falls_back_to_exact_gradients(cell):
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
     found = run(layer(cell, **options), x)[2]

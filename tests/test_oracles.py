@@ -101,7 +101,7 @@ def test_every_diagonal_with_t_corrections_is_autograd_and_without_them_is_not(c
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_correction_short_of_t_misses_the_initial_state_alone(cell):
+def test_t_minus_one_corrections_are_exact_except_for_the_initial_state(cell):
     weights, x, initial, e = problem(cell)
     found, expected = oracles.layer_gradients(cell, weights, x, initial, e, (-0.7, T - 1)), autograd(cell)
     assert_different({"initial": found.pop("initial")}, {"initial": expected.pop("initial")})

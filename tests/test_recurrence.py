@@ -240,7 +240,7 @@ def test_too_few_corrections_are_not_exact(cell, name, corrections):
 
 @pytest.mark.parametrize("corrections", [0, 6])
 @pytest.mark.parametrize(("cell", "name"), PAIRS)
-def test_splitting_a_sequence_changes_nothing_without_corrections_or_with_enough(cell, name, corrections):
+def test_splitting_a_sequence_gives_the_same_gradient_without_corrections_or_with_enough(cell, name, corrections):
     x, initial, e = problem(cell, 6)
     made = layer(cell, feedback(cell, name, corrections))
     if name == "calibrated":
@@ -385,7 +385,7 @@ def test_only_training_fits_and_units_without_gradient_stay_zero():
 
 @pytest.mark.parametrize("rule", ["dsf", "jacobian+1"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_argument_may_need_its_gradient_alone(cell, rule):
+def test_each_argument_may_be_the_only_one_that_requires_grad(cell, rule):
     x, initial, e = problem(cell, 5)
     whole = gradients(cell, layer(cell, rule), x, initial, e)
     for alone in whole:
@@ -426,7 +426,7 @@ def test_the_loss_may_use_one_output_only(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_graph_kept_gives_the_same_gradient_twice(cell):
+def test_a_retained_graph_gives_the_same_gradient_twice(cell):
     x, initial, e = problem(cell, 5)
     made = layer(cell, "jacobian+1")
     y, last = made(x, parted(cell, initial.unsqueeze(0)))

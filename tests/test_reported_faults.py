@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import pickle
+import random
 import warnings
 from collections import deque
 from itertools import product
@@ -64,7 +65,7 @@ beta = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @beta
 @pytest.mark.parametrize("rule", APPROXIMATE)
 @every_layer
-def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, rule, x):
+def test_an_approximate_rule_raises_for_every_complex_layer(cell, rule, x):
     with pytest.raises(ValueError, match=COMPLEX):
         LAYERS[cell](3, 4, dtype=torch.cdouble, feedback=rule)
     with pytest.raises(ValueError, match=COMPLEX):
@@ -79,6 +80,21 @@ def test_an_approximate_rule_refuses_complex_layers_wherever_one_is_made(cell, r
         report = sf.swap(plain, feedback=rule)
     assert report.kept["0"].endswith('set feedback to "torch"')
     assert type(plain[0]) is TORCHS[cell]
+
+
+@beta
+@pytest.mark.parametrize("dtype", [torch.cfloat, torch.cdouble])
+@pytest.mark.parametrize(
+    "layer", [sf.LSTM(3, 4, feedback="calibrated"), Minimal(3, 4), sf.Recurrent(nn.GRUCell(3, 4), "calibrated")]
+)
+def test_a_layer_that_raises_for_complex_numbers_is_unchanged(layer, dtype, x):
+    expected = layer(x)[0]
+    expected.sum().backward()
+    with pytest.raises(ValueError, match=r"is defined for real numbers, got torch\.complex"):
+        layer.to(dtype)
+    assert torch.equal(layer(x)[0], expected)
+    assert {t.dtype for p in layer.parameters() for t in (p, p.grad)} == {torch.float32}
+    layer(x)[0].sum().backward()
 
 
 @beta
@@ -97,7 +113,7 @@ def test_exact_rules_have_the_gradient_of_torch_on_complex_numbers(cell, rule):
 
 
 @beta
-def test_a_cell_that_torch_lacks_and_a_cell_of_ones_own_refuse_complex_numbers():
+def test_cells_outside_torch_raise_for_complex_numbers():
     with pytest.raises(ValueError, match=r"^Minimal is defined for real numbers, got torch.complex64$"):
         Minimal(3, 4, dtype=torch.cfloat)
     with pytest.raises(ValueError, match=r"^Minimal is defined for real numbers"):
@@ -154,9 +170,8 @@ def without_device(source):
 def test_every_tensor_of_the_library_names_its_device():
     assert without_device("torch.zeros(3)\nx.new_zeros(3)\ntorch.ones(3, device='cpu')") == [1]
     package = Path(sf.__file__).parent
-    applications = {package / "lm", package / "bench"}
-    files = [file for file in package.rglob("*.py") if not applications & set(file.parents)]
-    assert len(files) > 40
+    files = list(package.rglob("*.py"))
+    assert len(files) > 120
     found = {file.relative_to(package).as_posix(): without_device(file.read_text()) for file in files}
     assert {name: lines for name, lines in found.items() if lines} == {}
 
@@ -164,7 +179,7 @@ def test_every_tensor_of_the_library_names_its_device():
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("rule", ["bptt", "torch", *APPROXIMATE])
 @every_layer
-def test_the_default_device_changes_nothing(cell, rule, bidirectional):
+def test_results_do_not_depend_on_the_default_device(cell, rule, bidirectional):
     def results():
         layer = LAYERS[cell](3, 4, bidirectional=bidirectional, feedback=rule, device="cpu")
         with torch.no_grad():
@@ -192,7 +207,7 @@ def test_the_default_device_changes_nothing(cell, rule, bidirectional):
     assert found[1] == expected[1]
 
 
-def test_a_diagonal_without_values_is_refused():
+def test_a_diagonal_without_values_raises():
     with pytest.raises(ValueError, match=r'^a feedback diagonal must have values, got a tensor on the device "meta"'):
         sf.GRU(3, 4, feedback=torch.linspace(0, 1, 4, device="meta"))
 
@@ -200,10 +215,10 @@ def test_a_diagonal_without_values_is_refused():
 # Dtypes under autocast ------------------------------------------------------------------------------------------------
 
 
-def dtypes_under_autocast(layer, x, hx, packed, grad):
+def dtypes_under_autocast(layer, x, hx, lengths, grad):
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-        y, state = layer(pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x, hx)
-        y = y.data if packed else y
+        y, state = layer(x if lengths is None else pack_padded_sequence(x, torch.tensor(lengths)), hx)
+        y = y if lengths is None else y.data
         if grad:
             y.float().sum().backward()
             assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
@@ -215,34 +230,55 @@ def dtypes_under_autocast(layer, x, hx, packed, grad):
 @pytest.mark.parametrize("layers", [1, 2])
 @every_layer
 def test_autocast_returns_the_dtypes_of_torch(cell, layers, rule, x):
-    for dtype, state, packed, grad in product(
-        (torch.float32, torch.bfloat16), (None, torch.float32, torch.bfloat16), (False, True), (False, True)
+    for dtype, state, lengths, grad in product(
+        (torch.float32, torch.bfloat16), (None, torch.float32, torch.bfloat16), (None, (5, 3), (5, 5)), (False, True)
     ):
         hx = None if state is None else torch.zeros(2 * layers, 2, 4, dtype=state)
         hx = (hx, hx) if cell == "lstm" and hx is not None else hx
         found, expected = (
-            dtypes_under_autocast(layer, x.to(dtype), hx, packed, grad)
+            dtypes_under_autocast(layer, x.to(dtype), hx, lengths, grad)
             for layer in (
                 LAYERS[cell](3, 4, layers, bidirectional=True, feedback=rule),
                 TORCHS[cell](3, 4, layers, bidirectional=True),
             )
         )
-        assert found == expected, (dtype, state, packed, grad)
+        assert found == expected, (dtype, state, lengths, grad)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="torch lacks the LSTM of this CPU in bf16")
+@pytest.mark.parametrize("rule", ["dsf", "bptt", "torch"])
+@every_layer
+def test_lengths_and_resets_change_no_dtype(cell, rule, x):
+    layer = LAYERS[cell](3, 4, feedback=rule)
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    rows = [{"lengths": torch.tensor([5, 3])}, {"lengths": torch.tensor([5, 5])}, {"resets": resets}]
+    rows += [{"resets": resets.index_fill(0, torch.tensor([2]), True)}, {"resets": ~resets}]
+    for grad, options in product((False, True), rows):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            (y, state), (expected, final) = layer(x, **options), layer(x)
+        flat = [y, *(state if cell == "lstm" else [state])]
+        assert [t.dtype for t in flat] == [t.dtype for t in (expected, *(final if cell == "lstm" else [final]))]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_lstm_is_validated_under_autocast_where_onednn_has_no_bfloat16(dtype, layers, x, monkeypatch):
-    layer = sf.LSTM(3, 4, layers, feedback="dsf")
+    layer = sf.LSTM(3, 4, layers, feedback="torch")
     with torch.no_grad():
         expected, (h, c) = layer(x.to(dtype).float())
-        monkeypatch.setattr("statefeed.layers._onednn_has_bf16", lambda: False)
+        monkeypatch.setattr("statefeed.paths.onednn_supports_bf16", lambda: False)
         for hx in (None, (torch.zeros(layers, 2, 4), torch.zeros(layers, 2, 4))):
             with torch.autocast("cpu", torch.bfloat16):
                 y, state = layer(x.to(dtype), hx)
             torch.testing.assert_close([y, *state], [expected.bfloat16(), h.bfloat16(), c.bfloat16()], rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            packed = layer(pack_padded_sequence(x.to(dtype), torch.tensor([5, 5])))[0]
+        torch.testing.assert_close(packed.data, expected.bfloat16().flatten(0, 1), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert y.dtype == layer(x)[0].dtype
+        layer.feedback = "bptt"
+        layer(x[:1])[0].sum().backward()  # one step: torch's own path
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 @pytest.mark.parametrize("feature", ["lengths", "resets"])
@@ -256,7 +292,7 @@ def test_a_linear_layer_feeds_a_gru_under_autocast(feature, x):
     assert y.dtype == h.dtype == torch.bfloat16
 
 
-# A forward of one's own -----------------------------------------------------------------------------------------------
+# An overridden forward ------------------------------------------------------------------------------------------------
 
 
 class Doubled(sf.GRU):
@@ -272,7 +308,7 @@ class DoubledCell(Minimal):
 
 
 @pytest.mark.parametrize(("kind", "plain"), [(Doubled, sf.GRU), (DoubledCell, Minimal)])
-def test_a_forward_of_ones_own_runs_once(kind, plain, x):
+def test_an_overridden_forward_runs_once(kind, plain, x):
     ours, other = kind(3, 4, feedback="dsf"), plain(3, 4, feedback="dsf")
     other.load_state_dict(ours.state_dict())
     calls = []
@@ -283,7 +319,7 @@ def test_a_forward_of_ones_own_runs_once(kind, plain, x):
     assert len(calls) == 4
 
 
-def test_alignment_measures_the_layer_inside_a_forward_of_ones_own(x):
+def test_alignment_measures_a_layer_with_an_overridden_forward(x):
     class Last(sf.GRU):
         """Another input and another result than a recurrent layer has."""
 
@@ -356,6 +392,64 @@ def test_alignment_of_a_loss_that_is_not_finite_is_not_a_number(x):
     assert all(value != value for value in found.numbers().values())
 
 
+def through_head(model, y):
+    return model["head"](y).square().sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, x: through_head(m, m["layer"](x)[0].detach()),
+        lambda m, x: through_head(m, torch.no_grad()(m["layer"])(x)[0]),
+        lambda m, x: through_head(m, torch.cat([x, x[..., :1]], -1)),
+    ],
+    ids=["detached", "without autograd", "unused"],
+)
+def test_alignment_needs_a_gradient_that_passes_through_a_layer(loss, x):
+    model = nn.ModuleDict({"layer": sf.GRU(3, 4, feedback="ft-bptt"), "head": nn.Linear(4, 1)})
+    with pytest.raises(ValueError, match=r"^alignment needs a loss whose gradient passes through a statefeed layer"):
+        sf.alignment(model, loss, x)
+    assert sf.alignment(model, lambda m, x: through_head(m, m["layer"](x)[1]), x).total.cosine < 1
+
+
+def test_alignment_of_a_frozen_layer_that_a_gradient_passes(x):
+    model = nn.ModuleDict({"embedding": nn.Linear(3, 3), "layer": sf.GRU(3, 4, feedback="ft-bptt")})
+    model["layer"].requires_grad_(False)
+    assert sf.alignment(model, lambda m, x: m["layer"](m["embedding"](x))[0].square().sum(), x).total.cosine < 1
+    model["embedding"].requires_grad_(False)
+    model["head"] = nn.Linear(4, 1)
+    with pytest.raises(ValueError, match="got a loss without one"):
+        sf.alignment(model, lambda m, x: through_head(m, m["layer"](x)[0]), x)
+
+
+def test_both_passes_of_alignment_draw_the_same_random_numbers(x):
+    np = pytest.importorskip("numpy")
+    layer = sf.GRU(3, 4, feedback="torch")
+    layer.generator = torch.Generator().manual_seed(0)
+
+    def loss(model, x):
+        noise = torch.randn(x.shape, generator=model.generator)
+        return total(model, x * noise) * (1 + random.random()) * (1 + np.random.rand())
+
+    before = layer.generator.get_state(), random.getstate(), np.random.get_state()[1].tolist()
+    found = sf.alignment(layer, loss, x, lags=0).total
+    assert (found.cosine, found.norm_ratio) == pytest.approx((1, 1))
+    assert torch.equal(layer.generator.get_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_alignment_warns_of_a_state_that_it_cannot_restore(x):
+    layer, calls = sf.GRU(3, 4, feedback="torch"), []
+
+    def loss(model, x):
+        calls.append(1)
+        return total(model, x) * len(calls)
+
+    with pytest.warns(UserWarning, match=r"^alignment needs the same loss in both passes, got [^\n]+$"):
+        sf.alignment(layer, loss, x)
+
+
 def test_alignment_needs_a_loss_that_reaches_a_parameter(x):
     model = nn.ModuleList([sf.GRU(3, 4, feedback="dsf")])
     with pytest.raises(ValueError, match=r"^alignment needs a loss that depends on a parameter, got one that reaches"):
@@ -381,7 +475,7 @@ class Tagger(nn.Module):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.parametrize("everything", [False, True])
-def test_alignment_refuses_sharded_parameters(everything, one_process, x):
+def test_alignment_raises_for_sharded_parameters(everything, one_process, x):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -389,7 +483,7 @@ def test_alignment_refuses_sharded_parameters(everything, one_process, x):
     fully_shard(model.layer, mesh=mesh)
     if everything:
         fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"^alignment needs whole parameters, got layer.weight_ih_l0 as a DTensor"):
+    with pytest.raises(ValueError, match=r"^alignment needs unsharded parameters, got layer.weight_ih_l0 as a DTensor"):
         sf.alignment(model, lambda m, x: m(x).square().sum(), x)
 
 
@@ -458,7 +552,7 @@ def test_an_unused_parameter_of_a_cell_has_no_gradient_and_no_decay(rule, x):
 
 
 @pytest.mark.parametrize("learned", ["calibrated+1", "fitted"])
-def test_an_average_that_was_made_before_a_schedule_switches(learned, x):
+def test_an_average_created_before_a_schedule_switches(learned, x):
     model = Tagger()
     schedule, average = sf.Schedule(f"dsf@0.5/{learned}"), AveragedModel(model, use_buffers=True)
     for step in range(4):
@@ -480,7 +574,7 @@ def pickled(layer):
 
 @pytest.mark.parametrize("make", [copied, pickled])
 @pytest.mark.parametrize("kind", [sf.GRU, Minimal, lambda *sizes, feedback: sf.Recurrent(nn.GRUCell(*sizes), feedback)])
-def test_what_was_learned_follows_copies_pickles_and_dtypes(make, kind, x):
+def test_learned_tensors_follow_copies_pickles_and_dtypes(make, kind, x):
     layer = kind(3, 4, feedback="calibrated")
     if make is pickled and kind is Minimal:
         pytest.skip("a cell made here has no name to be pickled by")
@@ -589,14 +683,26 @@ SENTENCES = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rule", ["dsf", "bptt", "calibrated+1"])
 @every_layer
-def test_a_transform_answers_with_one_sentence(cell, rule, transform, x):
+def test_an_unsupported_transform_raises_a_clear_error(cell, rule, transform, x):
+    x = torch.cat([x] * 5)  # long enough for kernels under the exact rule
     with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback=rule), x)
 
 
+@pytest.mark.parametrize(
+    "transform", ["jacrev", "jvp", "jacfwd", "forward_ad", "vmap", "vmap of grad", "ExpandedWeights"]
+)
+@every_layer
+def test_the_answer_to_a_transform_does_not_depend_on_the_length(cell, transform, x):
+    layer = LAYERS[cell](3, 4)
+    assert "torch.nn" in sf.explain(layer, x[:2]).forward
+    with pytest.raises(RuntimeError, match=f"^{SENTENCES[transform]}[^\n]+$"):
+        TRANSFORMS[transform](layer, x[:2])
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_layer
-def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
+def test_the_remedy_of_an_error_works(cell, transform, x):
     """Where it names "torch", that rule runs, with the values of torch's layer; where it does not, it fails as well."""
     with pytest.raises(RuntimeError) as error:
         TRANSFORMS[transform](LAYERS[cell](3, 4, feedback="dsf"), x)
@@ -616,7 +722,7 @@ def test_the_remedy_of_a_sentence_is_true(cell, transform, x):
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacobian", "is_grads_batched", "jvp", "forward_ad", "vmap"])
-def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(transform, x):
+def test_a_user_defined_cell_raises_a_clear_error_whose_remedy_works(transform, x):
     layer = sf.Recurrent(nn.GRUCell(3, 4), "dsf")
     with pytest.raises(
         RuntimeError, match=r'^(torch.func cannot|the backward pass of|a feedback rule has)[^\n]+"bptt"'
@@ -624,6 +730,31 @@ def test_a_cell_of_ones_own_answers_with_one_sentence_and_its_remedy_works(trans
         TRANSFORMS[transform](layer, x)
     layer.feedback = "bptt"
     TRANSFORMS[transform](layer, x)
+
+
+class Plain(nn.Module):
+    """A cell of layers that take ExpandedWeights."""
+
+    hidden_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.hidden = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x, h):
+        return torch.tanh(self.input(x) + self.hidden(h))
+
+
+def test_expanded_weights_run_through_a_user_defined_cell_under_the_exact_rule(x):
+    layer = sf.Recurrent(Plain(), "dsf")
+    with pytest.raises(RuntimeError, match=r"^ExpandedWeights [^\n]+ statefeed.Recurrent [^\n]+\"bptt\"[^\n]+$"):
+        per_sample(layer, x)
+    layer.feedback = "bptt"
+    per_sample(layer, x.transpose(0, 1)).square().sum().backward()
+    found = [p.grad_sample for p in layer.parameters()]
+    for k in range(2):
+        expected = torch.autograd.grad(total(layer, x.transpose(0, 1)[k : k + 1]), list(layer.parameters()))
+        torch.testing.assert_close([g[k] for g in found], list(expected))
 
 
 # Tools that look at graphs --------------------------------------------------------------------------------------------
@@ -649,7 +780,7 @@ def test_fx_traces_a_module_that_holds_a_layer(layer, x):
     torch.testing.assert_close(graph(x), model(x))
 
 
-def test_fx_is_told_lengths_by_name(x):
+def test_fx_records_lengths_by_name(x):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -662,9 +793,10 @@ def test_fx_is_told_lengths_by_name(x):
     torch.testing.assert_close(fx.symbolic_trace(model)(x, lengths), model(x, lengths))
 
 
-def test_fx_refuses_what_it_would_draw_wrongly():
+def test_fx_raises_for_a_module_that_it_cannot_trace():
     with pytest.raises(
-        RuntimeError, match=r"^torch.fx cannot trace Doubled, a subclass with a forward of its own[^\n]+$"
+        RuntimeError,
+        match=r"^torch.fx cannot trace Doubled, a subclass of a recurrent layer that overrides forward[^\n]+$",
     ):
         fx.symbolic_trace(nn.Sequential(Doubled(3, 4)))
     with pytest.raises(RuntimeError, match=r"^torch.fx traces a module that holds a recurrent layer, not GRU itself$"):
@@ -674,7 +806,7 @@ def test_fx_refuses_what_it_would_draw_wrongly():
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "calibrated", "jacobian", "gate+2"])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_products_are_counted_as_explain_counts_them(cell, rule, x):
-    layer, leaf = LAYERS[cell](3, 4, feedback=rule), x.clone().requires_grad_()
+    layer, leaf = LAYERS[cell](3, 4, feedback=rule), torch.cat([x] * 5).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         total(layer, leaf).backward()
     expected = sf.explain(layer, leaf)
@@ -794,7 +926,7 @@ def test_weights_that_are_no_parameters(cell, rule, autocast, x):
 
 @pytest.mark.parametrize("rule", ["bptt", *APPROXIMATE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cell_of_ones_own_takes_tokens(rule, dtype):
+def test_a_user_defined_cell_accepts_tokens(rule, dtype):
     class Embedded(nn.Module):
         hidden_size = 4
 

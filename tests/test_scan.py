@@ -47,7 +47,7 @@ def test_every_method_solves_the_recurrence(method, varying, reverse, dtype, sta
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("method", "varying"), ALLOWED)
-def test_every_method_tells_wrong_recurrences_apart(method, varying, reverse):
+def test_every_method_is_seen_to_reject_wrong_recurrences(method, varying, reverse):
     x, a, initial = problem((17, 2, 3), varying)
     found = {"y": sf.diagonal_scan(x, a, reverse=reverse, initial=initial, method=method)}
     assert_different(found, {"y": oracles.scan(x, a, not reverse, initial)})
@@ -84,7 +84,7 @@ def test_nothing_divides_by_the_diagonal(method, varying, value):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("method", "varying"), ALLOWED)
-def test_strided_slices_are_read_as_they_lie(method, varying, reverse):
+def test_strided_slices_are_supported(method, varying, reverse):
     x, a, initial = problem((34, 4, 6), varying)
     views = [v.mT.contiguous().mT if v.dim() > 2 else v for v in (x, a)]
     x, a = views[0][::2, ::2, ::2], views[1][..., ::2]
@@ -109,7 +109,7 @@ def test_first_and_second_derivatives(method, varying, reverse, dtype):
 
 
 @pytest.mark.parametrize(("method", "varying"), ALLOWED)
-def test_each_input_may_need_a_gradient_alone(method, varying):
+def test_each_input_may_be_the_only_one_that_requires_grad(method, varying):
     given = problem((9, 2, 3), varying)
     for alone in range(3):
         args = [v.clone().requires_grad_(n == alone) for n, v in enumerate(given)]
@@ -134,15 +134,15 @@ def test_empty_time_and_empty_batch(method, varying):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_cutting_a_sequence_and_carrying_the_state_changes_nothing(method):
+def test_splitting_a_sequence_gives_the_same_outputs(method):
     x, a, initial = problem((23, 2, 3), False)
-    for cut in (1, 8, 22):
-        first = sf.diagonal_scan(x[:cut], a, initial=initial, method=method)
-        second = sf.diagonal_scan(x[cut:], a, initial=first[-1], method=method)
+    for split in (1, 8, 22):
+        first = sf.diagonal_scan(x[:split], a, initial=initial, method=method)
+        second = sf.diagonal_scan(x[split:], a, initial=first[-1], method=method)
         whole = sf.diagonal_scan(x, a, initial=initial, method=method)
         assert_same({"y": torch.cat((first, second))}, {"y": whole})
-        last = sf.diagonal_scan(x[cut:], a, reverse=True, initial=initial, method=method)
-        first = sf.diagonal_scan(x[:cut], a, reverse=True, initial=last[0], method=method)
+        last = sf.diagonal_scan(x[split:], a, reverse=True, initial=initial, method=method)
+        first = sf.diagonal_scan(x[:split], a, reverse=True, initial=last[0], method=method)
         whole = sf.diagonal_scan(x, a, reverse=True, initial=initial, method=method)
         assert_same({"y": torch.cat((first, last))}, {"y": whole})
 
@@ -245,7 +245,7 @@ def test_the_sequential_method_is_the_loop_that_the_count_would_see():
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_fourier_transform_refuses_a_diagonal_that_varies():
+def test_the_fourier_transform_raises_for_a_time_varying_diagonal():
     x, a, _ = problem((5, 2, 3), True)
     with pytest.raises(ValueError, match="fft"):
         sf.diagonal_scan(x, a, method="fft")
@@ -262,7 +262,7 @@ def test_the_fourier_transform_refuses_a_diagonal_that_varies():
         {"initial": torch.zeros(3)},
     ],
 )
-def test_wrong_arguments_are_refused_in_one_sentence(options):
+def test_wrong_arguments_raise(options):
     given = {"x": torch.zeros(5, 2, 3), "a": torch.zeros(3)} | options
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         sf.diagonal_scan(**given)

@@ -1,4 +1,4 @@
-"""Schedules of rules: spelling, the rule in force, and setting it in a model."""
+"""Schedules of rules: spelling, the rule at a fraction, and setting it in a model."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 import statefeed as sf
 
 
-def test_the_rule_in_force() -> None:
+def test_the_rule_at_a_fraction() -> None:
     schedule = sf.Schedule("dsf@0.25/gate@0.5/gate+1")
     assert [str(schedule.at(f)) for f in (0.0, 0.24, 0.25, 0.49, 0.5, 0.99, 1.0)] == [
         *["dsf"] * 2,
@@ -18,7 +18,7 @@ def test_the_rule_in_force() -> None:
 
 
 @pytest.mark.parametrize("rule", ["jacobian+2", 0.5, None, torch.full((3,), 0.5), sf.Feedback("gate")])
-def test_a_rule_alone_holds_throughout(rule: object) -> None:
+def test_a_single_rule_is_used_throughout(rule: object) -> None:
     schedule = sf.Schedule(rule)
     assert schedule.at(0.0) == schedule.at(1.0) == (rule if isinstance(rule, sf.Feedback) else sf.Feedback(rule))
 
@@ -44,6 +44,6 @@ def test_apply_changes_every_layer_once() -> None:
         ("dfs@0.5/gate", "feedback must be"),
     ],
 )
-def test_refusals(spelling: str, message: str) -> None:
+def test_unsupported_uses_raise(spelling: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sf.Schedule(spelling)

@@ -117,7 +117,7 @@ def test_no_gradient_passes_a_reset() -> None:
         ({"resets": torch.zeros(B, T, dtype=torch.bool)}, r"\(T, B\) = \(9, 4\)"),
     ],
 )
-def test_refusals(keywords: dict, message: str) -> None:
+def test_unsupported_uses_raise(keywords: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sf.GRU(I, H)(torch.zeros(T, B, I), **keywords)
 

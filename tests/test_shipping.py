@@ -16,7 +16,7 @@ RULES = ["dsf", "ft-bptt", 0.5, "calibrated", "calibrated+1", "gate+1", "jacobia
 
 
 class Model(nn.Module):
-    """A layer of every kind and a head; x (B, T, 3) -> (B, T, 2)."""
+    """One layer of every cell and a head; x (B, T, 3) -> (B, T, 2)."""
 
     def __init__(self, rule="dsf", bidirectional=False, rnn=True, dropout=0.1):
         super().__init__()
@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 
 def stored(model):
-    """What the learned rules of a model have stored."""
+    """The tensors of learned rules in a model."""
     return [t for m in model.modules() if hasattr(m, "learned_tensors") for t in m.learned_tensors().values()]
 
 
@@ -45,7 +45,7 @@ def x():
 
 
 def trained(x, bidirectional=True):
-    """A model after a few steps under a rule, and its outputs of that time, taken on the path with autograd."""
+    """A model after a few training steps, and its outputs, computed with autograd."""
     model = Model("calibrated+1", bidirectional)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     for _ in range(5):
@@ -60,13 +60,13 @@ def trained(x, bidirectional=True):
 
 # Exported -------------------------------------------------------------------------------------------------------------
 
-# Of torch's own layers: the list in which they keep their parameters is no buffer.
+# torch warns of the list of parameters of its own layers, which is not a buffer.
 exporting = pytest.mark.filterwarnings("ignore:The tensor attributes? self:UserWarning")
 
 
 @exporting
 @pytest.mark.parametrize("restored", [True, False])
-def test_an_exported_model_computes_what_it_did_in_training_for_any_batch(x, restored):
+def test_an_exported_model_has_the_outputs_of_training_for_any_batch(x, restored):
     model, outputs = trained(x)
     if restored:
         sf.restore(model)
@@ -81,7 +81,7 @@ def test_an_exported_model_computes_what_it_did_in_training_for_any_batch(x, res
 
 @exporting
 @pytest.mark.parametrize("cell", CELLS)
-def test_an_exported_step_carries_its_state_through_a_sequence(cell, x):
+def test_an_exported_step_runs_a_sequence(cell, x):
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, num_layers=2, batch_first=True)
     y, _ = layer(x)
@@ -89,7 +89,7 @@ def test_an_exported_step_carries_its_state_through_a_sequence(cell, x):
     sf.restore(layer)
     state = torch.zeros(2, 4, 5)
     if cell == "lstm":
-        state = (state, state.clone())  # two tensors: export takes one that is given twice for one input
+        state = (state, state.clone())  # two tensors: export treats the same tensor twice as one input
     step = torch.export.export(layer, (x[:, :1], state)).module()
     for t in range(7):
         y_t, state = step(x[:, t : t + 1], state)
@@ -105,8 +105,8 @@ def run_onnx(path, x):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_onnx_computes_what_the_model_did_in_training_for_any_batch_and_length(x, bidirectional, tmp_path):
-    """The exporter that is not based on torch.export leaves both axes free."""
+def test_onnx_has_the_outputs_of_training_for_any_batch_and_length(x, bidirectional, tmp_path):
+    """The exporter that is not based on torch.export supports dynamic batch and time axes."""
     pytest.importorskip("onnx", reason="the extra statefeed[onnx] is not installed")
     pytest.importorskip("onnxruntime", reason="the extra statefeed[onnx] is not installed")
     model, outputs = trained(x, bidirectional)
@@ -132,7 +132,7 @@ def test_onnx_through_torch_export_leaves_the_batch_free(x, tmp_path):
     model = OutputsOnly(sf.restore(layer))
     path = tmp_path / "model.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about packages of torch's own that are not installed
+        warnings.simplefilter("ignore")  # about optional packages of torch that are not installed
         torch.onnx.export(
             model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
         )
@@ -173,7 +173,7 @@ def test_a_restored_model_is_scripted_and_traced(x):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_steps_are_the_sequence_at_once(cell, batch_first):
+def test_steps_equal_one_call_on_the_sequence(cell, batch_first):
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, num_layers=2, batch_first=batch_first)
     x = torch.randn(9, 4, 3)
@@ -187,7 +187,7 @@ def test_steps_are_the_sequence_at_once(cell, batch_first):
     torch.testing.assert_close(state, final)
 
 
-def test_a_step_goes_on_from_a_sequence_and_reads_the_weights_at_every_call():
+def test_a_step_continues_a_sequence_with_the_current_weights():
     layer, x = sf.LSTM(3, 5), torch.randn(6, 2, 3)
     _, state = layer(x[:5])
     y, _ = layer.step(x[5], state)
@@ -214,20 +214,22 @@ def test_invalid_steps_raise(layer, shape, message):
 
 
 def compiled_and_eager(model, x, backend):
-    """(outputs, gradients, calibrated diagonals) of both, the whole model being one graph."""
+    """(outputs, gradients, learned tensors) of the compiled model, which is one graph, and of the eager model."""
     other = copy.deepcopy(model)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
-        answers = []
+        results = []
         for call, module in ((torch.compile(model, backend=backend, fullgraph=True), model), (other, other)):
             leaf = x.clone().requires_grad_()
             y = call(leaf)
             y.square().sum().backward()
-            answers.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters()), *stored(module)])
-    return answers
+            results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters()), *stored(module)])
+    return results
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # a warning of torch while it traces
 @pytest.mark.parametrize("rule", RULES)
 def test_a_compiled_model_is_one_graph_and_has_the_gradients_of_its_rule(rule, x):
     model = Model(rule, rnn=rule != "gate+1", dropout=0.0).double()
@@ -250,7 +252,7 @@ def test_a_compiled_model_follows_a_rule_that_changes(x):
             torch.testing.assert_close(found, expected)
 
 
-# Torch's own, while it traces and where the graph breaks.
+# Warnings of torch while it traces, and at graph breaks.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute")
 def test_a_fitted_rule_is_compiled_around_its_exact_passes(x):
     model = Model("fitted", rnn=False, dropout=0.0).double()
@@ -269,7 +271,9 @@ def test_a_fitted_rule_is_compiled_around_its_exact_passes(x):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(*(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User")))  # inductor's own
+@pytest.mark.filterwarnings(
+    *(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User"))
+)  # warnings of inductor
 def test_inductor_compiles_the_same(x):
     model = Model("calibrated+1", bidirectional=True, dropout=0.0)
     ours, eager = compiled_and_eager(model, x, "inductor")
@@ -330,7 +334,7 @@ def test_gradients_flow_in_evaluation_and_a_calibrated_diagonal_stays(rule, x):
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("layer", [sf.GRU(3, 5), sf.Recurrent(nn.GRUCell(3, 5))], ids=["layer", "custom cell"])
 def test_a_second_derivative_raises(layer, power):
-    """Also where the gradient that comes in is a constant, of which autograd would take the result for one too."""
+    """Also if the incoming gradient is a constant, for which ``once_differentiable`` would return a detached result."""
     x = torch.randn(4, 2, 3, requires_grad=True)
     layer.feedback = "dsf"
     y, _ = layer(x)
@@ -345,8 +349,8 @@ def test_a_second_derivative_raises(layer, power):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "gate+1", "jacobian", "fitted"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_torch_func_takes_the_gradient_of_the_rule(cell, rule, dtype):
-    """In bfloat16 through PyTorch, else through the fused kernels where there are any."""
+def test_torch_func_computes_the_gradient_of_the_rule(cell, rule, dtype):
+    """bfloat16 runs through PyTorch, float32 through the fused kernels if available."""
     torch.manual_seed(0)
     layer = CELLS[cell](3, 5, 2, bidirectional=True, feedback="dsf" if cell == "rnn" and rule == "gate+1" else rule)
     layer = layer.to(dtype)
@@ -383,7 +387,7 @@ def test_torch_func_raises_for_a_second_derivative_and_a_map_over_samples():
 
 
 class Streams(torch.utils.data.Dataset):
-    """Items that a layer has a part in, as in an augmentation or a frozen front end."""
+    """Items that a layer computes, as in an augmentation or a frozen front end."""
 
     def __init__(self):
         self.layer = sf.GRU(3, 5)
@@ -399,8 +403,8 @@ class Streams(torch.utils.data.Dataset):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
-def test_a_forked_worker_that_runs_a_layer_comes_back():
-    """Also after the parent has started its threads."""
+def test_a_forked_worker_can_run_a_layer():
+    """Also if the parent process has started its threads."""
     data = Streams()
     expected = [data[k] for k in range(4)]
     loader = torch.utils.data.DataLoader(

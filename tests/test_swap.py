@@ -1,4 +1,4 @@
-"""swap and restore on models of one's own: same parameters, same outputs, nothing left behind."""
+"""swap and restore on user-defined models: same parameters, same outputs, plain torch.nn afterwards."""
 
 import copy
 import functools
@@ -62,7 +62,7 @@ def test_swap_keeps_parameters_sharing_names_and_outputs(model: Tagger, tokens: 
     torch.testing.assert_close(model(tokens), before)
 
 
-def test_an_optimiser_built_before_goes_on_and_the_rule_is_in_force(model: Tagger, tokens: torch.Tensor) -> None:
+def test_an_existing_optimizer_works_under_the_new_rule(model: Tagger, tokens: torch.Tensor) -> None:
     model.eval()
     exact = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -75,7 +75,7 @@ def test_an_optimiser_built_before_goes_on_and_the_rule_is_in_force(model: Tagge
     torch.testing.assert_close(model.decoder.weight_hh_l0, before - model.decoder.weight_hh_l0.grad)
 
 
-def test_restore_leaves_nothing_of_statefeed(model: Tagger, tokens: torch.Tensor) -> None:
+def test_restore_gives_plain_torch_nn(model: Tagger, tokens: torch.Tensor) -> None:
     plain = copy.deepcopy(model)
     sf.swap(model, feedback="calibrated")
     model(tokens).sum().backward()
@@ -112,13 +112,13 @@ def test_include_exclude_and_dry_run(model: Tagger) -> None:
     assert str(report).splitlines()[0].startswith("swapped  encoder: GRU(6, 6, num_layers=2")
 
 
-def test_one_pattern_alone_is_a_pattern_and_not_its_letters(model: Tagger) -> None:
+def test_a_string_is_one_pattern(model: Tagger) -> None:
     assert list(sf.swap(model, include="enc*", dry_run=True).swapped) == ["encoder"]
     assert sf.swap(model, exclude="decoder").kept == {"decoder": "excluded"}
     assert type(model.decoder) is nn.LSTM
 
 
-def test_what_cannot_run_under_the_rule_is_kept_and_says_why() -> None:
+def test_a_layer_that_does_not_support_the_rule_is_left_unchanged_with_the_reason() -> None:
     model = nn.ModuleList([nn.RNN(2, 3), nn.LSTM(2, 4, proj_size=2), nn.GRU(2, 3)])
     report = sf.swap(model, feedback="gate")
     assert list(report.swapped) == ["2"]
@@ -127,13 +127,13 @@ def test_what_cannot_run_under_the_rule_is_kept_and_says_why() -> None:
     assert [type(m) for m in model[:2]] == [nn.RNN, nn.LSTM]
 
 
-def test_a_bad_rule_changes_nothing(model: Tagger) -> None:
+def test_an_invalid_rule_leaves_the_model_unchanged(model: Tagger) -> None:
     with pytest.raises(ValueError, match="feedback must be"):
         sf.swap(model, feedback="dfs")
     assert type(model.encoder) is nn.GRU
 
 
-def test_a_layer_of_ours_takes_the_new_rule_and_the_model_may_be_the_layer() -> None:
+def test_swap_sets_the_rule_of_a_statefeed_layer_which_may_be_the_model() -> None:
     layer = sf.GRU(2, 3, feedback="dsf")
     report = sf.swap(layer, feedback="jacobian")
     assert str(layer.feedback) == "jacobian"
@@ -179,7 +179,7 @@ def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", SUBCLASSES)
-def test_a_subclass_runs_ours_under_the_rule_and_is_restored(kind: type[nn.RNNBase]) -> None:
+def test_a_swapped_subclass_runs_under_the_rule_and_is_restored(kind: type[nn.RNNBase]) -> None:
     torch.manual_seed(0)
     layer, x = kind(3, 4, num_layers=2), torch.randn(6, 2, 3)
     plain, exact, before = copy.deepcopy(layer), gradients(layer, x), layer(x)[0]
@@ -264,13 +264,13 @@ class NotOfACell(nn.RNNBase):
         (lambda: CallsVF(3, 4), "CallsVF.forward calls torch._VF.gru by name"),
         (lambda: CallsImportedVF(3, 4), "CallsImportedVF.run calls _VF.gru by name"),
         (lambda: CallsByName(3, 4), "CallsByName.forward calls nn.GRU.forward by name"),
-        (lambda: OwnLoop(3, 4), "OwnLoop has a forward of its own"),
-        (lambda: OwnAttribute(3, 4), "OwnAttribute has an attribute 'feedback' of its own"),
+        (lambda: OwnLoop(3, 4), "OwnLoop overrides forward"),
+        (lambda: OwnAttribute(3, 4), "OwnAttribute defines an attribute 'feedback'"),
         (lambda: NotOfACell("GRU", 3, 4), "NotOfACell is a subclass of torch.nn.RNNBase"),
     ],
     ids=["torch._VF", "_VF", "GRU.forward", "loop", "attribute", "RNNBase"],
 )
-def test_a_subclass_that_goes_around_ours_is_left_with_the_reason(make: Callable[[], nn.RNNBase], reason: str) -> None:
+def test_a_subclass_that_bypasses_the_layer_is_left_unchanged(make: Callable[[], nn.RNNBase], reason: str) -> None:
     model = nn.ModuleList([make(), nn.GRU(3, 4)])
     kind = type(model[0])
     report = sf.swap(model)
@@ -303,7 +303,7 @@ CHANGES = {hooked: "replaced on the object", parametrized: "before you parametri
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES.items(), ids=[c.__name__ for c in CHANGES])
-def test_a_changed_layer_is_left_by_swap_and_by_restore(change: Callable[[nn.Module], None], reason: str) -> None:
+def test_swap_and_restore_leave_a_modified_layer_unchanged(change: Callable[[nn.Module], None], reason: str) -> None:
     model = nn.Sequential(nn.GRU(3, 4))
     change(model[0])
     kind = type(model[0])
@@ -320,7 +320,7 @@ def test_a_changed_layer_is_left_by_swap_and_by_restore(change: Callable[[nn.Mod
     assert str(model[0].feedback) == "dsf"
 
 
-def test_a_forward_of_the_class_that_a_removed_hook_left_on_the_object_is_no_obstacle() -> None:
+def test_a_class_forward_that_a_removed_hook_left_on_the_object_is_ignored() -> None:
     layer, x = nn.GRU(3, 4), torch.randn(6, 2, 3)
     exact = gradients(layer, x)
     layer.forward = layer.forward
@@ -359,7 +359,7 @@ def test_a_model_without_a_layer_warns_and_a_second_swap_does_not() -> None:
     assert not sf.swap(nn.Linear(2, 3), dry_run=True).swapped
 
 
-def test_the_report_names_cells_and_what_a_package_runs_by_its_own_code() -> None:
+def test_the_report_names_cells_and_recurrent_code_of_packages() -> None:
     class Scan(nn.Module):
         """As torchrl's LSTMModule with a backend of its own."""
 
@@ -388,7 +388,7 @@ def test_the_report_names_cells_and_what_a_package_runs_by_its_own_code() -> Non
     assert not sf.swap(nn.ModuleList([shared, Loss(shared)])).outside
 
 
-def test_the_report_tells_what_ran(model: Tagger, tokens: torch.Tensor) -> None:
+def test_the_report_has_which_layers_ran(model: Tagger, tokens: torch.Tensor) -> None:
     model.unused = nn.GRU(2, 3)
     report = sf.swap(model)
     assert report.ran() == {"encoder": False, "decoder": False, "unused": False}
@@ -409,7 +409,7 @@ def test_whether_a_layer_ran_costs_one_call(model: Tagger, tokens: torch.Tensor)
     assert not model.encoder._forward_pre_hooks
 
 
-def test_swap_gives_a_rule_to_every_layer_of_ours() -> None:
+def test_swap_sets_the_rule_of_every_statefeed_layer() -> None:
     model = nn.ModuleList([nn.GRU(2, 3), sf.Recurrent(nn.RNNCell(2, 3)), sf.LSTM(2, 3, feedback="dsf")])
     assert list(sf.swap(model).swapped) == ["0"]
     report = sf.swap(model, feedback="jacobian")

@@ -1,4 +1,4 @@
-"""What the GPU's passes do on the host: no synchronization, one precision setting, the right device, little Python."""
+"""Host side of the GPU passes: no synchronization, one precision setting, the right device, little Python."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 class NoSynchronization(TorchDispatchMode):
-    """Meta tensors stand for the device's, so a CPU tensor is the host's: it may not enter an operator or come out."""
+    """Raise for an operator with a CPU tensor or a read of a value; meta tensors replace device tensors."""
 
     READS = (aten.lift_fresh, aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select)
 
@@ -45,7 +45,7 @@ class NoSynchronization(TorchDispatchMode):
 
 
 class NoHostData(TorchFunctionMode):
-    """What reaches the device from Python past the dispatcher: tensors of numbers, and lists as an index."""
+    """Raise for copies from Python values to the device: tensors of numbers, and lists as an index."""
 
     MAKES = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
 
@@ -73,7 +73,7 @@ def problem(cell: str, device: str, packed: bool = False, reverse: bool = False)
 
 @contextmanager
 def implementations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operators' own code runs on meta tensors too, where the dispatcher would take their fakes."""
+    """Run the implementations of the operators on meta tensors, for which the dispatcher would run their fakes."""
     with monkeypatch.context() as patch:
         for name, function in (
             ("triton_recompute", recompute.recompute),
@@ -81,7 +81,7 @@ def implementations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             ("triton_mean_jacobian", backward_module.mean_jacobian),
             ("cudnn_layer", cudnn.run_layer),
         ):
-            getattr(torch.ops.statefeed, name)  # what is looked up once is an attribute
+            getattr(torch.ops.statefeed, name)  # after the first lookup it is an attribute, which can be patched
             patch.setattr(torch.ops.statefeed, name, function)
         yield
 
@@ -146,7 +146,7 @@ def test_synchronizations_are_found(wrong: Callable[[Tensor], Any]) -> None:
 
 
 def settings() -> dict[str, str]:
-    """What every getter of torch answers; those of the older interface raise where the two disagree."""
+    """The value of every getter of torch, or "raises": old getters raise if the old and new settings disagree."""
     getters: dict[str, Callable[[], Any]] = {
         "matmul": lambda: torch.backends.cuda.matmul.fp32_precision,
         "allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -178,7 +178,7 @@ def restored() -> Iterator[None]:
 @pytest.mark.parametrize("before", ["as shipped", "highest", "high", "medium", "old switch", "new switch", "new ieee"])
 @pytest.mark.parametrize("wanted", ["tf32", "ieee", ""])
 @pytest.mark.usefixtures("restored")
-def test_every_getter_answers_inside_and_after(before: str, wanted: str) -> None:
+def test_no_getter_raises_inside_or_after(before: str, wanted: str) -> None:
     if before in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(before)
     elif before == "old switch":
@@ -195,7 +195,7 @@ def test_every_getter_answers_inside_and_after(before: str, wanted: str) -> None
 
 
 class Products(TorchDispatchMode):
-    """In which precision every product runs."""
+    """Records the precision in which every product runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     for module in (recompute, backward_module):
         monkeypatch.setattr(module, "device_of", guard)
     monkeypatch.setattr("statefeed.scan.triton.device_of", guard)
-    kind = type(triton_probe._write_one)
+    kind = type(triton_probe.write_one)
     monkeypatch.setattr(kind, "run", lambda *_args, **_kwargs: launches.append(bool(inside)))
     for cell in CELLS:
         p, upstream = problem(cell, "cpu")
@@ -251,7 +251,7 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     assert all(launches)
 
 
-def test_a_probe_launches_a_kernel_and_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_launches_a_kernel_and_names_the_cause_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     if not torch.cuda.is_available():
         assert triton_probe.probe(cpu).startswith("Triton ")
@@ -262,7 +262,7 @@ def test_a_probe_launches_a_kernel_and_says_what_failed(monkeypatch: pytest.Monk
         raise FileNotFoundError("gcc is not there\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(triton_probe._write_one), "run", fails)
+        patch.setattr(type(triton_probe.write_one), "run", fails)
         with pytest.raises(RuntimeError, match=r"could not be launched.*gcc is not there.*C compiler") as caught:
             triton_probe.probe(cpu)
     assert "\n" not in str(caught.value)
@@ -285,5 +285,5 @@ def test_cells_have_the_sizes_of_their_python_cells() -> None:
 
 
 def test_the_time_of_python_can_be_measured() -> None:
-    """No bound: what the machine does beside it counts. Launches are stubbed, so the cells' order of work shows."""
+    """The time is not bounded, because it depends on the load of the machine."""
     assert host.microseconds("rnn_tanh", "stationary", repeats=3) > 0

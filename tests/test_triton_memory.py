@@ -21,7 +21,7 @@ from statefeed.backends.triton.recompute import recompute  # noqa: E402
 from statefeed.backends.triton.rules import RULES  # noqa: E402
 from statefeed.scan import chunks  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter shows every access")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter records every access")
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def test_planted_errors_are_found(error: str, message: str) -> None:
 
 
 def problem(cell: str, packed: bool, dtype: torch.dtype = torch.float64, H: int = 3) -> dict[str, Any]:
-    """Rows of one layer: x and e are strided as one direction's half of a bidirectional layer's rows."""
+    """Rows of one layer; y and e are strided, like one direction of a bidirectional layer."""
     make, this, I = torch.Generator().manual_seed(0), CELLS[cell], 2
 
     def normal(*shape: int) -> Tensor:
@@ -119,17 +119,19 @@ def test_launches_of_a_layer(cell: str, packed: bool, steps: int, monkeypatch: p
     p = problem(cell, packed)
     for seed, rule in enumerate(RULES):
         corrections, reverse = seed % 2, (seed // 2 % 2 == 1) != packed
-        with checked(seed) as checker:  # first: what leaves its bounds must not run unchecked
+        with checked(seed) as checker:  # the checked run is first: an access out of bounds must not run unchecked
             found = run(cell, rule, p, corrections, reverse)
         expected = run(cell, rule, p, corrections, reverse)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "the order of programs shows"
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (
+            "the result depends on the order of programs"
+        )
         assert checker.programs > 3 * checker.launches > 0
 
 
 class Products(TorchDispatchMode):
-    """How many elements of tensors with N rows torch's operators read and write."""
+    """Counts the elements of tensors with N rows that torch's operators read and write."""
 
-    # Views, new memory, and what the interpreter and its checks do.
+    # Views, new memory, and operators of the interpreter and its checks.
     SILENT = (
         "view",
         "slice",
@@ -157,9 +159,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("cell", "expected"), [("gru", 34), ("lstm", 35), ("rnn_tanh", 11)])
-def test_how_often_a_backward_pass_touches_a_tensor_of_the_layers_size(
-    cell: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_accesses_of_a_backward_pass(cell: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of docs/scaling.md: one tensor is N * H values, x has as many, time is in one chunk."""
     H, N, this = 4, 252, CELLS[cell]
     monkeypatch.setattr(chunks, "steps", lambda T, *_: T)

@@ -15,15 +15,20 @@ from statefeed.cells.protocol import Cell
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
 
 
-def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> Backend:
-    """The backend that runs a layer.
+def choose(cell: Cell, tensors: Sequence[Tensor], exact: bool, from_states: bool = False) -> Backend:
+    """Select the backend that runs a layer.
 
     Args:
         cell: cell of the layer.
         tensors: x, initial states and weights.
         exact: whether the rule is exact.
+        from_states: whether the backward pass must start from the states alone, because another forward pass ran.
+
+    Returns:
+        The first backend in the table that supports the layer.
     """
-    return next(b for b in BACKENDS.values() if b.unsupported_reason(cell, tensors, exact) is None)
+    able = (b for b in BACKENDS.values() if not (from_states and b.saves))
+    return next(b for b in able if b.unsupported_reason(cell, tensors, exact) is None)
 
 
 def flatten_weights(cell: Cell, weights: Sequence[Tensor], directions: int) -> None:

@@ -1,13 +1,13 @@
-"""What a backend is to the rest of the package: five functions over one layer.
+"""Interface of backends: five functions over one layer.
 
-    unsupported_reason   asked of every backend in turn, once per call of a module
-    forward              all directions of one layer; what the backward pass needs is returned as ``saved``
-    recompute            what the backward pass needs and the forward pass did not save, for one direction
-    mean_jacobian        one direction; what learned rules observe
+    unsupported_reason   called for the backends in order, once per call of a module
+    forward              all directions of one layer; returns the tensors for the backward pass as ``saved``
+    recompute            one direction; tensors for the backward pass that the forward pass did not save
+    mean_jacobian        one direction; the input of learned rules
     backward             one direction under one rule
 
-Rows are laid out as ``layout`` says, in natural time order also for the reverse direction. A backend that works in the
-order of processing uses ``in_order`` and its inverse.
+Rows are in natural time order, also for the reverse direction; ``layout`` has their positions. A backend that works in
+the order of processing uses ``forward_in_order`` and ``backward_in_order``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Problem(NamedTuple):
     """One layer in one direction on one input.
 
     Attributes:
-        cell: from the table of cells.
+        cell: the cell.
         x: input rows (N, I).
         state: initial state, (B, width) for every part.
         weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
-        layout: how the rows lie in time.
+        layout: positions of the rows in time.
         reverse: whether the direction runs from the last step to the first.
-        compute_dtype: dtype of the products under autocast, None without.
+        compute_dtype: dtype of the products under autocast; None without autocast.
     """
 
     cell: Cell
@@ -51,13 +51,13 @@ class Problem(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass returns.
+    """Result of a forward pass in one direction.
 
     Attributes:
         y: h of every row, (N, H), in the dtype that the backend computed in.
         final: final state, (B, width) for every part.
-        saved: what ``backward`` of the same backend needs besides y; empty unless it was asked to save. Tensors in
-            a forward pass; ``recompute`` may add what else the backward pass reads.
+        saved: tensors that ``backward`` of the same backend needs besides y; empty without ``save``. ``recompute`` may
+            add other values.
     """
 
     y: Tensor
@@ -66,14 +66,14 @@ class Forward(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients of the outputs: of y (N, H) and of every part of the final state (B, width)."""
+    """Incoming gradients: of y (N, H) and of every part of the final state (B, width)."""
 
     y: Tensor
     final: State
 
 
 class Gradients(NamedTuple):
-    """Gradients of x (N, I) if it was wanted, of the initial state and of the weights, shaped like these."""
+    """Outgoing gradients: of x (N, I) or None, of the initial state and of the weights, in their shapes."""
 
     x: Tensor | None
     state: State
@@ -81,14 +81,14 @@ class Gradients(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a backend does, for ``explain``.
+    """Description of a backend for ``explain``.
 
     Attributes:
-        forward: what runs the forward pass.
-        backward: what runs the backward pass.
-        why: why it may.
-        saves_gates: whether the gates are saved between the two, ``Cell.saved_values`` per row and unit.
-        recomputes_gates: whether the backward pass computes them again, two products.
+        forward: the kernels of the forward pass.
+        backward: the kernels of the backward pass.
+        why: why the backend supports the layer.
+        saves_gates: whether the gates are saved for the backward pass, ``Cell.saved_values`` per row and unit.
+        recomputes_gates: whether the backward pass recomputes the gates, which costs two products.
     """
 
     forward: str
@@ -99,20 +99,23 @@ class Description(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One member of the table of backends.
+    """One row of the table of backends.
 
     Attributes:
-        name: matches the key of the table.
-        unsupported_reason: (cell, tensors, exact) -> why it cannot run a layer, or None. ``tensors`` are x, the initial
-            states and the weights; ``exact`` asks for the exact rule.
+        name: key in the table.
+        unsupported_reason: (cell, tensors, exact) -> why the backend does not support a layer, or None. ``tensors`` are
+            x, the initial states and the weights; ``exact`` is whether the rule is exact.
         forward: (problems, save) -> one ``Forward`` per direction; problems differ in weights, state and ``reverse``.
-        recompute: (problem, forward) -> the same with ``saved`` complete.
+        recompute: (problem, forward) -> the same ``Forward`` with complete ``saved``.
         mean_jacobian: (problem, recomputed) -> the mean of diag(J[t]) over all rows, (S,).
-        backward: (problem, recomputed, upstream, rule, needs_x) -> ``Gradients``; may overwrite what was recomputed.
-        device: the type of device that it has kernels for, None if any.
+        backward: (problem, recomputed, upstream, rule, needs_x) -> ``Gradients``; may overwrite ``recomputed.saved``.
+        device: type of device that it has kernels for; None for any device.
         describe: (cell, x, exact) -> ``Description``.
         upcasts: whether y and the final states stay float32 under autocast.
-        fallback: whether torch's own layer, where torch has the cell, is the better choice under an exact rule.
+        saves: whether the backward pass needs tensors that the backend's own forward pass saved, and not y alone.
+        fused_forward: whether the forward pass is used without autograd too; otherwise torch's own layer runs, if torch
+            has the cell.
+        fallback: whether torch's own layer, if torch has the cell, is preferred under an exact rule.
     """
 
     name: str
@@ -124,11 +127,13 @@ class Backend(NamedTuple):
     device: str | None = None
     describe: Callable[[Cell, Tensor, bool], Description] | None = None
     upcasts: bool = False
+    saves: bool = False
+    fused_forward: bool = False
     fallback: bool = False
 
 
 def forward_in_order(run: Callable[[Problem, bool], Forward], problems: Sequence[Problem], save: bool) -> list[Forward]:
-    """Run every direction in the order of processing; y returns in natural order, ``saved`` stays as it is."""
+    """Run every direction in the order of processing; y is returned in natural order, ``saved`` unchanged."""
     found = []
     for problem in problems:
         done = run(in_order(problem), save)
@@ -137,7 +142,7 @@ def forward_in_order(run: Callable[[Problem, bool], Forward], problems: Sequence
 
 
 def in_order(problem: Problem) -> Problem:
-    """The same problem with the rows in the order of processing."""
+    """The problem with its rows in the order of processing."""
     return problem._replace(x=problem.layout.reverse(problem.x), reverse=False) if problem.reverse else problem
 
 
@@ -149,7 +154,7 @@ def backward_in_order(
     rule: KernelRule,
     needs_x: bool,
 ) -> Gradients:
-    """Run the backward pass of a direction in the order of processing; ``saved`` is in that order already."""
+    """Run the backward pass of a direction in the order of processing; ``saved`` must be in that order."""
     if not problem.reverse:
         return run(problem, done, upstream, rule, needs_x)
     reverse = problem.layout.reverse

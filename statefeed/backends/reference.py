@@ -1,10 +1,11 @@
-"""The reference backend: torch's own forward pass, and a backward pass of scans and large products in PyTorch.
+"""Reference backend: torch's own forward pass, and a backward pass of scans and large products in PyTorch.
 
     delta[t] = e[t] + D[t+1] * delta[t+1]                            one scan
     delta_k  = scan_D(e + shift((J - D)^T delta_{k-1}))              k corrections
     dtheta   = sum_t (ds[t]/dtheta at fixed s[t-1])^T delta[t]       large products over all rows at once
 
-It runs every cell under every rule on every device. A cell that torch lacks runs forward in a loop over ``Cell.step``.
+It runs every cell under every rule on every device. The forward pass of a cell that is not in torch is a loop over
+``Cell.step``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from statefeed.scan import diagonal_scan
 
 
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
-    """None: every layer runs."""
+    """None, because every layer is supported."""
     return None
 
 
@@ -58,7 +59,7 @@ def _forward(problem: Problem, save: bool) -> Forward:
 
 
 def _loop(problem: Problem, save: bool) -> Forward:
-    """One step after the other; saves the parts of the state besides h."""
+    """Run the forward pass one step at a time; saves the parts of the state besides h."""
     layout, (_, w_hh, *biases) = problem.layout, problem.weights
     b_hh = biases[1] if biases else None
     state, states = problem.state, []
@@ -77,14 +78,14 @@ def _inputs(problem: Problem) -> Tensor:
 
 
 class _Linearized(NamedTuple):
-    """The states before every row, in the dtype that gradients are summed in, and the cell's own quantities there."""
+    """h before every step, and the result of the cell's ``linearize`` in the dtype that gradients are summed in."""
 
     h_prev: Tensor
     at: Any
 
 
 def recompute(problem: Problem, done: Forward) -> Forward:
-    """``saved`` is h before every step, then what the cell's ``linearize`` gives, in the order of processing."""
+    """``saved`` is h before every step, then the fields of the cell's ``linearize``, in the order of processing."""
     if problem.reverse:
         done = done._replace(y=problem.layout.reverse(done.y))
     with _autocast(problem):
@@ -95,7 +96,7 @@ def recompute(problem: Problem, done: Forward) -> Forward:
 
 
 def linearize(problem: Problem, done: Forward) -> Any:
-    """The cell's own quantities at the states of a forward pass of any backend, rows in natural order."""
+    """The result of the cell's ``linearize`` at the states of any backend's forward pass, rows in natural order."""
     with _autocast(problem):
         order = problem.layout.reverse if problem.reverse else (lambda rows: rows)
         at = _linearize(in_order(problem), done._replace(y=order(done.y), saved=())).at
@@ -124,7 +125,7 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
 
 
 def _other_parts(problem: Problem, initial: State, preactivations: Preactivations) -> State:
-    """The parts of the state besides h after every step, where the forward pass did not save them."""
+    """The parts of the state besides h after every step, if the forward pass did not save them."""
     if problem.cell.torch_forward is not None or len(initial) == 1:
         return problem.cell.recover_states(preactivations, initial, problem.layout)
     return _loop(problem, True).saved
@@ -152,14 +153,14 @@ def _backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelR
 
 
 class StateGradients(NamedTuple):
-    """The gradient of every state, and what each passes to the state before it, both as rows per part."""
+    """The gradients of the states, and the gradients that they pass to the previous states, as rows per part."""
 
     delta: State
     grad_prev: State
 
 
 def state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
-    """``done`` comes from ``recompute``; rows are in the order of processing."""
+    """State gradients under a rule; ``done`` is a result of ``recompute``, returned rows are in processing order."""
     if problem.reverse:
         reverse = problem.layout.reverse
         problem, done = in_order(problem), done._replace(y=reverse(done.y))
@@ -220,7 +221,7 @@ def _diagonals(problem: Problem, at: Any, rule: KernelRule, dtype: torch.dtype) 
 def _feedback_scan(
     cell: Cell, D: State, corrections: int, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout
 ) -> StateGradients:
-    """One scan per part of the state and round; h first, because what reaches other parts includes what h passes on."""
+    """One scan per correction and part of the state; h first, because other parts receive gradients through h."""
 
     def scan(residual: list[Tensor] | None) -> State:
         delta: State = ()
@@ -240,7 +241,7 @@ def _feedback_scan(
     direct_path = cell.direct_path(at)
     delta = scan(None)
     for _ in range(corrections):
-        # (J - D)^T delta of the round before: the direct path less the feedback, then the dense part.
+        # (J - D)^T delta of the previous round: the direct path minus D, then the part through the weights.
         _, d_hidden = cell.local_gradient(at, delta)
         residual = [_residual(p, d, g) for p, d, g in zip(direct_path, D, delta, strict=True)]
         residual[0] = residual[0] + (d_hidden.to(w_hh.dtype) @ w_hh).to(delta[0].dtype)
@@ -256,7 +257,7 @@ def _residual(direct_path: Tensor | None, D: Tensor, delta: Tensor) -> Tensor:
 
 
 def _exact(cell: Cell, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout) -> StateGradients:
-    """BPTT, one step after the other."""
+    """Exact BPTT, one step at a time."""
     parts = [layout.steps(part) for part in at]
     grad_next = [torch.zeros_like(grid[-1]) for grid in e]
     deltas, grads_prev = [], []
@@ -281,8 +282,10 @@ def _exact(cell: Cell, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout) -
             total[:rows] = grad
         deltas.append(delta)
         grads_prev.append(tuple(grad_prev))
-    joined = (tuple(torch.cat(list(part)[::-1]) for part in zip(*side, strict=True)) for side in (deltas, grads_prev))
-    return StateGradients(*joined)
+    parts_in_time = (
+        tuple(torch.cat(list(part)[::-1]) for part in zip(*steps, strict=True)) for steps in (deltas, grads_prev)
+    )
+    return StateGradients(*parts_in_time)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -290,7 +293,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _autocast(problem: Problem) -> torch.autocast:
-    """The autocast of the forward pass; a device without autocast, as meta, has none."""
+    """The autocast context of the forward pass; disabled on a device without autocast, such as meta."""
     device = problem.x.device.type
     if problem.compute_dtype is None:
         device = device if torch.amp.is_autocast_available(device) else "cpu"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from statefeed.bench.forward_options import ForwardOptions
 from statefeed.bench.options import (
     LayerOptions,
     MemoryOptions,
@@ -31,9 +32,24 @@ _BENCHMARKS: dict[str, type[Options]] = {
     "memory": MemoryOptions,
     "training": TrainingOptions,
     "recall": RecallOptions,
+    "forward": ForwardOptions,
 }
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
-_PLACE = ("cell", "implementation", "variant", "method", "diagonal", "T", "B", "H", "S", "dtype", "pass", "seed")
+_PLACE = (
+    "cell",
+    "implementation",
+    "variant",
+    "layer",
+    "method",
+    "diagonal",
+    "T",
+    "B",
+    "H",
+    "S",
+    "dtype",
+    "pass",
+    "seed",
+)
 _WIDEST = 1000  # characters, which no table has
 
 
@@ -41,7 +57,7 @@ def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) 
     """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
-        argv: arguments after ``statefeed bench``: layers, scan, memory, training or recall, and its flags.
+        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall or forward, and its flags.
         set_up_process: called before ``training``, which runs with the process settings of the trainer, baselines
             included. The others run in a process as users of the library have it: torch.nn as shipped, default
             denormals and allocator.

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Measures one GPU in five stages: preflight, parity, layers, scan, training. Needs torch, triton and numpy only.
+# Measures one GPU in six stages: preflight, parity, layers, scan, training, forward. Needs torch, triton and numpy
+# only.
 #
 #     statefeed/bench/gpu.sh                              all stages, each under four minutes
 #     statefeed/bench/gpu.sh parity layers                only the named stages

@@ -110,7 +110,7 @@ def compare(
     rate = rates[case.dtype]
     limit = 1e3 * case.flops / (1e9 * rate["gflops"])
     for entry in entries:
-        mine = total[entry.name]
+        times = total[entry.name]
         phases = {
             f"{phase}_ms": spread([1e3 * s for s in of])
             for phase, of in zip(("forward", "backward"), zip(*seconds[entry.name], strict=True), strict=False)
@@ -135,15 +135,15 @@ def compare(
             "packed": case.packed,
             "rows": case.rows,
             "repeats": rounds,
-            "ms": spread(mine),
+            "ms": spread(times),
             **phases,
             "times_faster_than": {
-                label: spread([b / m for b, m in zip(total[name], mine, strict=True)])
+                label: spread([b / m for b, m in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
             "torch_nn_best": best.removeprefix("torch.nn "),
             "limit_ms": limit,
-            "part_of_limit": limit / spread(mine)["median"],
+            "part_of_limit": limit / spread(times)["median"],
             "matmul": rate,
             "other_load": others,
         }

@@ -80,7 +80,7 @@ def applied(setting: Setting) -> Iterator[None]:
 def product_error(setting: Setting) -> float:
     """The largest error of a float32 product (512x256x768, unit normal) under a setting, against float64."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=generator) for shape in ((512, 256), (256, 768)))
+    a, b = (torch.randn(shape, generator=generator, device="cpu") for shape in ((512, 256), (256, 768)))
     with applied(setting):
         product = a @ b
     return float((product.double() - a.double() @ b.double()).abs().max())
@@ -218,4 +218,4 @@ def machine_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _flushes_denormals() -> bool:
     """Whether this thread flushes denormals to zero."""
-    return not bool(torch.tensor([1e-30]) * torch.tensor([1e-10]))
+    return not bool(torch.tensor([1e-30], device="cpu") * torch.tensor([1e-10], device="cpu"))

@@ -57,8 +57,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     for case, entries in plans:
         T, B, H = case.shape
         peaks = [
-            spread([_in_a_new_process(case, options.rules, k) for _ in range(options.rounds)])
-            for k in range(len(entries))
+            spread([in_new_process(case, options.rules, k) for _ in range(options.rounds)]) for k in range(len(entries))
         ]
         peak_of = {entry.implementation: peak["median"] for entry, peak in zip(entries, peaks, strict=True)}
         for entry, peak in zip(entries, peaks, strict=True):
@@ -83,7 +82,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             }
 
 
-def _in_a_new_process(case: Case, rules: str, contender: int) -> int:
+def in_new_process(case: Case, rules: str, contender: int) -> int:
     """The peak of one contender in bytes, measured by ``measure`` in a new Python process."""
     task = json.dumps([case.cell, case.shape, case.dtype, case.device, rules, contender, torch.get_num_threads()])
     code = "import sys; from statefeed.bench.memory import measure; measure(sys.argv[1])"

@@ -17,8 +17,8 @@ import torch
 def tf32(allowed: bool) -> Iterator[None]:
     """Set whether cuBLAS and cuDNN may compute float32 products in TF32, and restore the settings afterwards.
 
-    Inside, every getter of torch answers, old and new. Afterwards every getter answers what it answered before; one
-    that raised before, because old and new setters were mixed, may answer then.
+    Inside, no getter of torch raises, old or new. Afterwards every getter returns its previous value; a getter that
+    raised before, because old and new setters were mixed, may return a value.
 
     Args:
         allowed: True for TF32 (10 bits of mantissa), False for float32 throughout.
@@ -42,7 +42,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def onednn_bfloat16() -> Iterator[None]:
     """Let oneDNN compute float32 products of a CPU in bfloat16, and restore the settings afterwards.
 
-    Getters answer as within ``tf32``. torch has no old setter of a CPU's alone: inside, cuBLAS may use TF32.
+    Getters work as within ``tf32``. torch has no old setter for the CPU only: inside, cuBLAS may use TF32.
     """
     with _restored():
         torch.set_float32_matmul_precision("medium")
@@ -54,7 +54,7 @@ def _restored() -> Iterator[None]:
     """Restore every setting on exit."""
     switches, cudnn = _switches(), torch.backends.cudnn
     precisions = [switch.fp32_precision for switch in switches]
-    # An old getter raises where the caller has used a new setter alone.
+    # An old getter raises if only a new setter was used.
     old_matmul = _answer(torch.get_float32_matmul_precision, "high" if precisions[0] == "tf32" else "highest")
     old_cudnn = _answer(lambda: cudnn.allow_tf32, precisions[1] == "tf32")
     try:

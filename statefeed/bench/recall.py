@@ -45,8 +45,8 @@ class Model(nn.Module):
 
 def sequences(T: int, B: int, generator: torch.Generator) -> Tensor:
     """Symbols (T, B): 0 to 7 at the first step, 8 to 15 at the others."""
-    symbols = torch.randint(_SYMBOLS, 2 * _SYMBOLS, (T, B), generator=generator)
-    symbols[0] = torch.randint(_SYMBOLS, (B,), generator=generator)
+    symbols = torch.randint(_SYMBOLS, 2 * _SYMBOLS, (T, B), generator=generator, device=generator.device)
+    symbols[0] = torch.randint(_SYMBOLS, (B,), generator=generator, device=generator.device)
     return symbols
 
 

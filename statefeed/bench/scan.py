@@ -94,7 +94,7 @@ def check_parity(methods: Sequence[str], varying: bool, device: str) -> None:
 
 def compare(methods: Sequence[str], T: int, S: int, varying: bool, options: Options) -> Iterator[dict[str, Any]]:
     """Time the methods alternately on float32 inputs (T, S), in reverse as in a backward pass."""
-    free = _free_bytes(options.device)
+    free = free_bytes(options.device)
     fitting = [method for method in methods if _BYTES[method] * T * S <= free]
     seconds: dict[str, list[Seconds]] = {}
     errors: dict[str, float] = {}
@@ -130,7 +130,7 @@ def compare(methods: Sequence[str], T: int, S: int, varying: bool, options: Opti
         yield {**record, "ms": ms, "ns_per_element": 1e6 * ms["median"] / (T * S), "error": errors[method]}
 
 
-def _free_bytes(device: str) -> float:
+def free_bytes(device: str) -> float:
     """Three quarters of the free memory, or of all memory if the system does not report free memory."""
     if device == "cuda":
         return 0.75 * torch.cuda.mem_get_info()[0]

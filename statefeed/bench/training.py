@@ -65,8 +65,8 @@ RECIPES = {
 
 # Quantiles (steps of 1/20) of the sentence length in Penn Treebank, and its numbers of words and sentences.
 _LENGTHS = (1, 6, 9, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 24, 26, 27, 29, 31, 34, 39, 82)
-_WORDS, _SENTENCES = 9_999, 42_068
-_BYTE_PAIRS, _STEPS_OF_BLOCKS = 16_000, 16
+WORDS, SENTENCES = 9_999, 42_068
+BYTE_PAIRS, _STEPS_OF_BLOCKS = 16_000, 16
 # Allowed errors relative to the largest value, as for one layer; lower precision is compared with float32.
 _ALLOWED = {
     "float32": {"loss": 1e-5, "gradient": 1e-3},
@@ -115,7 +115,8 @@ def counted(model: LanguageModel, batch: Batch) -> Tensor:
     return model.loss(batch).mean
 
 
-def _ours(name: str) -> str:
+def layer_name(name: str) -> str:
+    """The name of a parameter in statefeed's model, from its name in the baseline."""
     return name.replace(".rnn.gru.", ".rnn.")
 
 
@@ -163,7 +164,7 @@ class Contender:
         with applied(self.setting):
             loss = self.loss(batch)
             found = torch.autograd.grad(loss, list(self.model.parameters()))
-        parameters = [_ours(name) for name, _ in self.model.named_parameters()]
+        parameters = [layer_name(name) for name, _ in self.model.named_parameters()]
         return {"loss": loss.detach(), **dict(zip(parameters, found, strict=True))}
 
     def train(self, source: Source, steps: int) -> Seconds:
@@ -194,7 +195,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     recipe = RECIPES[options.recipe]
     if options.smoke:
         recipe = recipe._replace(width=16, batch=8)
-    source, vocabulary, corpus = _text(options, recipe)
+    source, vocabulary, corpus = load_text(options, recipe)
     tried = {}
     for dtype in names("dtypes", options.dtypes, TRAINING_DTYPES[options.device]):
         own = [usual(options.device, dtype)]
@@ -215,7 +216,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     ]
     total = {name: [sum(phases) for phases in repetitions] for name, repetitions in seconds.items()}
     for entry in entries:
-        mine = total[entry.name]
+        times = total[entry.name]
         baselines = _baselines(entries, total, entry.dtype)
         yield {
             "bench": "training",
@@ -234,10 +235,10 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             "repeats": options.rounds,
             "steps": steps,
             "tokens": spread(tokens),
-            "tokens_per_s": spread([count / s for count, s in zip(tokens, mine, strict=True)]),
-            "step_ms": spread([1e3 * s / steps for s in mine]),
+            "tokens_per_s": spread([count / s for count, s in zip(tokens, times, strict=True)]),
+            "step_ms": spread([1e3 * s / steps for s in times]),
             "times_faster_than": {
-                label: spread([other / s for other, s in zip(total[name], mine, strict=True)])
+                label: spread([other / s for other, s in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
         }
@@ -340,7 +341,7 @@ def _kernels(entry: Contender, batch: Batch) -> dict[str, str] | None:
 # The text ------------------------------------------------------------------------------------------------------------
 
 
-def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
+def load_text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
     """The training text in batches, the size of its vocabulary, and the description for the records."""
     from statefeed.lm import config
     from statefeed.lm.data import batches, corpora, tokens
@@ -348,7 +349,7 @@ def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]
 
     train = config.Train(batch=recipe.batch, context=recipe.context)
     if recipe.batches == "blocks":
-        types = 257 if options.smoke else _BYTE_PAIRS
+        types = 257 if options.smoke else BYTE_PAIRS
         ids = _byte_pairs(types, _STEPS_OF_BLOCKS * recipe.batch * recipe.context)
         corpus = "made-up byte pairs"
         return (
@@ -358,7 +359,7 @@ def _text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]
         )
     if options.data is None:
         data = config.Data(tokens="word", batches="sentences")
-        text = made_up(200, 50) if options.smoke else made_up(_SENTENCES, _WORDS)
+        text = made_up(200, 50) if options.smoke else made_up(SENTENCES, WORDS)
         corpus = "made-up sentences with the lengths of Penn Treebank and as many words"
     else:
         try:

@@ -1,4 +1,4 @@
-"""Recurrent cells: one file each, and the table of them."""
+"""Table of recurrent cells, with one file per cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's GRU: h = (1 - z) n + z h', n = tanh(x_n + r q), q = h' W_hn^T + b_hn; gates r, z, n."""
+"""GRU cell of torch: h = (1 - z) n + z h', n = tanh(x_n + r q), q = h' W_hn^T + b_hn; gates r, z, n."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statefeed.cells.protocol import Cell, State, Step, w_hh_diagonal
+from statefeed.cells.protocol import Cell, Scan, State, Step, w_hh_diagonal
 
 
 class Saved(NamedTuple):
     r: Tensor
     z: Tensor
     n: Tensor
-    candidate_hidden: Tensor  # q, the hidden side of the candidate before the reset gate
+    candidate_hidden: Tensor  # q, the hidden part of the candidate before the reset gate
     h_prev: Tensor
 
 
@@ -26,7 +26,7 @@ def _gates(inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 class GRU(Cell):
-    """h = (1 - z) n + z h'."""
+    """GRU cell, h = (1 - z) n + z h'."""
 
     name = "gru"
     gates = 3
@@ -35,8 +35,8 @@ class GRU(Cell):
     saved_values = 4
     torch_forward = "gru"
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
-        """That of z h', which takes h' as it is."""
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
+        """The dtype of z h': torch does not cast h'."""
         return torch.promote_types(compute_dtype, state_dtype)
 
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
@@ -62,3 +62,8 @@ class GRU(Cell):
         through_z = (h_prev - n) * z * (1 - z) * w_z
         through_n = (1 - z) * (1 - n * n) * (r * w_n + q * r * (1 - r) * w_r)
         return (z + through_z + through_n,)
+
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        r, z = gates[:2].sigmoid_()
+        n = torch.addcmul(inputs[0], r, gates[2]).tanh_()
+        return (scan(0, z, torch.addcmul(n, z, n, value=-1)),)

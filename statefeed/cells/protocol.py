@@ -1,8 +1,8 @@
-"""What a recurrent cell is to the rest of the package: its sizes, its forward step and the parts of its gradient.
+"""Interface of recurrent cells: sizes, forward step, and the parts of the gradient.
 
-A cell works on rows: every tensor is (..., width), and a function treats rows alone, so that one call serves one time
-step or all of them. ``inputs`` and ``hidden`` name the preactivations x W_ih^T + b_ih and h' W_hh^T + b_hh, each of
-``gates`` blocks of H columns; a prime marks the step before.
+Every tensor of a cell is (..., width), and functions treat rows independently, so that one call computes one time step
+or all steps. ``inputs`` and ``hidden`` are the preactivations x W_ih^T + b_ih and h' W_hh^T + b_hh, each with ``gates``
+blocks of H columns; a prime denotes the previous step.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from statefeed.layout import Layout
 
 State: TypeAlias = tuple[Tensor, ...]
 Preactivations: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+# (part of the state, a, b) -> s[t] = a[t] s[t-1] + b[t] over time; a is None for zero.
+Scan: TypeAlias = Callable[[int, Tensor | None, Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """Rows of one or of all steps, as ``Cell.linearize`` takes them.
+    """Argument of ``Cell.linearize``: rows of one step or of all steps.
 
     Attributes:
-        previous: the state before each row's step, as far as it is known (h always).
-        after: the state after it, likewise.
-        preactivations: computes ``inputs`` and ``hidden``; costs two products, so call it only if they are needed.
+        previous: state before the step of each row, as far as it is known (always h).
+        after: state after the step of each row, as far as it is known (always h).
+        preactivations: computes ``inputs`` and ``hidden``; costs two products, so call it only if needed.
     """
 
     previous: State
@@ -35,17 +37,17 @@ class Step(NamedTuple):
 
 
 class Cell(ABC):
-    """One recurrent cell.
+    """Base class of recurrent cells.
 
     Attributes:
-        name: matches the row of the cell in the tables of the backends.
-        gates: G, blocks of H rows in the weights.
-        shared_gates: how many of them, from the first, have the same gradient at ``inputs`` and ``hidden``.
+        name: name of the cell, also in the tables of the backends.
+        gates: G, number of blocks of H rows in the weights.
+        shared_gates: number of leading gates with the same gradient at ``inputs`` and ``hidden``.
         states: names of the parts of the state; the first is h, which is also the output.
         saved_type: the NamedTuple that ``linearize`` returns.
         saved_values: values per row and unit that a fused forward pass saves for the backward pass, besides h.
-        has_direct_path: whether a part of the Jacobian passes no weight.
-        torch_forward: the function of ``torch._VF`` that runs the layer, None if torch has none.
+        has_direct_path: whether part of the Jacobian is a direct path, without a weight.
+        torch_forward: name of the function of ``torch._VF`` that runs the layer; None if torch has none.
     """
 
     name: ClassVar[str]
@@ -58,7 +60,7 @@ class Cell(ABC):
     torch_forward: ClassVar[str | None] = None
 
     def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters of one layer and direction, by torch's names, biases last."""
+        """Shapes of the parameters of one layer and direction by torch's names, biases last."""
         rows = self.gates * hidden_size
         return {
             "weight_ih": (rows, input_size),
@@ -71,13 +73,16 @@ class Cell(ABC):
         """Width of every part of the state; S is their sum."""
         return (hidden_size,) * len(self.states)
 
-    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, packed: bool) -> torch.dtype:
-        """What torch's layer returns under autocast on a CPU.
+    def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
+        """The dtype that torch's layer returns under autocast on a CPU.
 
         Args:
-            compute_dtype: of the products.
-            state_dtype: of the initial state.
-            packed: whether rows are packed.
+            compute_dtype: dtype of the products.
+            state_dtype: dtype of the initial state.
+            ragged: whether sequences are packed and have different lengths.
+
+        Returns:
+            The dtype of outputs and final states.
         """
         return compute_dtype
 
@@ -87,33 +92,59 @@ class Cell(ABC):
 
     @abstractmethod
     def linearize(self, step: Step) -> Any:
-        """What the other functions need of the rows, as a NamedTuple of tensors (rows, H)."""
+        """The quantities of the rows that the other functions need, as a NamedTuple of tensors (rows, H)."""
 
     @abstractmethod
     def local_gradient(self, at: Any, delta: State) -> tuple[Tensor, Tensor]:
-        """The gradients at ``inputs`` and ``hidden`` from those of the state; one tensor twice where they are equal."""
+        """Gradients at ``inputs`` and ``hidden`` from those of the state; the same tensor twice if they are equal."""
 
     @abstractmethod
     def direct_path(self, at: Any) -> tuple[Tensor | None, ...]:
-        """The diagonal part of the Jacobian that passes no weight, per part of the state; None is zero."""
+        """Diagonal of the direct path, the Jacobian without weights, per part of the state; None means zero."""
 
     @abstractmethod
     def jacobian_diagonal(self, at: Any, w_hh: Tensor) -> State:
-        """diag(J) per part of the state, at fixed values of the other parts."""
+        """diag(J) per part of the state, with the other parts fixed."""
 
     def same_step(self, at: Any, grad_h: Tensor) -> tuple[Tensor, ...]:
-        """The gradients that reach the other parts of the state of the same step through h."""
+        """Gradients of the other parts of the state through h of the same step."""
         return ()
 
-    def recover_states(self, preactivations: Preactivations, initial: State, layout: Layout) -> State:
-        """The parts of the state after every step that a forward pass which returns h alone did not keep.
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        """The next estimate of all states from an estimate of h: ``step`` with a diagonal Jacobian, solved over time.
 
-        Only cells with a ``torch_forward`` and more than one part need it.
+        The diagonal is the direct path, or diag(J) clamped to (-1, 1) for a cell without one. A cell with several parts
+        overrides this method and solves the other parts before h.
+
+        Args:
+            gates: (G, T, B, H), ``inputs + hidden`` of the shared gates, ``hidden`` of the others; may be overwritten.
+            inputs: (G - shared_gates, T, B, H), ``inputs`` of the others.
+            h_prev: (T, B, H), the estimate of h before every step.
+            w_hh: recurrent weights (G * H, H).
+            scan: solves one part over time, from its initial state.
+
+        Returns:
+            The parts of the state, (T, B, width) each.
+        """
+        shared = gates[: self.shared_gates]
+        blocks = torch.cat([shared, inputs]), torch.cat([torch.zeros_like(shared), gates[self.shared_gates :]])
+        inputs, hidden = (block.movedim(0, -2).flatten(-2) for block in blocks)
+        after = self.step(inputs, hidden, (h_prev,))
+        at = self.linearize(Step((h_prev,), after, lambda: (inputs, hidden)))
+        (a,) = self.direct_path(at)
+        if a is None:
+            a = self.jacobian_diagonal(at, w_hh)[0].clamp(-1, 1)
+        return (scan(0, a, after[0] - a * h_prev),)
+
+    def recover_states(self, preactivations: Preactivations, initial: State, layout: Layout) -> State:
+        """Recompute the parts of the state besides h after every step, which torch's layer does not return.
+
+        Needed only by cells with a ``torch_forward`` and more than one part.
         """
         return ()
 
 
 def w_hh_diagonal(w_hh: Tensor, gate: int) -> Tensor:
-    """The weight from every unit to itself in one gate's block of W_hh, (H,)."""
+    """Diagonal of one gate's block of W_hh, the weight from every unit to itself, (H,)."""
     H = w_hh.shape[1]
     return w_hh[gate * H : (gate + 1) * H].diagonal()

@@ -1,13 +1,14 @@
-"""The plain RNN: h = act(inputs + hidden), act = tanh or relu."""
+"""RNN cells of torch: h = act(inputs + hidden), act = tanh or relu."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from statefeed.cells.protocol import Cell, State, Step, w_hh_diagonal
+from statefeed.cells.protocol import Cell, Scan, State, Step, w_hh_diagonal
 
 
 class Saved(NamedTuple):
@@ -20,6 +21,13 @@ class _RNN(Cell):
     saved_type = Saved
     has_direct_path = False
 
+    @abstractmethod
+    def activation(self, x: Tensor) -> Tensor:
+        """The activation function act, element-wise."""
+
+    def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
+        return (self.activation(inputs + hidden),)
+
     def local_gradient(self, at: Saved, delta: State) -> tuple[Tensor, Tensor]:
         d = delta[0] * at.slope
         return d, d
@@ -30,15 +38,21 @@ class _RNN(Cell):
     def jacobian_diagonal(self, at: Saved, w_hh: Tensor) -> State:
         return (at.slope * w_hh_diagonal(w_hh, 0),)
 
+    def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
+        h = self.activation(gates[0])
+        slope = self.linearize(Step((h_prev,), (h,), lambda: (h, h))).slope
+        a = slope.mul_(w_hh_diagonal(w_hh, 0).clamp(-1, 1))
+        return (scan(0, a, torch.addcmul(h, a, h_prev, value=-1)),)
+
 
 class RNNTanh(_RNN):
-    """h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with tanh, h = tanh(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_tanh"
     torch_forward = "rnn_tanh"
 
-    def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
-        return (torch.tanh(inputs + hidden),)
+    def activation(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
 
     def linearize(self, step: Step) -> Saved:
         h = step.after[0]
@@ -46,13 +60,13 @@ class RNNTanh(_RNN):
 
 
 class RNNRelu(_RNN):
-    """h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
+    """RNN cell with ReLU, h = relu(x W_ih^T + b_ih + h' W_hh^T + b_hh)."""
 
     name = "rnn_relu"
     torch_forward = "rnn_relu"
 
-    def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
-        return (torch.relu(inputs + hidden),)
+    def activation(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
 
     def linearize(self, step: Step) -> Saved:
         h = step.after[0]

@@ -1,4 +1,4 @@
-"""Feedback rules: the value, its spellings, and the table of diagonals with one file per kind."""
+"""Feedback rules: the class ``Feedback``, its spellings, and the table of diagonals with one file per kind."""
 
 from statefeed.feedback.protocol import (
     EXACT,

@@ -9,10 +9,10 @@ from statefeed.feedback.protocol import EXACT, Context, Diagonal, KernelRule
 
 @dataclass(frozen=True)
 class Exact(Diagonal):
-    """The whole Jacobian.
+    """Exact gradient, with the full Jacobian.
 
     Attributes:
-        through_torch: torch's own layer, whether there are kernels for the input or not.
+        through_torch: use torch's own layer, even if there are kernels for the input.
     """
 
     through_torch: bool = False

@@ -1,4 +1,4 @@
-"""Stationary diagonals that never change: a constant, the ramp of DSF, log-spaced horizons, a given tensor."""
+"""Fixed stationary diagonals: a constant, the ramp of DSF, log-spaced horizons, a user-defined tensor."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class LogSpaced(Stationary):
 
 @dataclass(frozen=True, eq=False)
 class Given(Stationary):
-    """A tensor of shape (S,), or (L * directions, S) with a row for every layer and direction."""
+    """A user-defined tensor (S,), or (L * directions, S) with one row per layer and direction."""
 
     values: Tensor
 

@@ -1,4 +1,4 @@
-"""Stationary diagonals that are learned while training: the mean of diag(J), and a least-squares fit."""
+"""Stationary diagonals that are learned in training: the mean of diag(J), and a least-squares fit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from statefeed.feedback.protocol import Learned, LearnedState
 
-# Weight of a new mean once 100 passes have been averaged evenly.
+# Minimum weight of a new mean: the first 100 passes have equal weights.
 _WEIGHT = 0.01
-# Under "fitted", training backward passes from one exact pass to the next.
+# Under "fitted", number of training backward passes from one exact pass to the next.
 _REFIT = 50
 
 
@@ -25,7 +25,7 @@ class Calibrated(Learned):
             state.updates.add_(1)
             weight = state.updates.to(state.diagonal.dtype).reciprocal().clamp(min=_WEIGHT)
             mean = mean_jacobian().to(state.diagonal.dtype)
-            # One batch that overflows must not spoil every gradient after it.
+            # Skip a batch whose mean overflows: a NaN would persist in the average.
             state.diagonal.lerp_(torch.where(mean.isfinite(), mean, state.diagonal), weight)
         return state.diagonal
 
@@ -48,7 +48,7 @@ class Fitted(Learned):
         return state.diagonal
 
     def fit(self, state: LearnedState, delta: Sequence[Tensor], grad_prev: Sequence[Tensor]) -> None:
-        """Zero for a unit without gradient; a pass whose gradients overflow fits nothing and is not counted."""
+        """Fit the diagonal; zero for a unit without gradient. A pass whose gradients overflow is not counted."""
         products, squares = (
             torch.cat(
                 [(other.double() * d.double()).flatten(0, -2).sum(0) for other, d in zip(side, delta, strict=True)]
@@ -56,7 +56,7 @@ class Fitted(Learned):
             for side in (grad_prev, delta)
         )
         if not bool((products + squares).isfinite().all()):
-            return  # a loss scaled too high, as a GradScaler's first ones: the next pass is exact instead
+            return  # the loss scale is too high, as in the first steps of a GradScaler: the next pass is exact instead
         state.updates.add_(1)
         state.diagonal.copy_(torch.where(squares > 0, products / squares, 0.0))
 

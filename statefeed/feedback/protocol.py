@@ -1,4 +1,4 @@
-"""What a diagonal is to the rest of the package: a member of the table of rules, and its form for the backends."""
+"""Interface of diagonals: the base classes of all rules, and the form of a rule that backends receive."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from statefeed.cells.protocol import Cell
 
 
 class KernelRule(NamedTuple):
-    """A feedback rule as the backends take it, for one layer and direction.
+    """A feedback rule in the form that backends receive, for one layer and direction.
 
     Attributes:
         name: ``"exact"``, ``"stationary"``, ``"per_row"``, ``"direct"`` or ``"jacobian"``.
         diagonal: D of shape (S,) for ``"stationary"`` and (N, S), one row of D for every row of the batch, for
             ``"per_row"``; None otherwise.
-        corrections: k.
+        corrections: k, the number of corrections.
     """
 
     name: str
@@ -31,7 +31,13 @@ EXACT = KernelRule("exact")
 
 
 class Linearization(NamedTuple):
-    """A cell at the states of one forward pass: what a time-varying rule computes its diagonal from."""
+    """A cell linearized at the states of one forward pass, the input of time-varying rules.
+
+    Attributes:
+        cell: the cell.
+        at: the NamedTuple that ``cell.linearize`` returned, rows in natural time order.
+        w_hh: recurrent weights (G*H, H).
+    """
 
     cell: Cell
     at: Any
@@ -39,12 +45,12 @@ class Linearization(NamedTuple):
 
 
 class LearnedState(NamedTuple):
-    """What a learned diagonal stores in a layer, for one layer and direction.
+    """The tensors that a learned diagonal stores, for one layer and direction.
 
     Attributes:
-        diagonal: D, (S,), changed in place.
-        updates: int64 scalar, training backward passes that have been counted, changed in place.
-        training: whether this backward pass counts.
+        diagonal: D, (S,), updated in place.
+        updates: int64 scalar, number of counted training backward passes, updated in place.
+        training: whether the layer is in training mode, so that this backward pass is counted.
     """
 
     diagonal: Tensor
@@ -53,15 +59,15 @@ class LearnedState(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a rule may ask for when a backward pass needs its diagonal; nothing is computed unless it asks.
+    """Inputs from which a rule computes its diagonal in a backward pass; the functions compute on demand.
 
     Attributes:
         size: S, the width of the state.
-        dtype: of D.
-        device: of D.
+        dtype: dtype of D.
+        device: device of D.
         mean_jacobian: computes the mean of diag(J[t]) over all rows, (S,).
         linearize: computes the ``Linearization`` at the states of the forward pass; costs two products.
-        learned: the stored diagonal of a learned rule, None for the others.
+        learned: the stored tensors of a learned rule; None for other rules.
     """
 
     size: int
@@ -73,12 +79,14 @@ class Context(NamedTuple):
 
 
 class Diagonal(ABC):
-    """What stands in for the state Jacobian; a value, compared by content, printed as it is spelled.
+    """Base class of the diagonals that approximate the state Jacobian; immutable, and compared by value.
+
+    ``str`` returns its spelling.
 
     Attributes:
-        exact: whether it is no approximation.
+        exact: whether the gradient is exact, with the full Jacobian.
         learned: whether a layer must store a ``LearnedState`` for it.
-        largest: the largest absolute value if it is known beforehand; decides the warning about corrections.
+        largest: largest absolute value if known in advance, else 0; large values cause a warning about corrections.
     """
 
     exact: bool = False
@@ -89,30 +97,33 @@ class Diagonal(ABC):
         return 0.0
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
-        """Why a layer cannot run under this diagonal, None if it can.
+        """Why a layer does not support this diagonal.
 
         Args:
-            cell: None for a cell of a user's own, of which only the step is known.
+            cell: the cell; None in ``statefeed.Recurrent``, where only its step function is known.
             size: S, the width of the state.
-            rows: layers times directions.
+            rows: number of layers times number of directions.
+
+        Returns:
+            The reason in one sentence; None if the layer supports it.
         """
         return None
 
     def row(self, k: int) -> Diagonal:
-        """The diagonal of layer and direction k."""
+        """The diagonal of layer and direction k, ``k = layer * directions + direction``."""
         return self
 
     def vector(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """D of shape (size,) where it is known beforehand, else None."""
+        """D of shape (size,) if it is known in advance, else None."""
         return None
 
     @abstractmethod
     def resolve(self, context: Context) -> KernelRule:
-        """The form that a backend takes."""
+        """The rule in the form that backends receive, without corrections."""
 
 
 class Stationary(Diagonal):
-    """A fixed diagonal: ``vector`` gives it."""
+    """Base class of fixed diagonals; a subclass defines ``vector``."""
 
     @abstractmethod
     def vector(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -123,7 +134,7 @@ class Stationary(Diagonal):
 
 
 class TimeVarying(Diagonal):
-    """A diagonal that is computed at every step: ``rows`` gives it, and no kernel needs to know the rule."""
+    """Base class of diagonals that depend on the step; a subclass defines ``rows``, and needs no kernel."""
 
     @abstractmethod
     def rows(self, at: Linearization) -> Sequence[Tensor]:
@@ -134,27 +145,27 @@ class TimeVarying(Diagonal):
 
 
 class Learned(Diagonal):
-    """A stationary diagonal that is learned while training: it observes backward passes and returns D."""
+    """Base class of stationary diagonals that are learned in training; a subclass defines ``observe``."""
 
     learned = True
-    # Whether some training passes are exact, and end in ``fit``.
+    # Whether some training passes are exact and call ``fit``.
     takes_exact_passes: bool = False
 
     @abstractmethod
     def observe(self, state: LearnedState, mean_jacobian: Callable[[], Tensor]) -> Tensor:
-        """D for this backward pass, (S,); counts the pass if ``state.training``."""
+        """Update the state if ``state.training``, and return D for this backward pass, (S,)."""
 
     def wants_exact(self, state: LearnedState) -> bool:
-        """Whether this backward pass must be exact BPTT and end in ``fit``."""
+        """Whether this backward pass must be exact BPTT, followed by ``fit``."""
         return False
 
     def fit(self, state: LearnedState, delta: Sequence[Tensor], grad_prev: Sequence[Tensor]) -> None:
-        """Learn from an exact pass.
+        """Update the state from an exact pass.
 
         Args:
-            state: changed in place.
-            delta: exact gradient of every state, rows (..., S) in parts along S.
-            grad_prev: what each of them passes to the state before it.
+            state: updated in place.
+            delta: exact gradients of the states, one tensor (..., width) per part of the state.
+            grad_prev: the gradients J^T delta that they pass to the previous states.
         """
         raise NotImplementedError
 

@@ -13,15 +13,15 @@ SPELLINGS = (
     '"jacobian", a number, or a tensor (S,) or (L * directions, S)'
 )
 
-# Words that people write for a rule of another name.
+# Other names of rules, for suggestions in error messages.
 _SYNONYMS = {"exact": "bptt", "full": "bptt", "fused": "bptt", "none": "bptt", "truncated": "ft-bptt"}
 
 
 def parse(spelling: str) -> tuple[Diagonal | float, int]:
-    """The diagonal, or a number for a constant one, and k.
+    """Parse a spelling into the diagonal (a number for a constant diagonal) and k.
 
     Raises:
-        ValueError: an unknown name, or a number where none belongs.
+        ValueError: an unknown name, a missing number, or a number after a name that takes none.
 
     Example:
         >>> parse("ramp(0.9)+2")
@@ -43,7 +43,7 @@ def parse(spelling: str) -> tuple[Diagonal | float, int]:
 
 
 def _unknown(spelling: str) -> str:
-    """What is wrong with a spelling, and the rule that it may have meant."""
+    """The error message for an invalid spelling, with a suggestion."""
     if re.fullmatch(r"fused[-_]bptt(\+\d+)?", spelling.strip()):
         return f'fused-bptt is now bptt: feedback must be "bptt", got {spelling!r}'
     near = _nearest(spelling)
@@ -52,7 +52,7 @@ def _unknown(spelling: str) -> str:
 
 
 def _nearest(spelling: str) -> str | None:
-    """The rule whose name is most like a spelling, with its number and suffix; None if no name is close.
+    """The rule with the most similar name, with the number and suffix of the spelling; None if no name is similar.
 
     Example:
         >>> _nearest("DSF"), _nearest("gate 1"), _nearest("none"), _nearest("nothing")
@@ -66,11 +66,11 @@ def _nearest(spelling: str) -> str | None:
     close = difflib.get_close_matches(name.replace("_", "-"), known, n=1) or difflib.get_close_matches(name, known, n=1)
     if not close:
         return None
-    meant = f"{_SYNONYMS.get(close[0], close[0])}{number}" + (f"+{k}" if k else "")
-    if meant == spelling.strip():  # the name is right, its number is not
+    suggestion = f"{_SYNONYMS.get(close[0], close[0])}{number}" + (f"+{k}" if k else "")
+    if suggestion == spelling.strip():  # the name is valid, the number is not
         return None
     try:
-        parse(meant)
+        parse(suggestion)
     except ValueError:
         return None
-    return meant
+    return suggestion

@@ -1,4 +1,4 @@
-"""The table of rules: every name that a spelling may begin with, and what it makes."""
+"""Table of rules: the diagonal of every name that a spelling can begin with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIAGONALS: dict[str, Callable[..., Diagonal]] = {
 
 
 class Spaced:
-    """A ramp or log-spaced diagonal as version 0.1 pickled it; makes that of today."""
+    """Name of a class in pickles of version 0.1; creates the current ramp or log-spaced diagonal."""
 
     def __new__(cls, name: str, bound: float) -> Diagonal:  # type: ignore[misc]
         return DIAGONALS[name](bound)

@@ -1,6 +1,6 @@
-"""Diagonals computed at every step: the direct path of the cell, and the diagonal of its Jacobian.
+"""Time-varying diagonals: the direct path of the cell, and the diagonal of its Jacobian.
 
-The backends have kernels of their own for these two; any other time-varying rule passes its rows of D to them.
+The backends compute these two in their kernels; other time-varying rules pass rows of D to the kernels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from statefeed.feedback.protocol import Context, KernelRule, Linearization, Time
 
 @dataclass(frozen=True)
 class Gate(TimeVarying):
-    """The direct path: z[t] of a GRU, f[t] on c and 0 on h of an LSTM."""
+    """Diagonal of the direct path: z[t] of a GRU, f[t] on c and 0 on h of an LSTM."""
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         if cell is None:
-            return 'feedback "gate" is known for GRU and LSTM only, not for a cell of your own; use "jacobian"'
+            return (
+                'feedback "gate" needs the formulas of a cell, which statefeed.Recurrent does not have; use "jacobian"'
+            )
         if not cell.has_direct_path:
             return (
                 'feedback "gate" needs a direct path between states and an RNN has none; use "jacobian" or "calibrated"'
@@ -42,7 +44,7 @@ class Gate(TimeVarying):
 
 @dataclass(frozen=True)
 class Jacobian(TimeVarying):
-    """diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
+    """Diagonal of the Jacobian, diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         return at.cell.jacobian_diagonal(at.at, at.w_hh)

@@ -1,4 +1,4 @@
-"""The feedback rule as a value: which diagonal stands in for the state Jacobian, and how many corrections follow it.
+"""The class ``Feedback``: the diagonal that approximates the state Jacobian, and the number of corrections.
 
 delta_0[t] = e[t] + D[t+1] * delta_0[t+1]
 delta_k    = scan_D(e + shift((J - D)^T delta_{k-1}))          k corrections; k = T is exact for every D
@@ -24,12 +24,13 @@ from statefeed.user_warning import warn
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
 _GROWS_ABOVE = 1 + 1e-6
+_CORRECTIONS = 2**31  # more than any sequence has steps
 _RENAMED = {"bptt": "torch", "fused-bptt": "bptt"}
 
 
 @dataclass(frozen=True, repr=False)
 class Feedback:
-    """A rule for the gradient of a recurrent state.
+    """Rule for the gradient of a recurrent state.
 
     ``delta[t] = e[t] + D[t+1] * delta[t+1]`` followed by k corrections ``delta_k = scan_D(e + shift((J - D)^T
     delta_{k-1}))``; k = 0 is the cheapest, k = T is backpropagation through time for every D (Caillon, Fagnou and
@@ -38,24 +39,24 @@ class Feedback:
     Args:
         diagonal: D, in any of its spellings.
 
-            - ``None`` or ``"bptt"``: no approximation, through statefeed's kernels where there are any for the input,
-              else torch's own path; ``explain`` says which.
-            - ``"torch"``: no approximation, torch's own layer, untouched: double backward, ``torch.func.jacrev`` and
-              whatever else torch.nn can do.
+            - ``None`` or ``"bptt"``: exact, through statefeed's kernels if they support the input, else through torch's
+              own path; ``explain`` reports which.
+            - ``"torch"``: exact, through torch's own layer in every case, which supports double backward and
+              ``torch.func.jacrev`` as torch.nn does.
             - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
-            - ``"dsf"``: linspace(0, 1, S), fixed, never trained; for an LSTM it runs over (h, c) joined, S = 2H.
-            - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: as ``Feedback.ramp`` and ``Feedback.log_spaced`` say.
-            - a float, or a tensor of shape (S,): that diagonal, fixed. A tensor (L * directions, S) has one row for
-              every layer and direction, as ``layer.diagonal`` of the next two.
-            - ``"calibrated"``: the running mean of diag(J[t]), taken while training.
-            - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1], unit by unit, g being the exact state
-              gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training every 50th backward pass, the first
-              included, is exact BPTT and fits it again.
+            - ``"dsf"``: linspace(0, 1, S), fixed; for an LSTM over the concatenated states (h, c), S = 2H.
+            - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: see ``Feedback.ramp`` and ``Feedback.log_spaced``.
+            - a float, or a tensor of shape (S,): that diagonal, fixed. A tensor (L * directions, S) has one row per
+              layer and direction, like ``layer.diagonal`` of the next two rules.
+            - ``"calibrated"``: the running mean of diag(J[t]), updated in training.
+            - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1] for every unit, where g is the exact
+              state gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training, the first and then every
+              50th backward pass is exact BPTT and updates the fit.
             - ``"gate"``: the direct path, z[t] of a GRU, f[t] on c and 0 on h of an LSTM; an RNN has none.
-            - ``"jacobian"``: diag(J[t]) exactly.
+            - ``"jacobian"``: diag(J[t]).
 
-            A string may carry the suffix ``+k``: ``"gate+1"``. The table of rules is ``statefeed.feedback.DIAGONALS``;
-            a ``Diagonal`` of your own is taken as it is.
+            A string may end in the suffix ``+k``: ``"gate+1"``. The table of rules is ``statefeed.feedback.DIAGONALS``.
+            An instance of a user-defined ``Diagonal`` is accepted too.
         corrections: k, the number of corrections, each one batched matrix product over all steps.
 
     Gradient: exact for ``"bptt"``, ``"torch"`` and k >= T; approximate otherwise. The forward pass is exact under
@@ -69,8 +70,8 @@ class Feedback:
         UserWarning: corrections around a fixed diagonal near 1, which diverge until k is near T; a fixed diagonal above
             1, under which gradients grow with every step.
 
-    Cost: per step O(S) for k = 0; each correction adds 2 * T * B * H * G * H flops. An exact pass of ``"fitted"`` is a
-        loop over time, about as long as torch's own.
+    Cost: O(S) per step for k = 0; each correction adds 2 * T * B * H * G * H flops. An exact pass of ``"fitted"`` is a
+        loop over time and takes about as long as torch's own backward pass.
 
     Example:
         >>> Feedback("gate+1")
@@ -91,6 +92,8 @@ class Feedback:
             value, suffix = parse(diagonal)
         if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
             raise ValueError(f"corrections must be a whole number >= 0, got {corrections!r}")
+        if max(suffix, corrections) >= _CORRECTIONS:
+            raise ValueError(f"corrections must be below 2^31, got {max(suffix, corrections)}")
         if suffix and corrections:
             raise ValueError(f"corrections are given twice: as the suffix +{suffix} and as corrections={corrections}")
         object.__setattr__(self, "diagonal", _diagonal(value))
@@ -110,11 +113,18 @@ class Feedback:
 
     @classmethod
     def ramp(cls, cap: float, corrections: int = 0) -> Feedback:
-        """D = linspace(0, cap, S): the ramp of DSF, stopped short of 1.
+        """Create the rule D = linspace(0, cap, S), the ramp of DSF with a largest value below 1.
 
         Args:
-            cap: the largest value, above 0 and at most 1, which is ``"dsf"``. It runs over (h, c) joined for an LSTM.
-            corrections: k.
+            cap: largest value, above 0 and at most 1; 1 is ``"dsf"``. For an LSTM the ramp covers the concatenated
+                states (h, c).
+            corrections: k, the number of corrections.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ValueError: cap is not above 0 and at most 1.
 
         Example:
             >>> str(Feedback.ramp(0.95)), Feedback.ramp(1) == Feedback("dsf")
@@ -124,14 +134,21 @@ class Feedback:
 
     @classmethod
     def log_spaced(cls, longest: float, corrections: int = 0) -> Feedback:
-        """D = 1 - 1 / h, with horizons h from 1 to ``longest`` steps, geometrically spaced.
+        """Create the rule D = 1 - 1 / h, with horizons h geometrically spaced from 1 to ``longest`` steps.
 
-        A unit with the value d keeps credit over about 1 / (1 - d) steps; here as many units keep it over 1 to 2 steps
-        as over 32 to 64.
+        A unit with the value d assigns credit over about 1 / (1 - d) steps; here as many units do so over 1 to 2 steps
+        as over 32 to 64 steps.
 
         Args:
-            longest: horizon of the last unit in steps, above 1. They run over (h, c) joined for an LSTM.
-            corrections: k.
+            longest: horizon of the last unit in steps, above 1. For an LSTM the units are those of the concatenated
+                states (h, c).
+            corrections: k, the number of corrections.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ValueError: longest is not above 1.
 
         Example:
             >>> Feedback.log_spaced(100).stationary(3, torch.float32, torch.device("cpu"))
@@ -146,21 +163,21 @@ class Feedback:
 
     @property
     def through_torch(self) -> bool:
-        """Whether torch's own layer is asked for, kernels or not."""
+        """Whether the rule selects torch's own layer even if kernels support the input."""
         return isinstance(self.diagonal, Exact) and self.diagonal.through_torch
 
     @property
     def learned(self) -> bool:
-        """Whether the diagonal is learned while training."""
+        """Whether the diagonal is learned in training."""
         return self.diagonal.learned
 
     def stationary(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The diagonal of shape (size,) where it is known beforehand, else None.
+        """The diagonal of shape (size,) if it is known in advance, else None.
 
         Args:
-            size: S, the width of the state; 2H for the (h, c) of an LSTM.
-            dtype: of the returned tensor.
-            device: of the returned tensor.
+            size: S, the width of the state; 2H for the states (h, c) of an LSTM.
+            dtype: dtype of the returned tensor.
+            device: device of the returned tensor.
 
         Returns:
             D of shape (size,), or None for learned, time-varying and exact rules.
@@ -172,7 +189,13 @@ class Feedback:
         return self.diagonal.vector(size, dtype, device)
 
     def row(self, k: int) -> Feedback:
-        """The rule of one layer and direction: this one, or the row k of a diagonal that has one for each.
+        """The rule of one layer and direction: this rule, or one with row k of its diagonal.
+
+        Args:
+            k: index of the layer and direction, ``layer * directions + direction``.
+
+        Returns:
+            The rule.
 
         Example:
             >>> Feedback(torch.tensor([[0.5], [0.25]])).row(1)
@@ -187,11 +210,27 @@ class Feedback:
         return rule
 
     def resolve(self, context: Context) -> KernelRule:
-        """The form that a backend takes."""
+        """The rule in the form that backends receive.
+
+        Args:
+            context: the inputs from which a rule computes its diagonal.
+
+        Returns:
+            The rule of one layer and direction for one backward pass.
+        """
         return self.diagonal.resolve(context)._replace(corrections=self.corrections)
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
-        """Why a layer cannot run under this rule, None if it can; arguments as for ``Diagonal``."""
+        """Why a layer does not support this rule.
+
+        Args:
+            cell: the cell; None in ``statefeed.Recurrent``, where only its step function is known.
+            size: S, the width of the state.
+            rows: number of layers times number of directions.
+
+        Returns:
+            The reason in one sentence; None if the layer supports the rule.
+        """
         return self.diagonal.unsupported_reason(cell, size, rows)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +251,7 @@ FeedbackLike: TypeAlias = Feedback | Diagonal | str | float | Tensor | None
 
 
 def as_feedback(rule: FeedbackLike) -> Feedback:
-    """A rule in any of its spellings as a ``Feedback``."""
+    """Convert a rule in any spelling to a ``Feedback``."""
     return rule if isinstance(rule, Feedback) else Feedback(rule)
 
 

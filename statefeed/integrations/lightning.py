@@ -1,4 +1,4 @@
-"""Lightning callback: swap as fitting starts, with a schedule and an alignment monitor on request."""
+"""Lightning callback that calls ``swap`` when fitting starts, with an optional schedule and alignment monitor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import statefeed as sf
 
 
 def _callback_classes() -> tuple[type, ...]:
-    """``Callback`` of the package under both names that it is published by; packages use one or the other."""
+    """``Callback`` of Lightning under both of its package names; other packages use one or the other."""
     found = []
     for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
@@ -30,25 +30,25 @@ def _callback_classes() -> tuple[type, ...]:
 class SwapCallback(*_callback_classes()):  # type: ignore[misc]
     """Swaps the recurrent layers of a LightningModule when fitting starts.
 
-    For packages that build their network late, as darts and neuralforecast do: the network exists by then, and is not
-    compiled yet. Layers that are statefeed's already keep their rule unless one is set here.
+    Suitable for packages that create their network late, such as darts and neuralforecast: when fitting starts, the
+    network exists and is not compiled yet. Statefeed layers keep their rule unless one is set here.
 
     Args:
-        feedback: the rule, in every spelling of ``Feedback``; exact for torch's layers if None.
-        schedule: rules that change while training, in place of ``feedback``: a ``Schedule`` or its spelling.
-        monitor: a ``Monitor``, called before every optimizer step with the LightningModule; its numbers are logged.
+        feedback: the rule, in any spelling of ``Feedback``; exact for torch's layers if None.
+        schedule: rules that change during training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        monitor: a ``Monitor``, called before every optimizer step with the LightningModule; its values are logged.
         include: patterns of layer names, as for ``swap``.
-        exclude: patterns of layer names to leave alone.
+        exclude: patterns of layer names to leave unchanged.
 
     Attributes:
         report: the ``SwapReport`` of the last fit; None before.
 
-    Gradient: as the rule says, from the first training step on.
+    Gradient: that of the rule, from the first training step on.
 
     Raises:
-        ImportError: when the module is imported without lightning.
-        ValueError: both a rule and a schedule, an unknown rule, a pattern that matches no layer, or, at fit start,
-            a schedule without a limit of steps or epochs.
+        ImportError: the module is imported and lightning is not installed.
+        ValueError: both a rule and a schedule, an unknown rule, a pattern that matches no layer, or, when fitting
+            starts, a schedule without a limit of steps or epochs.
 
     Cost: none per step without a monitor.
 
@@ -77,7 +77,7 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule is not None and not math.isfinite(trainer.estimated_stepping_batches):
-            raise ValueError("a schedule needs to know how long training is: give the Trainer max_steps or max_epochs")
+            raise ValueError("a schedule needs the length of training: set max_steps or max_epochs of the Trainer")
         self.report = sf.swap(pl_module, self.feedback, include=self.include, exclude=self.exclude)
         self._last_step = -1
 
@@ -92,5 +92,5 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
             pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        # darts pickles the callback with the model; the report is about the layers of this process.
+        # darts pickles the callback with the model; the report refers to the layers of this process.
         return {**vars(self), "report": None}

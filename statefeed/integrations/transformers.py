@@ -1,4 +1,4 @@
-"""Hugging Face Trainer callback: swap as training begins, with a schedule and an alignment monitor on request."""
+"""Hugging Face Trainer callback that calls ``swap`` when training starts, with optional schedule and monitor."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ except ModuleNotFoundError as error:
 
 
 class SwapCallback(TrainerCallback):  # type: ignore[misc]
-    """Swaps the recurrent layers of the Trainer's model when training begins.
+    """Swaps the recurrent layers of the Trainer's model when training starts.
 
     Args:
-        feedback: the rule, in every spelling of ``Feedback``; exact for torch's layers if None, while layers that are
-            statefeed's already keep theirs.
-        schedule: rules that change while training, in place of ``feedback``: a ``Schedule`` or its spelling.
-        monitor: a ``Monitor``, called before every optimizer step with the model; its numbers are in
+        feedback: the rule, in any spelling of ``Feedback``; if None, torch's layers become exact and statefeed layers
+            keep their rule.
+        schedule: rules that change during training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        monitor: a ``Monitor``, called before every optimizer step with the model; its values are in
             ``trainer.state.log_history``.
         include: patterns of layer names, as for ``swap``.
-        exclude: patterns of layer names to leave alone.
+        exclude: patterns of layer names to leave unchanged.
 
     Attributes:
         report: the ``SwapReport`` of the last training; None before.
 
-    Gradient: as the rule says, from the first training step on.
+    Gradient: that of the rule, from the first training step on.
 
     Raises:
-        ImportError: when the module is imported without transformers.
+        ImportError: the module is imported and transformers is not installed.
         ValueError: both a rule and a schedule, an unknown rule, or a pattern that matches no layer.
 
     Cost: none per step without a monitor.

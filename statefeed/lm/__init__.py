@@ -1,1 +1,1 @@
-"""The language-model application: recipes in, run folders out; it uses only what `statefeed` exports."""
+"""Language-model application on the public API of statefeed: recipes in, run folders out."""

@@ -1,4 +1,4 @@
-"""The command line: its commands by name; every user error is one sentence and exit code 2."""
+"""Command line of the language-model application; every user error is one sentence and exit code 2."""
 
 import ctypes
 import difflib
@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from statefeed.lm import commands
@@ -25,7 +26,7 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
   statefeed corpora [RECIPE.yaml] [--data.key=value ...]      list the corpora, or what is in the one named
   statefeed recipes [NAME...]                                 list the recipes of the package, or copy those named
-  statefeed bench layers|scan|memory|training|recall [--smoke]  time layers and training here, or test long memory
+  statefeed bench NAME [--smoke]                              layers, scan, memory, training, recall or forward
 
   statefeed --version
 
@@ -43,7 +44,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], commands.Work | None]] = {
 }
 
 
-_PYTHONS_WARNING = warnings.showwarning
+_python_showwarning = warnings.showwarning
+_PACKAGE = Path(__file__).parent.parent
+shown_warnings: set[str] = set()  # of this process
 
 
 def main(arguments: Sequence[str], set_up_process: Callable[[], None] | None = None) -> int:
@@ -54,9 +57,9 @@ def main(arguments: Sequence[str], set_up_process: Callable[[], None] | None = N
         set_up_process: called once the arguments are found right, before the work that they describe.
 
     Returns:
-        The exit code: 0; 1 when training diverged or another process of the job ended; 2 for a user error, a full
-        disk or memory; 128 and the signal's number when interrupted, as 130 for Ctrl-C, or when the reader of its
-        output has closed it.
+        The exit code: 0; 1 if training diverged or another process of the job ended; 2 for a user error, or if disk or
+        memory are full; 128 plus the number of the signal if interrupted (130 for Ctrl-C), also by SIGPIPE if the
+        reader of the output has closed it.
     """
     try:
         for word in arguments:
@@ -72,15 +75,15 @@ def main(arguments: Sequence[str], set_up_process: Callable[[], None] | None = N
         sys.stdout.flush()
     except UsageError as error:
         return 2 if error.reported else _report(str(error), 2)
-    except BrokenPipeError:  # as in `statefeed corpora | head`: the reader has closed it, which is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+    except BrokenPipeError:  # the reader has closed the pipe, as in `statefeed corpora | head`: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + signal.SIGPIPE
     except OSError as error:
         return _report(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
     except Diverged as error:
         return _report(str(error), 1)
     except PeerLost as error:
-        notify(str(error))  # by every process that is left
+        notify(str(error))  # in every remaining process
         return 1
     except Interrupted as error:
         return _report(str(error), 128 + error.number)
@@ -97,40 +100,40 @@ def _unknown(word: str | None) -> str:
     return f"expected a command ({', '.join(known)}), got {word or 'none'}{hint}"
 
 
-def own_process() -> None:
-    """Set this process up for training; for the command line alone, since it changes the whole process.
+def configure_process() -> None:
+    """Configure this process for training; called by the command line only, since it affects the whole process.
 
-    Denormals become zero: weights that decay without ever being used would slow every product they enter. Under glibc
-    large blocks stay in the heap: by default every large temporary is mapped and unmapped each time, with a
-    fault for every page.
+    Denormals are flushed to zero: weights that decay to denormals slow down every product. Under glibc, large blocks
+    stay in the heap: by default every large temporary is mapped and unmapped, with a page fault for every page.
     """
     import torch  # here, so that help and errors in the arguments are answered without it
 
     torch.set_flush_denormal(True)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """A warning of the library as one line, without the line of code it came from; others as Python prints them."""
-    if category is RuntimeWarning:
-        notify(" ".join(str(message).split()))
-    else:
-        _PYTHONS_WARNING(message, category, *place, **more)
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+    """Print a warning of the library as one line, once, without its source line; others as Python does."""
+    if category is not RuntimeWarning and not Path(filename).is_relative_to(_PACKAGE):
+        _python_showwarning(message, category, filename, *place, **more)
+    elif (sentence := " ".join(str(message).split())) not in shown_warnings:
+        shown_warnings.add(sentence)
+        notify(sentence)
 
 
 def _report(sentence: str, code: int) -> int:
-    """Print why, once for all processes of a job, since what stops one stops all."""
+    """Print an error in the process of rank 0 only, since all processes of a job fail together."""
     if os.environ.get("RANK", "0") == "0":
         notify(sentence)
     return code
 
 
 def _check_utf8(word: str) -> None:
-    """Raise unless an argument is text: other bytes can be neither saved in a recipe nor encoded."""
+    """Raise if an argument is not UTF-8 text, which a recipe could not store."""
     try:
         word.encode()
     except UnicodeEncodeError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def train(arguments: Sequence[str]) -> Work | None:
         values = recipes.parse(flags, arguments, path)
     config = recipes.build(values)
     if values.print_config:
-        print(config.to_yaml(), end="")
+        print(config.to_yaml(getattr(sys.stdout, "encoding", None) or "utf-8"), end="")
         return None
 
     def work() -> None:

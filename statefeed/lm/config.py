@@ -1,5 +1,6 @@
-"""Recipes: every field is a dataclass field, a flag and a YAML key, and is checked here, once."""
+"""Recipe options: every option is a dataclass field, a command-line flag and a YAML key, validated here."""
 
+import codecs
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
@@ -16,13 +17,13 @@ RECURRENT = ("rnn", "gru", "lstm")  # the cells that have a feedback rule
 
 
 def option(default: T, help: str, identity: Identity = "task") -> T:
-    """A field of a recipe.
+    """Define an option of a recipe.
 
     Args:
-        default: its value where a recipe does not name it.
-        help: the one line that documents it, here and in `--help`.
-        identity: what the field says about a run: it defines the task; it varies between compared runs; it says in
-            which place or how the run is computed and saved (`statefeed.lm.identity`).
+        default: value if a recipe does not set the option.
+        help: one-line description, also shown by `--help`.
+        identity: meaning for the identity of a run (`statefeed.lm.identity`): part of the task, varied between compared
+            runs, or the place where the run is computed and saved.
     """
     return field(default=default, metadata={"help": help, "identity": identity})
 
@@ -33,7 +34,7 @@ class Data:
 
     corpus: Literal["pydoc", "ptb", "wikitext", "text"] = option(
         "pydoc",
-        "pydoc: the documentation inside every Python; ptb: ptb.train.txt and ptb.valid.txt in the folder "
+        "pydoc: the documentation of the running Python; ptb: ptb.train.txt and ptb.valid.txt in the folder "
         "data.path; wikitext: wiki.train.tokens and wiki.valid.tokens there, or .raw; text: the file or folder there",
     )
     path: str | None = option(
@@ -51,12 +52,12 @@ class Data:
         "stream: columns of continuous text, the state passed from step to step; blocks: shuffled segments of "
         "train.context tokens; sentences: shuffled lines of words, each between <bos> and <eos>",
     )
-    valid: float = option(0.05, "share of the text held out for validation where the corpus comes without splits")
-    test: float = option(0.05, "share of the text held out for the test where the corpus comes without splits")
+    valid: float = option(0.05, "fraction of the text held out for validation if the corpus has no splits of its own")
+    test: float = option(0.05, "fraction of the text held out for the test if the corpus has no splits of its own")
 
     def __post_init__(self) -> None:
         if self.corpus == "pydoc":
-            require(self.path is None, "data.path belongs to the other corpora and pydoc reads no path", self.path)
+            require(self.path is None, "data.path must be null for pydoc, which reads no path", self.path)
         else:
             require(
                 bool(self.path), f"data.path must name a file or folder when data.corpus is {self.corpus}", self.path
@@ -76,8 +77,7 @@ class Data:
         else:
             require(
                 self.vocabulary is None,
-                "data.vocabulary is for word and bpe tokens only; "
-                f"{self.tokens} tokens have as many types as they need",
+                f"data.vocabulary must be null for {self.tokens} tokens; it is an option of word and bpe tokens only",
                 self.vocabulary,
             )
         require(
@@ -96,25 +96,32 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """Embedding, blocks around one sequence layer each, head."""
+    """Embedding, blocks with one sequence layer each, head."""
 
     cell: Literal["rnn", "gru", "lstm", "transformer", "s4d", "mingru"] = option(
-        "gru", "the sequence layer; rnn is the tanh one; transformer, s4d and mingru have exact gradients alone"
+        "gru", "the sequence layer; rnn is a tanh RNN; transformer, s4d and mingru have exact gradients only"
     )
     feedback: float | str = option(
-        "dsf", "how gradients flow back through time: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
+        "dsf", "feedback rule of the backward pass: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
+    )
+    forward: str = option(
+        "sequential",
+        "sequential; newton or newton(tolerance): recurrent layers run forward in parallel over time, to a tolerance",
+        identity="run",
     )
     layers: int = option(2, "number of blocks")
-    width: int = option(256, "units of the embedding, of every state and of every block")
+    width: int = option(256, "number of units of the embedding, of every state and of every block")
     block: Literal["plain", "prenorm", "stacked"] = option(
         "plain",
         "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x)); stacked: rnn(x)",
     )
-    dropout: float = option(0.0, "share of units zeroed after the embedding and after every sub-layer")
-    uniform: float | None = option(None, "initial weights uniform up to this; null for the usual ones of each layer")
+    dropout: float = option(0.0, "dropout probability after the embedding and after every sub-layer")
+    uniform: float | None = option(
+        None, "initial weights uniform in (-x, x); null for the default initialization of each layer"
+    )
     heads: int = option(8, "transformer only: attention heads")
-    window: int = option(256, "transformer only: how many tokens a token sees, itself included")
-    modes: int = option(16, "s4d only: complex modes of every unit")
+    window: int = option(256, "transformer only: number of tokens that a token attends to, including itself")
+    modes: int = option(16, "s4d only: number of complex modes of every unit")
 
     def __post_init__(self) -> None:
         require(self.layers >= 1, "model.layers must be at least 1", self.layers)
@@ -124,6 +131,11 @@ class Model:
             self.cell in RECURRENT or self.feedback == "bptt",
             f"model.feedback must be bptt where model.cell is {self.cell}, whose gradient is always exact",
             self.feedback,
+        )
+        require(
+            self.cell in RECURRENT or self.forward == "sequential",
+            f"model.forward must be sequential where model.cell is {self.cell}, which has no recurrent layer",
+            self.forward,
         )
         require(
             self.uniform is None or 0 < self.uniform < float("inf"),
@@ -143,58 +155,60 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """How long, on how much text at once, and by which steps."""
+    """Length of training, batches, optimizer, learning rate and evaluation."""
 
     epochs: int = option(1, "passes over the training split")
-    steps: int | None = option(None, "optimizer steps; when given it decides instead of train.epochs")
-    seed: int = option(1, "of the initial weights, the order of the text, dropout and the sample", identity="run")
-    batch: int = option(32, "sequences read side by side in one step, by all processes together")
-    accumulate: int = option(1, "parts in which a process takes its sequences, one after the other: less memory")
-    eval_batch: int | None = option(None, "sequences scored side by side; null for train.batch")
-    context: int = option(64, "tokens of each sequence in one step; the state is passed to the next step")
+    steps: int | None = option(None, "number of optimizer steps; overrides train.epochs")
+    seed: int = option(1, "seed of the initial weights, the order of the text, dropout and the sample", identity="run")
+    batch: int = option(32, "number of sequences in one step, of all processes together")
+    accumulate: int = option(1, "number of sequential parts of a step, to save memory")
+    eval_batch: int | None = option(None, "number of sequences in a step of evaluation; null for train.batch")
+    context: int = option(64, "number of tokens of a sequence in one step; the state is passed to the next step")
     state_reset_prob: float = option(
-        0.05, "share of the sequences whose state is reset before each step, as at the beginning of a new text"
+        0.05, "probability that the state of a sequence is reset before a step, as at the beginning of a text"
     )
     loss: Literal["mean", "window"] = option(
-        "mean", "what is minimized: nats per token, or nats summed over the tokens of a sequence, mean over sequences"
+        "mean", "mean: nats per token; window: nats summed over the tokens of a sequence, mean over sequences"
     )
     precision: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
-        "of the products in training, weights and scores being float32; the others are torch's autocast, float16 with "
-        "a scaled loss and on a GPU only",
+        "precision of products in training; weights and scores are float32. bfloat16 and float16 use autocast, float16 "
+        "also loss scaling, on a GPU only",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "where it runs; auto is cuda where there is one, else cpu", identity="place"
+        "auto", "device of the run; auto is cuda if available, else cpu", identity="place"
     )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp",
-        "what each process of torchrun holds: ddp all weights; fsdp its part of weights, gradients and optimizer state",
+        "under torchrun, ddp: every process has all weights; fsdp: weights, gradients and optimizer state are sharded",
         identity="place",
     )
     compile: Literal["default", "reduce-overhead"] | None = option(
         None,
-        "mode of torch.compile for the blocks in training; reduce-overhead replays CUDA graphs where shapes stay the "
-        "same; null leaves them as they are",
+        "mode of torch.compile for the blocks in training; reduce-overhead replays CUDA graphs for equal shapes; null "
+        "does not compile",
         identity="place",
     )
-    optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or plain gradient descent")
+    optimizer: Literal["adam", "sgd"] = option("adam", "adam with betas 0.9 and 0.999, or sgd without momentum")
     lr: float = option(3e-3, "largest learning rate", identity="run")
     weight_decay: float = option(0.0, "L2 penalty, added to the gradient")
-    warmup: float = option(50.0, "steps over which the learning rate rises to train.lr; below 1 the share of all steps")
+    warmup: float = option(
+        50.0, "number of steps of linear warmup to train.lr; a value below 1 is a fraction of all steps"
+    )
     schedule: Literal["constant", "linear", "cosine", "steps"] = option(
         "cosine",
-        "the learning rate after warmup: stays, falls to train.floor right after the last step, or is multiplied by "
-        "train.decay after train.decay_after epochs and every train.decay_every from there",
+        "learning rate after warmup: constant; linear or cosine decay to train.floor after the last step; steps: "
+        "multiplied by train.decay after train.decay_after epochs and then every train.decay_every epochs",
     )
-    floor: float = option(0.0, "linear and cosine: share of train.lr that is left at the end")
-    decay: float = option(0.1, "steps: what the learning rate is multiplied by")
-    decay_after: int = option(10, "steps: epochs before the first time")
-    decay_every: int = option(10, "steps: epochs from one time to the next")
-    clip: float | None = option(1.0, "largest norm of the gradient of all weights together; null for no limit")
-    evaluations: int = option(10, "how often the validation split is scored, evenly spread, last at the end")
+    floor: float = option(0.0, "linear and cosine: final learning rate as a fraction of train.lr")
+    decay: float = option(0.1, "steps: factor of each decay")
+    decay_after: int = option(10, "steps: number of epochs before the first decay")
+    decay_every: int = option(10, "steps: number of epochs from one decay to the next")
+    clip: float | None = option(1.0, "maximum norm of the gradient over all weights; null for no clipping")
+    evaluations: int = option(10, "number of evaluations on the validation split, evenly spaced, the last at the end")
     alignment: bool = option(
         False,
-        "at every evaluation log how the gradient of the first training batch agrees with exact BPTT",
+        "log at every evaluation the alignment of the gradient with exact BPTT, on the first training batch",
         identity="run",
     )
 
@@ -215,7 +229,7 @@ class Train:
         require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
         require(
             self.warmup >= 0 and (self.warmup < 1 or self.warmup == int(self.warmup)),
-            "train.warmup must be a number of steps, or a share of them from 0 and below 1",
+            "train.warmup must be a whole number of steps, or a fraction of them from 0 and below 1",
             self.warmup,
         )
         require(0 <= self.floor <= 1, "train.floor must be between 0 and 1", self.floor)
@@ -233,18 +247,18 @@ class Train:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how the run is saved."""
+    """Run folder, checkpoints and TensorBoard."""
 
     dir: str = option(
-        "runs/default", "folder that is made for the run; one that holds a run needs --resume", identity="place"
+        "runs/default",
+        "folder of the run, created if missing; a folder that holds a run needs --resume",
+        identity="place",
     )
     checkpoint_minutes: float = option(
-        10.0, "time between checkpoints, 0 for one after every step; one more is made at the end", identity="place"
+        10.0, "minutes between checkpoints, 0 for one after every step; the last step is always saved", identity="place"
     )
-    checkpoints: int = option(2, "how many checkpoints are kept, the last ones", identity="place")
-    tensorboard: bool = option(
-        False, "write the metrics for TensorBoard too, into the folder of the run", identity="place"
-    )
+    checkpoints: int = option(2, "number of latest checkpoints to keep", identity="place")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into the run folder", identity="place")
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir must name a folder", repr(self.dir))
@@ -270,6 +284,19 @@ class Config:
     train: Train = field(default_factory=Train)
     run: Run = field(default_factory=Run)
 
-    def to_yaml(self) -> str:
-        """The recipe with every key, as text that `parse` reads back."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+    def __post_init__(self) -> None:
+        require(
+            self.model.forward == "sequential" or self.train.compile is None,
+            "train.compile must be null unless model.forward is sequential",
+            self.train.compile,
+        )
+
+    def to_yaml(self, encoding: str = "utf-8") -> str:
+        """The recipe with every key as YAML text, which `recipe.parse` reads.
+
+        Args:
+            encoding: encoding in which the text will be written. For others than UTF-8 the text is ASCII, because
+                recipes are read as UTF-8.
+        """
+        utf8 = codecs.lookup(encoding).name == "utf-8"
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=utf8)

@@ -5,11 +5,11 @@ from contextlib import suppress
 
 
 class UsageError(ValueError):
-    """A user error, described in one sentence; the command line turns it into exit code 2.
+    """A user error, described in one sentence; the command line exits with code 2.
 
     Args:
-        sentence: what is wrong, what is expected, what was given.
-        reported: whether another process has printed the sentence already.
+        sentence: what is wrong, what is expected and what was passed.
+        reported: whether another process has already printed the sentence.
     """
 
     def __init__(self, sentence: str, *, reported: bool = False) -> None:
@@ -18,11 +18,11 @@ class UsageError(ValueError):
 
 
 class CorruptFile(UsageError):
-    """A file of tensors that is not what was written."""
+    """A file of tensors is corrupt."""
 
 
 class Diverged(RuntimeError):
-    """The loss or the weights are no longer finite."""
+    """Training diverged: the loss or the weights are no longer finite."""
 
 
 class PeerLost(RuntimeError):
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         sentence: what is saved and how to resume.
-        number: of the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, sentence: str, number: int) -> None:
@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def notify(sentence: str) -> None:
-    """Print a sentence on stderr, where there is one: a notice that cannot be printed ends no work."""
+    """Print a notice on stderr; errors of printing, such as a closed stderr, are ignored."""
     with suppress(OSError, ValueError):
         print(f"statefeed: {sentence}", file=sys.stderr, flush=True)
 
@@ -57,7 +57,7 @@ def require(condition: bool, expectation: str, got: object) -> None:
         got: the value.
 
     Raises:
-        UsageError: when the condition does not hold.
+        UsageError: the condition is false.
 
     >>> require(1 > 2, "train.batch must be at least 1", 0)
     Traceback (most recent call last):

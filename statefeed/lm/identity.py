@@ -1,11 +1,11 @@
-"""Run identity: which keys of a recipe define the task, which vary between compared runs, which say where it ran.
+"""Run identity: which keys of a recipe define the task, which vary between compared runs, which only say where it ran.
 
-Every field of a recipe has one of three flags (`statefeed.lm.config.option`), from which everything else follows:
+Every field of a recipe has one of three flags (`statefeed.lm.config.option`):
 
-- task: what is learned from what. Runs with equal task keys are compared with each other.
-- run: what differs between the runs of a comparison: the rule, the learning rate, the seed.
-- place: where and how a run is computed and saved. It changes no result beyond rounding, so a run may be resumed with
-  other values.
+- task: the data, the model and the training procedure. Runs with equal task keys are compared with each other.
+- run: keys that differ between the runs of a comparison: the rule, the learning rate, the seed.
+- place: where and how a run is computed and saved. These keys change results by rounding errors at most, so a run can
+  be resumed with other values.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ Recipe = Mapping[str, Mapping[str, Any]]  # the values by section and key
 
 
 def keys(*identities: Identity) -> tuple[str, ...]:
-    """The keys with one of some flags, as section.key.
+    """The keys that have one of the given flags, as section.key.
 
     >>> keys("run")
-    ('model.feedback', 'train.seed', 'train.lr', 'train.alignment')
+    ('model.feedback', 'model.forward', 'train.seed', 'train.lr', 'train.alignment')
     """
     return tuple(key for key, identity in _flags() if identity in identities)
 
@@ -37,14 +37,14 @@ def _flags() -> list[tuple[str, Identity]]:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """A recipe by section.key."""
+    """The values of a recipe by section.key."""
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
 def select(recipe: Recipe, *identities: Identity) -> dict[str, Any]:
-    """The part of a recipe with one of some flags, by section.key; the rule in its usual spelling.
+    """The values of a recipe whose keys have one of the given flags, by section.key; the rule in canonical spelling.
 
-    A key that this version does not know, in a record of another one, counts as a task key.
+    Unknown keys, in a record of another version, count as task keys.
     """
     values, known = flat(recipe), dict(_flags())
     found = {key: value for key, value in values.items() if known.get(key, "task") in identities}
@@ -54,10 +54,10 @@ def select(recipe: Recipe, *identities: Identity) -> dict[str, Any]:
 
 
 def rule(cell: str, feedback: float | str) -> str:
-    """The name of a feedback rule in every table: its usual spelling, or the cell where that has no rule.
+    """The name of a feedback rule in tables: its canonical spelling, or the name of a cell that has no rule.
 
     Raises:
-        ValueError: when there is no such rule.
+        ValueError: there is no such rule.
 
     >>> rule("gru", 0.0), rule("gru", "dsf@0.30/bptt"), rule("s4d", "bptt")
     ('ft-bptt', 'dsf@0.3/bptt', 's4d')
@@ -65,12 +65,23 @@ def rule(cell: str, feedback: float | str) -> str:
     return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
 
 
+def check_rules(cell: str, feedback: float | str) -> None:
+    """Check that a cell supports a rule, or every rule of a schedule.
+
+    Raises:
+        ValueError: there is no such rule, or the cell does not support it.
+    """
+    if cell in RECURRENT:
+        for _, stage in sf.Schedule(feedback).stages:
+            getattr(sf, cell.upper())(1, 1, feedback=stage)
+
+
 def difference(there: Recipe, here: Recipe, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
-    """The first key in which two recipes are not the same run, with both values; None where they are the same run.
+    """The first key in which the runs of two recipes differ, with both values; None if they are the same run.
 
     Args:
-        there: the recipe of a run, in which a path is absolute.
-        here: another one.
+        there: the recipe in a run folder, in which paths are absolute.
+        here: another recipe.
         ignored: keys that may differ.
     """
     first, second = flat(there), flat(here)

@@ -1,4 +1,4 @@
-"""Recipes as text: YAML files, which may name a base file, and the flags of the command line that override them."""
+"""Recipes as text: YAML files, which may name a base file, and command-line flags that override them."""
 
 import difflib
 import json
@@ -17,14 +17,18 @@ from statefeed.lm.config import SECTIONS, Config
 from statefeed.lm.errors import UsageError
 from statefeed.lm.yaml_file import load_yaml
 
-CONFIG, RECORD = "config.yaml", "record.json"  # of a run folder
-_OTHER_NAMES = {  # of keys, in other programs
+CONFIG, RECORD = "config.yaml", "record.json"  # files of a run folder
+_OTHER_NAMES = {  # names of keys in other programs, for suggestions
     "learning_rate": "lr",
     "batch_size": "batch",
     "seq_len": "context",
     "block_size": "context",
     "bptt": "context",
     "hidden_size": "width",
+    "d_model": "width",
+    "dim": "width",
+    "n_embd": "width",
+    "embedding_size": "width",
     "num_layers": "layers",
     "n_layer": "layers",
     "grad_clip": "clip",
@@ -41,11 +45,11 @@ BASE = "base"  # the key of a recipe that names the file whose values it changes
 def parser(prog: str) -> ArgumentParser:
     """A parser with one flag for every field of every section.
 
-    Flags are added one by one, since jsonargparse takes the help of a dataclass from its docstring, where ours stands
-    beside the default. Its own `--print_config` would print the flags that are not part of a recipe, too.
+    Flags are added one by one: jsonargparse reads the help of a dataclass from its docstring, but ours is in the
+    field's metadata. Its own `--print_config` is disabled, because it also prints flags that are not part of a recipe.
 
     Args:
-        prog: the name of the command in its usage line.
+        prog: name of the command in the usage line.
     """
     flags = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, print_config=None)
     for section, kind in SECTIONS.items():
@@ -62,36 +66,36 @@ def parse(flags: ArgumentParser, arguments: Sequence[str], path: str | Path | No
     """Parse the arguments of a command.
 
     Args:
-        flags: of the command.
-        arguments: the words after it.
+        flags: the parser of the command.
+        arguments: the words after the command.
         path: a recipe, whose values are the defaults of the flags.
 
     Raises:
-        UsageError: for an unknown flag, a missing value or a value of the wrong type, in the arguments or the recipe.
+        UsageError: an unknown flag, a missing value or a value of a wrong type, in the arguments or the recipe.
     """
     for word in arguments:
         _check_decimal(*word.removeprefix("--").partition("=")[::2])
     try:
-        defaults = None if path is None else parser("").parse_object(read(path))
+        defaults = None if path is None else parser("").parse_object(read(expand(str(path))))
         return flags.parse_args(list(arguments), namespace=defaults)
     except ArgumentError as error:
         raise UsageError(_sentence(str(error), flags.get_defaults().keys())) from error
 
 
 def _check_decimal(key: str, value: object) -> None:
-    """Raise for a number in another notation, of which YAML 1.1 makes another number: 90 of 1:30."""
+    """Raise for a number in another notation, which YAML 1.1 reads as another number (1:30 as 90)."""
     section, _, name = key.partition(".")
     hint = get_type_hints(SECTIONS[section]).get(name) if section in SECTIONS else None
-    takes_numbers = {int, float} & {hint, *get_args(hint)} and str not in get_args(hint)
-    if takes_numbers and isinstance(value, str) and re.match(r"[-+]?(\d+:|0[xob])", value):
+    is_number = {int, float} & {hint, *get_args(hint)} and str not in get_args(hint)
+    if is_number and isinstance(value, str) and re.match(r"[-+]?(\d+:|0[xob])", value):
         raise UsageError(f"{key} must be a decimal number, got {value}")
 
 
 def build(values: Namespace) -> Config:
-    """The configuration that parsed flags describe.
+    """Build the configuration from parsed flags.
 
     Raises:
-        UsageError: when a value is out of range.
+        UsageError: a value is out of range.
     """
     for section in SECTIONS:
         for key, value in vars(values[section]).items():
@@ -101,24 +105,24 @@ def build(values: Namespace) -> Config:
 
 
 def load(path: Path) -> Config:
-    """The configuration written in a YAML file.
+    """Load the configuration from a YAML file.
 
     Raises:
-        UsageError: when it is missing or wrong.
+        UsageError: the file is missing or invalid.
     """
     return build(parse(parser(""), [], path))
 
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The values of a recipe by section and key, with those of its base file where it does not change them.
+    """Read the values of a recipe by section and key, merged over those of its base file.
 
     Args:
-        path: a YAML file of sections, each a mapping of keys to values; `base: FILE` names another one, beside it. In
-            the folder of a run it has the names of the version that began the run.
+        path: a YAML file of sections, each a mapping of keys to values; `base: FILE` names another file in the same
+            folder. In a run folder, the file has the rule names of the version that started the run.
 
     Raises:
-        UsageError: when the file is missing or a folder, is not YAML, has a key twice, or is not made of sections, for
-            an unknown key, and when the record of the run cannot be read.
+        UsageError: the file is missing, is a folder, is not YAML, has a duplicate or unknown key, or has no sections;
+            or the record of the run cannot be read.
     """
     sections = _sections(path)
     record = Path(path).with_name(RECORD)
@@ -129,18 +133,18 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         return sections
     if not isinstance(base, str):
         raise UsageError(f"{BASE} of {path} must name a YAML file, got {base!r}")
-    beside = Path(path).parent / base
-    values = _sections(beside)
+    base_path = Path(path).parent / base
+    values = _sections(base_path)
     if BASE in values:
-        raise UsageError(f"{beside} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
+        raise UsageError(f"{base_path} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
     return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
 
 
 def absolute(path: str | None) -> str | None:
-    """A data.path as it means the same in every working directory; a name of the Hub stays what it is.
+    """The absolute path of a data.path; a name on the Hub is returned unchanged.
 
     Raises:
-        UsageError: when it begins with the home folder of a user that does not exist.
+        UsageError: the path begins with the home folder of a user that does not exist.
 
     >>> absolute("hub:wikitext-2-v1"), absolute("/data/../story.txt")
     ('hub:wikitext-2-v1', '/story.txt')
@@ -152,7 +156,7 @@ def expand(path: str) -> Path:
     """A path with `~` and `~user` replaced by the home folder.
 
     Raises:
-        UsageError: when there is no such folder.
+        UsageError: there is no such home folder.
     """
     try:
         return Path(path).expanduser()
@@ -161,12 +165,12 @@ def expand(path: str) -> Path:
 
 
 def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
-    """Change single values in the recipe of a run, whose other keys keep the names and values of its version.
+    """Change single values in the recipe of a run; all other keys and values stay as its version wrote them.
 
     Args:
-        path: of the recipe.
-        values: by section.key.
-        folder: of the same file system, for the unfinished file.
+        path: path of the recipe.
+        values: new values by section.key.
+        folder: folder of the temporary file, in the same file system.
     """
     sections = load_yaml(path.read_text(encoding="utf-8"))
     for key, value in values.items():
@@ -178,7 +182,7 @@ def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _version(record: Path) -> object:
-    """The version of statefeed that began a run; None where its record does not name it."""
+    """The version of statefeed that started a run; None if its record does not contain it."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -187,7 +191,7 @@ def _version(record: Path) -> object:
 
 
 def _sections(path: str | Path) -> dict[str, Any]:
-    """What one file holds, its keys checked and under the names of today."""
+    """The sections of one file, with checked and current keys."""
     try:
         found = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -220,7 +224,7 @@ def _sections(path: str | Path) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    """A value in a message, of which the beginning is enough."""
+    """The repr of a value for a message, truncated to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -228,17 +232,17 @@ def _short(value: object) -> str:
 def _unknown(key: str, known: Iterable[str]) -> str:
     name, known = key.rpartition(".")[2], list(known)
     name = _OTHER_NAMES.get(name.replace("-", "_"), name)
-    # The same name in another section, or what other programs call it, before what is spelled alike.
-    near = [one for one in known if one.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists every key")
+    # Prefer the same name in another section, or the name in another program, to a similar spelling.
+    matches = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key}" + (f": did you mean {matches[0]}?" if matches else "; --help lists every key")
 
 
 def _sentence(message: str, known: Iterable[str]) -> str:
-    """What jsonargparse reports on several lines, as one sentence.
+    """A message of jsonargparse, which has several lines, as one sentence.
 
     Args:
-        message: its report.
-        known: the keys there are.
+        message: the message.
+        known: all valid keys.
     """
     if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
         return _unknown(unknown[1], known)

@@ -8,7 +8,7 @@ from statefeed.lm.errors import UsageError
 from statefeed.lm.recipe import BASE
 from statefeed.lm.yaml_file import load_yaml
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def folder() -> Path:
@@ -17,10 +17,10 @@ def folder() -> Path:
     Raises:
         UsageError: when they are in neither.
     """
-    for place in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+    for place in (PACKAGE / "recipes", PACKAGE.parent / "recipes"):
         if (place / "quickstart.yaml").is_file():
             return place
-    raise UsageError(f"the recipes are missing: expected them in {_PACKAGE / 'recipes'}, install statefeed again")
+    raise UsageError(f"the recipes are missing: expected them in {PACKAGE / 'recipes'}, install statefeed again")
 
 
 def titles() -> dict[str, str]:

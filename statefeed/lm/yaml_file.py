@@ -1,4 +1,4 @@
-"""YAML files of recipes: plain numbers, text as it is written, no key twice."""
+"""Reader of YAML recipes: decimal numbers, text fields kept as text, no duplicate keys."""
 
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,9 +11,9 @@ _TEXT, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "f
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in a mapping is an error, and numbers are decimal, as YAML 1.2 has it.
+    """YAML loader that raises for duplicate keys and reads decimal numbers only, as in YAML 1.2.
 
-    There are no dates, no `12:30` for 750 and no `010` for 8.
+    Dates, `12:30` for 750 and `010` for 8 are not numbers.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -23,8 +23,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
-            raise yaml.YAMLError(f"the key {twice[0]} stands twice in one mapping")
+        if duplicates := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"the key {duplicates[0]} is twice in one mapping")
         return super().construct_mapping(node, deep)
 
 
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML file holds; text is what is written, so that 2024_05_01 names a folder."""
+    """The content of a YAML file; a text field keeps its text, so that 2024_05_01 can name a folder."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -56,7 +56,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _takes_text(hint: Any) -> bool:
-    """Whether a key takes text, or one of some words, and no number."""
+    """Whether a key accepts text, or one of several words, and no number."""
     kinds = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     found = kinds or (hint,)
     return float not in found and any(kind is str or get_origin(kind) is Literal for kind in found)

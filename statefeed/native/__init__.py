@@ -25,7 +25,7 @@ def available(device: str = "cpu") -> bool:
 
 def unavailable(device: str = "cpu") -> str | None:
     """Why the fused kernels of a device cannot be used; None if they can. Loads and raises as ``available``."""
-    return _load(device).reason
+    return load(device).reason
 
 
 # The attribute set by torch.compiler.assume_constant_result, whose import would load all of dynamo with statefeed.
@@ -35,27 +35,30 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def described(device: str = "cpu") -> str:
     """Description of the loaded kernels; on a CPU with their instruction set and the number of threads."""
     if device != "cpu":
-        return _load(device).library
+        return load(device).library
     import torch
 
     threads = torch.get_num_threads()
-    return f"{_load(device).library}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{load(device).library}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """The kernels of a device: a description of their library, and why they are unavailable, or None."""
+
     library: str
     reason: str | None
 
 
 @functools.cache
-def _load(device: str) -> _Loaded:
+def load(device: str) -> Loaded:
+    """Load the kernels of a device once; raises as ``available``."""
     setting = os.environ.get("STATEFEED_KERNELS", "auto")
     if setting not in ("auto", "on", "off"):
         raise ValueError(f"STATEFEED_KERNELS must be on, off or auto, got {setting!r}")
     if setting == "off":
-        return _Loaded("none", "STATEFEED_KERNELS is off")
+        return Loaded("none", "STATEFEED_KERNELS is off")
     try:
-        return _Loaded(_LOADERS[device](), None)
+        return Loaded(_LOADERS[device](), None)
     except (ImportError, OSError, RuntimeError) as error:
         reason = f"the {device.upper()} kernels cannot be used: {error}"
         if setting == "on":
@@ -63,7 +66,7 @@ def _load(device: str) -> _Loaded:
         from statefeed.user_warning import warn
 
         warn(f"statefeed uses plain torch operations instead of its kernels: {reason}", RuntimeWarning)
-        return _Loaded("none", str(error))
+        return Loaded("none", str(error))
 
 
 def _load_cpu() -> str:

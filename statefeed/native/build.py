@@ -35,25 +35,25 @@ def load() -> str:
     Raises:
         OSError, RuntimeError: the library cannot be compiled, cached or loaded.
     """
-    prebuilt = _prebuilt()
-    torch.ops.load_library(str(prebuilt or _compiled()))  # type: ignore[no-untyped-call]
+    prebuilt = prebuilt_library()
+    torch.ops.load_library(str(prebuilt or compiled_library()))  # type: ignore[no-untyped-call]
     from statefeed.native import fakes, flops  # noqa: F401
 
-    return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {_instruction_set()}"
+    return f"the wheel's {prebuilt.stem}" if prebuilt else f"compiled here for {instruction_set()}"
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
     """The name of the best variant that this CPU can run."""
-    flags = set(_cpu_flags().split())
+    flags = set(cpu_flags().split())
     for variant in VARIANTS:
         if variant.machine == platform.machine() and variant.required <= flags:
             return variant.name
     return platform.machine()
 
 
-def _prebuilt() -> Path | None:
+def prebuilt_library() -> Path | None:
     """The best library of the wheel that this CPU can run."""
-    flags = set(_cpu_flags().split())
+    flags = set(cpu_flags().split())
     for variant in VARIANTS:
         library = PREBUILT / f"{variant.name}.so"
         if variant.machine == platform.machine() and variant.required <= flags and library.exists():
@@ -61,15 +61,15 @@ def _prebuilt() -> Path | None:
     return None
 
 
-def _compiled() -> Path:
+def compiled_library() -> Path:
     """The library for this machine, from the cache or compiled into it."""
     cache = cache_folder()
-    target = cache / f"kernels-{_cache_key()}.so"
+    target = cache / f"kernels-{cache_key()}.so"
     make_private(cache)
     if not _usable(target):
         with _locked(cache / "lock"):
             if not _usable(target):
-                compile_library(target, Path(torch.__file__).parent, _machine_flags())
+                compile_library(target, Path(torch.__file__).parent, machine_flags())
     return target
 
 
@@ -84,40 +84,41 @@ def _usable(library: Path) -> bool:
     return reason is None
 
 
-def _machine_flags() -> list[str]:
+def machine_flags() -> list[str]:
     """The compiler flags for this CPU."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["-mcpu=native"]
     # With the tuning for some CPUs, GCC loads the weights of a product once per row instead of once in total. The
     # compiler only checks the CPU, but Linux may not permit its tile registers.
-    tiles = "amx_bf16" in _cpu_flags().split()
+    tiles = "amx_bf16" in cpu_flags().split()
     return ["-march=native", "-mtune=generic", *([] if tiles else ["-U__AMX_BF16__"])]
 
 
-def _cache_key() -> str:
+def cache_key() -> str:
+    """The part of the name of a compiled library that identifies sources, torch, compiler, flags and CPU."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
     if version.returncode:
         raise RuntimeError(f"{compiler()} --version failed with exit code {version.returncode}: is CXX a compiler?")
-    parts = [torch.__version__, sys.platform, platform.machine(), _cpu_flags(), compiler(), version.stdout]
-    digest = hashlib.sha256("\n".join([*parts, *FLAGS, *_machine_flags()]).encode())
+    parts = [torch.__version__, sys.platform, platform.machine(), cpu_flags(), compiler(), version.stdout]
+    digest = hashlib.sha256("\n".join([*parts, *FLAGS, *machine_flags()]).encode())
     for source in sources(".cc", ".h"):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """The CPU flags that this process may use, separated by spaces."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
                 flags = line.partition(":")[2].split()
-                tiles = "amx_tile" in flags and _tiles_permitted()
+                tiles = "amx_tile" in flags and tiles_permitted()
                 return " ".join(flag for flag in flags if tiles or not flag.startswith("amx"))
     return platform.processor()
 
 
 @functools.cache
-def _tiles_permitted() -> bool:
+def tiles_permitted() -> bool:
     """Request permission for the AMX registers from Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, 18)."""
     return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (158, 0x1023, 18))) == 0)
 

@@ -84,8 +84,8 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
     with tempfile.TemporaryDirectory() as directory:
         objects = {source: str(Path(directory) / f"{source.stem}.o") for source in sources(".cc")}
         jobs = [
-            subprocess.Popen([*command, *include, "-c", str(source), "-o", made], stderr=subprocess.PIPE, text=True)
-            for source, made in objects.items()
+            subprocess.Popen([*command, *include, "-c", str(source), "-o", output], stderr=subprocess.PIPE, text=True)
+            for source, output in objects.items()
         ]
         errors = [job.communicate()[1] for job in jobs]  # wait for all jobs before checking any
         for job, error in zip(jobs, errors, strict=True):
@@ -98,7 +98,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
         # The temporary folder may be on another file system: copy next to the target, then rename.
         temporary = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, temporary)
-        temporary.chmod(0o700)  # whatever the umask: a library that others may write to is not loaded
+        temporary.chmod(0o700)  # independent of the umask: a library that others can write to is not loaded
         os.replace(temporary, target)
 
 

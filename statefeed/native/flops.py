@@ -17,7 +17,7 @@ def _layer_backward(
     cell: str, rule: str, corrections: int, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any
 ) -> int:
     """The gradients of both weights and of x; one product more per correction, and for exact BPTT."""
-    needs_x = others[-5] is not None
+    needs_x = others[-6] is not None
     return 2 * int(x[0] * w_ih[0] * (w_ih[1] * (1 + needs_x) + w_hh[1] * (1 + corrections + (rule == "exact"))))
 
 

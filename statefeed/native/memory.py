@@ -15,7 +15,7 @@ from torch import Tensor
 
 _MIN_BYTES = 1 << 18  # for smaller tensors torch's allocator is as fast
 _MAX_IDLE_BYTES = 1 << 27
-_blocks: list[mmap.mmap] = []
+blocks: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
@@ -31,7 +31,7 @@ def empty(rows: int, width: int, like: Tensor) -> Tensor:
 def _block(size: int) -> mmap.mmap:
     """The smallest idle block that fits and is at most twice as large, else a new one."""
     with _lock:
-        idle = sorted((_blocks[i] for i in range(len(_blocks)) if _is_idle(i)), key=len)
+        idle = sorted((blocks[i] for i in range(len(blocks)) if _is_idle(i)), key=len)
         for block in idle:
             if size <= len(block) <= 2 * size:
                 return block
@@ -39,16 +39,16 @@ def _block(size: int) -> mmap.mmap:
         for block in idle:
             if excess > 0:
                 excess -= len(block)
-                _blocks.remove(block)
+                blocks.remove(block)
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
-        _blocks.append(block)
+        blocks.append(block)
         return block
 
 
 def _is_idle(index: int) -> bool:
-    return _reference_count(_blocks, index) == _IDLE_COUNT
+    return _reference_count(blocks, index) == _IDLE_COUNT
 
 
 def _reference_count(blocks: list[mmap.mmap], index: int) -> int:

@@ -38,7 +38,7 @@ def probe(device: torch.device | None = None) -> str:
     try:
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             found = torch.zeros(1, dtype=torch.int32, device=device)
-            _write_one[(1,)](found)
+            write_one[(1,)](found)
             value = int(found)
     except Exception as error:  # the compiler, its subprocess and the driver raise different types
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -56,5 +56,6 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 @triton.jit
-def _write_one(out):
+def write_one(out):
+    """Write 1 to ``out``."""
     tl.store(out, 1)

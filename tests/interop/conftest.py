@@ -1,49 +1,62 @@
-"""Plain torch against statefeed in a package's own training loop: same losses; the ratio of their times is recorded."""
+"""Plain torch against statefeed in a package's own training loop: same losses; the times of their steps are recorded.
 
+Two variables come from ``make interop``: STATEFEED_INTEROP_RECORDS names the file of records, and
+STATEFEED_INTEROP_TURNS how often each model is fitted both ways.
+"""
+
+import datetime
+import itertools
 import json
 import os
-import platform
 import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import statefeed as sf
+from statefeed.lm.run import provenance
+
+_WARM_UP = 2  # steps of a fit that are not timed
 
 Fit = Callable[[bool], tuple[list[float], Any]]
 
 
 @pytest.fixture
 def compare() -> Callable[..., tuple[Any, Any]]:
-    """Fits twice in turns, plain and swapped, from the same seed, and compares the losses of every step.
+    """Fits in turns, plain and swapped, from the same seed, and compares the losses of every step.
 
-    ``fit(swapped)`` builds and trains a model, and returns its losses and whatever the test goes on with. Returned are
+    ``fit(swapped)`` builds and trains a model, and returns its losses and values for the rest of the test. Returned are
     the plain and the swapped result.
     """
 
-    def compare(package: str, model: str, shape: str, fit: Fit, rtol: float = 2e-3, turns: int = 2) -> tuple[Any, Any]:
-        seconds: dict[bool, list[float]] = {False: [], True: []}
+    def compare(package: str, model: str, shape: str, fit: Fit, rtol: float = 2e-3) -> tuple[Any, Any]:
+        ms: dict[bool, list[float]] = {False: [], True: []}  # of a step, one value a fit
         losses, results = {}, {}
         torch.set_num_threads(1)
-        for _ in range(turns):
+        for _ in range(int(os.environ.get("STATEFEED_INTEROP_TURNS", "2"))):
             for swapped in (False, True):
                 seed()
-                start = time.perf_counter()
-                losses[swapped], results[swapped] = fit(swapped)
-                seconds[swapped].append(time.perf_counter() - start)
+                with step_times() as ends:
+                    losses[swapped], results[swapped] = fit(swapped)
+                steps = [after - before for before, after in itertools.pairwise(ends)]
+                ms[swapped].append(1e3 * statistics.median(steps[_WARM_UP:] or steps))
         assert len(losses[True]) == len(losses[False]) > 1
         torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=rtol, atol=1e-4)
         record(
             package=package,
             model=model,
             shape=shape,
-            # Of whole fits with everything around them, on whatever machine this is: rough.
-            fit_ratio=round(min(seconds[False]) / min(seconds[True]), 2),
+            step_ms={name: spread(ms[swapped]) for name, swapped in (("plain", False), ("statefeed", True))},
+            step_ratio=spread([plain / ours for plain, ours in zip(ms[False], ms[True], strict=True)]),
             losses={"plain": losses[False][-1], "statefeed": losses[True][-1]},
             steps=len(losses[True]),
         )
@@ -62,10 +75,34 @@ def seed() -> None:
     np.random.seed(0)  # noqa: NPY002 - the packages draw from the global generator
 
 
-def record(**fields: Any) -> None:
+@contextmanager
+def step_times() -> Iterator[list[float]]:
+    """When each step of any optimizer ended: a whole step, with whatever the package does in it, lies between two."""
+    ends: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    try:
+        yield ends
+    finally:
+        hook.remove()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {name: round(of(values), 4) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+
+
+def record(package: str, **fields: Any) -> None:
     """Append a line to the file that `make interop` names; without one, print it."""
+    versions = {name: version(name) for name in (package, "torch")} | {"statefeed": sf.__version__}
     line = json.dumps(
-        {**fields, "statefeed": sf.__version__, "torch": torch.__version__, "machine": platform.machine()}
+        {
+            "package": package,
+            **fields,
+            "versions": versions,
+            **provenance.commit(),
+            "cpu": provenance.processor(),
+            "threads": torch.get_num_threads(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
     )
     file = os.environ.get("STATEFEED_INTEROP_RECORDS")
     if file is None:

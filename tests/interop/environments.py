@@ -1,13 +1,19 @@
 """One virtual environment per package: install with torch constrained, run its test file, print what came of it.
 
-``python tests/interop/environments.py [NAME ...]``, as ``make interop`` does; without names, every file in packages/.
-A package that cannot be installed beside the torch of constraints.txt is skipped with pip's reason.
+``python tests/interop/environments.py [--record MACHINE] [NAME ...]``, as ``make interop`` does; without names, every
+file in packages/. A package that cannot be installed beside the torch of constraints.txt is skipped with pip's reason.
+
+With ``--record`` every model is fitted seven times both ways, the records are appended to
+results/packages/MACHINE.jsonl, and the table in docs/packages.md is written from all records there.
 """
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -16,22 +22,32 @@ _NOTHING_RAN = 5  # of pytest, where a file skips itself as it is imported
 NAMES = sorted(file.stem for file in (HERE / "packages").glob("*.txt"))
 
 
-def main(names: list[str]) -> int:
-    unknown = sorted(set(names) - set(NAMES))
+def main(words: list[str]) -> int:
+    flags = argparse.ArgumentParser(prog="environments.py")
+    flags.add_argument("--record", metavar="MACHINE", help="name of the machine, as in results/bench")
+    flags.add_argument("names", nargs="*", metavar="NAME")
+    values = flags.parse_args(words)
+    unknown = sorted(set(values.names) - set(NAMES))
     if unknown:
         print(f"no such package: {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     BUILD.mkdir(parents=True, exist_ok=True)
-    records = BUILD / "records.jsonl"
-    records.write_text("")
+    if values.record is None:
+        records, turns = BUILD / "records.jsonl", 2
+        records.write_text("")
+    else:
+        records, turns = table.RECORDS / f"{values.record}.jsonl", 7
+        records.parent.mkdir(parents=True, exist_ok=True)
     outcomes = {}
-    for name in names or NAMES:
+    for name in values.names or NAMES:
         print(f"== {name}", flush=True)
-        outcomes[name] = install(name) or run(name, records)
+        outcomes[name] = install(name) or run(name, records, turns)
     print()
     for name, outcome in outcomes.items():
         print(f"{name:<20} {outcome}")
-    print(f"\nlosses and rough ratios of whole fits: {records}")
+    print(f"\nlosses and times of whole steps: {records}")
+    if values.record is not None:
+        table.write()
     return 1 if any(outcome.startswith("failed") for outcome in outcomes.values()) else 0
 
 
@@ -63,12 +79,13 @@ def install(name: str) -> str | None:
     return None
 
 
-def run(name: str, records: Path) -> str:
+def run(name: str, records: Path, turns: int) -> str:
     """The outcome of the package's tests, in one line."""
     variables = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "STATEFEED_INTEROP_RECORDS": str(records),
+        "STATEFEED_INTEROP_TURNS": str(turns),
     }
     command = [BUILD / name / "bin" / "python", "-m", "pytest", "-m", "interop", "--quiet", "--show-capture=no"]
     finished = subprocess.run(

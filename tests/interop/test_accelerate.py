@@ -43,7 +43,7 @@ def test_a_prepared_model(compare, counter, signs, tmp_path, precision):
     assert plain.accuracy(*signs) > 0.9
 
 
-def test_a_layer_with_a_hook_is_left_until_the_hook_is_gone(counter):
+def test_a_layer_with_a_hook_is_left_unchanged(counter):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     model = counter()

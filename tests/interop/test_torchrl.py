@@ -85,7 +85,7 @@ def test_a_module_with_a_backend_of_its_own_is_in_the_report():
     assert "recurrent_backend" in sf.swap(model).outside["module.0"]
 
 
-def test_their_python_lstm_is_left_with_the_reason():
+def test_their_python_lstm_is_left_unchanged_with_the_reason():
     from torchrl.modules import LSTM
 
     model = nn.ModuleList([LSTM(4, 8, batch_first=True), nn.LSTM(4, 8)])

@@ -99,7 +99,7 @@ USER_ERRORS = {
 
 
 @pytest.mark.parametrize("error", USER_ERRORS)
-def test_a_user_error_is_one_sentence_and_leaves_nothing(
+def test_a_user_error_prints_one_sentence_and_writes_no_file(
     error: str, flags: list[str], run: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
@@ -150,7 +150,7 @@ def test_a_corpus_is_counted(capsys: pytest.CaptureFixture[str], here: Path) -> 
 
 
 @pytest.mark.parametrize("command", [["corpora"], ["generate", "{run}", "--tokens=20"]])
-def test_a_reader_that_closed_the_output_is_no_error(command: list[str], run: Path) -> None:
+def test_a_closed_output_is_not_an_error(command: list[str], run: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     words = [word.format(run=run) for word in command]
@@ -161,7 +161,7 @@ def test_a_reader_that_closed_the_output_is_no_error(command: list[str], run: Pa
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_in_a_process_of_its_own(here: Path) -> None:
+def test_in_a_subprocess(here: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "statefeed", "train", "nowhere.yaml"], capture_output=True, text=True, check=False
     )
@@ -232,7 +232,7 @@ def test_the_command_that_was_meant(word: str, meant: str | None, capsys: pytest
 
 
 @pytest.mark.parametrize("missing", ["jsonargparse", "safetensors"])
-def test_without_the_application_one_sentence_names_what_to_install(missing: str) -> None:
+def test_without_the_application_the_error_has_the_install_command(missing: str) -> None:
     code = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         f"u.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)\n"
@@ -248,7 +248,7 @@ def test_denormals_become_zero_in_every_thread_of_the_command_line_and_not_on_im
         "import torch; from statefeed.lm import cli\n"
         "tiny = lambda: int((torch.full((4_000_000,), 1e-40) * 1.0).count_nonzero())\n"
         "assert (torch.tensor(1e-40) * 1.0).item() > 0\n"
-        "cli.own_process(); print(tiny())"
+        "cli.configure_process(); print(tiny())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "0\n", done.stderr

@@ -40,6 +40,13 @@ def test_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     assert recipes.load(tmp_path / "recipe.yaml") == recipe
 
 
+@pytest.mark.parametrize(("encoding", "path"), [("ascii", "日本"), ("latin-1", "tëxt"), ("UTF8", "日本")])
+def test_yaml_reads_back_in_every_encoding(encoding: str, path: str, tmp_path: Path) -> None:
+    config = Config(data=Data(corpus="text", path=path))
+    (tmp_path / "r.yaml").write_text(config.to_yaml(encoding), encoding=encoding)
+    assert recipes.load(tmp_path / "r.yaml") == config
+
+
 def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {lr: 1e-4, steps: 7, clip: null}\nmodel: {feedback: gate+1}\n")
@@ -66,8 +73,8 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.state_reset_prob=1.5", "train.state_reset_prob must be between 0 and 1, got 1.5"),
         ("--train.clip=0", "train.clip must be positive, or null for no limit, got 0.0"),
         ("--train.weight_decay=-1", "train.weight_decay must be at least 0, got -1.0"),
-        ("--train.warmup=-1", "train.warmup must be a number of steps, or a share of them from 0"),
-        ("--train.warmup=1.5", "train.warmup must be a number of steps, or a share of them from 0"),
+        ("--train.warmup=-1", "train.warmup must be a whole number of steps, or a fraction of them from 0"),
+        ("--train.warmup=1.5", "train.warmup must be a whole number of steps, or a fraction of them from 0"),
         ("--train.floor=2", "train.floor must be between 0 and 1, got 2.0"),
         ("--train.decay=0", "train.decay must be above 0 and at most 1, got 0.0"),
         ("--train.decay_after=0", "train.decay_after must be at least 1, got 0"),
@@ -75,6 +82,8 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.eval_batch=0", "train.eval_batch must be at least 1, got 0"),
         ("--data.batches=sentences", "data.batches=sentences needs data.tokens=word with data.eos=true"),
         ("--model.cell=s4d", "model.feedback must be bptt where model.cell is s4d, whose gradient is always exact"),
+        ("--model.cell=mingru --model.feedback=bptt --model.forward=newton", "model.forward must be sequential where"),
+        ("--model.forward=newton --train.compile=default", "train.compile must be null unless model.forward is"),
         ("--model.uniform=0", "model.uniform must be a positive number, or null, got 0.0"),
         ("--model.window=0", "model.window must be at least 1, got 0"),
         ("--model.modes=0", "model.modes must be at least 1, got 0"),
@@ -89,22 +98,22 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--data.test=1", "data.test must be at least 0 and below 1, got 1.0"),
         ("--data.valid=0.96", "data.valid + data.test must leave text to train on"),
         ("--data.vocabulary=256", "data.vocabulary must be at least 257 for bpe tokens"),
-        ("--data.path=x", "data.path belongs to the other corpora and pydoc reads no path, got x"),
+        ("--data.path=x", "data.path must be null for pydoc, which reads no path, got x"),
         ("--data.corpus=text", "data.path must name a file or folder when data.corpus is text"),
         ("--data.corpus=ptb", "data.path must name a file or folder when data.corpus is ptb"),
         ("--run.dir=", "run.dir must name a folder, got ''"),
         ("--train.lr", "argument --train.lr: expected one argument"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(flag: str, sentence: str) -> None:
+def test_a_wrong_flag_raises(flag: str, sentence: str) -> None:
     with pytest.raises(UsageError) as refused:
-        parsed(flag)
+        parsed(*flag.split())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
-    with pytest.raises(UsageError, match="char tokens have as many types as they need"):
+def test_an_unused_vocabulary_size_raises() -> None:
+    with pytest.raises(UsageError, match=r"data\.vocabulary must be null for char tokens"):
         Data(tokens="char", vocabulary=10)
     with pytest.raises(UsageError, match="at least 3 for word tokens"):
         Data(tokens="word", vocabulary=2)
@@ -118,12 +127,12 @@ def test_vocabulary_is_refused_where_it_would_do_nothing() -> None:
         (b"optim: {lr: 1}\n", "unknown section 'optim'"),
         (b"train: 3\n", "section 'train' of"),
         (b"train: {lr: 1\n", "is not valid YAML"),
-        (b"train:\n  lr: 1\n  steps: 3\n  lr: 2\n", "is not valid YAML: the key lr stands twice in one mapping"),
-        (b"train: {lr: 1}\nmodel: {width: 8}\ntrain: {steps: 3}\n", "the key train stands twice in one mapping"),
+        (b"train:\n  lr: 1\n  steps: 3\n  lr: 2\n", "is not valid YAML: the key lr is twice in one mapping"),
+        (b"train: {lr: 1}\nmodel: {width: 8}\ntrain: {steps: 3}\n", "the key train is twice in one mapping"),
         (b"train: \xff\n", "is not UTF-8 text: byte 7 cannot be decoded"),
     ],
 )
-def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_a_wrong_recipe_raises(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as refused:
@@ -144,7 +153,7 @@ def test_attention_heads_must_fit_the_width() -> None:
         Model(cell="transformer", feedback="bptt", heads=0)
 
 
-def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
+def test_a_recipe_overrides_its_base(tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "common.yaml").write_text("train: {lr: 1.0, steps: 7}\nmodel: {width: 8}\n")
     path = tmp_path / "recipe.yaml"
@@ -164,7 +173,7 @@ def test_a_recipe_changes_what_its_base_says(tmp_path: Path) -> None:
         ("train: {restart: 2}\n", "train.state_reset_prob must be between 0 and 1, got 2"),  # the key of older recipes
     ],
 )
-def test_a_wrong_base_or_value_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+def test_a_wrong_base_or_value_raises(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(UsageError) as refused:
@@ -183,6 +192,6 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     assert recipe.run.dir == f"runs/{path.stem}"
 
 
-def test_alignment_needs_whole_weights() -> None:
+def test_alignment_needs_unsharded_weights() -> None:
     with pytest.raises(UsageError, match=r"train\.parallel must be ddp, got fsdp"):
         parsed("--train.parallel=fsdp", "--train.alignment=true")

@@ -14,7 +14,7 @@ PLACES = {
     *("train.device", "train.parallel", "train.compile"),
     *("run.dir", "run.checkpoint_minutes", "run.checkpoints", "run.tensorboard"),
 }
-VARIED = {"model.feedback", "train.lr", "train.seed", "train.alignment"}
+VARIED = {"model.feedback", "model.forward", "train.lr", "train.seed", "train.alignment"}
 EVERY = {f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in dataclasses.fields(kind)}
 
 
@@ -48,7 +48,7 @@ def test_a_place_changes_neither_the_run_nor_the_task() -> None:
         (Config(train=Train(alignment=True)), "train.alignment"),
     ],
 )
-def test_what_varies_is_another_run_of_the_same_task(other: Config, key: str) -> None:
+def test_a_varied_key_is_another_run_of_the_same_task(other: Config, key: str) -> None:
     found = identity.difference(dataclasses.asdict(Config()), dataclasses.asdict(other))
     assert found is not None
     assert found[0] == key
@@ -63,9 +63,11 @@ def test_anything_else_is_another_task() -> None:
 
 
 def test_a_rule_is_one_however_it_is_spelled() -> None:
-    spelled = [dataclasses.asdict(Config(model=Model(feedback=rule))) for rule in (0.0, "0.0", "ft-bptt", "ft-bptt+0")]
-    for recipe in spelled[1:]:
-        assert identity.difference(spelled[0], recipe) is None
-    assert {identity.select(recipe, "run")["model.feedback"] for recipe in spelled} == {"ft-bptt"}
+    spellings = [
+        dataclasses.asdict(Config(model=Model(feedback=rule))) for rule in (0.0, "0.0", "ft-bptt", "ft-bptt+0")
+    ]
+    for recipe in spellings[1:]:
+        assert identity.difference(spellings[0], recipe) is None
+    assert {identity.select(recipe, "run")["model.feedback"] for recipe in spellings} == {"ft-bptt"}
     wrong = dataclasses.asdict(Config(model=Model(feedback="nothing")))
-    assert identity.difference(spelled[0], wrong) == ("model.feedback", 0.0, "nothing")
+    assert identity.difference(spellings[0], wrong) == ("model.feedback", 0.0, "nothing")

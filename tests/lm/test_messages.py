@@ -5,19 +5,21 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import sentences
 
+import statefeed as sf
 from statefeed.lm import cli
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Data, Train
 from statefeed.lm.data import batches, tokens
 from statefeed.lm.errors import UsageError
 from statefeed.lm.run import train as training
-from statefeed.lm.run.generate import _scale
+from statefeed.lm.run.generate import scale_logits
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ def test_rates_in_a_recipe(written: str, value: float) -> None:
         ("--train.stepz=3", "train.steps"),
     ],
 )
-def test_the_key_that_was_meant(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_similar_key_is_suggested(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"did you mean {meant}?" in sentence(["train", flag], capsys)
 
 
@@ -153,7 +155,7 @@ def test_numbers_beyond_64_bits(key: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("width", [10**8, 10**12, 2**62])
-def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_larger_than_memory_raises(width: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     err = sentence(["train", *flags, f"--model.width={width}"], capsys)
     assert "lower model.width" in err
     assert "train.batch" not in err
@@ -162,8 +164,8 @@ def test_a_model_that_no_memory_holds(width: int, flags: list[str], capsys: pyte
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
 def test_a_temperature_near_zero_is_its_limit(temperature: float, run: Path) -> None:
     logits = torch.tensor([1.0, 3.0, 3.0, -2.0])
-    assert _scale(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
-    assert torch.equal(_scale(logits, 0.5), logits / 0.5)
+    assert scale_logits(logits, temperature).softmax(0).tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert torch.equal(scale_logits(logits, 0.5), logits / 0.5)
     assert cli.main(["generate", str(run), f"--temperature={temperature}", "--tokens=5"]) == 0
 
 
@@ -172,14 +174,48 @@ def test_two_folders_to_resume(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "names the folder of the run, and --run.dir another, other: give one" in err
 
 
-@pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints/text.txt"])
 @pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
-def test_a_run_beside_its_text_or_in_its_place(
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.json", "curves.png"])
+def test_a_file_of_a_run_that_links_to_the_text(
+    name: str,
+    link: Callable[[Path, Path], None],
+    command: list[str],
+    flags: list[str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (here / "x").mkdir()
+    (here / "texts").mkdir()
+    text = here / "texts" / "a.txt"
+    text.write_text(sentences(400))
+    link(text, here / "x" / name)
+    words = [*command, *(flag for flag in flags if "path" not in flag)]
+    for path in ("texts", "texts/a.txt"):
+        err = sentence([*words, f"--data.path={path}"], capsys)
+        assert "run.dir must be another folder than the text of data.path" in err
+    assert text.read_text() == sentences(400)
+    assert [path.name for path in (here / "x").iterdir()] == [name]
+
+
+def test_a_folder_that_links_to_the_text(flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text(sentences(400))
+    (here / "x").symlink_to("texts")
+    words = ["train", "--run.dir=x", *(flag for flag in flags if "path" not in flag), "--data.path=texts"]
+    assert "run.dir must be another folder than the text of data.path" in sentence(words, capsys)
+    assert [path.name for path in (here / "texts").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", [".", "text.txt", "metrics.jsonl", "checkpoints", "checkpoints/text.txt"])
+@pytest.mark.parametrize("command", [["train", "--run.dir=x"], ["compare", "--feedback=dsf", "--out=x"]])
+def test_a_run_folder_that_overlaps_the_text_raises(
     command: list[str], name: str, flags: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = here / "x" / name
-    (text if name == "." else text.parent).mkdir(parents=True)
-    (text / "a.txt" if name == "." else text).write_text(sentences(400))
+    file = text if text.suffix else text / "a.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(sentences(400))
     words = [*command, *(flag for flag in flags if "path" not in flag), f"--data.path=x/{name}"]
     if name == "text.txt":  # which no run writes
         if command[0] == "train":
@@ -194,26 +230,31 @@ def test_a_run_beside_its_text_or_in_its_place(
 def test_a_warning_of_the_library_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(warnings, "showwarning", cli._show_warning)
+    monkeypatch.setattr(warnings, "showwarning", cli.show_warning)
+    monkeypatch.setattr(cli, "shown_warnings", set())
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = cli._show_warning
+        warnings.showwarning = cli.show_warning
         warnings.warn("torch does the work:\nno compiler", RuntimeWarning, stacklevel=1)
-    assert capsys.readouterr().err == "statefeed: torch does the work: no compiler\n"
+        for _ in range(2):
+            sf.Schedule("dsf+2")  # which is warned of inside the package
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "statefeed: torch does the work: no compiler"
+    assert second.startswith('statefeed: feedback "dsf+2" adds corrections')
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of POSIX")
 def test_a_hangup_saves_as_a_termination_does(
     flags: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw = training._draw
+    draw = training.seed_step
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         if step == 6:
             os.kill(os.getpid(), signal.SIGHUP)
         return draw(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
     assert cli.main(["train", *flags, "--run.dir=run"]) == 128 + signal.SIGHUP
     assert "interrupted after step 6 of 12: run keeps the checkpoint of step 6" in capsys.readouterr().err
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
@@ -239,7 +280,7 @@ def test_byte_pairs_of_text_without_white_space(capsys: pytest.CaptureFixture[st
     assert "FixedLength" in found.to_json()
 
 
-def test_sentences_of_which_most_is_left_out_are_noticed(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncation_of_most_tokens_gives_a_notice(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data.tokens=word", "--data.batches=sentences", "--train.steps=2", "--train.evaluations=1"]
     for context, noticed in ((2, True), (16, False)):
         capsys.readouterr()
@@ -254,3 +295,74 @@ def test_a_shell_that_passes_bytes(run: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith(b"statefeed: arguments must be UTF-8 text, got byte 0xe9 at offset 12 of ")
+
+
+WRONG_RECIPES = {
+    "--model.feedback=DSF": "model.feedback=DSF: feedback must be ",
+    "--model.feedback=dsf/gate": "model.feedback=dsf/gate: ",
+    "--train.precision=float16": "train.precision=float16 needs a GPU",
+    "--train.accumulate=3": "train.batch must be a multiple of train.accumulate",
+    "--data.path=nowhere.txt": "there is no file or folder nowhere.txt",
+}
+
+
+@pytest.mark.parametrize("command", [["train", "--run.dir={run}"], ["train", "--resume", "{run}"]], ids=["new", "old"])
+@pytest.mark.parametrize("wrong", WRONG_RECIPES)
+def test_a_recipe_is_checked_before_the_folder(
+    wrong: str, command: list[str], run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(run=run) for word in command]
+    assert WRONG_RECIPES[wrong] in sentence([*words, *flags, "--train.device=cpu", wrong], capsys)
+
+
+def test_the_rules_of_a_comparison_are_checked_before_its_folder(
+    flags: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", *flags, f"--out={text}"]
+    assert "--feedback DSF: feedback must be " in sentence([*words, "--feedback=dsf,DSF"], capsys)
+    assert "must be another folder than the text" in sentence([*words, "--feedback=dsf"], capsys)
+
+
+LARGE = {
+    "data.vocabulary": ["--data.tokens=bpe", f"--data.vocabulary={2**63 - 1}"],
+    "train.eval_batch": [f"--train.eval_batch={2**63 - 1}"],
+    "train.evaluations": [f"--train.evaluations={2**63 - 1}"],
+}
+
+
+@pytest.mark.parametrize("key", LARGE)
+def test_large_numbers_that_mean_no_limit(key: str, flags: list[str]) -> None:
+    assert cli.main(["train", *flags, "--train.steps=2", "--run.dir=x", *LARGE[key]]) == 0
+
+
+@pytest.mark.parametrize("layers", [10**9, 2**62])
+def test_layers_that_no_memory_holds(layers: int, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    err = sentence(["train", *flags, "--run.dir=x", f"--model.layers={layers}"], capsys)
+    assert f"the weights of model.width=16 and model.layers={layers} with " in err
+
+
+def test_more_seeds_and_corrections_than_there_can_be(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    err = sentence(["compare", *flags, "--feedback=dsf", f"--seeds={10**20}"], capsys)
+    assert f"--seeds must be between 1 and 1,000, got {10**20}" in err
+    err = sentence(["train", *flags, f"--model.feedback=gate+{2**31}"], capsys)
+    assert f"corrections must be below 2^31, got {2**31}" in err
+
+
+def test_a_top_p_near_zero_is_the_likeliest_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for flag in ("--top-p=1e-300", "--top-k=1"):
+        capsys.readouterr()
+        assert cli.main(["generate", str(run), flag, "--tokens=9"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("command", ["compare", "corpora", "train"])
+def test_the_home_folder_of_a_recipe(
+    command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "home").mkdir()
+    (here / "home" / "r.yaml").write_text("train: {lr: -1}")
+    more = ["--feedback=dsf"] if command == "compare" else []
+    assert "train.lr must be a positive number, got -1.0" in sentence([command, "~/r.yaml", *more], capsys)

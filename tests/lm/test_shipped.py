@@ -61,7 +61,7 @@ def test_the_recipe_that_was_meant(capsys: pytest.CaptureFixture[str], here: Pat
 def test_recipes_inside_the_package_are_those_of_a_wheel(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shipped, "_PACKAGE", here / "statefeed")
+    monkeypatch.setattr(shipped, "PACKAGE", here / "statefeed")
     assert cli.main(["recipes"]) == 2
     assert "the recipes are missing: expected them in " in capsys.readouterr().err
     (here / "statefeed" / "recipes").mkdir(parents=True)

@@ -65,6 +65,8 @@ _cell_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _upcast(problem: Problem) -> Problem:
     """Input and state in the dtype of the weights: under autocast they may be bfloat16."""
     dtype = problem.weights[0].dtype
+    if problem.x.dtype == dtype and all(s.dtype == dtype for s in problem.state):
+        return problem
     return problem._replace(x=problem.x.to(dtype), state=tuple(s.to(dtype) for s in problem.state))
 
 
@@ -105,4 +107,6 @@ BACKEND = Backend(
     device="cpu",
     describe=describe,
     upcasts=True,
+    saves=True,
+    fused_forward=True,
 )

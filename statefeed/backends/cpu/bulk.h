@@ -28,7 +28,7 @@ inline void prefetch_tile(const typename P::value_t* out, int64_t rows, int64_t 
     for (int j = 0; j < bulk_vectors; ++j) __builtin_prefetch(out + i * stride + j * lanes<typename P::value_t>, 1);
 }
 
-// A tile by way of a copy, where whole vectors or whole tiles would reach beyond its output.
+// A tile through a copy, if whole vectors or whole tiles would reach beyond its output.
 template <ProductTraits P, class T, class Tile>
 __attribute__((noinline)) void copy_tile(int64_t rows, int64_t width, const TileOutput<T>& to, Tile tile) {
   constexpr int64_t full = bulk_vectors * lanes<T>;

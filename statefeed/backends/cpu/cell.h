@@ -1,5 +1,4 @@
-// What every cell sees: the arguments of the loops over time, one row of them at one vector of units, and the cell's
-// sizes.
+// Interface of the cells: the arguments of the loops over time, and one row of them at one vector of units.
 #pragma once
 
 #include <cstdint>
@@ -9,24 +8,24 @@
 
 namespace statefeed {
 
-// What stands for the Jacobian between two steps in the backward pass.
+// The approximation of the Jacobian between two steps in the backward pass.
 enum class Rule {
   stationary,  // a diagonal (states * hidden), the same for every row
   per_row,     // a diagonal (rows, states * hidden): a row for every step of every sequence
-  direct,      // the part of the Jacobian that passes no weight: GRU z, LSTM f on c; zero for an RNN
+  direct,      // the part of the Jacobian without weights: GRU z, LSTM f on c; zero for an RNN
   jacobian,    // the diagonal of the Jacobian
   exact,       // the whole Jacobian: the direct part, and a product with W_hh at every step
 };
 
-// Rows of consecutive steps, one after the other: `batch_sizes[t]` of them at step t (null: `batch` at every step). May
-// be any part of a longer sequence.
+// Rows of consecutive steps: `batch_sizes[t]` rows at step t (null: `batch` rows at every step). May be any part of a
+// longer sequence.
 struct StepRange {
   int64_t steps, batch, hidden, rows;
   const int64_t* batch_sizes;
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
-// `aux` is what a cell saves beside its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN,
+// `aux` is what a cell saves in addition to its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN,
 // which saves nothing (its `gates` are y).
 template <class T>
 struct ForwardArgs {
@@ -57,10 +56,10 @@ struct ReverseArgs {
   int64_t gate_grad_stride;  // between rows of gate_grads and of separate_grads
   T* gate_grads;             // out: gradients at the pre-activations of x W_ih^T + b_ih
   T* separate_grads;         // out: those at h W_hh^T + b_hh where they differ (GRU: the candidate's); or null
-  T* sums;                   // += column sums of gate_grads and separate_grads, one row for each worker
+  T* sums;                   // sum_jacobians: += diag(J[t]), (states, hidden)
 };
 
-// One row (step, batch element) at one vector of units, `count` lanes of which are inside.
+// One row (step, batch element) at one vector of units, of which `count` lanes are valid.
 template <class T>
 struct ForwardRow {
   T *gates, *aux, *y, *c;
@@ -87,10 +86,7 @@ struct ReverseRow {
   // Part `part` of a row that has several of `hidden` each: a gate, a state, a sum.
   Vector<T> at(const T* row, int part = 0) const { return load(row + part * hidden + unit, count); }
   void put(T* row, int part, Vector<T> value) const { store(row + part * hidden + unit, value, count); }
-  void put_gate_grad(int gate, Vector<T> value) const {
-    put(gate_grads, gate, value);
-    put(sums, gate, at(sums, gate) + value);
-  }
+  void put_gate_grad(int gate, Vector<T> value) const { put(gate_grads, gate, value); }
   // Whether the rule's D is an array that the caller made.
   bool has_diagonal() const { return rule == Rule::stationary || rule == Rule::per_row; }
   // carry = D * delta + residual; the next pass's residual begins as (direct - D) * delta.

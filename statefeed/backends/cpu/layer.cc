@@ -1,5 +1,5 @@
-// One layer in one direction, in chunks of time that stay in cache: products over all rows of a chunk, beside its
-// steps.
+// One layer in one direction, in chunks of time that stay in cache: the steps of a chunk, and products over all its
+// rows.
 //   grad_x = grad_input W_ih,   grad_W_ih^T += x^T grad_input,   grad_W_hh^T += h'^T grad_hidden   per chunk
 #include "layer.h"
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bulk.h"
+#include "column_sums.h"
 
 namespace statefeed {
 
@@ -51,8 +52,8 @@ StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
 
-// The states before the steps of a chunk, row by row beside its gradients. They lie in y, one step earlier, except
-// before the first step, and except where sequences end: there a step has fewer rows than the one before.
+// The states before the steps of a chunk, in the same order as the rows of its gradients. They are in y, one step
+// earlier, except before the first step and where sequences end: there a step has fewer rows than the previous one.
 template <class T>
 struct StatesBefore {
   const StepRange& range;
@@ -73,7 +74,7 @@ struct StatesBefore {
   }
 };
 
-// The same weights with memory to pack them into, if they are wanted.
+// The same weights with memory to pack them into, if they are needed.
 template <ProductTraits P, Tag tag>
 PackedWeights<P> with_memory(PackedWeights<P> weights, bool wanted = true) {
   weights.to = wanted ? workspace<typename P::packed_t, tag>(weights.size()) : nullptr;
@@ -95,6 +96,9 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
                                                                 .by_columns = false});
   const auto forward = layer.bf16 ? cell.loops(T{}).forward_bf16 : cell.loops(T{}).forward;
   const std::vector<Chunk> chunks = chunks_of(layer.range);
+  const int64_t shared = cell.shared_gates * H;
+  const T* bias = s.b_ih ? add_shared_biases(s.b_ih, s.b_hh, shared, G, workspace<T, Tag::biases>(G)) : nullptr;
+  const T* hidden_bias = s.b_hh && shared < G ? s.b_hh + shared : nullptr;
   T* unsaved_gates = s.gates ? nullptr : workspace<T, Tag::gates>(most_rows(chunks) * G);
   run_team<P>(layer.range.rows * G * (I + H), [&](Worker& worker) {
     parallel_for(worker, packed_w_ih, packed_w_hh);
@@ -102,7 +106,7 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
     for (const Chunk& chunk : chunks) {
       const ForwardArgs<T> args{.range = range_of_chunk(layer.range, chunk),
                                 .packed_w_hh = packed_w_hh.to,
-                                .hidden_bias = s.hidden_bias,
+                                .hidden_bias = hidden_bias,
                                 .first_h = first_h,
                                 .gates = s.gates ? s.gates + chunk.first_row * G : unsaved_gates,
                                 .aux = s.aux ? s.aux + chunk.first_row * H : nullptr,
@@ -115,7 +119,7 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
                                       .out_stride = G,
                                       .a = layer.x + chunk.first_row * I,
                                       .packed = packed_w_ih.to,
-                                      .bias = s.bias,
+                                      .bias = bias,
                                       .out = args.gates,
                                       .add = false});
       forward(worker, args);
@@ -142,7 +146,7 @@ class Backward {
   T* separate_grads = separate ? gate_grads + G : nullptr;
   T* states_before = workspace<T, Tag::states_before>(most * H);
   const PackedWeights<P> packed_w_ih = columns<P, Tag::input_weights>(s.layer.w_ih, I, G, s.grad_x);
-  // Shared and separate gradients lie in two buffers, and so their weights in two packs. The steps of exact BPTT are
+  // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT are
   // float32 in any case.
   const PackedWeights<Plain<T>> packed_w_hh =
       columns<Plain<T>, Tag::hidden_weights>(s.layer.w_hh, H, G, s.rule == Rule::exact);
@@ -157,8 +161,8 @@ class Backward {
       RowPanels<P>{.rows = most, .units = separate, .row_stride = stride, .from = nullptr}.size());
   T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);        // transposed: (I, G)
   T* grad_w_hh = workspace<T, Tag::state_weight_grads>(H * G);  // transposed: (H, G)
-  const int64_t sums_width = cell.sums() * H;
-  std::vector<T> sums = std::vector<T>(static_cast<size_t>(thread_count() * sums_width));
+  // Of all gates, then of those at h W_hh^T that are apart.
+  std::vector<double> bias_sums = std::vector<double>(static_cast<size_t>(s.grad_b_ih ? G + separate : 0));
 
   template <ProductTraits Q, Tag tag>
   static PackedWeights<Q> columns(const T* w, int64_t units, int64_t depth, bool wanted) {
@@ -188,7 +192,7 @@ class Backward {
             .gate_grad_stride = stride,
             .gate_grads = gate_grads,
             .separate_grads = separate_grads,
-            .sums = sums.data()};
+            .sums = nullptr};
   }
 
   // residual += (gradients of the hidden side) @ W_hh
@@ -223,8 +227,13 @@ class Backward {
     auto product = [&](const RowTiles<P>& left, const RowPanels<P>& right, T* out) {
       return RowProducts<P>{.left = left, .right = right, .out = out, .out_stride = G, .add = add};
     };
+    auto column_sums = [&](int64_t units, const T* from, int64_t offset) {
+      double* totals = s.grad_b_ih ? bias_sums.data() + offset : nullptr;
+      return ColumnSums<T>{.rows = rows, .units = units, .stride = stride, .from = from, .totals = totals};
+    };
     parallel_for(worker, before);
-    parallel_for(worker, x, h, all_grads, separate_rows,
+    parallel_for(worker, x, h, all_grads, separate_rows, column_sums(G, gate_grads, 0),
+                 column_sums(separate, separate_grads, G),
                  Product<P>{.rows = rows,
                             .depth = G,
                             .units = I,
@@ -240,10 +249,8 @@ class Backward {
   void walk(Worker& worker) {
     parallel_for(worker, packed_w_ih, packed_w_hh, packed_shared, packed_separate);
     for (int64_t correction = 0; correction <= s.corrections; ++correction) {
-      worker.parallel_for(1, [&](int64_t) {
-        std::copy(s.grad_final, s.grad_final + range.batch * S, s.carry);
-        std::fill(sums.begin(), sums.end(), T(0));
-      });
+      worker.parallel_for(
+          1, [&](int64_t) { std::copy(s.grad_final, s.grad_final + range.batch * S, s.carry); });
       for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
         const T* first_h = chunk->first_row ? s.y + (chunk->first_row - chunk->batch_before) * H : s.h0;
         cell.loops(T{}).reverse(worker, reverse_args(*chunk, first_h, correction));
@@ -267,10 +274,9 @@ class Backward {
       std::fill(s.grad_w_hh, s.grad_w_hh + G * H, T(0));
     }
     run_team<P>(range.rows * G * ((s.grad_x ? 2 : 1) * I + H), [&](Worker& worker) { walk(worker); });
-    for (int64_t k = 0; k < sums_width; ++k) {
-      s.sums[k] = 0;
-      for (size_t at = static_cast<size_t>(k); at < sums.size(); at += static_cast<size_t>(sums_width))
-        s.sums[k] += sums[at];
+    for (int64_t k = 0; s.grad_b_ih && k < G; ++k) {
+      s.grad_b_ih[k] = static_cast<T>(bias_sums[static_cast<size_t>(k)]);
+      s.grad_b_hh[k] = static_cast<T>(bias_sums[static_cast<size_t>(k < shared ? k : k + separate)]);
     }
   }
 };

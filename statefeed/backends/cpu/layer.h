@@ -18,7 +18,7 @@ struct LayerArgs {
 template <class T>
 struct LayerForwardArgs {
   LayerArgs<T> layer;
-  const T *bias, *hidden_bias, *h0;
+  const T *b_ih, *b_hh, *h0;  // biases: null if there are none
   T *gates, *aux, *y, *c;  // gates, aux: null if nothing is saved; an RNN's gates are y
 };
 
@@ -31,7 +31,7 @@ struct LayerBackwardArgs {
   T* carry;   // out: gradient of the initial state (batch, states * hidden)
   T* grad_x;  // out; null: not wanted
   T *grad_w_ih, *grad_w_hh;
-  T* sums;      // out: bias gradients (cell.sums(), hidden)
+  T *grad_b_ih, *grad_b_hh;  // out; null without biases
   T* residual;  // (rows, states * hidden); null without corrections
 };
 

@@ -29,14 +29,13 @@ def forward(problem: Problem, save: bool) -> Forward:
     w_ih, w_hh, *biases = (w.contiguous() for w in problem.weights)
     x = problem.x.contiguous()
     h0, *c0 = (s.contiguous() for s in problem.state)
-    N, H = len(x), w_hh.shape[1]
-    bias, hidden_bias = _add_biases(biases, cell.shared_gates * H)
+    N, H = x.shape[0], w_hh.shape[1]
     y = x.new_empty(N, H)
     c = c0[0].clone() if c0 else None
     saved = (empty(N, cell.gates * H, x), empty(N, H, x)) if save and cell.saved_values else ()
-    torch.ops.statefeed.layer_forward(
-        cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, bias, hidden_bias, h0, layout.batch_sizes,
-        *(saved or (None, None)), y, c,
+    torch.ops.statefeed.layer_forward.default(
+        cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, *(biases or (None, None)), h0,
+        layout.batch_sizes, *(saved or (None, None)), y, c,
     )  # fmt: skip
     h = layout.last(y, h0)
     return Forward(y, (h,) if c is None else (h, c), saved)
@@ -60,24 +59,22 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     h0, *c0 = (s.contiguous() for s in problem.state)
     H = w_hh.shape[1]
     D = _w_hh_diagonals(w_hh) if rule.name == "jacobian" else rule.diagonal
-    grad_final = torch.cat([g.to(dtype) for g in upstream.final], 1)
+    final = [g.to(dtype) for g in upstream.final]
+    grad_final = torch.cat(final, 1) if len(final) > 1 else final[0].contiguous()
     carry = torch.empty_like(grad_final)
     grad_x = torch.empty_like(x) if needs_x else None
     grad_w_ih, grad_w_hh = x.new_empty(w_ih.shape), x.new_empty(w_hh.shape)
-    sums = x.new_empty(2 * cell.gates - cell.shared_gates, H)
+    grad_biases = [torch.empty_like(b) for b in biases]
     residual = empty(len(x), len(problem.state) * H, x) if rule.corrections else None
-    torch.ops.statefeed.layer_backward(
+    torch.ops.statefeed.layer_backward.default(
         cell.name, rule.name, rule.corrections, problem.compute_dtype is not None, x, w_ih, w_hh,
         *(done.saved or (None, None)), done.y.contiguous(), h0, c0[0] if c0 else None,
         upstream.y.to(dtype).contiguous(), grad_final, None if D is None else D.to(dtype).contiguous(),
-        problem.layout.batch_sizes, carry, grad_x, grad_w_ih, grad_w_hh, sums, residual,
+        problem.layout.batch_sizes, carry, grad_x, grad_w_ih, grad_w_hh,
+        *(grad_biases or (None, None)), residual,
     )  # fmt: skip
-    grad_weights = [grad_w_ih, grad_w_hh]
-    if biases:
-        # The rows are the gates at x W_ih^T, then the gates at h W_hh^T with separate gradients.
-        hidden_sums = torch.cat([sums[: cell.shared_gates], sums[cell.gates :]])
-        grad_weights += [sums[: cell.gates].reshape(-1), hidden_sums.reshape(-1)]
-    return Gradients(grad_x, tuple(torch.split(carry, H, 1)), tuple(grad_weights))
+    carries = torch.split(carry, H, 1) if c0 else (carry,)
+    return Gradients(grad_x, carries, (grad_w_ih, grad_w_hh, *grad_biases))
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
@@ -98,13 +95,3 @@ def _w_hh_diagonals(w_hh: Tensor) -> Tensor:
     """The weight from every unit to itself, per gate: (G, H)."""
     H = w_hh.shape[1]
     return w_hh.reshape(-1, H, H).diagonal(dim1=1, dim2=2).contiguous()
-
-
-def _add_biases(biases: list[Tensor], shared: int) -> tuple[Tensor | None, Tensor | None]:
-    """The bias of the input product, and the part of b_hh that a separate gate adds to h W_hh^T."""
-    if not biases:
-        return None, None
-    b_ih, b_hh = biases
-    if shared == len(b_ih):
-        return b_ih + b_hh, None
-    return torch.cat([b_ih[:shared] + b_hh[:shared], b_ih[shared:]]), b_hh[shared:].contiguous()

@@ -30,7 +30,7 @@ inline Partition partition_of_step(int64_t ranks, const StepRange& range, const 
   return {.count = count, .by_rows = count == 1};
 }
 
-// A row of an array that may be missing: arithmetic on a null pointer is undefined.
+// A row of an array, or null if the array is null: arithmetic on a null pointer is undefined behavior.
 template <class T>
 inline T* row_of(T* array, int64_t offset) {
   return array ? array + offset : nullptr;
@@ -108,7 +108,7 @@ void forward(Worker& worker, const ForwardArgs<typename P::value_t>& s) {
 
 template <class T, class Cell, class Visit>
 [[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors,
-                                  T* sums, Visit visit) {
+                                  Visit visit) {
   constexpr int L = lanes<T>;
   constexpr int64_t S = Cell::states;
   const int64_t H = s.range.hidden;
@@ -117,7 +117,7 @@ template <class T, class Cell, class Visit>
   const T* previous_c = t == 0 ? s.first_c : row_of(s.aux, before * H);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = offset + b;
-    // Null where the cell, the rule or the pass has no such array.
+    // Pointers are null if the cell, the rule or the pass has no such array.
     ReverseRow<T> at{.gates = s.gates + row * Cell::gates * H,
                      .aux = row_of(s.aux, row * H),
                      .y = s.y + row * H,
@@ -131,16 +131,16 @@ template <class T, class Cell, class Visit>
                      .carry = row_of(s.carry, b * S * H),
                      .gate_grads = row_of(s.gate_grads, row * s.gate_grad_stride),
                      .separate_grads = row_of(s.separate_grads, row * s.gate_grad_stride),
-                     .sums = sums,
+                     .sums = s.sums,
                      .rule = s.rule,
                      .hidden = H,
                      .unit = 0,
                      .count = L};
-    // Time runs backward, which no hardware prefetcher follows, so each row asks for a row that comes `ahead` rows
-    // later in the order of the loop. Within the step that is row b + ahead. Past its end it is a row of the step
-    // before, which lies before this one in memory: b + ahead = q * size + r is row r of the step q steps earlier, and
-    // so r - q * size rows from the first row of this step, or r - q * size - b from this row. At the beginning of the
-    // sequence the address may lie before the array, where a prefetch does no harm.
+    // Time runs backward, which hardware prefetchers do not follow, so each row prefetches the row that the loop visits
+    // `ahead` rows later. Within the step this is row b + ahead. After the end of the step it is a row of an earlier
+    // step, which is before this one in memory: with b + ahead = q * size + r it is row r of the step q steps earlier,
+    // r - q * size rows from the first row of this step, and r - q * size - b rows from this row. At the beginning of
+    // the sequence the address may be before the array; a prefetch of it has no effect.
     constexpr int64_t ahead = 4;
     const int64_t later = b + ahead, size = s.range.size(t);
     const int64_t next = (later % size - later / size * size - b) * H;
@@ -189,9 +189,8 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
     int64_t offset = range.rows;
     for (int64_t t = range.steps - 1; t >= 0; --t) step(t, offset -= range.size(t));
   };
-  auto local = [&](int64_t t, int64_t offset, Range rows, Range part, int64_t i) {
-    each_vector<T, Cell>(s, t, offset, rows, part, s.sums + i * (2 * Cell::gates - Cell::shared_gates) * H,
-                         [](const ReverseRow<T>& row) { Cell::reverse(row); });
+  auto local = [&](int64_t t, int64_t offset, Range rows, Range part) {
+    each_vector<T, Cell>(s, t, offset, rows, part, [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
   const bool exact = s.rule == Rule::exact;
   Partition partition{.count = ranks, .by_rows = range.batch >= 2 * ranks && !range.batch_sizes};
@@ -205,7 +204,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
         const Range all{.begin = 0, .end = range.size(t)};
         const Range rows = partition.by_rows ? range_of(range.size(t), i, partition.count) : all;
         const Range every{.begin = 0, .end = vectors};
-        local(t, offset, rows, partition.by_rows ? every : range_of(vectors, i, partition.count), i);
+        local(t, offset, rows, partition.by_rows ? every : range_of(vectors, i, partition.count));
         if (exact) add_dense_product<T, Cell>(s, offset, rows, {.begin = 0, .end = panels});
       });
     });
@@ -214,7 +213,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
       const Range all{.begin = 0, .end = range.size(t)};
       worker.parallel_for(partition.count, [&](int64_t i) {
         const Range part = range_of(panels, i, partition.count);
-        local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)}, i);
+        local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)});
       });
       worker.parallel_for(partition.count, [&](int64_t i) {
         add_dense_product<T, Cell>(s, offset, all, range_of(panels, i, partition.count));
@@ -229,7 +228,7 @@ void sum_jacobians(Worker& worker, const ReverseArgs<T>& s) {
   worker.parallel_for(ranks, [&](int64_t i) {
     for (int64_t t = 0, offset = 0; t < s.range.steps; offset += s.range.size(t++)) {
       const Range all{.begin = 0, .end = s.range.size(t)};
-      each_vector<T, Cell>(s, t, offset, all, range_of(vectors, i, ranks), s.sums, [](const ReverseRow<T>& row) {
+      each_vector<T, Cell>(s, t, offset, all, range_of(vectors, i, ranks), [](const ReverseRow<T>& row) {
         const typename Cell::Local local = Cell::local(row);
         for (int state = 0; state < Cell::states; ++state)
           row.put(row.sums, state, row.at(row.sums, state) + Cell::jacobian(row, local, state));

@@ -50,7 +50,7 @@ inline Vector<typename P::packed_t> pack_row_vector(const T* row, int64_t stride
 //   to[panel][k / k_pack][gate][unit of the panel]      a panel is `vectors` vectors wide, its depth
 //   packed_depth(depth)
 //
-// so that one tile has all gates of the same units side by side. Units beyond the last, and the depth beyond the last,
+// so that one tile has all gates of the same units next to each other. Units beyond the last, and the depth beyond the last,
 // are zeros. A task: an item is a panel.
 template <ProductTraits P>
 struct PackedWeights {

@@ -118,25 +118,23 @@ void check_saved(const Checks& checks, const CellEntry& cell, int64_t rows, int6
 constexpr const char* two_states = "for a cell with two states";
 
 void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
-             const OptionalTensor& bias, const OptionalTensor& hidden_bias, const Tensor& h0,
+             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h0,
              const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, OptionalTensor c) {
   const CellEntry& cell = find_cell(Name(cell_name).view());
   const Checks checks("layer_forward", y);
   checks.dims("x", x, 2);
   const StepRange range = checked_range(checks, x.size(0), h0, batch_sizes);
   const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
-  checks.optional("bias", bias, {G});
-  checks.optional("hidden_bias", hidden_bias, {G - cell.shared_gates * H});
-  checks.that(!hidden_bias || cell.shared_gates < cell.gates,
-              "hidden_bias must be None for a cell without separate gates");
+  checks.optional("b_ih", b_ih, {G});
+  checks.optional("b_hh", b_hh, b_ih.has_value(), "with b_ih", {G});
   check_saved(checks, cell, N, H, gates, aux, gates || aux);
   checks.tensor("y", y, {N, H});
   checks.optional("c", c, cell.states > 1, two_states, {B, H});
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
     layer_forward<T>({.layer = layer_args<T>(cell, range, bf16, x, w_ih, w_hh),
-                      .bias = data<T>(bias),
-                      .hidden_bias = data<T>(hidden_bias),
+                      .b_ih = data<T>(b_ih),
+                      .b_hh = data<T>(b_hh),
                       .h0 = data<T>(h0),
                       .gates = cell.gates == 1 ? data<T>(y) : data<T>(gates),
                       .aux = data<T>(aux),
@@ -149,7 +147,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& gates, const OptionalTensor& aux,
               const Tensor& y, const Tensor& h0, const OptionalTensor& c0, const Tensor& grad_y,
               const Tensor& grad_final, const OptionalTensor& diagonal, const OptionalTensor& batch_sizes, Tensor carry,
-              OptionalTensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, Tensor sums, OptionalTensor residual) {
+              OptionalTensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, OptionalTensor grad_b_ih,
+              OptionalTensor grad_b_hh, OptionalTensor residual) {
   const Name of_cell(cell_name), of_rule(rule_name);
   const CellEntry& cell = find_cell(of_cell.view());
   const Rule rule = find_rule(of_rule.view());
@@ -176,7 +175,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   checks.optional("grad_x", grad_x, {N, I});
   checks.tensor("grad_w_ih", grad_w_ih, {G, I});
   checks.tensor("grad_w_hh", grad_w_hh, {G, H});
-  checks.tensor("sums", sums, {cell.sums(), H});
+  checks.optional("grad_b_ih", grad_b_ih, {G});
+  checks.optional("grad_b_hh", grad_b_hh, grad_b_ih.has_value(), "with grad_b_ih", {G});
   checks.optional("residual", residual, corrections > 0, "with corrections", {N, S});
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
@@ -196,7 +196,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
                        .grad_x = data<T>(grad_x),
                        .grad_w_ih = data<T>(grad_w_ih),
                        .grad_w_hh = data<T>(grad_w_hh),
-                       .sums = data<T>(sums),
+                       .grad_b_ih = data<T>(grad_b_ih),
+                       .grad_b_hh = data<T>(grad_b_hh),
                        .residual = data<T>(residual)});
   });
 }
@@ -268,7 +269,7 @@ void head_loss(bool bf16, const Tensor& x, const Tensor& w, const Tensor& bias, 
 STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
   m.def("cell_sizes(str cell) -> int[]");
   m.def(
-      "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, "
+      "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor h0, "
       "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!)? c) -> ()");
   m.def(
@@ -276,7 +277,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
       "gates, "
       "Tensor? aux, Tensor y, Tensor h0, Tensor? c0, Tensor grad_y, Tensor grad_final, Tensor? diagonal, "
       "Tensor? batch_sizes, Tensor(a!) carry, Tensor(b!)? grad_x, Tensor(c!) grad_w_ih, Tensor(d!) grad_w_hh, "
-      "Tensor(e!) sums, Tensor(f!)? residual) -> ()");
+      "Tensor(e!)? grad_b_ih, Tensor(f!)? grad_b_hh, Tensor(g!)? residual) -> ()");
   m.def(
       "sum_jacobians(str cell, Tensor? gates, Tensor? aux, Tensor y, Tensor h0, Tensor? c0, Tensor w_hh_diag, "
       "Tensor? batch_sizes, Tensor(a!) sums) -> ()");

@@ -5,7 +5,7 @@ namespace statefeed {
 
 namespace {
 
-// How far apart two rows of a tile, two steps of its depth, and two rows of the panel lie, in packed_t.
+// Distances in packed_t between two rows of a tile, two steps of its depth, and two rows of the panel.
 template <ProductTraits P, int N, bool Transposed>
 struct Strides {
   static constexpr int M = max_rows<P, N>, width = N * lanes<typename P::value_t>;

@@ -24,7 +24,7 @@ concept ProductTraits =
              const typename P::value_t* from) {
       typename P::value_t;                            // of operands before they are packed, of sums and results
       typename P::packed_t;                           // one element of a packed operand
-      typename P::TileConfigGuard;                    // what a thread holds while it multiplies
+      typename P::TileConfigGuard;                    // constructed by a thread before products
       { P::k_pack } -> std::convertible_to<int64_t>;  // values of the depth in a packed_t
       {
         P::tile_rows

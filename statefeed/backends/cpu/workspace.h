@@ -52,7 +52,7 @@ class AlignedBuffer {
     if (!memory) throw OutOfMemory(rounded_up);
     capacity = rounded_up;
 #if defined(__linux__)
-    // Rows far apart lie in pages of their own, more of them than the processor's TLB holds.
+    // Rows that are far apart are in different pages, more of them than the processor's TLB holds.
     if (capacity >= huge_page) madvise(memory, capacity, MADV_HUGEPAGE);
 #endif
     return memory;
@@ -74,6 +74,7 @@ enum class Tag {
   weight_grads,
   state_weight_grads,
   gates,
+  biases,
   packed_rows,
   packed_errors,
   exponentials,

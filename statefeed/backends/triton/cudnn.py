@@ -68,7 +68,7 @@ def cast_weights(weights: Sequence[Tensor], directions: int, dtype: torch.dtype 
     first = weights[0]
     if dtype is None or first.dtype in (dtype, torch.float64):
         return weights
-    if torch.compiler.is_compiling() or not (_uses_cudnn(first) and in_one_buffer(weights, directions)):
+    if torch.compiler.is_compiling() or not (uses_cudnn(first) and in_one_buffer(weights, directions)):
         return [w.to(dtype) for w in weights]
     buffer = first.as_strided((_buffer_size(weights, directions),), (1,), 0).to(dtype)
     start = first.data_ptr()
@@ -79,16 +79,17 @@ def flatten(cell: str, weights: Sequence[Tensor], directions: int = 1) -> None:
     """Move the weights of one layer into one buffer in cuDNN's layout; values and parameter objects stay.
 
     Call it after the weights are created or replaced. It has no effect if they are already in that layout, if two of
-    them share memory, or if cuDNN is not used.
+    them share memory, if one is not contiguous, or if cuDNN is not used.
 
     Args:
         cell: as for ``layer``.
         weights: as for ``layer``; parameters, changed in place.
         directions: 1 or 2.
     """
-    if not _uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
+    if not uses_cudnn(weights[0]) or in_one_buffer(weights, directions):
         return
-    if len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1:
+    separate = len({w.data_ptr() for w in weights}) == len(weights) and len({(w.dtype, w.device) for w in weights}) == 1
+    if separate and all(w.is_contiguous() for w in weights):
         _flatten(cell, list(weights), directions)
 
 
@@ -117,7 +118,8 @@ def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
     return matrices + [w for d in range(directions) for w in weights[d * per + 2 : (d + 1) * per]]
 
 
-def _uses_cudnn(weight: Tensor) -> bool:
+def uses_cudnn(weight: Tensor) -> bool:
+    """Whether torch runs a layer with this weight through cuDNN."""
     return weight.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
 
 
@@ -132,7 +134,10 @@ def _flatten(cell: str, weights: list[Tensor], directions: int) -> None:
 def _packed(cell: str, weights: Sequence[Tensor], directions: int, dtype: torch.dtype) -> list[Tensor]:
     """The weights in one buffer for this call: FSDP's unsharded views, weights after ``.to``, or under autocast."""
     # Not detach(): its result must keep its storage, and a view would share the parameter's version counter.
-    copies = [w.to(dtype) if w.dtype != dtype else w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+    copies = [
+        w.new_empty(0).set_(w) if w.dtype == dtype and w.is_contiguous() else w.to(dtype).contiguous()  # type: ignore[call-overload]
+        for w in weights
+    ]
     _flatten(cell, copies, directions)
     return copies
 
@@ -170,7 +175,7 @@ def run_layer(
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implementation of the operator: y, h and c (empty if there is no c); arguments as for ``layer``."""
-    if _uses_cudnn(weights[0]):
+    if uses_cudnn(weights[0]):
         if weights[0].dtype != x.dtype or not in_one_buffer(weights, directions):
             weights = _packed(cell, weights, directions, x.dtype)
     elif weights[0].dtype != x.dtype:

@@ -65,7 +65,7 @@ class Case(NamedTuple):
         grad = torch.randn(self.T, self.B, self.H * (2 if self.bidirectional else 1), device=device)
         if not self.packed:
             return x.requires_grad_(), grad
-        lengths = torch.linspace(self.T, max(1, self.T // 4), self.B).long()
+        lengths = torch.linspace(self.T, max(1, self.T // 4), self.B, device="cpu").long()
         packed, packed_grad = pack_padded_sequence(x, lengths), pack_padded_sequence(grad, lengths)
         return packed._replace(data=packed.data.detach().requires_grad_()), packed_grad.data
 

@@ -19,7 +19,8 @@ from statefeed.bench.precision import flags
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 RULES = ("bptt", "dsf", "gate", "gate+1", "jacobian+1", "calibrated")
 # Allowed errors of outputs and gradients relative to the largest value. A wrong sign, step or factor gives more.
-# For ReLU both are norms: its derivative jumps at 0, so that rounding moves single gradients by any amount.
+# For ReLU both are norms, with twice the allowed error in bfloat16: its derivative jumps at 0, so that rounding moves
+# single gradients by any amount.
 ALLOWED = {
     "float64": (1e-10, 1e-9),
     "float32": (2e-5, 2e-4),
@@ -103,7 +104,7 @@ def check(case: Case, device: str) -> dict[str, float]:
     layer = case.layer(sf)
     expected = _expected(case, layer)
     layer.feedback = case.rule
-    return compare(case, _found(case, layer, device), expected)
+    return compare(case, results_on_device(case, layer, device), expected)
 
 
 def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -114,6 +115,8 @@ def compare(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -
         order, size = (2, "norm") if case.cell == "rnn_relu" else (torch.inf, "largest value")
         error = float(torch.linalg.vector_norm(found[name] - value, order) / torch.linalg.vector_norm(value, order))
         allowed = ALLOWED[case.dtype][kind == "gradient"]
+        if (case.cell, case.dtype) == ("rnn_relu", "bfloat16"):
+            allowed *= 2
         if not error <= allowed:
             raise ParityError(f"{name} must agree with float64 within {allowed:.0e} of its {size}, got {error:.1e}")
         errors[kind] = max(errors[kind], error)
@@ -127,7 +130,7 @@ def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
     lengths = [max(1, case.T - 3 * b * case.packed) for b in range(case.B)]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     x = [normal(n, case.H + 1) for n in lengths]
     grads = [normal(n, case.H * directions) for n in lengths]
@@ -140,7 +143,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
     sequences, grads, final_grad = _data(case)
     groups = [[b] for b in range(case.B)] if case.packed else [list(range(case.B))]
     y, final = [], []
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device="cpu")
     x = [sequence.requires_grad_() for sequence in sequences]
     for group in groups:
         outputs, states = truth.outputs(layer, case.rule, torch.stack([x[b] for b in group], 1))
@@ -153,7 +156,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
     return {"y": torch.cat(y), "final": torch.cat(final, 1), "x": torch.cat(found[: len(x)]), **named}
 
 
-def _found(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
+def results_on_device(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
     """The results of the layer on the device, converted to float64 on the CPU."""
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype)
     dtype = torch.float64 if case.dtype == "float64" else torch.float32

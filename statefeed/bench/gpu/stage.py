@@ -13,7 +13,7 @@ from typing import NamedTuple
 from statefeed.bench.gpu.records import Records
 
 # Each is a module with run(Options), which yields records; the record of a failure has the key "failed".
-STAGES = ("preflight", "parity", "layers", "scan", "training")
+STAGES = ("preflight", "parity", "layers", "scan", "training", "forward")
 
 
 class Options(NamedTuple):

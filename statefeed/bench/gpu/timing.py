@@ -13,7 +13,7 @@ from torch import Tensor
 from statefeed.bench.measure import Seconds, clock, interleaved, spread
 
 # Target duration in seconds of one measurement of pipelined passes, and its maximum number of passes.
-_WINDOW, _MOST_PASSES = 0.05, 20
+_WINDOW, _MOST_PASSES = 0.025, 20
 
 
 class Work(NamedTuple):

@@ -96,7 +96,7 @@ class Contender:
         self.model, self.device, self.bfloat16 = Model(sizes, rule).to(device), device, dtype == "bfloat16"
         graphs = device == "cuda"  # capturable: the step count is on the device, as a CUDA graph needs it
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_LR, fused=True, capturable=graphs)
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device=device)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step, without waiting for the device."""
@@ -182,8 +182,8 @@ def _add_times(
 ) -> None:
     """Add the time of one of ``count`` steps, and the ratio to torch.nn's, to every contender's record."""
     for contender, turns in seconds.items():
-        mine = [s for (s,) in turns]
-        found[contender][name] = spread([1e3 * s / count for s in mine])
+        step_seconds = [s for (s,) in turns]
+        found[contender][name] = spread([1e3 * s / count for s in step_seconds])
         if baseline := seconds.get("torch.nn"):
-            ratios = [b / s for (b,), s in zip(baseline, mine, strict=True)]
+            ratios = [b / s for (b,), s in zip(baseline, step_seconds, strict=True)]
             found[contender][ratio] = {"torch.nn": spread(ratios)}

@@ -89,13 +89,14 @@ def _diagonal(mode: str, name: str, x: Tensor, states: Tensor, weights: list[Ten
     """D, (T, B, S)."""
     before, S = states[:-1], states.shape[-1]
     if name == "dsf":
-        return torch.linspace(0, 1, S, dtype=x.dtype).expand_as(before)
+        return torch.linspace(0, 1, S, dtype=x.dtype, device=x.device).expand_as(before)
     if name == "gate":
         w_ih, w_hh, b_ih, b_hh = weights
         H = w_hh.shape[1]
         gate = torch.sigmoid(x @ w_ih.T + b_ih + before[..., :H] @ w_hh.T + b_hh)[..., H : 2 * H]
         return gate if mode == "GRU" else torch.cat([torch.zeros_like(gate), gate], -1)
-    jacobian = torch.stack([local(row.expand_as(before))[1][..., i] for i, row in enumerate(torch.eye(S).to(x))], -1)
+    rows = torch.eye(S, dtype=x.dtype, device=x.device)
+    jacobian = torch.stack([local(row.expand_as(before))[1][..., i] for i, row in enumerate(rows)], -1)
     return jacobian.mean((0, 1)).expand_as(before) if name == "calibrated" else jacobian
 
 

@@ -1,1 +1,1 @@
-"""Several runs side by side: the compare and report commands, results, tables and figures."""
+"""Comparison of runs: the compare and report commands, results, tables and figures."""

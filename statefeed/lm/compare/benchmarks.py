@@ -71,7 +71,7 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _bars(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """Bars of the main number of a benchmark, medians with their minima and maxima, one figure a case."""
+    """Bars of the main number of a benchmark, medians with their minima and maxima, one figure per case."""
     main = next((key for key in MAIN if any(record.get(key) for record in records)), None)
     if main is None:
         return {}

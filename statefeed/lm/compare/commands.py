@@ -35,10 +35,12 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
     def work() -> None:
         from statefeed.lm.compare.compare import compare
         from statefeed.lm.compare.plan import plan
+        from statefeed.lm.compare.sources import COMPARISON
         from statefeed.lm.run.folder import check_apart
 
-        check_apart(config.data, folder)
-        compare(plan(config, values.feedback, values.seeds, values.lr, folder), folder, values.wide)
+        planned = plan(config, values.feedback, values.seeds, values.lr, folder)
+        check_apart(config.data, folder, [COMPARISON])
+        compare(planned, folder, values.wide)
 
     return work
 
@@ -51,8 +53,10 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
         nargs="+",
         help="run folders, comparison folders, folders of these, JSONL files of a comparison or bench",
     )
-    flags.add_argument("-o", "--output", type=str, default="report.html", help="the page, replaced if it is there")
-    flags.add_argument("--figures", type=str | None, default=None, help="a folder for the figures as SVG files as well")
+    flags.add_argument(
+        "-o", "--output", type=str, default="report.html", help="path of the page; an existing file is replaced"
+    )
+    flags.add_argument("--figures", type=str | None, default=None, help="folder for the figures as SVG files")
     flags.add_argument(
         "--markdown", type=str | None, default=None, help="write tables into this Markdown file instead of the page"
     )
@@ -63,10 +67,10 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
     output = recipes.expand(values.markdown or values.summary or values.output)
     folder = None if values.figures is None else recipes.expand(values.figures)
     paths = [recipes.expand(path) for path in values.paths]
-    require(output.parent.is_dir(), "the page must be in a folder that exists", output)
+    require(output.parent.is_dir(), "the page must be in an existing folder", output)
     require(
         output.suffix not in _REPORTED and all(output.resolve() != path.resolve() for path in paths),
-        f"the page must not replace a file that is read, nor be named {', '.join(_REPORTED)}",
+        f"the page must not replace an input file or have the suffix {', '.join(_REPORTED)}",
         output,
     )
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)

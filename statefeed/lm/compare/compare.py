@@ -34,7 +34,7 @@ _RESUME = "the same command resumes it"
 
 
 def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None:
-    """Train what is not trained yet, one record a run, then draw and print what the records of the folder say.
+    """Train what is not trained yet, one record per run, then draw and print what the records of the folder say.
 
     Args:
         planned: the recipe of every run.
@@ -42,8 +42,8 @@ def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None
         wide: whether to print every column, and not only those that fit 80 characters.
 
     Raises:
-        UsageError: when the folder of a planned run holds one of another recipe, or a run cannot be carried out.
-        Interrupted: when a signal came during a run, which is recorded if it finished nevertheless.
+        UsageError: the folder of a planned run holds a run of another recipe, or a run failed.
+        Interrupted: a signal arrived during a run; the run is recorded if it finished nevertheless.
     """
     records = folder / COMPARISON
     found = read([records]).results if records.exists() and records.stat().st_size else []
@@ -52,8 +52,8 @@ def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None
         if (result := done.get(Path(config.run.dir).name)) is not None:
             _check_same_run(config, result.config, records)
         elif (Path(config.run.dir) / CONFIG).exists():
-            there = recipes.load(Path(config.run.dir) / CONFIG)
-            _check_same_run(config, dataclasses.asdict(there), Path(config.run.dir))
+            existing = recipes.load(Path(config.run.dir) / CONFIG)
+            _check_same_run(config, dataclasses.asdict(existing), Path(config.run.dir))
     console = output.console(soft_wrap=True)
     for number, config in enumerate(planned, 1):
         if Path(config.run.dir).name in done:
@@ -62,17 +62,17 @@ def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None
             f"run {number} of {len(planned)}: {config.model.feedback}, seed {config.train.seed}, "
             f"rate {config.train.lr:g}, in {config.run.dir}",
         )
-        outcome, caught = _train(config)
+        outcome, caught = train_in_subprocess(config)
         result = read_run(Path(config.run.dir), outcome)
-        _add(to_line(result), records)
+        add_record(to_line(result), records)
         done[Path(config.run.dir).name] = result
         if caught is not None:
             raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
     show(list(done.values()), folder, wide)
 
 
-def _add(line: str, records: Path) -> None:
-    """Add a line to the records; whenever this is interrupted, it is there whole or not at all."""
+def add_record(line: str, records: Path) -> None:
+    """Append a line to the records atomically."""
     unfinished = records.with_suffix(".unfinished")
     lines = records.read_text(encoding="utf-8") if records.exists() else ""
     with unfinished.open("w", encoding="utf-8") as file:
@@ -82,23 +82,23 @@ def _add(line: str, records: Path) -> None:
     os.replace(unfinished, records)
 
 
-def _check_same_run(config: Config, there: identity.Recipe, place: Path) -> None:
-    """Raise where a run that exists is not the planned one."""
-    if found := identity.difference(there, dataclasses.asdict(config)):
+def _check_same_run(config: Config, existing: identity.Recipe, path: Path) -> None:
+    """Raise if an existing run is not the planned one."""
+    if found := identity.difference(existing, dataclasses.asdict(config)):
         key, old, new = found
         raise UsageError(
-            f"{place} holds a run of another recipe, with {key} {old} and not {new}: choose another folder with --out"
+            f"{path} holds a run of another recipe, with {key} {old} and not {new}: choose another folder with --out"
         )
 
 
-def _train(config: Config) -> tuple[str, int | None]:
-    """Train or resume in another process, so that neither its memory nor its end are the comparison's.
+def train_in_subprocess(config: Config) -> tuple[str, int | None]:
+    """Train or resume a run in a subprocess, so that its memory and its errors do not affect the comparison.
 
     Returns:
-        finished or diverged, and the last signal that came meanwhile.
+        "finished" or "diverged", and the last signal that arrived meanwhile.
 
     Raises:
-        UsageError, Interrupted: when it is neither.
+        UsageError, Interrupted: the run ended in another way.
     """
     flags = ["--resume"] if (Path(config.run.dir) / CONFIG).exists() else []
     flags += [
@@ -113,19 +113,19 @@ def _train(config: Config) -> tuple[str, int | None]:
         passed.append(number)
         if running:
             running[0].send_signal(number)
-        else:  # the process is not there yet, or this one does not know it yet
+        else:  # the subprocess has not been started yet
             early.append(number)
 
     before = {number: signal.signal(number, pass_on) for number in handled()}
     try:
-        # In a session of its own it gets an interruption once, from here, however it was sent.
+        # In a new session the subprocess receives signals from this process only, and so only once.
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
             running.append(process)
             for number in early:
                 process.send_signal(number)
             assert process.stderr is not None
             for sentence in process.stderr:
-                if not passed or sentence.startswith("statefeed: "):  # not where its imports were interrupted
+                if not passed or sentence.startswith("statefeed: "):  # not the traceback of interrupted imports
                     with suppress(OSError, ValueError):
                         sys.stderr.write(sentence)
             code = process.wait()

@@ -1,4 +1,4 @@
-"""The HTML elements of a page."""
+"""HTML elements of the report."""
 
 import html
 import re
@@ -12,7 +12,7 @@ _LONG = 40  # characters
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls where it is wider than the page."""
+    """A table that scrolls if it is wider than the page."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -30,22 +30,22 @@ def note(text: str) -> str:
 
 
 def figure_grid(drawn: Mapping[str, Figure], title: str = "") -> str:
-    """Figures side by side, each with its name as a caption.
+    """A grid of figures with their names as captions.
 
     Args:
-        drawn: by name.
-        title: of the section, which captions need not repeat.
+        drawn: figures by name.
+        title: title of the section, which is removed from captions.
     """
     parts = []
     for name, figure in drawn.items():
         caption = html.escape(name.removeprefix(f"{title}: "))
-        inside = f"{svg(figure)}<figcaption>{caption}</figcaption>"
-        parts.append(f'<figure role="img" aria-label="{caption}">{inside}</figure>')
+        content = f"{svg(figure)}<figcaption>{caption}</figcaption>"
+        parts.append(f'<figure role="img" aria-label="{caption}">{content}</figure>')
     return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
 def unique_ids(body: str) -> str:
-    """The body of a page with the ids of every SVG element made unique, since all use the same ones."""
+    """Make the ids of all SVG elements of a page unique, since matplotlib uses the same ids in every figure."""
     parts = re.split(r"(<svg.*?</svg>)", body, flags=re.DOTALL)
     return "".join(
         re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{k}-", part) if k % 2 else part for k, part in enumerate(parts)

@@ -18,7 +18,7 @@ from statefeed.lm.config import RECURRENT
 
 # A rule whose best perplexity is more than this many times the lowest is off the scale, and its name says so: the axis
 # shows how the others differ.
-REACH = 1.25
+MAX_RATIO = 1.25
 # A model without recurrent cells is a rival of those whose parameters are within this part of its own.
 BUDGET = 0.25
 
@@ -92,16 +92,16 @@ def _plot_vs(results: Sequence[Result], scale: Mapping[str, float], what: str, n
         return None
     figure, axes = panel(name, "validation perplexity", f"{place}; mean over the seeds, shaded: their range")
     low, high = _limits([statistics.mean(found) for found in best.values()])
-    looks = styles(groups)
+    style_of = styles(groups)
     for label in best:
         evaluations = list(zip(*(result.valid for result in valid_runs(groups[label])), strict=False))
         x = [scale[label] * statistics.mean(row[what] for row in rows) for rows in evaluations]
         y = [[row["perplexity"] for row in rows] for rows in evaluations]
         off = "" if min(map(min, y)) <= high else " (off the scale)"
-        curve(axes, x, [statistics.mean(values) for values in y], looks[label], label + off)
+        curve(axes, x, [statistics.mean(values) for values in y], style_of[label], label + off)
         if len(y[0]) > 1:
             axes.fill_between(
-                x, list(map(min, y)), list(map(max, y)), color=looks[label].color, alpha=0.15, linewidth=0
+                x, list(map(min, y)), list(map(max, y)), color=style_of[label].color, alpha=0.15, linewidth=0
             )
     axes.set_ylim(low, high)
     legend(figure, axes)
@@ -115,7 +115,7 @@ def _limits(best: Sequence[float]) -> tuple[float, float]:
     [126, 170]
     """
     lowest = min(best)
-    span = max([value for value in best if value <= REACH * lowest]) - lowest
+    span = max([value for value in best if value <= MAX_RATIO * lowest]) - lowest
     span = max(span, 0.02 * lowest)
     return lowest - 0.2 * span, lowest + 2 * span
 
@@ -227,7 +227,9 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
         others = [result for result in same if result.get("model.cell") not in RECURRENT and result.best is not None]
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
             budgets = [result.metadata["parameters"] for result in sized]
-            rivals = [r for r in others if any(_equals(r.metadata["parameters"], budget) for budget in budgets)]
+            rivals = [
+                r for r in others if any(_has_similar_size(r.metadata["parameters"], budget) for budget in budgets)
+            ]
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].metadata.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
@@ -235,7 +237,7 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
     return figures
 
 
-def _equals(parameters: int, budget: int) -> bool:
+def _has_similar_size(parameters: int, budget: int) -> bool:
     """Whether a model without recurrent cells is compared with one of some number of parameters."""
     return abs(budget - parameters) <= BUDGET * parameters
 
@@ -246,10 +248,12 @@ def _cells(cells: dict[str, list[Result]], drawn: Mapping[str, Style]) -> Figure
     rules = list(dict.fromkeys(result.rule for result in every if result.get("model.cell") in RECURRENT))
     figure, axes = panel("cell", "best validation perplexity", f"{places(every)}; {_BARS}")
     for k, rule in enumerate(rules):
-        mine = {cell: [r for r in group if r.rule == rule and cell in RECURRENT] for cell, group in cells.items()}
+        of_rule = {cell: [r for r in group if r.rule == rule and cell in RECURRENT] for cell, group in cells.items()}
         shift = 0.6 * ((k + 0.5) / len(rules) - 0.5)
         at = {
-            list(cells).index(cell) + shift: best_scores(at_best_rate(found)) for cell, found in mine.items() if found
+            list(cells).index(cell) + shift: best_scores(at_best_rate(found))
+            for cell, found in of_rule.items()
+            if found
         }
         points(axes, at, drawn[rule], rule, joined=False)
     for place, (cell, group) in enumerate(cells.items()):

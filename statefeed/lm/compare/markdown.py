@@ -79,7 +79,7 @@ def _title(result: Result) -> str:
 
 
 def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
-    """One row a rule: seeds, mean of the best validation perplexities, their range, and time per step.
+    """One row per rule: seeds, mean of the best validation perplexities, their range, and time per step.
 
     Args:
         results: of one task.
@@ -99,8 +99,8 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
                 row.append("")
                 continue
             rivals = [(means[other], took[rules[other]]) for other in means if rules[other] in took]
-            beaten = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
-            row.append(f"{ms:.0f}" if beaten else f"**{ms:.0f}**")
+            dominated = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
+            row.append(f"{ms:.0f}" if dominated else f"**{ms:.0f}**")
         body.append(row)
     return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
@@ -152,7 +152,7 @@ def _recall(found: Found) -> str:
     text = ""
     for heading, records in measurements(found, "recall").items():
         for (delay, steps), same in _grouped(records, "delay", "steps").items():
-            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _success(item[1]))
+            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
             body = []
             for (rule,), runs in rules:
                 accuracy = [r["accuracy"] for r in runs]
@@ -177,7 +177,7 @@ def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], lis
     return groups
 
 
-def _success(records: Sequence[Record]) -> tuple[float, float, float]:
+def _sort_key(records: Sequence[Record]) -> tuple[float, float, float]:
     """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
     learnt = [r["learnt"] for r in records if r["learnt"] is not None]
     sooner = statistics.mean(learnt) if learnt else 0

@@ -51,8 +51,8 @@ def page(found: Found) -> str:
     drawn = figures.draw(found.results, step_times(found))
     sections: list[tuple[str, str]] = []
     for title, same in tasks(found.results).items():
-        mine = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
-        body = elements.table(*table(same)) + elements.note(_about(same)) + elements.figure_grid(mine, title)
+        of_task = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
+        body = elements.table(*table(same)) + elements.note(_about(same)) + elements.figure_grid(of_task, title)
         sections.append((title, body))
     if drawn:
         sections.append(("Over sizes and cells", elements.figure_grid(drawn)))

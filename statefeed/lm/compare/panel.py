@@ -14,7 +14,7 @@ from statefeed.lm.compare.styles import Style
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
 # The names of more rules than these stand below the panel, where they cover nothing.
-NAMED = 5
+INNER_LEGEND = 5
 
 
 def panel(x: str, y: str, title: str) -> tuple[Figure, Axes]:
@@ -29,8 +29,13 @@ def panel(x: str, y: str, title: str) -> tuple[Figure, Axes]:
 def curve(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, label: str) -> None:
     """A line over evaluations with about ten of its points marked."""
     every = max(1, len(x) // 10)
-    look: dict[str, Any] = {"color": style.color, "linestyle": style.line, "marker": style.marker, "markevery": every}
-    axes.plot(x, y, markersize=4, linewidth=1.2, label=label, **look)
+    options: dict[str, Any] = {
+        "color": style.color,
+        "linestyle": style.line,
+        "marker": style.marker,
+        "markevery": every,
+    }
+    axes.plot(x, y, markersize=4, linewidth=1.2, label=label, **options)
 
 
 def points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str, joined: bool = True) -> None:
@@ -41,14 +46,14 @@ def points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str, joi
         [max(found) - m for m, found in zip(middle, at.values(), strict=True)],
     ]
     line = style.line if joined else ""
-    look: dict[str, Any] = {"color": style.color, "linestyle": line, "marker": style.marker, "markersize": 5}
-    axes.errorbar(list(at), middle, yerr=reach, capsize=2, label=label, **look)
+    options: dict[str, Any] = {"color": style.color, "linestyle": line, "marker": style.marker, "markersize": 5}
+    axes.errorbar(list(at), middle, yerr=reach, capsize=2, label=label, **options)
 
 
 def legend(figure: Figure, axes: Axes) -> None:
     """What is what: within the panel, or below it where the names would cover what they name."""
     names = axes.get_legend_handles_labels()[1]
-    if len(names) <= NAMED:
+    if len(names) <= INNER_LEGEND:
         axes.legend()
         return
     columns = 2 if max(map(len, names)) <= 24 else 1

@@ -1,30 +1,31 @@
-"""The runs of a comparison: every rule with every seed."""
+"""The recipes of the runs of a comparison: every rule with every seed."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import statefeed as sf
 from statefeed.lm import identity
 from statefeed.lm.config import RECURRENT, Config
 from statefeed.lm.errors import UsageError, require
 
+_SEEDS = 1000  # of one rule, more than anybody can train
+
 
 def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) -> list[Config]:
-    """The recipe of every run of a comparison, all rules of one seed before those of the next.
+    """The recipe of every run of a comparison, ordered by seed, then by rule.
 
     Args:
-        config: what they have in common.
+        config: the common recipe.
         feedback: rules, separated by commas.
-        seeds: runs of every rule.
-        rates: rule=rate, separated by commas, or nothing.
-        folder: of the comparison.
+        seeds: number of runs of every rule.
+        rates: learning rates as rule=rate, separated by commas; may be empty.
+        folder: folder of the comparison.
 
     Raises:
-        UsageError: for a rule that does not exist or does not fit the cell, a rate for a rule that is not compared, or
-            fewer seeds than one.
+        UsageError: a rule does not exist or is not supported by the cell, a rate is for a rule that is not compared, or
+            there are no seeds.
     """
-    require(seeds >= 1, "--seeds must be at least 1", seeds)
+    require(1 <= seeds <= _SEEDS, f"--seeds must be between 1 and {_SEEDS:,}", seeds)
     require(
         config.model.cell in RECURRENT,
         f"a comparison of rules needs a cell out of {', '.join(RECURRENT)}",
@@ -32,22 +33,21 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     )
     rules = list(dict.fromkeys(rule.strip() for rule in feedback.split(",")))
     require(all(rules), "--feedback must have a rule between its commas", repr(feedback))
-    spelled: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for rule in rules:
         try:
-            for _, stage in sf.Schedule(rule).stages:
-                getattr(sf, config.model.cell.upper())(1, 1, feedback=stage)
+            identity.check_rules(config.model.cell, rule)
         except ValueError as error:
             raise UsageError(f"--feedback {rule}: {error}") from error
-        other = spelled.setdefault(identity.rule(config.model.cell, rule), rule)
+        other = spellings.setdefault(identity.rule(config.model.cell, rule), rule)
         require(other == rule, "--feedback must name a rule once", f"{other} and {rule}, which are the same")
-    own = _rates(rates, rules)
+    rate_of = _rates(rates, rules)
     return [
         dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, feedback=_as_read(rule)),
+            model=dataclasses.replace(config.model, feedback=_as_yaml(rule)),
             train=dataclasses.replace(
-                config.train, seed=config.train.seed + k, lr=own.get(rule, config.train.lr), alignment=True
+                config.train, seed=config.train.seed + k, lr=rate_of.get(rule, config.train.lr), alignment=True
             ),
             run=dataclasses.replace(
                 config.run, dir=str(folder / f"{rule.replace('/', '_')}-seed{config.train.seed + k}")
@@ -58,8 +58,8 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     ]
 
 
-def _as_read(rule: str) -> float | str:
-    """A rule as a recipe has it once it was read from YAML, where a number is a number."""
+def _as_yaml(rule: str) -> float | str:
+    """A rule as YAML reads it: a number if it is one, otherwise text."""
     try:
         return float(rule)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The result of one run, and the line of a comparison's records that holds it."""
+"""The result of one run, and its line in the records of a comparison."""
 
 import dataclasses
 import json
@@ -32,22 +32,22 @@ _RECIPE = {
 
 @dataclass(frozen=True)
 class Result:
-    """One run; a comparison's records hold one JSON object a line for each.
+    """The result of one run; the records of a comparison have one JSON object per line for each.
 
     Args:
         config: the recipe with every key, by section.
-        metadata: the run's record: corpus, parameters, machine, threads, versions.
+        metadata: the record of the run: corpus, parameters, machine, threads, versions.
         outcome: finished, diverged or unfinished.
-        valid: one row an evaluation: step, epochs (a fraction of one where it is known), seconds and perplexity. The
-            seconds are those of training, evaluations left out, where the run has timed its steps.
-        alignment: one row an evaluation at which the rule was not exact: step, epochs, cosine and norm_ratio of the
-            gradient of one fixed training batch against exact BPTT.
-        ms: milliseconds of one step by phase, medians over the run, of a schedule the mean over its steps of the
-            medians of its rules; empty where the run has not timed them.
-        tokens_per_s: of training, the median over the run.
-        peak_bytes: the most memory that the run's process held in the steps before its first evaluation, so that every
-            rule is measured over the same ones; of a schedule, those of its first rule. None where it is not known.
-        test: perplexity of the best weights on the test split, None where there is no test split.
+        valid: one row per evaluation: step, epochs (fractional if known), seconds and perplexity. Seconds are training
+            time without evaluations, if the run has timed its steps.
+        alignment: one row per evaluation under an approximate rule: step, epochs, cosine and norm_ratio of the gradient
+            of one fixed training batch against exact BPTT.
+        ms: milliseconds of one step by phase: medians over the run, under a schedule the mean over steps of the medians
+            of its rules; empty if the run has not timed its steps.
+        tokens_per_s: median speed of training in tokens per second.
+        peak_bytes: peak memory of the run's process in the steps before its first evaluation, so that all rules are
+            measured over the same steps (under a schedule, those of its first rule); None if unknown.
+        test: perplexity of the best weights on the test split; None without a test split.
     """
 
     config: dict[str, dict[str, Any]]
@@ -67,12 +67,12 @@ class Result:
 
     @property
     def rule(self) -> str:
-        """The feedback rule in its usual spelling; the cell, where it has none."""
+        """The feedback rule in canonical spelling; the name of a cell that has no rule."""
         return identity.rule(self.get("model.cell"), self.get("model.feedback"))
 
     @property
     def best(self) -> float | None:
-        """The best validation perplexity; None before the first evaluation and for a run that diverged."""
+        """The best validation perplexity; None before the first evaluation, and for a diverged run."""
         if self.outcome == "diverged" or not self.valid:
             return None
         return min(row["perplexity"] for row in self.valid)
@@ -83,15 +83,15 @@ class Result:
         return sum(self.ms.values()) if self.ms else None
 
     def reach(self, perplexity: float) -> dict[str, float] | None:
-        """The first evaluation at which this perplexity was reached, None where it never was."""
+        """The first evaluation with at most this perplexity; None if there is none."""
         return next((row for row in self.valid if row["perplexity"] <= perplexity), None)
 
 
 def from_line(line: str) -> Result:
-    """The result that one line of a comparison's records holds; keys younger than the line have their defaults.
+    """Parse one line of the records of a comparison; keys that are newer than the line have their defaults.
 
     Raises:
-        ValueError: when it holds no result, saying why.
+        ValueError: the line is not a valid result.
     """
     read = validate(migration.result(validate(json.loads(line), {})), _RESULT)
     if read["version"] > migration.VERSION:
@@ -105,5 +105,5 @@ def from_line(line: str) -> Result:
 
 
 def to_line(result: Result) -> str:
-    """The result as one line."""
+    """The result as one line of JSON."""
     return json.dumps({"version": migration.VERSION, **dataclasses.asdict(result)}) + "\n"

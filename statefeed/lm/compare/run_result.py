@@ -1,4 +1,4 @@
-"""A run folder read as one result."""
+"""Reader of a run folder as a ``Result``."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import statefeed as sf
-from statefeed.lm import migration, recipe
+from statefeed.lm import identity, migration, recipe
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.tasks import split
 from statefeed.lm.errors import UsageError
@@ -19,7 +19,7 @@ from statefeed.lm.run.files import CONFIG, METRICS
 from statefeed.lm.run.phases import PHASES
 from statefeed.lm.run.schema import validate
 
-# What a run's rows hold, as far as it is read here.
+# Keys of the rows of metrics.jsonl that are read here.
 _ROW = {"split": str, "step": int, "epoch": int, "seconds": float, "peak_bytes": (float, None)}
 _ROWS = {
     "train": {**_ROW, "tokens_per_s": float, **{f"{phase}_ms": (float, None) for phase in PHASES}},
@@ -30,20 +30,24 @@ _ROWS = {
 
 
 def read_run(folder: Path, outcome: str | None = None) -> Result:
-    """The result in a run folder, whether its run has ended or not.
+    """Read the result of a finished or unfinished run.
 
     Args:
-        folder: of a run.
-        outcome: how it ended; None takes what the folder says.
+        folder: the run folder.
+        outcome: outcome of the run; None determines it from the folder.
 
     Raises:
-        UsageError: when it is no run folder or a file in it cannot be read.
+        UsageError: the folder is not a run folder, or a file in it cannot be read.
     """
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is not a run folder: it holds no {CONFIG}")
     config = dataclasses.asdict(recipe.load(folder / CONFIG))
+    try:
+        identity.check_rules(config["model"]["cell"], config["model"]["feedback"])
+    except ValueError as error:
+        raise UsageError(f"{folder / CONFIG} cannot be read: {error}") from None
     record, rows = metadata.read(folder), _rows(folder / METRICS)
-    place = _places(rows, record)
+    position = _positions(rows, record)
     by_split: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": [], "alignment": []}
     for row in rows:
         by_split[row["split"]].append(row)
@@ -55,16 +59,16 @@ def read_run(folder: Path, outcome: str | None = None) -> Result:
         ended = bool(valid) and valid[-1]["step"] >= steps
         outcome = "diverged" if "diverged" in record else "finished" if ended else "unfinished"
     speeds = [row["tokens_per_s"] for row in train]
-    # The peak only rises, and an evaluation may take more than a step: under some rules it runs exact BPTT as well.
-    own = itertools.takewhile(lambda row: row["split"] == "train", rows)
-    peaks = [row["peak_bytes"] for row in own if row.get("peak_bytes") is not None]
+    # The peak never decreases, and an evaluation may need more than a step: with train.alignment it runs exact BPTT.
+    before_evaluation = itertools.takewhile(lambda row: row["split"] == "train", rows)
+    peaks = [row["peak_bytes"] for row in before_evaluation if row.get("peak_bytes") is not None]
     return Result(
         config=config,
         metadata=record,
         outcome=outcome,
-        valid=[{**place(row), "perplexity": row["perplexity"]} for row in valid],
+        valid=[{**position(row), "perplexity": row["perplexity"]} for row in valid],
         alignment=[
-            {**place(row), "cosine": row["cosine"], "norm_ratio": row["norm_ratio"]} for row in by_split["alignment"]
+            {**position(row), "cosine": row["cosine"], "norm_ratio": row["norm_ratio"]} for row in by_split["alignment"]
         ],
         ms=_step_ms(train, config["model"]["feedback"], steps),
         tokens_per_s=statistics.median(speeds) if speeds else None,
@@ -74,7 +78,7 @@ def read_run(folder: Path, outcome: str | None = None) -> Result:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, but for a last one that a killed run left without its end."""
+    """The rows of a run's metrics, without an incomplete last row of a killed run."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +96,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _step_ms(train: Sequence[dict[str, Any]], feedback: float | str, steps: int) -> dict[str, float]:
-    """Milliseconds of a step by phase: the median under each rule of a schedule, for as many steps as it holds."""
+    """Milliseconds of a step by phase: the medians under each rule of a schedule, weighted by its number of rows."""
     if not _timed(train):
         return {}
     rules = sf.Schedule(feedback)
@@ -104,32 +108,32 @@ def _step_ms(train: Sequence[dict[str, Any]], feedback: float | str, steps: int)
 
 
 def _timed(train: Sequence[dict[str, Any]]) -> bool:
-    """Whether the rows of the training split have the time of every phase."""
+    """Whether all training rows have the time of every phase."""
     return bool(train) and all(row.get(f"{phase}_ms") is not None for row in train for phase in PHASES)
 
 
-def _places(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
-    """The step, epochs and seconds of training of a row.
+def _positions(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """A function that returns the step, epochs and seconds of training of a row.
 
-    The time of a step is the sum of its phases, each row of the training split valid_runs for the steps since the one
-    before; without phases it is the time since the beginning of the run, evaluations included.
+    The time of a step is the sum of its phases. A training row holds the mean of the steps since the previous row.
+    Without phases, seconds are the time since the start of the run, including evaluations.
     """
     train = [row for row in rows if row["split"] == "train"]
     timed = _timed(train)
     trained: list[tuple[int, float, float]] = []  # last step, seconds until then, seconds of one step
     before, total = 0, 0.0
     for row in train if timed else []:
-        each = 1e-3 * sum(row[f"{phase}_ms"] for phase in PHASES)
-        total += (row["step"] - before) * each
+        per_step = 1e-3 * sum(row[f"{phase}_ms"] for phase in PHASES)
+        total += (row["step"] - before) * per_step
         before = row["step"]
-        trained.append((before, total, each))
+        trained.append((before, total, per_step))
 
     def seconds(step: int) -> float:
-        """Training seconds until a step, which may be within the steps of one row or after the last."""
-        last, until, each = next((entry for entry in trained if entry[0] >= step), trained[-1])
-        return until + (step - last) * each
+        """Training seconds until a step, interpolated within a row and extrapolated after the last row."""
+        last, until, per_step = next((entry for entry in trained if entry[0] >= step), trained[-1])
+        return until + (step - last) * per_step
 
-    def place(row: dict[str, Any]) -> dict[str, float]:
+    def position(row: dict[str, Any]) -> dict[str, float]:
         step, length = row["step"], record.get("steps_per_epoch")
         return {
             "step": step,
@@ -137,4 +141,4 @@ def _places(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> Callable[
             "seconds": round(seconds(step), 3) if timed else row["seconds"],
         }
 
-    return place
+    return position

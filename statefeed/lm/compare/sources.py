@@ -1,4 +1,4 @@
-"""What files and folders hold: results of runs and records of benchmarks."""
+"""Reader of files and folders: results of runs and records of benchmarks."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from statefeed.lm.run.schema import validate
 
 COMPARISON = "compare.jsonl"
 
-# The main number of a benchmark is the first of these that it has.
+# The main metric of a benchmark is the first of these keys that its record has.
 MAIN = ("tokens_per_s", "ms", "peak_bytes")
 _SPREAD = {"median": float, "min": float, "max": float}
 _BENCHMARK = {
@@ -30,7 +30,7 @@ _BENCHMARK = {
 
 @dataclass
 class Found:
-    """What the paths hold."""
+    """The results and benchmark records in some paths."""
 
     results: list[Result] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
@@ -39,18 +39,18 @@ class Found:
         return bool(self.results or self.benchmarks)
 
     def add(self, other: "Found") -> None:
-        """Add what another path holds."""
+        """Add the content of another path."""
         self.results += other.results
         self.benchmarks += other.benchmarks
 
 
 def read(paths: Iterable[Path]) -> Found:
-    """Everything that run folders, comparison folders, other folders of these and JSONL files hold.
+    """Read run folders, comparison folders, folders of these, and JSONL files.
 
-    A run or file that cannot be read is left out, as a whole and with a sentence on stderr.
+    A run or file that cannot be read is skipped with a notice on stderr.
 
     Raises:
-        UsageError: for a path that is missing or holds none of them, and where nothing can be read.
+        UsageError: a path is missing or holds no such file, or none of them can be read.
     """
     found, wrong = Found(), list[UsageError]()
     for path in paths:
@@ -65,14 +65,14 @@ def read(paths: Iterable[Path]) -> Found:
         raise wrong[0]
     for error in wrong:
         notify(f"left out: {error}")
-    # A run may be found in its folder, in a comparison's records and in a copy of these.
-    same = split(found.results, lambda result: f"{identity.select(result.config, 'task', 'run')} {result.valid}")
-    found.results = [group[0] for group in same.values()]
+    # Remove duplicates: a run may be in its folder, in the records of a comparison and in a copy of these.
+    copies = split(found.results, lambda result: f"{identity.select(result.config, 'task', 'run')} {result.valid}")
+    found.results = [group[0] for group in copies.values()]
     return found
 
 
 def _entry(path: Path, wrong: list[UsageError]) -> Found:
-    """What a file or folder holds; what is wrong with those that cannot be read is added to `wrong`."""
+    """The content of a file or folder; errors of unreadable files are appended to `wrong`."""
     try:
         if path.is_file():
             return _file(path)
@@ -98,6 +98,8 @@ def _file(path: Path) -> Found:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = validate(json.loads(line), {})
+            if "stage" in record or "package" in record:
+                continue  # of statefeed/bench/gpu.sh and of other people's packages, which have tables of their own
             if "bench" in record:
                 found.benchmarks.append(_benchmark_record(migration.benchmark(record)))
             else:
@@ -110,7 +112,7 @@ def _file(path: Path) -> Found:
 
 
 def _benchmark_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a benchmark as its table and bars need it; ValueError where it is not one."""
+    """Validate the keys of a benchmark record that its table and bars use; raises ValueError."""
     validate(record, _BENCHMARK)
     for name in MAIN:
         if (spread := record.get(name)) and not spread["min"] <= spread["median"] <= spread["max"]:

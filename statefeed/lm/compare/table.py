@@ -9,7 +9,7 @@ from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, split
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """The comparison of the rules of one task: headings, and one row a rule, the perplexity first for narrow screens.
+    """The comparison of the rules of one task: headings, and one row per rule, the perplexity first for narrow screens.
 
     Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
     and norm ratio are means over the evaluations at which the rule was not exact. The targets are the perplexities at

@@ -1,4 +1,4 @@
-"""Results side by side: those of one task, of one rule, of one learning rate."""
+"""Grouping of results by task, rule and learning rate."""
 
 import json
 import math
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def split(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """The items by a key, in the order of their first appearance."""
+    """Group items by a key, in the order of first appearance."""
     parts: dict[str, list[Item]] = {}
     for item in items:
         parts.setdefault(key(item), []).append(item)
@@ -21,41 +21,41 @@ def split(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[I
 
 
 def tasks(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of every task under its title, which names the keys in which tasks of the same title differ."""
+    """The results of every task by title; titles include the keys in which otherwise equal titles differ."""
     titled: dict[str, list[Result]] = {}
-    for same in split(results, _title).values():
-        parts = list(split(same, lambda result: json.dumps(setting(result), sort_keys=True)).values())
+    for group in split(results, _title).values():
+        parts = list(split(group, lambda result: json.dumps(setting(result), sort_keys=True)).values())
         settings = [setting(part[0]) for part in parts]
         differing = differing_keys(settings)
-        for part, one in zip(parts, settings, strict=True):
-            titled[_title(part[0]) + "".join(f", {key}={one.get(key)}" for key in differing)] = part
+        for part, values in zip(parts, settings, strict=True):
+            titled[_title(part[0]) + "".join(f", {key}={values.get(key)}" for key in differing)] = part
     return titled
 
 
 def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys in which some settings differ."""
-    keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
+    """The keys in which settings differ."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
 
 
 def setting(result: Result, *varied: str) -> dict[str, Any]:
-    """What a result must share with others to be compared with them: the task keys of its recipe, and the device.
+    """The values that must be equal for two results to be compared: the task keys of the recipe, and the device.
 
-    The text is the digests of what was read, whatever its path; of records without digests, its name and path.
+    The text is identified by its digests, independently of its path; in records without digests, by name and path.
 
     Args:
-        result: of any task.
-        varied: keys of the recipe that may differ, too.
+        result: a result of any task.
+        varied: further keys of the recipe that may differ.
     """
     splits = result.metadata.get("splits")
     text = "/".join(found["sha256"][:8] for found in splits.values()) if splits else result.metadata.get("corpus")
-    left_out = (*varied, *(["data.path"] if splits else []))
-    shared = {key: value for key, value in identity.select(result.config, "task").items() if key not in left_out}
-    return {"text": text, "device": result.metadata.get("device", "cpu"), **shared}
+    excluded = (*varied, *(["data.path"] if splits else []))
+    values = {key: value for key, value in identity.select(result.config, "task").items() if key not in excluded}
+    return {"text": text, "device": result.metadata.get("device", "cpu"), **values}
 
 
 def size(result: Result) -> str:
-    """The model in short, such as gru 1x256."""
+    """Cell and size of the model, such as gru 1x256."""
     return f"{result.get('model.cell')} {result.get('model.layers')}x{result.get('model.width')}"
 
 
@@ -67,7 +67,7 @@ def _title(result: Result) -> str:
 
 
 def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of every rule, over their seeds; a rule that was run at several rates appears once for each."""
+    """The results by rule, with all seeds; a rule with several learning rates has one entry per rate."""
     rates: dict[str, set[float]] = {}
     for result in results:
         rates.setdefault(result.rule, set()).add(result.get("train.lr"))
@@ -79,17 +79,17 @@ def by_rule(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def valid_runs(results: Sequence[Result]) -> list[Result]:
-    """The runs that count: the finished ones, or else those under way; never diverged ones."""
+    """The finished runs; if there are none, the unfinished ones. Diverged runs are left out."""
     finished = [result for result in results if result.outcome == "finished"]
     return finished or [result for result in results if result.outcome == "unfinished"]
 
 
 def best_scores(results: Sequence[Result]) -> list[float]:
-    """The best validation perplexities of the runs that count."""
+    """The best validation perplexities of the valid runs."""
     return [result.best for result in valid_runs(results) if result.best is not None]
 
 
 def at_best_rate(results: Sequence[Result]) -> list[Result]:
-    """The runs of one rule at that learning rate whose mean is best."""
+    """The runs of one rule at the learning rate with the best mean perplexity."""
     rates = split(results, lambda result: str(result.get("train.lr"))).values()
     return min(rates, key=lambda group: statistics.mean(best_scores(group) or [math.inf]))

@@ -1,4 +1,4 @@
-"""Batches of tokens: sentences, blocks or continuous streams, in the same order at every reading."""
+"""Batches of tokens: sentences, blocks or continuous streams, in a reproducible order."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from statefeed.lm.config import Data, Train
 
-IGNORED = -100  # torch's own mark for targets that enter no loss
+IGNORED = -100  # the ignore_index of torch's cross_entropy: such targets are not part of the loss
 
 
 class Batch(NamedTuple):
-    """One step.
+    """The inputs and targets of one training or evaluation step.
 
     Args:
         inputs: ids, int64 (T, B).
-        targets: the ids that follow them, int64 (T, B), `IGNORED` where nothing counts.
-        lengths: int64 (B,), how many inputs of each column are text; None where all are, or the rest is only `IGNORED`.
-        is_start: whether the state starts from zero, and not from the last state of the step before.
+        targets: the next ids, int64 (T, B); `IGNORED` for targets that are not part of the loss.
+        lengths: number of valid inputs of each column, int64 (B,); None if all inputs are valid, or if targets alone
+            are `IGNORED`.
+        is_start: whether the state starts from zero and not from the last state of the previous step.
     """
 
     inputs: Tensor
@@ -30,17 +31,17 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """Batches of one split."""
+    """Batches of one split, epoch by epoch."""
 
     @property
     def tokens(self) -> int:
-        """The tokens of the split, those that are given and never predicted left out."""
+        """Number of tokens of the split, without tokens that are given and never predicted."""
 
     def __len__(self) -> int:
-        """Steps of one epoch."""
+        """Number of steps of one epoch."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The steps of one epoch, a pure function of seed, epoch and step.
+        """Yield the steps of one epoch, which depend on the seed, the epoch and the step only.
 
         Args:
             epoch: counted from 0.
@@ -49,12 +50,12 @@ class Source(Protocol):
 
 
 def training(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
-    """The batches that a recipe trains on.
+    """The training batches of a recipe.
 
     Args:
         tokens: ids of the split, int32 (N,).
-        data: how they are read.
-        recipe: batch, context and the seed of the order.
+        data: kind of batches.
+        recipe: batch size, context and the seed of the order.
     """
     if data.batches == "sentences":
         return Sentences(tokens, recipe.batch, recipe.context, recipe.seed)
@@ -64,31 +65,31 @@ def training(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
 
 
 def scoring(tokens: NDArray[np.int32], data: Data, recipe: Train) -> Source:
-    """The batches of the same kind in the order of the text, in which every target is predicted exactly once.
+    """The evaluation batches of a recipe, in the order of the text; every target is predicted exactly once.
 
     Args:
         tokens: ids of the split, int32 (N,).
-        data: how they are read.
-        recipe: evaluation batch and context. The batch matters to continuous streams alone, each of which starts
-            from an empty state.
+        data: kind of batches.
+        recipe: evaluation batch size and context. The batch size changes the score of continuous streams only, since
+            each stream starts from a zero state.
     """
-    batch = recipe.eval_batch or recipe.batch
+    batch = min(recipe.eval_batch or recipe.batch, max(1, len(tokens)))
     if data.batches == "sentences":
         return Sentences(tokens, batch, recipe.context)
     if data.batches == "blocks":
         return Blocks(tokens, batch, recipe.context)
-    return Stream(tokens, batch, recipe.context, whole=True)
+    return Stream(tokens, batch, recipe.context, drop_last=False)
 
 
 class _Segments:
-    """Independent segments of text, some at a time.
+    """Batches of independent segments of text.
 
     Args:
         tokens: ids, int32 (N,).
-        starts: the index of the first input of every segment, int64 (P,).
-        lengths: the inputs of every segment, int64 (P,).
-        batch: B, segments in one step; the last step of an epoch has what is left.
-        seed: of the order, which differs from epoch to epoch; None for that of the text.
+        starts: index of the first input of every segment, int64 (P,).
+        lengths: number of inputs of every segment, int64 (P,).
+        batch: B, segments per step; the last step of an epoch may have fewer.
+        seed: seed of the order, which differs from epoch to epoch; None for the order of the text.
     """
 
     def __init__(
@@ -109,18 +110,18 @@ class _Segments:
         if self._seed is not None:
             np.random.default_rng((self._seed, epoch)).shuffle(order)
         for first in range(start * self._batch, len(order), self._batch):
-            chosen = order[first : first + self._batch]
-            yield Batch(*_segment(self._tokens, self._starts[chosen], self._lengths[chosen]), is_start=True)
+            indices = order[first : first + self._batch]
+            yield Batch(*_segment(self._tokens, self._starts[indices], self._lengths[indices]), is_start=True)
 
 
 class Sentences(_Segments):
-    """Sentences side by side, padded after their ends; no state goes from one to another.
+    """Padded batches of sentences, without state between them.
 
     Args:
-        tokens: ids, int32 (N,), every sentence beginning with the id that the whole begins with, `<bos>`.
-        batch: B, sentences in one step.
-        context: T, the most inputs of one sentence; what comes after them and their last target is left out.
-        seed: of the order; None for that of the text.
+        tokens: ids, int32 (N,); the first id, `<bos>`, begins every sentence.
+        batch: B, sentences per step.
+        context: T, maximum number of inputs of a sentence; longer sentences are truncated.
+        seed: seed of the order; None for the order of the text.
 
     >>> batch, = Sentences(np.array([0, 5, 1, 0, 6, 7, 1], np.int32), batch=2, context=64).epoch(0)
     >>> batch.inputs.T.tolist(), batch.targets.T.tolist(), batch.lengths.tolist()
@@ -135,13 +136,13 @@ class Sentences(_Segments):
 
 
 class Blocks(_Segments):
-    """Blocks of continuous text, each read without what came before it; the last may be shorter.
+    """Batches of consecutive blocks of text, without state between them; the last block may be shorter.
 
     Args:
         tokens: ids, int32 (N,).
-        batch: B, blocks in one step.
-        context: T, the inputs of a block.
-        seed: of the order; None for that of the text.
+        batch: B, blocks per step.
+        context: T, number of inputs of a block.
+        seed: seed of the order; None for the order of the text.
 
     >>> [batch.inputs.T.tolist() for batch in Blocks(np.arange(7, dtype=np.int32), batch=2, context=2).epoch(0)]
     [[[0, 1], [2, 3]], [[4, 5]]]
@@ -154,25 +155,25 @@ class Blocks(_Segments):
 
 
 class Stream:
-    """A split laid out in B columns of continuous text, so that the state of one step is the start of the next.
+    """Batches of B columns of continuous text, so that every step starts from the final state of the previous one.
 
     Args:
         tokens: ids, int32 (N,).
-        batch: B, the number of columns.
-        context: T, the rows of one step.
-        whole: False drops what does not fill a step, as training does; True predicts every token but the first exactly
-            once, as scoring does.
+        batch: B, number of columns.
+        context: T, number of rows of one step.
+        drop_last: drop the tokens that do not fill a step, as in training; False predicts every token but the first
+            exactly once, as in evaluation.
 
     >>> [(x.T.tolist(), y.T.tolist()) for x, y, *_ in Stream(np.arange(8, dtype=np.int32), batch=2, context=2).epoch(0)]
     [([[0, 1], [3, 4]], [[1, 2], [4, 5]])]
     """
 
-    def __init__(self, tokens: NDArray[np.int32], batch: int, context: int, whole: bool = False) -> None:
+    def __init__(self, tokens: NDArray[np.int32], batch: int, context: int, drop_last: bool = True) -> None:
         predicted = len(tokens) - 1
-        rows = -(-predicted // batch) if whole else predicted // batch
+        rows = predicted // batch if drop_last else -(-predicted // batch)
         self.tokens = len(tokens)
         self._tokens, self._context = tokens, context
-        self._rows = rows if whole else rows // context * context
+        self._rows = rows // context * context if drop_last else rows
         self._starts = np.arange(batch) * rows
         self._ends = np.minimum(self._starts + rows, predicted)
 
@@ -181,7 +182,7 @@ class Stream:
         return -(-self._rows // self._context)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The steps from `start` on; every epoch is the same text in the same order."""
+        """Yield the steps from `start` on; every epoch reads the same text in the same order."""
         for step in range(start, len(self)):
             starts = self._starts + step * self._context
             rows = min(self._context, self._rows - step * self._context)
@@ -190,7 +191,7 @@ class Stream:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from the CPU to a GPU it goes through pinned memory, without waiting for it."""
+    """Move a tensor to a device; a copy from the CPU to a GPU uses pinned memory and is asynchronous."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -199,12 +200,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def _segment(
     tokens: NDArray[np.int32], starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs and targets (T, B) of segments of text side by side, and their lengths where they differ.
+    """Inputs and targets (T, B) of several segments of text, and the lengths of the segments if they differ.
 
     Args:
         tokens: ids, int32 (N,).
-        starts: the index of the first input of every segment, (B,).
-        lengths: the inputs of every segment, (B,).
+        starts: index of the first input of every segment, (B,).
+        lengths: number of inputs of every segment, (B,).
     """
     t = np.arange(lengths.max())[:, None]
     valid = t < lengths

@@ -1,11 +1,11 @@
-"""The cache of tokenized text: byte pairs and ids on disk under the hash of what they are made from.
+"""Cache of tokenized text: byte pairs and ids on disk, under the hash of the text and the tokenizer.
 
-Ids are mapped into memory. An entry is its content followed by the sha256 of it. It appears whole or not at all, and
-every process that makes the same one makes the same content, so that it does not matter which comes last.
+Ids are memory-mapped. An entry is its content followed by the sha256 of the content. Entries are written atomically.
+Processes that write the same entry write the same content, so their order does not matter.
 
-The cache is `statefeed/tokens` in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`; deleting it costs time and
-nothing else. Texts of less than a mebibyte are not cached. A broken entry is made again, and without a cache that
-can be written everything is made each time, with a sentence on stderr.
+The cache is `statefeed/tokens` in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`, and can be deleted at any
+time. Texts of less than a mebibyte are not cached. A corrupt entry is written again. If the cache cannot be written,
+a notice is printed and the text is tokenized at every start.
 """
 
 import hashlib
@@ -23,50 +23,50 @@ from statefeed.lm.data.tokens import Tokenizer
 from statefeed.lm.errors import notify
 from statefeed.native.cache_folder import cache_folder, distrust, make_private
 
-WORTH_IT = 1 << 20  # bytes of text; less is tokenized in no time
+MIN_CACHED_BYTES = 1 << 20  # of text; shorter texts are tokenized in a fraction of a second
 _DIGEST = hashlib.sha256().digest_size
 
 
 def tokenizer(data: Data, splits: dict[str, str]) -> Tokenizer:
-    """The tokenizer that a recipe asks for; byte pairs are taken from the cache where they have been found before.
+    """The tokenizer of a recipe; byte pairs are read from the cache if it has them.
 
     Args:
-        data: the kind of tokens and how many types.
+        data: the kind of tokens and the number of types.
         splits: text by split.
     """
-    if data.tokens != "bpe" or len(splits["train"]) < WORTH_IT or (folder := _folder()) is None:
+    if data.tokens != "bpe" or len(splits["train"]) < MIN_CACHED_BYTES or (folder := _folder()) is None:
         return tokens.train(data, splits)
     path = folder / _entry(f"bpe {data.vocabulary} {tokenizers.__version__}", splits["train"])
-    found = _read(path)
+    found = read_entry(path)
     if found is not None:
         return tokens.BytePairs.from_json(found.tobytes().decode())
     trained = tokens.train(data, splits)
-    _write(path, trained.to_json().encode())
+    write_entry(path, trained.to_json().encode())
     return trained
 
 
 def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
-    """The ids of a text, int32 (N,), from the cache where they have been made before.
+    """The ids of a text, int32 (N,), from the cache if it has them.
 
     Args:
-        tokenizer: of any kind.
+        tokenizer: any tokenizer.
         text: one split of a corpus.
     """
-    if len(text) < WORTH_IT or (folder := _folder()) is None:
+    if len(text) < MIN_CACHED_BYTES or (folder := _folder()) is None:
         return tokenizer.encode(text)
     path = folder / _entry(tokenizer.to_json(), text)
-    found = _read(path)
+    found = read_entry(path)
     if found is None:
         ids = tokenizer.encode(text)
-        _write(path, ids.data)
-        found = _read(path)
+        write_entry(path, ids.data)
+        found = read_entry(path)
         if found is None:
             return ids
     return found.view(np.int32)
 
 
 def _folder() -> Path | None:
-    """The folder of the cache, whether it is there or not; None, with a sentence, where no cache can be used."""
+    """The folder of the cache, which may not exist yet; None, after a notice, if no cache can be used."""
     try:
         folder = cache_folder()
         if folder.exists():
@@ -77,30 +77,30 @@ def _folder() -> Path | None:
         return None
 
 
-def _entry(how: str, text: str) -> str:
-    """The name of what is made from a text in some way."""
-    return hashlib.sha256(how.encode() + b"\0" + text.encode()).hexdigest()
+def _entry(method: str, text: str) -> str:
+    """The file name of the result of applying a method to a text."""
+    return hashlib.sha256(method.encode() + b"\0" + text.encode()).hexdigest()
 
 
-def _read(path: Path) -> NDArray[np.uint8] | None:
-    """The content of an entry, mapped into memory; None if it is missing or damaged."""
+def read_entry(path: Path) -> NDArray[np.uint8] | None:
+    """The content of an entry, memory-mapped; None if it is missing or corrupt."""
     try:
         if reason := distrust(path):
             notify(f"{reason}: the text is tokenized again")
             return None
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > _DIGEST:
-                whole = np.memmap(file, np.uint8, "r")
-                if hashlib.sha256(whole[:-_DIGEST].data).digest() == whole[-_DIGEST:].tobytes():
-                    return whole[:-_DIGEST]
+                entry = np.memmap(file, np.uint8, "r")
+                if hashlib.sha256(entry[:-_DIGEST].data).digest() == entry[-_DIGEST:].tobytes():
+                    return entry[:-_DIGEST]
     except OSError:
         return None
     notify(f"{path} is broken, perhaps by a full disk: the text is tokenized again")
     return None
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """Write an entry whole, or print a sentence that says why that is not possible."""
+def write_entry(path: Path, content: bytes | memoryview) -> None:
+    """Write an entry atomically; print a notice if it cannot be written."""
     try:
         make_private(path.parent.parent)
         path.parent.mkdir(mode=0o700, exist_ok=True)

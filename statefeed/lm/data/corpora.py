@@ -1,8 +1,9 @@
-"""The corpora: which text is train, valid and test, the same on every reading."""
+"""Corpora: their text in the splits train, valid and test, the same in every run."""
 
 import ast
 import hashlib
 import importlib
+import itertools
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from statefeed.lm.data.text_files import SPLITS, decode, join, split_files
 from statefeed.lm.errors import UsageError, notify
 from statefeed.lm.recipe import expand
 
-KINDS = {  # what data.corpus takes
+KINDS = {  # values of data.corpus
     "pydoc": "help topics and docstrings of the Python that runs this, about 2 MB of English; no file to fetch",
     "ptb": "Penn Treebank as Mikolov prepared it, licensed by the LDC: ptb.train.txt, ptb.valid.txt and, if you have "
     "it, ptb.test.txt in the folder data.path",
@@ -29,11 +30,11 @@ _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "i
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text in splits.
+    """The text of a corpus in splits.
 
     Args:
-        name: what the corpus is called in records.
-        splits: text by split; train and valid are always there, test where the corpus has one.
+        name: the name of the corpus in records.
+        splits: text by split; always train and valid, and test if the corpus has a test split.
     """
 
     name: str
@@ -41,25 +42,48 @@ class Corpus:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of every split as UTF-8."""
+        """Size of every split in bytes of UTF-8."""
         return {split: len(text.encode()) for split, text in self.splits.items()}
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """The sha256 of every split as UTF-8."""
+        """sha256 of every split in UTF-8."""
         return {split: hashlib.sha256(text.encode()).hexdigest() for split, text in self.splits.items()}
 
 
 def read(data: Data) -> Corpus:
-    """The corpus that a recipe names.
+    """Read the corpus that a recipe names.
 
     Raises:
         UsageError: when a file is missing, empty or not UTF-8 text.
     """
+    check_path(data)
     corpus = {"pydoc": _pydoc, "ptb": _ptb, "wikitext": _wikitext, "text": _text}[data.corpus](data)
-    if corpus.splits["train"] == corpus.splits["valid"]:
-        notify(f"the train and valid splits of {corpus.name} are the same text: valid scores say nothing of other text")
+    for first, second in itertools.combinations(corpus.splits, 2):
+        if corpus.splits[first] == corpus.splits[second]:
+            notify(
+                f"the {first} and {second} splits of {corpus.name} are the same text: scores of {second} say nothing "
+                "of other text"
+            )
     return corpus
+
+
+def check_path(data: Data) -> None:
+    """Check that the file or folder that a recipe names is there.
+
+    Raises:
+        UsageError: when it is not.
+    """
+    if data.path is None or data.path.startswith("hub:"):
+        return
+    path = expand(data.path)
+    if data.corpus == "text" and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
+    if data.corpus != "text" and not path.is_dir():
+        raise UsageError(
+            f"data.path: there is no folder {path}; data.corpus={data.corpus} reads the files of one: name it with "
+            "--data.path"
+        )
 
 
 # pydoc: the documentation inside Python ------------------------------------------------------------------------------
@@ -68,12 +92,12 @@ def read(data: Data) -> Corpus:
 def _pydoc(data: Data) -> Corpus:
     """Help topics and docstrings of the standard library, in the order of the hashes of their names.
 
-    So neighbors have nothing in common, and a document stays in its split whatever else a Python holds. A paragraph
-    that came before is left out, so that no split repeats a paragraph of another.
+    Neighboring documents are therefore unrelated, and the split of a document does not depend on the other documents.
+    Repeated paragraphs are left out, so that no split repeats a paragraph of another.
     """
     seen: set[str] = set()
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for place, text in sorted((_place(name), text) for name, text in _documents()):
+    for position, text in sorted((_position(name), text) for name, text in _documents()):
         new = []
         for paragraph in text.split("\n\n"):
             key = " ".join(paragraph.split())
@@ -81,7 +105,7 @@ def _pydoc(data: Data) -> Corpus:
                 seen.add(key)
                 new.append(paragraph.rstrip())
         if new:
-            split = "valid" if place < data.valid else "test" if place < data.valid + data.test else "train"
+            split = "valid" if position < data.valid else "test" if position < data.valid + data.test else "train"
             splits[split].append("\n\n".join(new))
     texts = {split: "\n\n".join(documents) + "\n" for split, documents in splits.items() if documents}
     if not {"train", "valid"} <= texts.keys():
@@ -93,7 +117,7 @@ def _pydoc(data: Data) -> Corpus:
 
 
 def _documents() -> Iterator[tuple[str, str]]:
-    """Name and text of every help topic and every documented module, read from source and never imported."""
+    """Name and text of every help topic and every documented module, from the source without importing it."""
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.is_file():
@@ -118,7 +142,7 @@ def _docstrings(source: bytes) -> Iterator[str]:
         pending.extend(child for child in reversed(list(ast.iter_child_nodes(node))) if not isinstance(child, ast.expr))
 
 
-def _place(name: str) -> float:
+def _position(name: str) -> float:
     """The position of a document in [0, 1): the hash of its name as a fraction."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
@@ -132,7 +156,7 @@ def _ptb(data: Data) -> Corpus:
 
 
 def _wikitext(data: Data) -> Corpus:
-    """WikiText-2 or WikiText-103, with `<unk>` for rare words (tokens) or as it was written (raw)."""
+    """WikiText-2 or WikiText-103, with `<unk>` for rare words (.tokens) or the original text (.raw)."""
     assert data.path is not None
     if data.path.startswith("hub:"):
         return _hub(data.path.removeprefix("hub:"))
@@ -140,20 +164,15 @@ def _wikitext(data: Data) -> Corpus:
 
 
 def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
-    """The files of one form in a folder, plain or packed; the test split may be missing.
+    """Read the files of a published corpus from a folder, plain or compressed; the test split is optional.
 
     Args:
         corpus: its name in recipes.
-        data: names the folder.
-        forms: names of the files with {} for the split, of which the folder holds one.
+        data: its path is the folder.
+        forms: patterns of file names, with {} for the split; the folder must hold files of one of them.
     """
     assert data.path is not None
     folder = expand(data.path)
-    if not folder.is_dir():
-        raise UsageError(
-            f"data.path: there is no folder {folder}; data.corpus={corpus} reads the files of one: name it with "
-            "--data.path"
-        )
     found: dict[str, dict[str, Path]] = {form: {} for form in forms}
     for form, split in ((form, split) for form in forms for split in SPLITS):
         for path in (folder / (form.format(split) + suffix) for suffix in ("", ".gz", ".xz")):
@@ -168,26 +187,26 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
     files = found[there[0]] if there else {}
     for split in ("train", "valid"):
         if split not in files:
-            held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+            content = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
             raise UsageError(
                 f"data.path: the folder {folder} holds no {names[split]} (plain, .gz or .xz), which "
-                f"data.corpus={corpus} reads; it holds {held}"
+                f"data.corpus={corpus} reads; it holds {content}"
             )
     return Corpus(folder.name, {split: decode(path) for split, path in files.items()})
 
 
 def _hub(name: str) -> Corpus:
-    """A WikiText of the Hugging Face Hub, line by line what its file has; an empty line is a space there."""
+    """Read a WikiText corpus from the Hugging Face Hub, which stores an empty line as a space."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UsageError(
             f"data.path=hub:{name} needs the package datasets, which is not installed: pip install statefeed[datasets]"
         ) from None
-    notify(f"reading {name} from the Hugging Face Hub, or from what was fetched before")
+    notify(f"reading {name} from the Hugging Face Hub, or from its local cache")
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", name)
-    except Exception as error:  # of many kinds: no network, no such name, no space
+    except Exception as error:  # many kinds: no network, no such name, a full disk
         raise UsageError(f"data.path: {name} cannot be read from the Hub: {' '.join(str(error).split())}") from error
     splits = {"train": "train", "valid": "validation", "test": "test"}
     return Corpus(
@@ -199,28 +218,26 @@ def _hub(name: str) -> Corpus:
 
 
 def _text(data: Data) -> Corpus:
-    """A file or folder: its own splits where its files name them, else contiguous shares of the whole."""
+    """Read a file or folder: the splits that its file names define, else contiguous fractions of the text."""
     assert data.path is not None
     path = expand(data.path)
     if path.is_file():
         return Corpus(path.name, _contiguous(decode(path), data))
-    if not path.is_dir():
-        raise UsageError(f"data.path: there is no file or folder {path}: name the text with --data.path")
-    given, whole = split_files(path)
-    if given:
-        return Corpus(path.name, {split: decode(given[split]) for split in SPLITS if split in given})
-    return Corpus(path.name, _contiguous(join(decode(file) for file in whole), data))
+    by_split, unsplit = split_files(path)
+    if by_split:
+        return Corpus(path.name, {split: decode(by_split[split]) for split in SPLITS if split in by_split})
+    return Corpus(path.name, _contiguous(join(decode(file) for file in unsplit), data))
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:
-    """Train, valid and test one after the other, split at the start of a line where that leaves no split empty.
+    """Split a text into train, valid and test, in this order, at starts of lines unless that makes a split empty.
 
     Raises:
-        UsageError: when there is too little text for the shares.
+        UsageError: there is too little text for the fractions.
     """
-    places = [round(share * len(text)) for share in (1 - data.valid - data.test, 1 - data.test)]
-    lines = [text.find("\n", place) + 1 or place for place in places]
-    first, second = lines if lines[0] < lines[1] and (lines[1] < len(text) or not data.test) else places
+    ends = [round(fraction * len(text)) for fraction in (1 - data.valid - data.test, 1 - data.test)]
+    lines = [text.find("\n", end) + 1 or end for end in ends]
+    first, second = lines if lines[0] < lines[1] and (lines[1] < len(text) or not data.test) else ends
     splits = dict(zip(SPLITS, (text[:first], text[first:second], text[second:]), strict=True))
     if not (splits["train"] and splits["valid"]):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Tokens: text to ids and back, by character, byte, word or byte pair; saved with the run."""
+"""Tokenizers: text to ids and back, by character, byte, word or byte pair."""
 
 import json
 import re
@@ -17,12 +17,13 @@ from statefeed.lm.errors import UsageError, notify
 
 UNKNOWN, END, BEGIN = "<unk>", "<eos>", "<bos>"
 BYTE_PAIRS = 4096
-PART = 1 << 16  # characters that are encoded at once: a whole corpus takes more memory than it should
-LONG_WORD, WORD = 10_000, 256  # characters without white space that no word has; bytes that are then joined at most
+PART = 1 << 16  # characters that are encoded at once, which bounds the memory of the encoder
+LONG_WORD = 10_000  # characters without white space; a natural language has no such word
+MAX_MERGE = 256  # bytes within which byte pairs are merged in a text with a longer word
 
 
 class Tokenizer(Protocol):
-    """What every kind of token offers."""
+    """Interface of every tokenizer."""
 
     @property
     def size(self) -> int:
@@ -30,7 +31,7 @@ class Tokenizer(Protocol):
 
     @property
     def sentence(self) -> tuple[int, int] | None:
-        """The ids that begin and end a sentence, where sentences are read apart from each other."""
+        """The ids that begin and end a sentence; None if the text is not read sentence by sentence."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """The ids of a text, int32 (N,)."""
@@ -39,14 +40,14 @@ class Tokenizer(Protocol):
         """The text of ids."""
 
     def unknown(self, text: str) -> str | None:
-        """The first part of a text that is outside the vocabulary, or None."""
+        """The first token of a text that is not in the vocabulary, or None."""
 
     def to_json(self) -> str:
-        """All that the tokenizer is, which `load` reads."""
+        """The tokenizer as JSON text, which `load` reads."""
 
 
 class Characters:
-    """One token a character; the types are the characters of the corpus.
+    """One token per character; the types are the characters of the corpus.
 
     >>> tokens = Characters("abba")
     >>> tokens.encode("baa").tolist(), tokens.decode([1, 0])
@@ -87,7 +88,7 @@ class Characters:
 
 
 class Bytes:
-    """One token a byte of the UTF-8 text; 256 types.
+    """One token per byte of the UTF-8 text; 256 types.
 
     >>> Bytes().encode("é").tolist(), Bytes().decode([195, 169])
     ([195, 169], 'é')
@@ -114,9 +115,9 @@ class Bytes:
 
 
 class Words:
-    """One token a word between white space; a word outside the vocabulary is `<unk>`, the end of a line `<eos>`.
+    """One token per word; words outside the vocabulary are `<unk>`, the end of a line is `<eos>`.
 
-    Where lines are read as sentences each has `<bos>` before it as well.
+    If lines are read as sentences, each line begins with `<bos>`.
 
     >>> tokens = Words.train("a b a\\nc\\n", limit=4, eos=True)
     >>> tokens.words, tokens.encode("a b\\nc\\n").tolist()
@@ -130,13 +131,13 @@ class Words:
 
     @classmethod
     def train(cls, text: str, limit: int | None, eos: bool, bos: bool = False) -> "Words":
-        """Keep the most frequent words, the alphabet deciding between equals.
+        """Build the vocabulary of the most frequent words; ties are broken alphabetically.
 
         Args:
             text: the training split.
-            limit: the number of types, `<unk>`, `<eos>` and `<bos>` counted; None keeps every word.
+            limit: number of types including `<unk>`, `<eos>` and `<bos>`; None takes every word.
             eos: whether the end of a line is a token.
-            bos: whether its beginning is one too.
+            bos: whether the beginning of a line is a token.
         """
         special = [UNKNOWN, *([END] if eos else []), *([BEGIN] if bos else [])]
         counts = Counter(text.split())
@@ -178,7 +179,7 @@ class Words:
 
 
 class BytePairs:
-    """Byte-level BPE: frequent byte sequences are one token; every text has ids."""
+    """Byte-level BPE: frequent byte sequences are tokens, and every text can be encoded."""
 
     sentence = None
 
@@ -187,22 +188,25 @@ class BytePairs:
 
     @classmethod
     def train(cls, text: str, limit: int) -> "BytePairs":
-        """Merge the most frequent pairs until there are `limit` types, of which 256 are the bytes."""
+        """Merge the most frequent pairs of types until there are `limit` types, including the 256 bytes."""
         model = tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         longest = max(map(len, text.split()), default=0)
-        if longest > LONG_WORD:  # finding pairs takes the square of it
+        if longest > LONG_WORD:  # the time to find pairs is quadratic in the length of a word
             notify(
                 f"the text has {longest:,} characters without white space between them: byte pairs are found within "
-                f"segments of {WORD} bytes of such text"
+                f"segments of {MAX_MERGE} bytes of such text"
             )
-            fixed = pre_tokenizers.FixedLength(WORD)
+            fixed = pre_tokenizers.FixedLength(MAX_MERGE)
             model.pre_tokenizer = pre_tokenizers.Sequence([model.pre_tokenizer, fixed])
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=limit, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            # No text has more pairs than bytes; tokenizers reserves memory for what it is asked for.
+            vocab_size=min(limit, 256 + 4 * len(text)),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
-        model.train_from_iterator(_parts(text), trainer)
+        model.train_from_iterator(text_parts(text), trainer)
         return cls(model)
 
     @property
@@ -210,7 +214,7 @@ class BytePairs:
         return self._model.get_vocab_size()
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        parts = [np.array(self._model.encode(part).ids, np.int32) for part in _parts(text)]
+        parts = [np.array(self._model.encode(part).ids, np.int32) for part in text_parts(text)]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -224,7 +228,7 @@ class BytePairs:
 
     @classmethod
     def from_json(cls, text: str) -> "BytePairs":
-        """What `to_json` made a text of."""
+        """The tokenizer whose `to_json` returned the text."""
         return cls(tokenizers.Tokenizer.from_str(text))
 
     @classmethod
@@ -232,10 +236,10 @@ class BytePairs:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def _parts(text: str) -> Iterator[str]:
-    """A text in parts of about `PART` characters, split only where byte pairs never join the two sides.
+def text_parts(text: str) -> Iterator[str]:
+    """Parts of a text of about `PART` characters, split only where no byte pair spans the boundary.
 
-    >>> "".join(_parts("one two\\n three\\n")) == "one two\\n three\\n"
+    >>> "".join(text_parts("one two\\n three\\n")) == "one two\\n three\\n"
     True
     """
     start = 0
@@ -247,12 +251,13 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def train(data: Data, splits: dict[str, str]) -> Tokenizer:
-    """The tokenizer that a recipe asks for, fitted to the training split.
+    """Fit the tokenizer of a recipe to the training split.
 
-    Characters are those of every split: an alphabet is no statistic, and a text with a gap would have no perplexity.
+    The alphabet of characters is that of all splits: it holds no statistics, and a split with an unknown character
+    would have no perplexity.
 
     Args:
-        data: the kind of tokens and how many types.
+        data: the kind of tokens and the number of types.
         splits: text by split.
     """
     if data.tokens == "char":
@@ -265,10 +270,10 @@ def train(data: Data, splits: dict[str, str]) -> Tokenizer:
 
 
 def load(data: Data, path: Path) -> Tokenizer:
-    """The tokenizer whose `to_json` is in a file.
+    """Load a tokenizer from a file that holds its `to_json`.
 
     Raises:
-        UsageError: when the file is missing or is not one of this kind.
+        UsageError: the file is missing, or not a tokenizer of this kind.
     """
     kinds = {"char": Characters, "byte": Bytes, "word": Words, "bpe": BytePairs}
     try:

@@ -1,4 +1,4 @@
-"""The language model: its network, its head with the loss, and the sequence layers it is compared with."""
+"""The language model: network, loss of the head, and baseline sequence layers."""
 
 from statefeed.lm.model.language_model import LanguageModel, State, detach_states
 

@@ -1,8 +1,8 @@
-"""Sequence layers that recurrent ones are measured against: causal attention, a diagonal state space model, minGRU.
+"""Baseline sequence layers: causal attention, a diagonal state space model, minGRU.
 
-Each is called like a recurrent layer: (x (T, B, H), state) to (y (T, B, H), state), the state None at the beginning of
-a text. Where columns are padded after their ends, no output before an end depends on the padding, and the state after
-it is not to be used.
+Each has the interface of a recurrent layer: (x (T, B, H), state) to (y (T, B, H), state), with state None at the
+beginning of a text. In a padded batch no output before the end of a column depends on the padding, but the final state
+does and must not be used.
 """
 
 import math
@@ -18,15 +18,15 @@ Cache: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; the projection after it is the block's.
+    """Causal self-attention with rotary position embeddings; the output projection is part of the block.
 
-    Positions enter as differences between a query's and a key's, so that a text of any length can be read in segments.
+    Attention depends on relative positions only, so that a text of any length can be read in segments.
 
     Args:
         width: H.
-        heads: A, H being a multiple of 2 A.
-        window: how many tokens each sees, itself included; the last `window - 1` keys and values are the state, each
-            (., B, H), so that a token costs O(window).
+        heads: A, number of heads; H must be a multiple of 2 A.
+        window: number of tokens that a token attends to, including itself. The state is the last `window - 1` keys and
+            values, each (., B, H), so that a token costs O(window).
     """
 
     def __init__(self, width: int, heads: int, window: int) -> None:
@@ -37,17 +37,17 @@ class Attention(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Outputs (T, B, H) and the keys and values that the next segment of text sees."""
+        """Outputs (T, B, H), and the keys and values for the next segment of the text."""
         q, k, v = self.project(x).chunk(3, -1)
         if state is not None:
             k, v = torch.cat([state[0], k]), torch.cat([state[1], v])
         (T, B, H), S = x.shape, len(k)
-        places = torch.arange(S, device=x.device)
-        distance = places[S - T :, None] - places
+        positions = torch.arange(S, device=x.device)
+        distance = positions[S - T :, None] - positions
         heads = [part.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for part in (q, k, v)]  # (B, A, ., H / A)
         y = F.scaled_dot_product_attention(
-            _rotated(heads[0], places[S - T :]),
-            _rotated(heads[1], places),
+            _rotated(heads[0], positions[S - T :]),
+            _rotated(heads[1], positions),
             heads[2],
             attn_mask=(distance >= 0) & (distance < self.window),
         )
@@ -55,44 +55,46 @@ class Attention(nn.Module):
         return y.permute(2, 0, 1, 3).reshape(T, B, H), (k[first:], v[first:])
 
 
-def _rotated(x: Tensor, places: Tensor) -> Tensor:
-    """Queries or keys turned by their places, pair of units by pair of units; x (B, A, T, E), places (T,)."""
+def _rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of queries or keys x (B, A, T, E) at positions (T,)."""
     half = x.shape[-1] // 2
-    angles = places[:, None] * 10_000.0 ** (torch.arange(half, device=x.device) / -half)
+    angles = positions[:, None] * 10_000.0 ** (torch.arange(half, device=x.device) / -half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class S4D(nn.Module):
-    """S4D-Lin: N complex modes for every unit, one linear recurrence each, read out and passed through a GELU.
+    """S4D-Lin: N complex modes per unit, one linear recurrence each, followed by a readout and a GELU.
 
     ``s[t] = exp(dt A) s[t-1] + (exp(dt A) - 1) / A u[t]`` (the input held over a step of length dt),
     ``y[t] = gelu(2 Re(C s[t]) + D u[t])``, where A starts at -1/2 + i pi n and dt between 0.001 and 0.1
     (Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, 2022).
 
-    All outputs of a text are the convolution, by FFT, with one kernel, the response of `sf.diagonal_scan` to an
-    impulse; so the states of all steps, N times the size of the input, never exist at once.
+    Outputs are computed as a convolution, by FFT, with one kernel: the impulse response that `sf.diagonal_scan`
+    computes. The states of all steps, N times the size of the input, are never in memory at once.
 
     Args:
         width: H.
-        modes: N; the state is complex, (1, B, H * N), so that a token costs O(1).
+        modes: N, number of modes per unit. The state is complex, (1, B, H * N), so that a token costs O(1).
+        device: device of the parameters.
     """
 
-    def __init__(self, width: int, modes: int) -> None:
+    def __init__(self, width: int, modes: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.log_dt = nn.Parameter(torch.empty(width, 1).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.log_decay = nn.Parameter(torch.full((width, modes), math.log(0.5)))
-        self.frequency = nn.Parameter(math.pi * torch.arange(modes).float().expand(width, -1).contiguous())
-        self.readout = nn.Parameter(torch.randn(width, modes, 2) / math.sqrt(2))
-        self.direct = nn.Parameter(torch.randn(width))
+        self.log_dt = nn.Parameter(torch.empty(width, 1, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.log_decay = nn.Parameter(torch.full((width, modes), math.log(0.5), device=device))
+        mode = torch.arange(modes, device=device).float()
+        self.frequency = nn.Parameter(math.pi * mode.expand(width, -1).contiguous())
+        self.readout = nn.Parameter(torch.randn(width, modes, 2, device=device) / math.sqrt(2))
+        self.direct = nn.Parameter(torch.randn(width, device=device))
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (T, B, H) and the state after the last one."""
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
             T, B, H = u.shape
-            # In double precision, for powers of numbers near 1 and differences to 1: cheap without a batch axis.
+            # Double precision, for powers of numbers near 1 and differences from 1; cheap, as there is no batch axis.
             A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
             a = (A * self.log_dt.double().exp()).exp()  # (H, N)
             impulse = F.pad(torch.ones_like(a).view(1, -1), (0, 0, 0, T - 1))
@@ -114,7 +116,7 @@ class S4D(nn.Module):
 
 
 class MinGRU(nn.Module):
-    """A GRU whose gate and candidate do not see the state, so that it is one linear scan over time.
+    """minGRU: a GRU whose gate and candidate do not depend on the state, so that it is a linear scan over time.
 
     ``h[t] = (1 - z[t]) h[t-1] + z[t] n[t]`` with ``z = sigmoid(W_z x + b_z)`` and ``n = W_n x + b_n``
     (Feng et al., Were RNNs All We Needed?, 2024).

@@ -1,7 +1,7 @@
-"""The loss of the head: logits are computed a few rows at a time and never exist all at once.
+"""Cross-entropy of the head, computed in chunks of rows so that the logits are never in memory all at once.
 
-torch's `linear_cross_entropy` came with torch 2.13, while this package supports 2.10, and it sums the loss in the dtype
-of its products: in bfloat16, which is too coarse for a curve.
+torch's `linear_cross_entropy` needs torch 2.13, while this package supports 2.10. It also sums the loss in the dtype of
+its products, and a sum in bfloat16 is too coarse for a learning curve.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from statefeed import native as kernels
 from statefeed.native.head import losses, losses_and_gradients
 
-LOGITS = 1 << 22  # at once: 16 MiB in float32, which the allocator reuses, while it maps and unmaps much larger blocks
+LOGITS = 1 << 22  # per chunk: 16 MiB in float32. The allocator reuses such blocks, but maps and unmaps larger ones
 
 
 def cross_entropy_sum(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of targets under the logits x @ weight.T + bias, summed.
+    """Cross-entropy of targets under the logits x @ weight.T + bias, summed over rows.
 
-    Products are in the dtype of autocast where that is on, losses and sums in float32 at least. In float32 and bfloat16
-    on a CPU a fused kernel does it all.
+    Products are in the dtype of autocast if it is enabled, losses and sums in at least float32. In float32 and bfloat16
+    on a CPU a fused kernel computes everything.
 
     Args:
         x: (N, H).
@@ -30,7 +30,7 @@ def cross_entropy_sum(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
         targets: ids, int64 (N,).
 
     Returns:
-        A number in nats, not divided by N.
+        The sum in nats, a scalar.
 
     >>> x, weight, bias, targets = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7), torch.arange(5)
     >>> whole = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
@@ -53,20 +53,20 @@ _FUSED = (torch.float32, torch.bfloat16)
 def _without_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, compute_dtype: torch.dtype, fused: bool
 ) -> Tensor:
-    """Without gradients."""
+    """The loss alone, when autograd is disabled."""
     if fused:
         return losses(x.float(), weight, bias, targets, compute_dtype == torch.bfloat16).sum()
     rows = max(1, LOGITS // len(weight))
     total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
     for start in range(0, len(x), rows):
-        part, wanted = x[start : start + rows], targets[start : start + rows]
+        part, part_targets = x[start : start + rows], targets[start : start + rows]
         logits = F.linear(part.to(compute_dtype), weight.to(compute_dtype), bias.to(compute_dtype))
-        total += F.cross_entropy(logits.to(total.dtype), wanted, reduction="sum")
+        total += F.cross_entropy(logits.to(total.dtype), part_targets, reduction="sum")
     return total
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Gradients are made with the loss, while the logits of a chunk are there."""
+    """Computes gradients in the forward pass, while the logits of a chunk are in memory."""
 
     @staticmethod
     def forward(
@@ -91,10 +91,10 @@ class _CrossEntropySum(torch.autograd.Function):
 def _chunks(
     x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, compute_dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The loss and its gradients through torch.
+    """The loss and its gradients, chunk by chunk, in torch operations.
 
-    The error is the softmax less the target, and the softmax is e / sum(e) with e = exp(logits - maximum): e enters the
-    products as it is, while its divisor and the target are applied to the smaller sides of them.
+    The gradient of the logits is softmax - one_hot(target), and the softmax is e / sum(e) with e = exp(logits -
+    maximum). The products take e itself. The divisor and the one-hot target are applied to their smaller operands.
     """
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     w, b = weight.to(compute_dtype), bias.to(compute_dtype)
@@ -102,17 +102,17 @@ def _chunks(
     total = x.new_zeros((), dtype=sum_dtype)
     rows = max(1, LOGITS // len(weight))
     for start in range(0, len(x), rows):
-        part, wanted = x[start : start + rows].to(compute_dtype), targets[start : start + rows]
+        part, part_targets = x[start : start + rows].to(compute_dtype), targets[start : start + rows]
         logits = F.linear(part, w, b).to(sum_dtype)
-        maximum, right = logits.amax(1, keepdim=True), logits.gather(1, wanted[:, None])
+        maximum, target_logits = logits.amax(1, keepdim=True), logits.gather(1, part_targets[:, None])
         e = logits.sub_(maximum).exp_()
         divisor = e.sum(1, keepdim=True)
-        total += (maximum + divisor.log() - right).sum()
-        share = divisor.reciprocal()
-        grad_bias += (share.T @ e)[0]
+        total += (maximum + divisor.log() - target_logits).sum()
+        scale = divisor.reciprocal()
+        grad_bias += (scale.T @ e)[0]
         e = e.to(compute_dtype)
-        grad_x[start : start + rows] = F.linear(e, w.T) * share - w[wanted]
-        grad_weight += F.linear((part * share).to(compute_dtype).T, e.T)
+        grad_x[start : start + rows] = F.linear(e, w.T) * scale - w[part_targets]
+        grad_weight += F.linear((part * scale).to(compute_dtype).T, e.T)
     grad_weight = grad_weight.T.index_add(0, targets, x.to(weight.dtype), alpha=-1)
     grad_bias.index_add_(0, targets, torch.ones_like(targets, dtype=bias.dtype), alpha=-1)
     return total, (grad_x, grad_weight, grad_bias)

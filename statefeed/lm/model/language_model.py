@@ -1,7 +1,6 @@
-"""The language model: embedding, L blocks around one sequence layer each, head; time first, (T, B, H).
+"""The language model: embedding, L blocks with one sequence layer each, head; time first, (T, B, H).
 
-Where columns end at different steps, recurrent layers and everything between them see packed rows (N, H), without
-padding.
+In a padded batch, recurrent layers and everything between them process packed rows (N, H), without padding.
 """
 
 import math
@@ -18,17 +17,23 @@ from statefeed.lm.data.batches import IGNORED, Batch, to_device
 from statefeed.lm.errors import UsageError
 from statefeed.lm.model import baselines, head
 
-State: TypeAlias = Any  # of one block: a tensor or a tuple of them, each (., B, .)
+State: TypeAlias = Any  # the state of one block: a tensor or a tuple of tensors, each (., B, .)
 
 
 def _layer(recipe: config.Model) -> nn.Module:
-    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent ones take packed x too."""
+    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent layers accept packed x."""
     width = recipe.width
     rule = sf.Schedule(recipe.feedback).at(0.0)
+
+    def recurrent(kind: type[sf.FeedbackLayer]) -> nn.Module:
+        layer = kind(width, width, feedback=rule)
+        layer.forward_method = recipe.forward
+        return layer
+
     kinds: dict[str, Callable[[], nn.Module]] = {
-        "rnn": lambda: sf.RNN(width, width, feedback=rule),
-        "gru": lambda: sf.GRU(width, width, feedback=rule),
-        "lstm": lambda: sf.LSTM(width, width, feedback=rule),
+        "rnn": lambda: recurrent(sf.RNN),
+        "gru": lambda: recurrent(sf.GRU),
+        "lstm": lambda: recurrent(sf.LSTM),
         "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
         "s4d": lambda: baselines.S4D(width, recipe.modes),
         "mingru": lambda: baselines.MinGRU(width),
@@ -37,7 +42,7 @@ def _layer(recipe: config.Model) -> nn.Module:
 
 
 def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
-    """Outputs shaped like x, (T, B, H) or rows of a packing, and the state after the last step of every column."""
+    """Run a layer on x, (T, B, H) or packed rows; returns outputs in the shape of x, and the final states."""
     if packing is None:
         y, state = layer(x, state)
         return y, state
@@ -46,7 +51,7 @@ def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence 
 
 
 class StackedBlock(nn.Module):
-    """rnn(x), without a residual path."""
+    """Block without a residual path: rnn(x)."""
 
     def __init__(self, recipe: config.Model) -> None:
         super().__init__()
@@ -59,7 +64,7 @@ class StackedBlock(nn.Module):
 
 
 class PlainBlock(StackedBlock):
-    """x + rnn(x)."""
+    """Block with a residual path: x + rnn(x)."""
 
     def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
         y, state = super().forward(x, state, packing)
@@ -67,7 +72,7 @@ class PlainBlock(StackedBlock):
 
 
 class PreNormBlock(nn.Module):
-    """x + linear(rnn(norm(x))), then x + mlp(norm(x)) with a GELU layer four times as wide."""
+    """Pre-norm block: x + linear(rnn(norm(x))), then x + mlp(norm(x)) with 4 H hidden GELU units."""
 
     def __init__(self, recipe: config.Model) -> None:
         super().__init__()
@@ -76,7 +81,7 @@ class PreNormBlock(nn.Module):
         self.rnn = _layer(recipe)
         self.linear = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, 4 * width)
+        self.widen = nn.Linear(width, 4 * width)  # the names of both are keys of saved weights
         self.narrow = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(recipe.dropout)
 
@@ -87,11 +92,11 @@ class PreNormBlock(nn.Module):
 
 
 class Loss(NamedTuple):
-    """What one batch costs.
+    """The loss of one batch.
 
     Args:
-        sum: the cross-entropy in nats, summed over all targets that count; gradients flow from it.
-        tokens: how many those are.
+        sum: differentiable scalar, the cross-entropy in nats summed over all targets that are not `IGNORED`.
+        tokens: number of these targets.
         states: one per block, after the last token.
     """
 
@@ -106,19 +111,19 @@ class Loss(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits and the state of the next call.
+    """Language model that returns next-token logits and the states for the next call.
 
-    Weights are N(0, 0.02), biases zero; output projections of the L pre-norm blocks are divided by the square root of
-    their 2 L sub-layers; norms are at one; sequence layers keep their own initialization, the recurrent ones torch's.
-    `model.uniform` replaces all of that. The keys of `state_dict` are those of the same model made of `torch.nn`
-    layers.
+    Weights are initialized from N(0, 0.02), biases with zero. The output projections of the L pre-norm blocks are
+    divided by the square root of 2 L, their number of sub-layers. Norms and sequence layers use their own
+    initialization. `model.uniform` replaces all of this. The keys of `state_dict` are those of the same model with
+    `torch.nn` layers.
 
     Args:
         recipe: the model section of a recipe.
         vocabulary: V, the number of types.
 
     Raises:
-        UsageError: when the feedback rule does not exist or does not fit the cell.
+        UsageError: the feedback rule does not exist or does not support the cell.
     """
 
     def __init__(self, recipe: config.Model, vocabulary: int) -> None:
@@ -130,7 +135,10 @@ class LanguageModel(nn.Module):
         try:
             self.blocks = nn.ModuleList([block(recipe) for _ in range(recipe.layers)])
         except ValueError as error:
-            raise UsageError(f"model.feedback={recipe.feedback}: {error}") from error
+            keys = f"model.feedback={recipe.feedback}, model.forward={recipe.forward}"
+            if recipe.forward == "sequential":
+                keys = f"model.feedback={recipe.feedback}"
+            raise UsageError(f"{keys}: {error}") from error
         self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
         self.head = nn.Linear(recipe.width, vocabulary)
         if recipe.uniform is not None:
@@ -145,11 +153,11 @@ class LanguageModel(nn.Module):
                         projection.weight.data /= math.sqrt(2 * recipe.layers)
 
     def forward(self, tokens: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
-        """Read tokens.
+        """Compute logits for a segment of text.
 
         Args:
             tokens: ids, (T, B).
-            states: one per block, as returned by the call on the text before; None at the beginning of a text.
+            states: one per block, as returned by the call on the previous segment; None at the beginning of a text.
 
         Returns:
             Logits (T, B, V) and the states after the last token.
@@ -158,11 +166,11 @@ class LanguageModel(nn.Module):
         return self.head(x), states
 
     def loss(self, batch: Batch, states: list[State] | None = None) -> Loss:
-        """The cross-entropy of a batch; head and loss see the targets that count and nothing else.
+        """The cross-entropy of a batch; the head runs on rows whose target is not `IGNORED` only.
 
         Args:
-            batch: of any source, on the CPU: what counts is found there, so that no step waits for a GPU.
-            states: as for `forward`; a batch with `is_start` begins without them.
+            batch: on the CPU, where these rows are selected, so that no step synchronizes with a GPU.
+            states: as for `forward`; not used if the batch has `is_start`.
         """
         inputs, targets, packing = batch.inputs, batch.targets, None
         device = self.head.weight.device
@@ -182,7 +190,7 @@ class LanguageModel(nn.Module):
     def _read(
         self, tokens: Tensor, states: list[State] | None, packing: PackedSequence | None
     ) -> tuple[Tensor, list[State]]:
-        """What the head sees, (T, B, H) or the rows of a packing, and the states after the last token."""
+        """The input of the head, (T, B, H) or packed rows, and the states after the last token."""
         x = self.dropout(self.embedding(tokens))
         after = []
         for i, block in enumerate(self.blocks):
@@ -192,13 +200,13 @@ class LanguageModel(nn.Module):
 
 
 def detach_states(states: list[State], keep_mask: Tensor) -> list[State]:
-    """The states that the next step starts from: no gradient flows through them, and those of some columns are reset.
+    """The initial states of the next step: detached, and zero for some columns.
 
-    A model that meets an empty state only once an epoch fails at the beginning of every new text.
+    A model that sees a zero state only once per epoch performs poorly at the beginning of a text.
 
     Args:
-        states: after the step before, (1, B, H) each.
-        keep_mask: whether a column keeps its state, (B, 1); the states of the others become zero.
+        states: after the previous step, (1, B, H) each.
+        keep_mask: bool (B, 1), false for columns whose state is set to zero.
     """
     return [
         s.detach() * keep_mask if isinstance(s, Tensor) else tuple(part.detach() * keep_mask for part in s)
@@ -207,7 +215,7 @@ def detach_states(states: list[State], keep_mask: Tensor) -> list[State]:
 
 
 def _initialize(module: nn.Module) -> None:
-    """N(0, 0.02) for embeddings and linear layers; norms and sequence layers keep their own initialization."""
+    """Initialize an embedding or linear layer from N(0, 0.02); other modules are left unchanged."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

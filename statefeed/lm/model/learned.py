@@ -1,4 +1,4 @@
-"""The state that learned rules keep in the layers of a model: their diagonals and the number of their updates."""
+"""The tensors of learned rules in a model: their diagonals and numbers of updates."""
 
 from torch import Tensor, nn
 
@@ -6,9 +6,9 @@ import statefeed as sf
 
 
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that learned rules update while training, by name; writing into them changes the rules.
+    """The tensors that learned rules update in training, by name; writing into them changes the rules.
 
-    This is the only place of the application that knows where layers keep them. The names are those in checkpoints.
+    Names are those in checkpoints.
     Floating-point tensors are running means, which the processes of a job average; the others are counts, equal in all
     processes.
     """

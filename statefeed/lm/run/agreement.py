@@ -1,4 +1,4 @@
-"""How the gradient under a rule agrees with exact backpropagation through time, on one fixed batch."""
+"""Agreement of the gradient under a rule with exact backpropagation through time, on one fixed batch."""
 
 import time
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import statefeed as sf
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the gradient under the rule in force compares with the exact one, over all parameters concatenated.
+    """Comparison of the gradient under the current rule with the exact one, over all parameters concatenated.
 
     Args:
         loss: nats per token of the batch.
-        cosine: of the angle between the two gradients.
-        norm_ratio: norm under the rule over the exact norm.
-        seconds: how long it took.
+        cosine: cosine of the angle between the two gradients.
+        norm_ratio: norm under the rule divided by the exact norm.
+        seconds: duration of the measurement.
     """
 
     loss: float
@@ -33,10 +33,10 @@ def agreement(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: An
     Args:
         model: in any mode.
         loss_fn: (model, batch) -> mean loss.
-        batch: always the same one, so that what changes is the model.
+        batch: the same batch in every call, so that results differ by the model only.
 
     Returns:
-        None where every layer's rule is exact, or none has one.
+        The comparison; None if no layer has an approximate rule.
     """
     layers = [module for module in model.modules() if isinstance(module, sf.FeedbackLayer)]
     if all(layer.feedback.exact for layer in layers):

@@ -1,4 +1,4 @@
-"""The best weights of a run: those with the best validation score so far."""
+"""The weights of a run with the best validation score."""
 
 import dataclasses
 from pathlib import Path
@@ -12,11 +12,11 @@ from statefeed.lm.run.files import CHECKPOINTS, WEIGHTS
 
 
 class BestWeights:
-    """The weights with the best validation score so far; they are the ones that a run leaves.
+    """Saves the weights with the best validation score so far, which are the result of a run.
 
     Args:
-        folder: the run folder; where it holds weights already, those are the best so far.
-        writes: whether this process is the one that writes.
+        folder: the run folder; weights in it are the best so far.
+        writes: whether this process writes files.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
@@ -41,7 +41,7 @@ class BestWeights:
 
     def __str__(self) -> str:
         if self.score is None:
-            return "no weights, since it ended before the first validation"
+            return "no weights, because it ended before the first validation"
         return f"the weights of step {self.step:,}, the best so far (valid perplexity {self.score.perplexity:.2f})"
 
 
@@ -49,13 +49,15 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     """Load the weights of a run into a model.
 
     Raises:
-        UsageError: when the run has none, or they are broken or do not fit.
+        UsageError: the run has no weights, or they are corrupt or do not match the model.
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UsageError(f"{folder} holds no weights yet: its training ended before the first validation")
+        raise UsageError(
+            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed"
+        )
     tensors, _ = tensor_file.read(path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UsageError(f"{path} does not fit the recipe beside it: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path} does not match the recipe of the run: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: all that the next step depends on."""
+"""Checkpoints of a run: everything that the next step depends on."""
 
 import time
 from collections.abc import Mapping
@@ -18,25 +18,26 @@ from statefeed.lm.run.files import CHECKPOINTS
 
 
 class Checkpoints:
-    """The last checkpoints of a run, one file each.
+    """The latest checkpoints of a run, one file each.
 
-    Randomness and the order of the text are not in it, since they are functions of the seed and the step. Sharded
-    tensors are gathered: the file is the same whatever the number of processes, and fits any other.
+    States of random generators and the order of the text are not saved, since they are functions of the seed and the
+    step. Sharded tensors are gathered: a file does not depend on the number of processes, and can be loaded by any
+    number.
 
     Args:
         folder: the run folder.
-        recipe: how often, and how many.
-        writes: whether this process is the one that writes.
+        recipe: minutes between checkpoints, and how many to keep.
+        writes: whether this process writes files.
     """
 
     def __init__(self, folder: Path, recipe: config.Run, writes: bool = True) -> None:
-        self.step = 0  # of the last good one
+        self.step = 0  # of the last valid checkpoint
         self._folder, self._keep, self._writes = folder / CHECKPOINTS, recipe.checkpoints, writes
         self._seconds, self._last = 60 * recipe.checkpoint_minutes, time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether the last one is old enough for another."""
+        """Whether the time for another checkpoint has come."""
         return time.monotonic() - self._last >= self._seconds
 
     def save(
@@ -48,14 +49,14 @@ class Checkpoints:
         states: list[State] | None,
         log: dict[str, Any],
     ) -> None:
-        """Add the checkpoint of a step and remove those that are too many; called by all processes.
+        """Save a checkpoint and remove the oldest ones; all processes must call this.
 
         Args:
-            step: that is done.
-            model: with the state of learned rules.
-            optimizer: of its parameters.
-            scaler: of the loss.
-            states: that the next step starts from, one per block.
+            step: number of completed steps.
+            model: the model, whose learned rules are saved too.
+            optimizer: the optimizer of its parameters.
+            scaler: the scaler of the loss.
+            states: initial states of the next step, one per block.
             log: the state of the log.
         """
         named = {**_model_state(model), **_optimizer_state(model, optimizer), **_name_states(states or [])}
@@ -64,7 +65,7 @@ class Checkpoints:
             metadata = {"step": step, "log": log, "scaler": scaler.state_dict()}
             tensor_file.write(self._path(step), self._folder, tensors, metadata)
             newest = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
-            # Other files of the user stay; files that were unfinished when a process was killed are removed.
+            # Keep other files of the user; remove unfinished files of a process that was killed.
             for path in [*self._paths(), *self._folder.glob("*.unfinished")]:
                 if path not in newest:
                     path.unlink()
@@ -73,13 +74,13 @@ class Checkpoints:
     def load(
         self, model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> tuple[list[State] | None, dict[str, Any], list[CorruptFile]]:
-        """Restore all three from the last good checkpoint; leave them as they are where the run has none.
+        """Restore all three from the last valid checkpoint; leave them unchanged if the run has no checkpoint.
 
         Returns:
-            The states that the next step starts from, the state of the log, and what is wrong with later checkpoints.
+            The initial states of the next step, the state of the log, and the errors of later, corrupt checkpoints.
 
         Raises:
-            CorruptFile: when there are checkpoints and all are broken.
+            CorruptFile: all checkpoints are corrupt, or the last valid one does not match the recipe.
         """
         corrupt: list[CorruptFile] = []
         for path in self._paths():
@@ -96,7 +97,7 @@ class Checkpoints:
                 return _read_states(tensors), migration.log_state(metadata["log"]), corrupt
             except (KeyError, RuntimeError) as error:
                 raise CorruptFile(
-                    f"{path} does not fit the recipe beside it: {' '.join(str(error).split())}"
+                    f"{path} does not match the recipe of the run: {' '.join(str(error).split())}"
                 ) from error
         if corrupt:
             raise CorruptFile("; ".join(map(str, corrupt)) + f"; no checkpoint in {self._folder} can be resumed")
@@ -109,7 +110,7 @@ class Checkpoints:
         return self._folder / f"step-{step:09}.safetensors"
 
     def _paths(self) -> list[Path]:
-        """The newest first."""
+        """Paths of the checkpoints, newest first."""
         return sorted(self._folder.glob(f"step-{'[0-9]' * 9}.safetensors"), reverse=True)
 
 
@@ -129,9 +130,9 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a checkpoint into the model and the optimizer.
 
-    They are copied into memory that torch has allocated, since results may depend on the alignment of a tensor. That is
-    why `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` is not used: it keeps a tensor that has the
-    right device and dtype without copying it, and it makes a step of the optimizer first, to create its state.
+    Tensors are copied into memory that torch has allocated, since results may depend on the alignment of a tensor. For
+    this reason `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` is not used: it keeps a tensor with
+    the right device and dtype without a copy. It also takes an optimizer step first, to create the state.
     """
     for name, value in _model_state(model).items():
         value.copy_(distribute_like(tensors[name], value))
@@ -147,7 +148,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
 
 
 def _name_states(states: list[State]) -> dict[str, Tensor]:
-    """Of a block with one state `state.BLOCK`, of one with several `state.BLOCK.PART`; blocks have three digits."""
+    """States by name: `state.BLOCK` for a block with one tensor, else `state.BLOCK.PART`; BLOCK has three digits."""
     names: dict[str, Tensor] = {}
     for block, state in enumerate(states):
         if isinstance(state, Tensor):
@@ -158,7 +159,7 @@ def _name_states(states: list[State]) -> dict[str, Tensor]:
 
 
 def _read_states(tensors: Mapping[str, Tensor]) -> list[State] | None:
-    """The states that `_name_states` named."""
+    """The inverse of `_name_states`; None if the checkpoint has no states."""
     states: dict[str, State] = {}
     for name, value in sorted(tensors.items()):
         if name.startswith("state."):

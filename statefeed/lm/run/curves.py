@@ -1,4 +1,4 @@
-"""The learning curves of one run as a picture."""
+"""Plot of the learning curves of one run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 
 
 def draw(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Draw the losses over the steps.
+    """Plot the losses against the steps.
 
     Args:
         curves: step and loss of every row, by split.
-        path: of the PNG file.
+        path: path of the PNG file.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")

@@ -1,4 +1,4 @@
-"""The device that a model runs on and the dtype of its products there."""
+"""The device of a run and its autocast context."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from statefeed.lm.errors import require
 
 
 def resolve_device(requested: str, flag: str = "train.device") -> torch.device:
-    """The device that a flag names.
+    """The device that a flag selects.
 
     Args:
-        requested: cpu, cuda, or auto for cuda where there is one and cpu elsewhere.
-        flag: the name of the flag.
+        requested: cpu, cuda, or auto, which is cuda if available and cpu otherwise.
+        flag: name of the flag, for the error message.
 
     Raises:
-        UsageError: for cuda where torch sees no GPU; there is no fallback.
+        UsageError: cuda is requested and torch sees no GPU; there is no fallback.
     """
     available = torch.cuda.is_available()
     require(available or requested != "cuda", f"{flag} must be auto or cpu here, where torch sees no GPU", requested)
@@ -23,10 +23,10 @@ def resolve_device(requested: str, flag: str = "train.device") -> torch.device:
 
 
 def autocast_context(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which products are computed in a precision.
+    """The autocast context of a precision; disabled for float32.
 
     Raises:
-        UsageError: for float16 on a CPU.
+        UsageError: float16 on a CPU.
     """
     require(
         precision != "float16" or device.type == "cuda",
@@ -37,7 +37,7 @@ def autocast_context(precision: str, device: torch.device) -> torch.autocast:
 
 
 def device_metadata(device: torch.device) -> dict[str, Any]:
-    """What a run's record says of its device; on a GPU, whether float32 products may be computed in TF32 too."""
+    """Metadata of a device for the record of a run; on a GPU also whether float32 products may use TF32."""
     if device.type != "cuda":
         return {"device": device.type}
     backends: Any = torch.backends

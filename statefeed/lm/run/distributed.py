@@ -1,4 +1,4 @@
-"""The processes of one job: the sequences that each reads, the weights that it holds, and their collectives."""
+"""Process groups of a distributed job: the sequences and weights of each process, and collectives."""
 
 import os
 import re
@@ -19,17 +19,18 @@ from statefeed.lm.run.device import resolve_device
 
 
 class Group:
-    """The processes that `torchrun` started, or this one alone.
+    """The processes that `torchrun` started, or this process alone.
 
-    Every process makes every batch, reads its own sequences of it, and takes the same steps: after `reduce_gradients`
-    the gradients are those of the whole batch. Each process has all weights (gradients are summed once a step), or a
-    shard of each (FSDP2: weights are gathered block by block as they are used, gradients summed in the backward pass).
+    Every process creates every batch, computes its part of the sequences, and takes the same optimizer steps: after
+    `reduce_gradients` the gradients are those of the whole batch. Each process has all weights (DDP: gradients are
+    summed once per step) or a shard of each weight (FSDP2: weights are gathered block by block when they are used, and
+    gradients are summed in the backward pass).
 
     Args:
-        rank: of this process, from 0.
+        rank: rank of this process.
         size: number of processes.
-        device: of this process.
-        sharded: whether each has a shard of the weights only.
+        device: device of this process.
+        sharded: whether weights are sharded.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, sharded: bool = False) -> None:
@@ -38,10 +39,10 @@ class Group:
     @classmethod
     @contextmanager
     def join(cls, recipe: Train) -> Iterator["Group"]:
-        """The group that the environment describes, left at the end: through NCCL on GPUs, one a process, else gloo.
+        """Context manager of the group that torchrun's environment variables describe: NCCL on GPUs, otherwise gloo.
 
         Raises:
-            UsageError: when there is no such device, or fewer GPUs than processes.
+            UsageError: the device is not available, or there are fewer GPUs than processes.
         """
         size, device = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(recipe.device)
         if size == 1:
@@ -49,9 +50,9 @@ class Group:
             return
         backend = "gloo"
         if device.type == "cuda":
-            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            require(place < there, "a job needs a GPU for every process of a machine", f"{there} GPUs")
-            device, backend = torch.device("cuda", place), "cpu:gloo,cuda:nccl"
+            index, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            require(index < available, "a job needs a GPU for every process of a machine", f"{available} GPUs")
+            device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(device)
         distributed.init_process_group(backend, timeout=timedelta(minutes=30))
         try:
@@ -59,8 +60,8 @@ class Group:
         finally:
             distributed.destroy_process_group()
 
-    def place(self, model: LanguageModel) -> LanguageModel:
-        """The model on the device, its weights sharded over the processes where they are to be."""
+    def distribute(self, model: LanguageModel) -> LanguageModel:
+        """Move a model to the device, and shard its weights if the group is sharded."""
         model.to(self.device)
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
@@ -69,17 +70,19 @@ class Group:
             mesh = init_device_mesh(self.device.type, (self.size,))
             for module in (*model.blocks, model):
                 sharded: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-                sharded.set_gradient_divide_factor(1.0)  # a sum, as every share is part of the whole batch's mean
-                sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
+                sharded.set_gradient_divide_factor(
+                    1.0
+                )  # a sum: each loss is already divided by the size of the whole batch
+                sharded.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
             register_fsdp_forward_method(model, "loss")
         return model
 
     def columns(self, total: int, parts: int) -> list[slice]:
-        """The sequences of this process, in parts; some are empty where there are fewer sequences than parts.
+        """The columns of a batch that this process computes, in parts; parts may be empty.
 
         Args:
-            total: sequences of all processes.
-            parts: of every process.
+            total: number of sequences of the batch.
+            parts: number of parts per process.
 
         >>> Group(1, 2).columns(8, 2), Group(1, 2).columns(3, 1)
         ([slice(4, 6, None), slice(6, 8, None)], [slice(2, 3, None)])
@@ -90,19 +93,22 @@ class Group:
         return [slice(*pair) for pair in pairs[self.rank * parts : (self.rank + 1) * parts]]
 
     def has_shard(self, part: slice) -> bool:
-        """Whether this process runs the model on a part: on an empty one only where others need its weights."""
+        """Whether this process runs the model on a part; sharded, also on an empty one, as others need its weights."""
         return part.start < part.stop or self.sharded
 
-    def reduce_gradients(self, model: nn.Module, nats: Tensor, share: float) -> Tensor:
-        """Sum gradients and losses over all processes, in one message, and average the state of learned rules.
+    def reduce_gradients(self, model: nn.Module, nats: Tensor, fraction: float) -> Tensor:
+        """Sum gradients and losses over all processes in one collective, and average the tensors of learned rules.
 
         Args:
-            model: its gradients become those of all processes together; sharded ones are already.
-            nats: of this process.
-            share: of the sequences of the step that this process has read.
+            model: its gradients are replaced by the sums; sharded gradients are already summed.
+            nats: loss of this process.
+            fraction: fraction of the sequences of the step that this process has computed.
+
+        Returns:
+            The sum of ``nats`` over all processes.
 
         Raises:
-            PeerLost: when another process has ended.
+            PeerLost: another process has ended.
         """
         if self.size == 1:
             return nats
@@ -110,7 +116,7 @@ class Group:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         learned = learned_state(model).values()
         means = [value for value in learned if value.is_floating_point()]
-        flat = torch.cat([part.flatten() for part in (*parts, *(mean * share for mean in means), nats.view(1))])
+        flat = torch.cat([part.flatten() for part in (*parts, *(mean * fraction for mean in means), nats.view(1))])
         with self.guard_collectives():
             distributed.all_reduce(flat)
             for count in learned:
@@ -124,39 +130,39 @@ class Group:
         return nats.squeeze(0)
 
     def all_reduce_sum(self, *numbers: float) -> tuple[float, ...]:
-        """The sums of some numbers over all processes; none of them waits for a GPU.
+        """Sum numbers over all processes, on the CPU.
 
         Raises:
-            PeerLost: when another process has ended.
+            PeerLost: another process has ended.
         """
         if self.size == 1:
             return numbers
-        sums = torch.tensor(numbers, dtype=torch.float64)
+        sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         with self.guard_collectives():
             distributed.all_reduce(sums)
         return tuple(sums.tolist())
 
     def gather(self, parts: Sequence[list[State]]) -> list[State]:
-        """The states of all sequences of all processes, in their order.
+        """Gather the states of all sequences from all processes, in the order of the batch.
 
         Args:
-            parts: those of this process, one list a part, each with one state a block.
+            parts: the states of this process: one list per part, with one state per block.
         """
         return [self._gather_state(blocks) for blocks in zip(*parts, strict=True)]
 
     def _gather_state(self, states: Sequence[State]) -> State:
         if not isinstance(states[0], Tensor):
             return tuple(self._gather_state(part) for part in zip(*states, strict=True))
-        own = states[0] if len(states) == 1 else torch.cat(list(states), 1)
+        local = states[0] if len(states) == 1 else torch.cat(list(states), 1)
         if self.size == 1:
-            return own
-        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+            return local
+        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.size)]
         with self.guard_collectives():
-            distributed.all_gather(gathered, own.contiguous())
+            distributed.all_gather(gathered, local.contiguous())
         return torch.cat(gathered, 1)
 
     def shard(self, states: Iterable[State], columns: slice) -> list[State]:
-        """The states of some of the sequences, on the device: the inverse of `gather`."""
+        """The states of the given columns, on the device of this process: the inverse of `gather`."""
         return [
             s[:, columns].to(self.device)
             if isinstance(s, Tensor)
@@ -168,16 +174,16 @@ class Group:
         """Wait for all processes.
 
         Raises:
-            PeerLost: when another one has ended.
+            PeerLost: another process has ended.
         """
         self.all_reduce_sum(0.0)
 
     @contextmanager
     def guard_collectives(self) -> Iterator[None]:
-        """Raise PeerLost where a collective inside fails because another process has ended.
+        """Context manager that turns the failure of a collective into PeerLost.
 
         Raises:
-            PeerLost: in that case.
+            PeerLost: a collective inside failed because another process has ended.
         """
         try:
             yield
@@ -188,21 +194,21 @@ class Group:
 
 
 def shard_batch(batch: Batch, columns: slice) -> Batch:
-    """Some of the sequences of a batch; of an empty part, one without a target that counts."""
+    """The given columns of a batch; for an empty slice, one column whose targets are all `IGNORED`."""
     if columns.start == columns.stop:
-        nothing = torch.full_like(batch.targets[:, :1], IGNORED)
-        return shard_batch(batch, slice(0, 1))._replace(targets=nothing)
+        ignored = torch.full_like(batch.targets[:, :1], IGNORED)
+        return shard_batch(batch, slice(0, 1))._replace(targets=ignored)
     lengths = None if batch.lengths is None else batch.lengths[columns]
     return Batch(batch.inputs[:, columns], batch.targets[:, columns], lengths, batch.is_start)
 
 
 @torch.no_grad()
 def gather_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The tensors on the CPU, sharded ones gathered one at a time; every process has to call this.
+    """Full tensors on the CPU, gathered one at a time if sharded; all processes must call this.
 
     Args:
-        tensors: by name; sharded ones in every process.
-        keep: whether this process wants them; the others get nothing.
+        tensors: tensors by name; sharded ones in every process.
+        keep: whether this process needs the result; the others get an empty dictionary.
     """
     gathered = ((name, _full_tensor(tensor)) for name, tensor in tensors.items())
     return {name: tensor.cpu() for name, tensor in gathered if keep}
@@ -215,17 +221,17 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute_like(full: Tensor, tensor: Tensor) -> Tensor:
-    """A copy of a full tensor, on the device of another one and sharded as that is."""
+    """A copy of a full tensor with the device and the sharding of another tensor."""
     if not hasattr(tensor, "placements"):
         return full.to(tensor.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = tensor
-    own = distribute_tensor(full.to(tensor.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
-    return own.clone()
+    shard = distribute_tensor(full.to(tensor.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return shard.clone()
 
 
 def finite(model: nn.Module, group: Group) -> bool:
-    """Whether all weights of all processes are numbers."""
+    """Whether all weights of all processes are finite."""
     parts = [getattr(p, "to_local", p.detach)() for p in model.parameters()]
     return group.all_reduce_sum(float(sum(not bool(part.isfinite().all()) for part in parts))) == (0.0,)

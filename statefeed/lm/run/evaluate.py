@@ -1,4 +1,4 @@
-"""The score of a model on a split: perplexity and bits per byte."""
+"""Evaluation of a model on a split: perplexity and bits per byte."""
 
 import math
 import time
@@ -14,13 +14,13 @@ from statefeed.lm.run.distributed import Group, shard_batch
 
 @dataclass(frozen=True)
 class Score:
-    """How well a split was predicted.
+    """The score of a model on a split.
 
     Args:
         loss: nats per token.
-        tokens: number of tokens that were predicted.
-        tokens_per_byte: tokens of the split over bytes of its text.
-        seconds: how long it took.
+        tokens: number of predicted tokens.
+        tokens_per_byte: tokens of the split divided by bytes of its text.
+        seconds: duration of the evaluation.
     """
 
     loss: float
@@ -35,9 +35,9 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits, per byte of text: the same unit for every kind of token.
+        """The loss in bits per byte of text, which is comparable between tokenizers.
 
-        Where words are replaced by `<unk>` it is the cost of the text with `<unk>` in it, an underestimate.
+        If words are replaced by `<unk>`, this is the loss of the text with `<unk>`, which underestimates.
         """
         return self.loss / math.log(2) * self.tokens_per_byte
 
@@ -49,7 +49,7 @@ class Score:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that has no float.
+    """exp(loss); infinity if it overflows.
 
     >>> perplexity(0.0), perplexity(1e6)
     (1.0, inf)
@@ -62,24 +62,27 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def score(model: LanguageModel, source: Source, size: int, group: Group | None = None) -> Score:
-    """Predict every target of a split.
+    """Evaluate a model on a split.
 
     Args:
         model: in any mode; its mode is restored.
-        source: of `batches.scoring`.
-        size: bytes of the split's text.
-        group: the processes that share the sequences and all get the score; None for this one alone.
+        source: batches of `batches.scoring`.
+        size: size of the split's text in bytes.
+        group: the processes that compute the score together; None for this process alone.
+
+    Returns:
+        The score, the same in all processes.
 
     Raises:
-        UsageError: when there is no target.
-        PeerLost: when another process has ended.
+        UsageError: the split has no target.
+        PeerLost: another process has ended.
     """
     group = group or Group()
     require(len(source) > 0, "a split must have at least 2 tokens to be scored", source.tokens)
     started = time.perf_counter()
     training = model.training
     model.eval()
-    total, count, states = torch.zeros((), dtype=torch.float64), 0, None
+    total, count, states = torch.zeros((), dtype=torch.float64, device="cpu"), 0, None
     for batch in source.epoch(0):
         (part,) = group.columns(batch.inputs.shape[1], 1)
         if group.has_shard(part):

@@ -1,4 +1,4 @@
-"""How a training ends early, in one sentence: why, what is saved, and how to resume."""
+"""Error messages of a training that ends early: the reason, what is saved, and how to resume."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,16 +9,16 @@ from statefeed.lm.errors import Diverged, Interrupted, PeerLost, UsageError
 
 @contextmanager
 def describe_failure(saved: Callable[[], str], remedy: Callable[[], str] = str) -> Iterator[None]:
-    """Complete the errors raised inside: why the work stopped, what is saved, and how to resume.
+    """Context manager that completes error messages with what is saved and how to resume.
 
     Args:
-        saved: the second part of the sentence.
-        remedy: the third, left out where the same would happen again.
+        saved: returns what is saved.
+        remedy: returns how to resume; not used if the same error would occur again.
 
     Raises:
-        UsageError: in place of an error of the system, such as a full disk, of memory that cannot be allocated, and of
-            blocks that torch.compile cannot compile.
-        Diverged, PeerLost, KeyboardInterrupt: with the other parts added.
+        UsageError: in place of a system error such as a full disk, of an out-of-memory error, and of an error of
+            torch.compile.
+        Diverged, PeerLost, KeyboardInterrupt: with a completed message.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def describe_failure(saved: Callable[[], str], remedy: Callable[[], str] = str) 
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing: torch says so in several ways, most of them a plain RuntimeError."""
+    """Whether an error means out of memory, which torch mostly raises as a plain RuntimeError."""
     return isinstance(error, MemoryError) or bool(
         re.search(
             r"out of memory|can't allocate memory|not enough memory|bad_alloc|could not create a memory", str(error)

@@ -1,4 +1,4 @@
-"""The names of the files in a run folder."""
+"""Names of the files in a run folder."""
 
 from statefeed.lm.recipe import CONFIG as CONFIG
 from statefeed.lm.recipe import RECORD as RECORD

@@ -1,7 +1,8 @@
-"""The run folder: how it is made, what is checked before a run writes into it, and a trained run read back from it."""
+"""The run folder: its creation, the checks before a run writes into it, and loading a trained run."""
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import metadata
 from statefeed.lm.run.best import load_weights
 from statefeed.lm.run.distributed import Group
-from statefeed.lm.run.files import CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
+from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS, RECORD, TOKENIZER, WEIGHTS
 from statefeed.lm.run.model_size import check_fits
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, read back: its best weights in evaluation mode and what they were trained on."""
+    """A trained run: its configuration, metadata, tokenizer, and model with the best weights in evaluation mode."""
 
     config: Config
     metadata: dict[str, Any]
@@ -33,45 +34,61 @@ class Run:
 
 
 def check_unused(config: Config) -> None:
-    """Check that the folder of a new run holds no run, so that none is ever overwritten.
+    """Check that the folder of a new run holds no run, so that no run is overwritten.
 
     Raises:
-        UsageError: when it does, or when the path is not a folder.
+        UsageError: the folder holds a run, or is a file.
     """
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"run.dir: {folder} is a file, not a folder")
-    metrics = folder / METRICS  # empty where a process ended before it had made the run
+    metrics = folder / METRICS  # empty if a process ended before it had created the run
     if any((folder / name).exists() for name in (CONFIG, WEIGHTS)) or (metrics.exists() and metrics.stat().st_size):
         raise UsageError(
             f"{folder} already holds a run: resume it with --resume, choose another folder with --run.dir, or remove "
-            "that one"
+            "the folder"
         )
 
 
-def check_apart(data: Data, folder: Path) -> None:
-    """Check that a folder of results is not the text that is read, so that neither is taken for the other.
+def check_apart(data: Data, folder: Path, also: Sequence[str] = ()) -> None:
+    """Check that the folder of results does not contain the text.
+
+    A file of results may also be a link to a file of the text, which would be overwritten.
 
     Args:
-        data: names the text.
-        folder: of the run, or of a comparison.
+        data: its path is the text.
+        folder: folder of the run, or of a comparison.
+        also: names of further files that are written into the folder.
 
     Raises:
-        UsageError: when they overlap.
+        UsageError: the two overlap.
     """
     if data.path is None or data.path.startswith("hub:"):
         return
     text, results = recipe.expand(data.path).resolve(), folder.resolve()
-    written = {CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES}
-    if text == results or (text.parent == results and text.name in written) or results / CHECKPOINTS in text.parents:
+    written = [results / name for name in (CONFIG, RECORD, METRICS, WEIGHTS, TOKENIZER, CURVES, *also)]
+    folders = {results / CHECKPOINTS, results / BOARD}
+    linked = {_identity(path) for path in written if path.exists()}
+    read = [text, *(text.iterdir() if linked and text.is_dir() else [])]
+    if (
+        text in (results, *written)
+        or not folders.isdisjoint([text, *text.parents])
+        or any(path.exists() and _identity(path) in linked for path in read)
+    ):
         raise UsageError(f"run.dir must be another folder than the text of data.path, got {folder} and {data.path}")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode of a file, which are equal for all links to it."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_same_text(folder: Path, corpus: Corpus) -> None:
     """Check that the text of a run has not changed.
 
     Raises:
-        UsageError: naming the split that differs.
+        UsageError: a split has changed.
     """
     recorded = metadata.read(folder)["splits"]
     for split, digest in corpus.digests.items():
@@ -82,7 +99,7 @@ def check_same_text(folder: Path, corpus: Corpus) -> None:
 def create(
     config: Config, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel, steps_per_epoch: int, group: Group
 ) -> None:
-    """Write everything that is known before the first step into the run folder, which is there and locked."""
+    """Write configuration, metadata and tokenizer of a new run into its folder, which exists and is locked."""
     folder = Path(config.run.dir)
     splits = {split: {"sha256": corpus.digests[split], "bytes": corpus.sizes[split]} for split in corpus.splits}
     known = {
@@ -98,14 +115,14 @@ def create(
     unfinished = folder / CHECKPOINTS / CONFIG
     data = dataclasses.replace(config.data, path=recipe.absolute(config.data.path))
     unfinished.write_text(dataclasses.replace(config, data=data).to_yaml(), encoding="utf-8")
-    os.replace(unfinished, folder / CONFIG)  # last: a folder that has it has everything
+    os.replace(unfinished, folder / CONFIG)  # written last: a folder with this file is complete
 
 
 def load(folder: Path) -> Run:
-    """Read a trained run.
+    """Load a trained run.
 
     Raises:
-        UsageError: when the folder is missing, or a file in it is missing or broken.
+        UsageError: the folder is missing, or a file in it is missing or corrupt.
     """
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is not a run folder: it holds no {CONFIG}")

@@ -1,4 +1,4 @@
-"""Sampling: one token after the other from the state of the last, so that each costs the same."""
+"""Sampling of text, one token at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,20 +19,20 @@ def generate(
     seed: int = 1,
     sentence: tuple[int, int] | None = None,
 ) -> Iterator[int]:
-    """Sample tokens without end.
+    """Sample an endless sequence of tokens.
 
     Args:
         model: in evaluation mode, on any device; tokens are drawn on the CPU.
-        prompt: ids that are read first; at least one.
-        temperature: logits are divided by it; lower: more deterministic; higher: more diverse.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the fewest likeliest tokens that together have this probability.
-        seed: the same seed gives the same tokens.
-        sentence: the ids that begin and end a sentence, where the model knows no text before a sentence: it reads the
-            last sentence of the prompt only, and starts from an empty state after each end.
+        prompt: ids of the prompt; at least one.
+        temperature: divisor of the logits; lower: more deterministic; higher: more diverse.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability.
+        seed: seed of the random generator.
+        sentence: ids that begin and end a sentence, for a model trained on separate sentences: it reads only the last
+            sentence of the prompt, and starts from a zero state after the end of a sentence.
 
     Yields:
-        One id after the other; however many came before, each costs O(1), under attention O(window).
+        Ids, each at a cost of O(1), or O(window) under attention.
     """
     generator, device = torch.Generator().manual_seed(seed), model.head.weight.device
     begin, end = sentence or (-1, -1)
@@ -40,7 +40,7 @@ def generate(
         prompt = prompt[len(prompt) - 1 - list(reversed(prompt)).index(begin) :]
     logits, states = model(torch.tensor(prompt, device=device).unsqueeze(1))
     while True:
-        probabilities = _distribution(_scale(logits[-1, 0].cpu(), temperature), top_k, top_p)
+        probabilities = _distribution(scale_logits(logits[-1, 0].cpu(), temperature), top_k, top_p)
         token = torch.multinomial(probabilities, 1, generator=generator)
         yield int(token)
         if int(token) == end:
@@ -49,8 +49,8 @@ def generate(
             logits, states = model(token.unsqueeze(1).to(device), states)
 
 
-def _scale(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature; in its limit, where that is no number, those of the likeliest token alone."""
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature; if they overflow, only the most likely token has a finite logit."""
     scaled = logits / temperature
     if bool(scaled.isfinite().all()):
         return scaled
@@ -58,12 +58,13 @@ def _scale(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _distribution(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Probabilities (V,) of the tokens that top-k and top-p leave."""
+    """Probabilities (V,) after top-k and top-p filtering."""
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(0)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(0) - ordered >= top_p
-        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
+        excluded = ordered.cumsum(0) - ordered >= top_p
+        excluded[0] = False  # whatever top_p is in float32
+        probabilities = probabilities.index_fill(0, order[excluded], 0.0)
     return probabilities

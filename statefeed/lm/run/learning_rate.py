@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""Learning-rate schedule."""
 
 import math
 
@@ -10,9 +10,9 @@ def learning_rate(recipe: Train, step: int, steps: int, epoch: int) -> float:
 
     Args:
         recipe: peak, warmup and schedule.
-        step: counted from 1.
-        steps: of the whole run.
-        epoch: that the step belongs to, counted from 0.
+        step: step number, from 1.
+        steps: number of steps of the whole run.
+        epoch: epoch of the step, from 0.
 
     >>> [round(learning_rate(Train(lr=1.0, warmup=2, schedule="linear"), step, 6, 0), 2) for step in range(1, 7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -27,7 +27,7 @@ def learning_rate(recipe: Train, step: int, steps: int, epoch: int) -> float:
         return recipe.lr
     if recipe.schedule == "steps":
         return float(recipe.lr * recipe.decay ** max(0, (epoch - recipe.decay_after) // recipe.decay_every + 1))
-    left = 1 - (step - 1 - warmup) / (steps - warmup)
+    factor = 1 - (step - 1 - warmup) / (steps - warmup)
     if recipe.schedule == "cosine":
-        left = 0.5 - 0.5 * math.cos(math.pi * left)
-    return recipe.lr * (recipe.floor + (1 - recipe.floor) * left)
+        factor = 0.5 - 0.5 * math.cos(math.pi * factor)
+    return recipe.lr * (recipe.floor + (1 - recipe.floor) * factor)

@@ -1,4 +1,4 @@
-"""The lock on a run: one process trains it at a time."""
+"""File lock on a run folder: one process at a time trains a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from statefeed.lm.run.files import METRICS
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Lock a run, before anything in its folder is read to be continued or written.
+    """Context manager that locks a run; must be entered before files of the run are read to resume it, or written.
 
-    The lock is on the metrics, which are made, empty, where there are none: a file, since NFS locks no folders.
+    The lock is on the metrics file, which is created if missing, because NFS does not lock folders.
 
     Args:
-        folder: the run folder, which exists.
+        folder: the run folder, which must exist.
 
     Raises:
-        UsageError: when another process holds the lock.
+        UsageError: another process holds the lock.
     """
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         _lock(file, folder)
@@ -37,5 +37,5 @@ def _lock(file: IO[str], folder: Path) -> None:
         raise UsageError(
             f"{folder} is being trained by another process: wait for its end, or choose another folder with --run.dir"
         ) from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         return

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, a progress bar on a terminal and plain lines elsewhere."""
+"""The log of a run: metrics.jsonl, and a progress bar or lines of text on standard output."""
 
 import errno
 import json
@@ -20,18 +20,19 @@ from statefeed.lm.run.agreement import Agreement
 from statefeed.lm.run.evaluate import Score, perplexity
 from statefeed.lm.run.phases import PhaseTimer
 
-TRAIN_ROWS = 200  # of a whole run: enough for a smooth curve, few enough to read
+TRAIN_ROWS = 200  # rows of the training split in a run: enough for a smooth curve, few enough to read
 
 
 class Log:
-    """The log of one run, used as a context; rows are written as they come and survive whatever follows.
+    """The log of one run, a context manager; every row is written to the file immediately.
 
     Args:
         path: metrics.jsonl, which must be empty unless the run is resumed; None prints and writes nothing.
-        steps: how many optimizer steps there will be.
-        state: `state_dict` of the log of a resumed run, empty where it has no checkpoint: rows after it are dropped.
-        board: folder of the same metrics for TensorBoard.
-        device: that the steps run on.
+        steps: number of optimizer steps of the run.
+        state: `state_dict` of the log at the checkpoint of a resumed run, empty if it has no checkpoint; later rows
+            are removed from the file.
+        board: folder of the same metrics for TensorBoard; None writes none.
+        device: device of the run.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class Log:
         self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
 
     def _read_back(self, path: Path, until: int) -> None:
-        """Read the rows before the checkpoint and drop those after it.
+        """Read the rows before the checkpoint and remove those after it.
 
         Raises:
-            UsageError: when the rows are not what was written.
+            UsageError: a row is corrupt.
         """
         try:
             for row in map(json.loads, path.read_bytes()[:until].splitlines()):
@@ -118,24 +119,24 @@ class Log:
         self._file.close()
 
     def print(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         self._bar.console.print(line)
 
     def time_phase(self, phase: str | None) -> None:
-        """Add the time since the last call to a phase of the step; None leaves it out, as that of a score."""
+        """Add the time since the last call to a phase of the step; None discards it, for example that of a score."""
         self._timer.time_phase(phase)
 
     def step(self, step: int, epoch: int, loss: Tensor | float, tokens: int) -> None:
-        """Add one optimizer step; every few of them make one row, with their mean loss.
+        """Add one optimizer step; several steps make one row with their mean loss.
 
         Args:
-            step: counted from 1.
-            epoch: counted from 1.
-            loss: nats per token; a tensor is read when its row is made, so that no step waits for the device.
-            tokens: that were predicted.
+            step: step number, from 1.
+            epoch: epoch number, from 1.
+            loss: nats per token; a tensor is read when its row is written, so that no step synchronizes with the GPU.
+            tokens: number of predicted tokens.
 
         Raises:
-            Diverged: when a loss of the row has no perplexity.
+            Diverged: the perplexity of a step of the row is not finite.
         """
         self._losses.append(loss)
         self._tokens += tokens
@@ -153,28 +154,28 @@ class Log:
         """Add the score of a split.
 
         Raises:
-            Diverged: when its loss has no perplexity.
+            Diverged: its perplexity is not finite.
         """
         _check_finite(score.loss, step)
         self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
         if split == "valid":
-            left = (time.perf_counter() - self._started) / step * (self._steps - step)
+            remaining = (time.perf_counter() - self._started) / step * (self._steps - step)
             self.print(
                 f"step {step:,} of {self._steps:,}: train loss {self._loss:.3f}, valid loss {score.loss:.3f}, "
                 f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.3f} bits per byte, "
-                f"{self._speed:,.0f} tokens/s, {left:.0f} s left"
+                f"{self._speed:,.0f} tokens/s, {remaining:.0f} s left"
             )
 
     def log_alignment(self, step: int, epoch: int, found: Agreement, tokens: int) -> None:
-        """Add how the gradient agrees with the exact one."""
+        """Add the agreement of the gradient with the exact one."""
         alignment = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
         self._row(step, epoch, "alignment", found.loss, tokens / found.seconds, **alignment)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a log needs to be resumed after this step; all rows so far are on disk when it returns.
+        """The state of the log for resuming after this step; all rows so far are flushed to disk.
 
         Raises:
-            Diverged: when a loss since the last row has no perplexity.
+            Diverged: the perplexity of a step since the last row is not finite.
         """
         losses = self._finite_losses(step)
         if self._path:
@@ -188,11 +189,11 @@ class Log:
         }
 
     def draw(self, path: Path) -> None:
-        """Draw the learning curves into a PNG file."""
+        """Plot the learning curves into a PNG file."""
         curves.draw(self._curves, path)
 
     def _finite_losses(self, step: int) -> list[float]:
-        """The losses since the last row."""
+        """The losses since the last row; raises if training diverged."""
         losses = [float(loss) for loss in self._losses]
         for place, loss in enumerate(losses, step - len(losses) + 1):
             _check_finite(loss, place)
@@ -210,7 +211,7 @@ class Log:
                 self._board.add_scalar(f"{split}/{key}", row[key], step)
 
     def _peak_bytes(self) -> int | None:
-        """The most memory that this process has held since the log was entered; that of the GPU where one is used."""
+        """Peak memory of this process since the log was entered, or of the GPU if the run uses one."""
         return torch.cuda.max_memory_allocated() if self._gpu else memory.peak_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The most memory that this process has held."""
+"""Peak memory of this process."""
 
 import contextlib
 import re
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def reset_peak() -> None:
-    """Count the most memory from here on, where the system can: reading and encoding the text may take more."""
+    """Reset the peak, on Linux, because reading and encoding the text may need more memory than training."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process has held, None where the system does not report it."""
-    with contextlib.suppress(OSError):  # where the system is Linux: what a parent held at a fork does not count there
+    """Peak resident memory of this process in bytes; None if the system does not report it."""
+    with contextlib.suppress(OSError):  # on Linux; unlike ru_maxrss it does not include a parent's memory at a fork
         if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
             return 1024 * int(found[1])
     try:

@@ -1,4 +1,4 @@
-"""The record of a run: what is known before its first step, and what was added when it was resumed or diverged."""
+"""The record of a run: its metadata, written before the first step and updated when it is resumed or diverges."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from statefeed.lm.run.distributed import Group
 from statefeed.lm.run.files import CHECKPOINTS, RECORD
 from statefeed.lm.run.schema import validate
 
-# What every record holds, among other things.
+# Keys that every record must have; it may have others.
 _SCHEMA = {"splits": {...: {"sha256": str}}, "steps_per_epoch": int, "parameters": int, "continued": ([{}], None)}
 
 
 def environment(group: Group) -> dict[str, Any]:
-    """The versions, the machine and the processes that compute a run."""
+    """Versions, machine and processes of a run."""
     return {
         "statefeed": sf.__version__,
         "torch": torch.__version__,
@@ -35,10 +35,10 @@ def environment(group: Group) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record of a run.
+    """Read the record of a run.
 
     Raises:
-        UsageError: when it cannot be read.
+        UsageError: the record cannot be read.
     """
     try:
         found: dict[str, Any] = validate(json.loads((folder / RECORD).read_text(encoding="utf-8")), _SCHEMA)
@@ -48,19 +48,19 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, metadata: dict[str, Any]) -> None:
-    """Replace the record of a run; whenever this is interrupted, the old or the new one is there, whole."""
+    """Replace the record of a run atomically."""
     unfinished = folder / CHECKPOINTS / f"{RECORD}.unfinished"
     unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / RECORD)
 
 
 def update(folder: Path, **metadata: Any) -> None:
-    """Add to the record of a run."""
+    """Add keys to the record of a run."""
     write(folder, {**read(folder), **metadata})
 
 
 def mark_checkpointed(folder: Path) -> bool:
-    """Record that the run has had a checkpoint, so that it is noticed when all of them are missing.
+    """Record that the run has had a checkpoint, so that a loss of all checkpoints is detected.
 
     Returns:
         True.
@@ -71,11 +71,11 @@ def mark_checkpointed(folder: Path) -> bool:
 
 
 def resume(folder: Path, step: int, group: Group) -> None:
-    """Add to the record, under "continued", what differs from when the run began or was last resumed.
+    """Add changes of the environment since the start or the last resume to the record, under "continued".
 
     Args:
         folder: the run folder.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         group: the processes of the job.
     """
     found = read(folder)

@@ -1,4 +1,4 @@
-"""What long work prints: lines as they are, and no error where nobody reads them any more."""
+"""Standard output of a long run, which does not fail if its reader closes it."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from statefeed.lm.errors import notify
 
 
 class _Output:
-    """Standard output for work that must not end with its reader: a pager that quits, `head`, a full disk.
+    """Standard output that ignores write errors: a pager that quits, `head`, a full disk.
 
-    The first error is reported on stderr, and what follows goes nowhere. It is standard output as of each call.
+    The first error is reported on stderr, and later output is discarded. `sys.stdout` is looked up at every call.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class _Output:
     def write(self, text: str) -> int:
         if not self._closed:
             try:
-                # Not those of the locale, in which the text of a model may not be written.
+                # Replace characters that the encoding of stdout lacks: a model may generate any text.
                 encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
                 sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-            except (OSError, ValueError, AttributeError) as error:  # AttributeError where there is no stdout
+            except (OSError, ValueError, AttributeError) as error:  # AttributeError: there is no stdout
                 self._close(error)
         return len(text)
 
@@ -40,10 +40,10 @@ class _Output:
 
     def _close(self, error: Exception) -> None:
         self._closed = True
-        try:  # what Python has not flushed yet would fail again when it ends
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        try:  # Python flushes its buffer at exit, which would fail again
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
         except (OSError, ValueError, AttributeError):
             pass
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it is closed"
@@ -56,9 +56,9 @@ def is_terminal() -> bool:
 
 
 def console(**options: Any) -> Console:
-    """A console that prints text as it is: no markup, no emoji codes, no highlights.
+    """A rich console that prints text unchanged: no markup, no emoji codes, no highlights.
 
     Args:
-        options: further ones of rich's Console.
+        options: further options of rich's Console.
     """
     return Console(file=_Output(), markup=False, emoji=False, highlight=False, **options)  # type: ignore[arg-type]

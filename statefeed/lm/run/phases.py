@@ -1,23 +1,23 @@
-"""The time of a step by phase."""
+"""Timer of the phases of a step."""
 
 import time
 from typing import Any, TypeAlias
 
 import torch
 
-PHASES = ("data", "forward", "backward", "optimizer")  # of a step
+PHASES = ("data", "forward", "backward", "optimizer")
 
-Mark: TypeAlias = Any  # a point in time: seconds, or on a GPU an event in the order of its work
+Mark: TypeAlias = Any  # a point in time: seconds on a CPU, a CUDA event on a GPU
 
 
 class PhaseTimer:
-    """Adds up the seconds of every phase.
+    """Sums the seconds of every phase.
 
-    A GPU works asynchronously: its own time is taken, between events in its queue, and no step waits for it.
+    On a GPU, time is measured between CUDA events in its stream, so that no step synchronizes.
 
     Args:
         gpu: whether the steps run on a GPU.
-        seconds: of every phase so far.
+        seconds: initial seconds of every phase; zero if None.
     """
 
     def __init__(self, gpu: bool, seconds: dict[str, float] | None = None) -> None:
@@ -27,14 +27,14 @@ class PhaseTimer:
         self._last = self._mark()
 
     def time_phase(self, phase: str | None) -> None:
-        """Add the time since the last call to a phase; None leaves it out."""
+        """Add the time since the last call to a phase; None discards it."""
         now = self._mark()
         if phase is not None:
             self._intervals.append((phase, self._last, now))
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every phase since the last `reset`; on a GPU this waits for the last phase."""
+        """Seconds of every phase since the last `reset`; on a GPU this synchronizes with the last phase."""
         if self._gpu and self._intervals:
             self._intervals[-1][-1].synchronize()
         for phase, start, stop in self._intervals:
@@ -43,7 +43,7 @@ class PhaseTimer:
         return self._seconds
 
     def reset(self) -> None:
-        """Begin at zero again."""
+        """Set the seconds of every phase to zero."""
         self._seconds, self._intervals = dict.fromkeys(PHASES, 0.0), []
 
     def _mark(self) -> Mark:

@@ -1,4 +1,4 @@
-"""The provenance of a record: the commit of the package and the processor."""
+"""Provenance of a record: commit of the package and processor."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import statefeed as sf
 
 
 def commit() -> dict[str, Any]:
-    """The commit that the package is checked out from and whether it was changed since; None outside a checkout."""
+    """Commit of the git checkout of the package, and whether it has uncommitted changes; None outside a checkout."""
     package = Path(sf.__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -26,14 +26,14 @@ def commit() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name and, on x86, its family: the name that a cloud machine gives does not identify the generation."""
+    """Name of the processor and, on x86, its family: on cloud machines the name does not identify the generation."""
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     family = cpuinfo("cpu family")
     return f"{name}, family {family}" if family else name
 
 
 def cpuinfo(key: str) -> str | None:
-    """One line of Linux' description of the processor."""
+    """Value of a key in /proc/cpuinfo; None on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a resumed run may change: how long it trains and where its text is, besides where it is computed and saved."""
+"""Checks of a resumed run: it may change its length, the path of its text, and the place where it runs."""
 
 import dataclasses
 import json
@@ -17,22 +17,22 @@ _PATH = "data.path"  # the text itself is compared by its digests
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What differs from the recipe in the run folder.
+    """Differences from the recipe in the run folder.
 
     Args:
-        values: by section.key, to be written into that recipe.
-        extended: the steps of the whole run before and now; None where they are the same.
+        values: new values by section.key, to be written into that recipe.
+        extended: number of steps of the whole run before and now; None if unchanged.
     """
 
     values: dict[str, Any]
     extended: tuple[int, int] | None
 
     def write(self, folder: Path, step: int) -> None:
-        """Write them into the recipe and the record of the run.
+        """Write the changes into the recipe and the record of the run.
 
         Args:
             folder: the run folder.
-            step: of the checkpoint that the run is resumed from.
+            step: step of the checkpoint that the run is resumed from.
         """
         if self.extended is not None:
             before, now = self.extended
@@ -45,13 +45,16 @@ class Changes:
 def check(config: Config) -> Changes:
     """Check that the run in the recipe's folder can be resumed with this recipe.
 
+    Returns:
+        The changes to the recipe of the run.
+
     Raises:
-        UsageError: naming the first key that differs and must not, or what is missing.
+        UsageError: a key differs that must not, or the checkpoints are missing.
     """
     folder = Path(config.run.dir)
     there, here = dataclasses.asdict(recipe.load(folder / CONFIG)), dataclasses.asdict(config)
     if found := identity.difference(there, here, ignored=(*_LENGTH, _PATH)):
-        _refuse(folder, *found)
+        _raise_difference(folder, *found)
     record = metadata.read(folder)
     _check_checkpoints(folder, record)
     before, now = (
@@ -66,7 +69,7 @@ def check(config: Config) -> Changes:
                 "--train.steps=null"
             )
         if now < before:
-            _refuse(
+            _raise_difference(
                 folder,
                 changed[0],
                 old[changed[0]],
@@ -79,12 +82,12 @@ def check(config: Config) -> Changes:
     return Changes(values, (before, now) if now > before else None)
 
 
-def _refuse(folder: Path, key: str, old: object, new: object, more: str = "") -> None:
+def _raise_difference(folder: Path, key: str, old: object, new: object, more: str = "") -> None:
     raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}{more}")
 
 
 def _check_checkpoints(folder: Path, record: dict[str, Any]) -> None:
-    """Check that the checkpoints of a run that had some are still there: without them all would be trained again."""
+    """Check that a run that had checkpoints still has one; otherwise it would start from step 0 again."""
     if any((folder / CHECKPOINTS).glob("step-*.safetensors")):
         return
     step = _last_step(folder / METRICS)

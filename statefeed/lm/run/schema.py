@@ -1,4 +1,4 @@
-"""Schemas of what is read from JSON: whether a value is what was written, and in words where it is not."""
+"""Validation of JSON values against a schema."""
 
 import math
 from typing import Any
@@ -10,13 +10,16 @@ def validate(value: Any, schema: Any) -> Any:
     """Check a value against a schema and return it.
 
     Args:
-        value: read from JSON.
-        schema: str, int, or float, which is finite and takes whole numbers, too, or math.nan for a number of any kind;
-            {key: schema} for an object with these keys among others, {...: schema} for one whose values all fit it;
-            [schema] for a list; a tuple of schemas of which one is enough, with None for what may be null or missing.
+        value: a value read from JSON.
+        schema: str, int, float (a finite number or an integer), or math.nan (any number); {key: schema} for an object
+            with at least these keys; {...: schema} for an object whose values all match; [schema] for a list; a tuple
+            of alternative schemas, with None for a value that may be null or missing.
+
+    Returns:
+        The value.
 
     Raises:
-        ValueError: when it does not fit, saying where.
+        ValueError: the value does not match; the message names the position.
 
     >>> validate({"step": 3, "more": []}, {"step": float, "loss": (float, None)})
     {'step': 3, 'more': []}
@@ -27,15 +30,15 @@ def validate(value: Any, schema: Any) -> Any:
     Traceback (most recent call last):
     ValueError: it must be an object, got 'bench'
     """
-    if wrong := _misfit(value, schema, ""):
+    if wrong := _mismatch(value, schema, ""):
         raise ValueError(wrong)
     return value
 
 
-def _misfit(value: Any, schema: Any, name: str) -> str | None:
-    """What is wrong with a value of this name, None where nothing is."""
+def _mismatch(value: Any, schema: Any, name: str) -> str | None:
+    """Why a value of this name does not match a schema; None if it does."""
     if isinstance(schema, tuple):
-        found = [_misfit(value, one, name) for one in schema]
+        found = [_mismatch(value, one, name) for one in schema]
         return None if None in found else found[0]
     kind = schema if isinstance(schema, type) else type(schema)
     kinds: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
@@ -44,10 +47,10 @@ def _misfit(value: Any, schema: Any, name: str) -> str | None:
     if schema is float and not -math.inf < value < math.inf:
         return f"{name or 'it'} must be finite, got {value}"
     if isinstance(schema, list):
-        parts = [_misfit(item, schema[0], f"{name}[{place}]") for place, item in enumerate(value)]
+        parts = [_mismatch(item, schema[0], f"{name}[{place}]") for place, item in enumerate(value)]
     elif isinstance(schema, dict):
         inner = dict.fromkeys(value, schema[...]) if ... in schema else schema
-        parts = [_misfit(value.get(key), one, f"{name}.{key}".removeprefix(".")) for key, one in inner.items()]
+        parts = [_mismatch(value.get(key), one, f"{name}.{key}".removeprefix(".")) for key, one in inner.items()]
     else:
         parts = []
     return next(filter(None, parts), None)

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step, made without writing anything."""
+"""Setup of a run: corpus, tokenizer, batches, model and optimizer, without writing files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 import statefeed as sf
+from statefeed.lm import identity
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches, cache, corpora, tokens
 from statefeed.lm.data.batches import Source
@@ -29,14 +30,14 @@ class Setup:
 
     Args:
         corpus: the text.
-        tokenizer: of the text.
-        ids: of every split, int32 (N,).
-        source: the batches of the training split.
-        valid: the batches of the validation split.
-        steps: of the whole run.
-        model: on its device, its weights sharded where the processes share them.
-        optimizer: of its parameters.
-        scaler: of the loss, for float16.
+        tokenizer: its tokenizer.
+        ids: token ids by split, int32 (N,).
+        source: batches of the training split.
+        valid: batches of the validation split.
+        steps: number of steps of the whole run.
+        model: the model on its device, sharded under FSDP.
+        optimizer: the optimizer of its parameters.
+        scaler: the loss scaler, enabled for float16.
     """
 
     corpus: Corpus
@@ -50,7 +51,7 @@ class Setup:
     scaler: torch.amp.GradScaler
 
     def describe(self, recipe: Train, group: Group) -> str:
-        """What is trained on what and where, in one line."""
+        """One line about the corpus, the model, the number of steps and the device."""
         processes = f", {group.size} processes ({recipe.parallel})" if group.size > 1 else ""
         amounts = ", ".join(f"{len(found):,} {split}" for split, found in self.ids.items())
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -61,27 +62,41 @@ class Setup:
         )
 
 
-def prepare(config: Config, resume: bool, group: Group) -> Setup:
-    """Read the corpus, fit the tokenizer, make the model.
-
-    Args:
-        config: the recipe.
-        resume: take the tokenizer from the run folder, and check that the text is the run's.
-        group: the processes of the job.
+def check_recipe(config: Config, group: Group) -> None:
+    """Check a recipe without reading the text or the run folder.
 
     Raises:
-        UsageError: when a split is shorter than one step, or one of the three cannot be made.
+        UsageError: a feedback rule or precision is not supported, a dependency is not installed, or there is no text.
     """
-    folder, recipe = Path(config.run.dir), config.train
+    recipe = config.train
     parts = recipe.accumulate * group.size
     require(
         recipe.batch % parts == 0,
         f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
         recipe.batch,
     )
+    try:
+        identity.check_rules(config.model.cell, config.model.feedback)
+    except ValueError as error:
+        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
     if config.run.tensorboard:
         tensorboard.writer_class()
     autocast_context(recipe.precision, group.device)
+    corpora.check_path(config.data)
+
+
+def prepare(config: Config, resume: bool, group: Group) -> Setup:
+    """Read the corpus, fit the tokenizer, create the model and the optimizer.
+
+    Args:
+        config: the recipe.
+        resume: load the tokenizer from the run folder, and check that the text has not changed.
+        group: the processes of the job.
+
+    Raises:
+        UsageError: a split is shorter than one step, or the corpus, the tokenizer or the model cannot be created.
+    """
+    folder, recipe = Path(config.run.dir), config.train
     corpus = corpora.read(config.data)
     if resume:
         run_folder.check_same_text(folder, corpus)
@@ -100,36 +115,29 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
     source = batches.training(ids["train"], config.data, recipe)
     if isinstance(source, batches.Sentences) and source.trained < source.tokens / 2:
         notify(
-            f"data.batches=sentences trains on {source.trained:,} of {source.tokens:,} tokens: what comes after the "
-            f"first {context} of a line is left out; raise train.context, or use data.batches=stream"
+            f"data.batches=sentences trains on {source.trained:,} of {source.tokens:,} tokens: lines are truncated to "
+            f"{context} tokens; raise train.context, or use data.batches=stream"
         )
     valid = batches.scoring(ids["valid"], config.data, recipe)
     steps = recipe.steps or recipe.epochs * len(source)
     check_fits(config.model, tokenizer.size, group.device, group.size if group.sharded else 1)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config.model, tokenizer.size)
-    _check_rules(model, config)
-    group.place(model)
+    _apply_rules(model, config)
+    group.distribute(model)
     if recipe.compile is not None:
         torch._dynamo.config.allow_rnn = True
         for block in model.blocks:
             block.compile(mode=recipe.compile)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer]
-    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD takes no sharded weights
+    fused = recipe.optimizer == "adam" or not group.sharded  # torch's fused SGD does not support sharded weights
     optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "float16")
     return Setup(corpus, tokenizer, ids, source, valid, steps, model, optimizer, scaler)
 
 
-def _check_rules(model: LanguageModel, config: Config) -> None:
-    """Apply every rule of a schedule to the layers once, the first one last.
-
-    Raises:
-        UsageError: when one does not fit.
-    """
+def _apply_rules(model: LanguageModel, config: Config) -> None:
+    """Apply every rule of a schedule once, ending with the first, so that the tensors of learned rules exist."""
     rules = sf.Schedule(config.model.feedback)
-    try:
-        for begin in (*(until for until, _ in rules.stages), 0.0):
-            rules.apply(model, begin)
-    except ValueError as error:
-        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
+    for fraction in (*(until for until, _ in rules.stages), 0.0):
+        rules.apply(model, fraction)

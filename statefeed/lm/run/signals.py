@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP during a run: an exception at once, or noted until the step is finished and saved."""
+"""Handler of SIGINT, SIGTERM and SIGHUP during a run: raise at once, or after the step is finished and saved."""
 
 import signal
 import threading
@@ -10,18 +10,18 @@ from statefeed.lm.errors import Interrupted, PeerLost
 
 
 def handled() -> list[int]:
-    """The signals that are handled."""
+    """The numbers of the signals to handle."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     more = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
     return [signal.SIGINT, signal.SIGTERM, *more]
 
 
 class SignalHandler:
-    """Handles SIGINT, SIGTERM and SIGHUP while this context is entered.
+    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
 
-    They raise KeyboardInterrupt, all but SIGINT its subclass Interrupted. A process that ignores SIGHUP, as under
-    nohup, goes on ignoring it. Inside `deferred` they are noted in `caught`, so
-    that the current step can be finished and saved; a second SIGINT raises at once.
+    SIGINT raises KeyboardInterrupt, the others its subclass Interrupted. A process that ignores SIGHUP, as under nohup,
+    continues to ignore it. Inside `deferred`, a signal is stored in `caught` instead, so that the current step can be
+    finished and saved; a second SIGINT raises at once.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SignalHandler:
         self._deferred = False
 
     def __enter__(self) -> "SignalHandler":
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self._before = {number: signal.signal(number, self._handle) for number in handled()}
         else:
             self._before = {}
@@ -39,13 +39,13 @@ class SignalHandler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, PeerLost):
-            return  # torchrun ends a job by SIGTERM, which must not cut off the error message
+            return  # torchrun ends the job with SIGTERM, which must not interrupt the error message
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note signals instead of raising; until the end of the process where another process of the job is lost."""
+        """Context manager that stores signals instead of raising; after PeerLost, until the process ends."""
         self._deferred = True
         lost = False
         try:

@@ -1,4 +1,4 @@
-"""Safetensors files that are written whole or not at all, with a checksum of everything in them."""
+"""Safetensors files with atomic writes and a checksum of the content."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from statefeed.lm.errors import CorruptFile
 
 
 def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Replace a safetensors file; whenever this is interrupted, the old or the new one is there, whole.
+    """Write a safetensors file atomically.
 
     Args:
-        path: of the file.
-        folder: of the same file system, for the unfinished file.
-        tensors: by name.
-        metadata: what JSON can hold, saved with a checksum of everything in the file's header.
+        path: path of the file.
+        folder: folder of the temporary file, in the same file system.
+        tensors: tensors by name.
+        metadata: values that JSON can represent, saved in the header of the file with a checksum of its content.
     """
     text = json.dumps(metadata)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -34,7 +34,7 @@ def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Map
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except SafetensorError as error:  # which reports errors of the system in words
+    except SafetensorError as error:  # its message contains the error number of the system
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else 0, os.strerror(int(code[1])) if code else str(error), path) from error
     finally:
@@ -48,10 +48,10 @@ def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file that `write` made.
+    """Read tensors and metadata of a file of `write`.
 
     Raises:
-        CorruptFile: when it is not what was written.
+        CorruptFile: the file is not readable or its checksum does not match.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
-    """The sha256 of everything: metadata, names, types, shapes and values."""
+    """sha256 of the content: metadata, names, dtypes, shapes and values."""
     digest = hashlib.sha256(metadata.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

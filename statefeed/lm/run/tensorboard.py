@@ -1,4 +1,4 @@
-"""TensorBoard, where it is installed."""
+"""TensorBoard, an optional dependency."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ def writer_class() -> Any:
     """TensorBoard's SummaryWriter.
 
     Raises:
-        UsageError: when it is not installed.
+        UsageError: TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

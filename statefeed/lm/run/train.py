@@ -35,47 +35,47 @@ from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
 from statefeed.lm.run.next_steps import next_steps, program
-from statefeed.lm.run.setup import Setup, prepare
+from statefeed.lm.run.setup import Setup, check_recipe, prepare
 from statefeed.lm.run.signals import SignalHandler
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
-PATIENCE = 3.0  # seconds, in which kernels are loaded but not compiled
+NOTICE_DELAY = 3.0  # seconds; loading kernels takes less, compiling them takes longer
 
 
 def train(config: Config, resume: bool = False) -> None:
-    """Train as a recipe says and leave a run folder with the weights that had the best validation perplexity.
+    """Train a model and write a run folder with the weights of the best validation perplexity.
 
     Args:
         config: the recipe.
-        resume: resume the run in the folder, where there is one, bit for bit.
+        resume: resume the run in the folder, if there is one, bit for bit.
 
     Raises:
-        UsageError: before anything is written, when the recipe cannot be carried out; later, when disk or memory are
-            full.
-        Diverged: when the loss becomes infinite or not a number.
-        PeerLost: when another process of the job has ended.
-        KeyboardInterrupt: when a signal ends it.
+        UsageError: the recipe cannot be run (before anything is written), or disk or memory are full (later).
+        Diverged: the loss became infinite or NaN.
+        PeerLost: another process of the job has ended.
+        KeyboardInterrupt: a signal ended the training.
     """
     folder = recipes.expand(config.run.dir)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
-    with SignalHandler() as signals, Group.join(config.train) as group, ExitStack() as held:
+    with SignalHandler() as signals, Group.join(config.train) as group, ExitStack() as stack:
         with describe_failure(lambda: "training had not begun"):
+            check_recipe(config, group)
             resume = resume and (folder / CONFIG).exists()
             writes = group.rank == 0
             changes = None
             if resume:
                 if writes:
-                    held.enter_context(lock(folder))
+                    stack.enter_context(lock(folder))
                 changes = resuming.check(config)
             else:
                 run_folder.check_apart(config.data, folder)
                 run_folder.check_unused(config)
             setup = prepare(config, resume, group)
-            group.barrier()  # until all have seen what the folder holds
+            group.barrier()  # all processes must have checked the folder before one writes into it
             if not resume and writes:
                 (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(folder))
-                run_folder.check_unused(config)  # another process may have made a run since
+                stack.enter_context(lock(folder))
+                run_folder.check_unused(config)  # another process may have created a run meanwhile
                 run_folder.create(config, setup.corpus, setup.tokenizer, setup.model, len(setup.source), group)
             best, checkpoints = BestWeights(folder, writes), Checkpoints(folder, config.run, writes)
             states, log_state, corrupt = None, None, list[CorruptFile]()
@@ -88,13 +88,13 @@ def train(config: Config, resume: bool = False) -> None:
         remedy = f"; resume with `{program()} train --resume --run.dir={shlex.quote(str(folder))}`"
 
         def saved() -> str:
-            return f"{folder} keeps {checkpoints} and {best}" if there() else f"{folder} was removed, and keeps nothing"
+            return f"{folder} keeps {checkpoints} and {best}" if exists() else f"{folder} was removed"
 
-        def there() -> bool:
+        def exists() -> bool:
             return (folder / CONFIG).exists()
 
         with (
-            describe_failure(saved, lambda: remedy if there() else ""),
+            describe_failure(saved, lambda: remedy if exists() else ""),
             Log(path if writes else None, setup.steps, log_state, board, group.device) as log,
         ):
             for sentence in corrupt:
@@ -111,7 +111,7 @@ def train(config: Config, resume: bool = False) -> None:
                     report(setup, config, log, best, group.device)
             except BaseException as error:
                 if writes:
-                    with suppress(Exception):  # a picture that cannot be drawn must not hide what ended the run
+                    with suppress(Exception):  # an error of plotting must not hide the first error
                         log.draw(folder / CURVES)
                     if isinstance(error, Diverged):
                         with suppress(OSError):
@@ -129,23 +129,26 @@ def optimize(
     states: list[State] | None,
     signals: SignalHandler,
 ) -> None:
-    """Take all the steps after the last checkpoint: this is the training loop.
+    """The training loop: run all steps after the last checkpoint.
 
     Args:
-        setup: what is trained on what.
+        setup: the corpus, the model and the optimizer.
         config: the recipe.
-        log: gets every step and score.
-        best: keeps the best weights.
-        checkpoints: of the run; the last one has been loaded.
+        log: receives every step and score.
+        best: saves the best weights.
+        checkpoints: the checkpoints of the run; the last one has been loaded.
         group: the processes of the job.
-        states: of the last checkpoint.
-        signals: which end this when a step is finished and saved.
+        states: the states in the last checkpoint.
+        signals: a caught signal ends the loop after a step is finished and saved.
+
+    Raises:
+        Interrupted: a signal ended the loop.
+        Diverged: the loss or the weights are no longer finite.
     """
     recipe, source, steps = config.train, setup.source, setup.steps
     model, optimizer, scaler = setup.model, setup.optimizer, setup.scaler
     rules, keeps_states = sf.Schedule(config.model.feedback), config.data.batches == "stream"
     autocast = autocast_context(recipe.precision, group.device)
-    scored = {max(1, steps * (i + 1) // recipe.evaluations) for i in range(recipe.evaluations)}
     first, marked = checkpoints.step + 1, False
     parts = group.columns(recipe.batch, recipe.accumulate)
     before = [None if states is None else group.shard(states, part) for part in parts]
@@ -153,15 +156,15 @@ def optimize(
         log.time_phase(None)
         for step, batch in zip(range(first, steps + 1), _batches(source, first), strict=False):
             epoch, columns = (step - 1) // len(source), batch.inputs.shape[1]
-            keep_mask = to_device(_draw(recipe, step, columns, group.rank), group.device)
+            keep_mask = to_device(seed_step(recipe, step, columns, group.rank), group.device)
             counted = int((batch.targets != IGNORED).sum())
-            share = counted if recipe.loss == "mean" else columns
+            divisor = counted if recipe.loss == "mean" else columns
             rules.apply(model, (step - 1) / steps)
             optimizer.zero_grad()
             nats = torch.zeros((), device=group.device)
             log.time_phase("data")
-            own = group.columns(columns, recipe.accumulate)
-            for i, part in enumerate(own):
+            local_parts = group.columns(columns, recipe.accumulate)
+            for i, part in enumerate(local_parts):
                 if group.has_shard(part):
                     if recipe.compile is not None:
                         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -169,12 +172,12 @@ def optimize(
                         with autocast:
                             loss = model.loss(shard_batch(batch, part), before[i])
                         log.time_phase("forward")
-                        scaler.scale(loss.sum / share).backward()  # type: ignore[no-untyped-call]
+                        scaler.scale(loss.sum / divisor).backward()  # type: ignore[no-untyped-call]
                     nats += loss.sum.detach()
                     before[i] = detach_states(loss.states, keep_mask[part]) if keeps_states else None
                     log.time_phase("backward")
-            nats = group.reduce_gradients(model, nats, (own[-1].stop - own[0].start) / columns)
-            stop, save = (bool(of) for of in group.all_reduce_sum(signals.caught is not None, checkpoints.due))
+            nats = group.reduce_gradients(model, nats, (local_parts[-1].stop - local_parts[0].start) / columns)
+            stop, save = (bool(n) for n in group.all_reduce_sum(signals.caught is not None, checkpoints.due))
             scaler.unscale_(optimizer)
             if recipe.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -183,7 +186,7 @@ def optimize(
             scaler.update()
             log.time_phase("optimizer")
             log.step(step, epoch + 1, nats / counted, counted)
-            if step in scored:
+            if is_scored(step, steps, recipe.evaluations):
                 with _uncompiled(recipe):
                     _score(setup, recipe, log, best, group, step, epoch + 1)
             if stop or save or step == steps:
@@ -195,9 +198,19 @@ def optimize(
             log.time_phase(None)
 
 
+def is_scored(step: int, steps: int, evaluations: int) -> bool:
+    """Whether the validation split is scored after a step: after ``steps * k // evaluations`` for k = 1, 2, ...
+
+    >>> [step for step in range(1, 11) if is_scored(step, 10, 3)]
+    [3, 6, 10]
+    """
+    k = -(-step * evaluations // steps)  # the first one that is not before this step
+    return evaluations >= steps or steps * k // evaluations == step
+
+
 def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: torch.device) -> None:
-    """Score the best weights on the test split, where there is one, and print a sample of theirs."""
-    model = LanguageModel(config.model, setup.tokenizer.size).eval()  # whole, where the one in training is sharded
+    """Score the best weights on the test split, if the corpus has one, and print a sample."""
+    model = LanguageModel(config.model, setup.tokenizer.size).eval()  # the model in training may be sharded
     load_weights(model, best.folder)
     model.to(device)
     if "test" in setup.ids:
@@ -212,14 +225,14 @@ def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: to
         model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed, sentence=setup.tokenizer.sentence
     )
     sample += [next(following) for _ in range(SAMPLE)]
-    log.print(f"a sample, its first {SAMPLE_PROMPT} tokens given:\n\n{setup.tokenizer.decode(sample)}\n")
+    log.print(f"a sample, with a prompt of {SAMPLE_PROMPT} tokens:\n\n{setup.tokenizer.decode(sample)}\n")
     log.print(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
     log.draw(best.folder / CURVES)
     log.print(next_steps(config, best.folder, list(setup.ids)))
 
 
 def _describe_extension(config: Config, extended: tuple[int, int], step: int, steps_per_epoch: int) -> str:
-    """What an extended run does from here on, in one line."""
+    """One line about the schedule of an extended run."""
     before, now = extended
     rate = learning_rate(config.train, step + 1, now, step // steps_per_epoch)
     return (
@@ -230,19 +243,21 @@ def _describe_extension(config: Config, extended: tuple[int, int], step: int, st
 
 
 def _batches(source: Source, step: int) -> Iterator[Batch]:
-    """The batches of one epoch after the other, beginning with that of a step, counted from 1."""
+    """Yield the batches of consecutive epochs, starting with that of a step; steps are counted from 1."""
     epoch, start = divmod(step - 1, len(source))
     while True:
         yield from source.epoch(epoch, start)
         epoch, start = epoch + 1, 0
 
 
-def _draw(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
-    """Everything random in a step is a function of the seed and the step, so that no checkpoint has to hold it.
+def seed_step(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
+    """Seed torch's generator for a step, and draw which states to reset.
+
+    All random numbers of a step are functions of the seed and the step, so that a checkpoint does not store generators.
 
     Returns:
-        Which sequences keep their state at the end of the step, (columns, 1), the same in every process; dropout, which
-        torch's generator draws, differs from process to process.
+        bool (columns, 1), false for sequences whose state is reset after the step; equal in all processes. Dropout,
+        drawn by torch's generator, differs between processes.
     """
     generator = np.random.default_rng((recipe.seed, step, 1))
     torch.manual_seed(int(generator.integers(2**62)) + rank)
@@ -250,7 +265,7 @@ def _draw(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
 
 
 def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Group, step: int, epoch: int) -> None:
-    """Score the validation split, save the weights if they are the best, compare their gradient with the exact one."""
+    """Score the validation split, save the weights if they are the best, and log the alignment of the gradient."""
     valid = score(setup.model, setup.valid, setup.corpus.sizes["valid"], group)
     log.score(step, epoch, "valid", valid)
     best.offer(setup.model, step, epoch, valid)
@@ -266,38 +281,38 @@ def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Grou
 
 
 def _load_kernels(device: torch.device, log: Log) -> None:
-    """Load the CPU's kernels, which its first run has to compile, so that no step is charged with it; say if it takes.
+    """Load the CPU kernels before the first step, and print a notice if they must be compiled.
 
-    Those of a GPU are compiled one by one when they are launched.
+    The GPU kernels are compiled one by one when they are launched.
     """
     if device.type != "cpu":
         return
-    waiting = threading.Timer(PATIENCE, log.print, ["compiling the kernels for this machine, which is done once"])
-    waiting.daemon = True
-    waiting.start()
+    notice = threading.Timer(NOTICE_DELAY, log.print, ["compiling the kernels for this machine, which is done once"])
+    notice.daemon = True
+    notice.start()
     try:
         kernels.available()
     finally:
-        waiting.cancel()
+        notice.cancel()
 
 
 def _uncompiled(recipe: Train) -> AbstractContextManager[object]:
-    """Blocks as they are: scores and exact gradients come with other shapes and rules than training."""
+    """Context in which compiled blocks run eagerly: evaluation has other shapes and rules than training."""
     return nullcontext() if recipe.compile is None else torch.compiler.set_stance("force_eager")
 
 
 def _save(
     setup: Setup, log: Log, checkpoints: Checkpoints, group: Group, step: int, states: list[list[State] | None]
 ) -> None:
-    """Make a checkpoint, unless the last step has ruined the weights: the one before is the last good one then.
+    """Save a checkpoint if the weights are finite.
 
     Raises:
-        Diverged: when it has.
+        Diverged: the weights are not finite; the previous checkpoint stays the last one.
     """
     log_state = log.state_dict(step)
     if not finite(setup.model, group):
         raise Diverged(f"training diverged (weights after step {step:,}): lower train.lr or change model.feedback")
-    own = [state for state in states if state is not None]
+    local_states = [state for state in states if state is not None]
     with group.guard_collectives():
-        gathered = group.gather(own) if own else None
+        gathered = group.gather(local_states) if local_states else None
         checkpoints.save(step, setup.model, setup.optimizer, setup.scaler, gathered, log_state)

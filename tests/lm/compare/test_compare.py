@@ -54,7 +54,7 @@ def compared(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 # What it trains ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_what_train_leaves(compared: Path, flags: list[str], tmp_path: Path) -> None:
+def test_train_creates_a_run_folder(compared: Path, flags: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "alone"
     more = ["--model.feedback=dsf", "--train.lr=2e-3", "--train.alignment=true", f"--run.dir={folder}"]
     assert cli.main(["train", *flags, *more]) == 0
@@ -80,7 +80,7 @@ def test_everything_is_the_same_but_the_rule(compared: Path) -> None:
     ]
 
 
-def test_the_plan_differs_in_rule_rate_and_seed_alone(flags: list[str], tmp_path: Path) -> None:
+def test_planned_runs_differ_in_rule_rate_and_seed_only(flags: list[str], tmp_path: Path) -> None:
     recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
     planned = plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
     assert [(p.train.seed, p.model.feedback, p.train.lr) for p in planned] == [
@@ -118,13 +118,13 @@ def test_records_and_figures(compared: Path) -> None:
     assert all(any(name.endswith(form) for name in drawn) for form in forms)
 
 
-def test_a_second_time_nothing_is_trained(
+def test_finished_runs_are_not_trained_again(
     compared: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(recipe: Config) -> tuple[str, None]:
         raise AssertionError(f"trained {recipe.run.dir}")
 
-    monkeypatch.setattr(compare, "_train", trained)
+    monkeypatch.setattr(compare, "train_in_subprocess", trained)
     before = (compared / "compare.jsonl").read_text()
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}"]) == 0
     out = capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_a_second_time_nothing_is_trained(
     assert (compared / "compare.jsonl").read_text() == before
 
 
-def test_a_folder_of_another_recipe_is_refused(
+def test_a_folder_of_another_recipe_raises(
     compared: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["compare", *flags, "--feedback=dsf", f"--out={compared}"]) == 2
@@ -148,7 +148,7 @@ def test_a_folder_of_another_recipe_is_refused(
 def test_a_comparison_that_was_moved_has_its_runs(
     compared: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_train", lambda recipe: pytest.fail(f"trained {recipe.run.dir}"))
+    monkeypatch.setattr(compare, "train_in_subprocess", lambda recipe: pytest.fail(f"trained {recipe.run.dir}"))
     folder = tmp_path / "moved"
     shutil.copytree(compared, folder)
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={folder}"]) == 0
@@ -164,9 +164,9 @@ def test_records_that_are_empty_are_none(compared: Path, flags: list[str], tmp_p
     assert len((folder / "compare.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_added_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tmp_path / "compare.jsonl"
-    compare._add("first\n", records)
+    compare.add_record("first\n", records)
 
     def full(*paths: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -174,9 +174,9 @@ def test_a_record_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(compare.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            compare._add("second\n", records)
+            compare.add_record("second\n", records)
         assert records.read_text() == "first\n"
-    compare._add("second\n", records)
+    compare.add_record("second\n", records)
     assert records.read_text() == "first\nsecond\n"
     assert list(tmp_path.iterdir()) == [records]
 
@@ -229,7 +229,7 @@ def test_a_signal_that_a_run_ignored_stops_the_comparison_after_it(
         (["--out=/proc/none"], "/proc/none"),
     ],
 )
-def test_a_user_error_that_only_the_run_sees_is_one_sentence(
+def test_a_user_error_found_during_the_run_prints_one_sentence(
     more: list[str], sentence: str, flags: list[str], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [word.format(folder=tmp_path / "out", text=text) for word in more]
@@ -241,7 +241,7 @@ def test_a_user_error_that_only_the_run_sees_is_one_sentence(
 
 
 @pytest.mark.parametrize("code", ["sys.exit(2)", "raise ValueError", "os.kill(os.getpid(), 9)"])
-def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
+def test_a_run_that_fails_stops_the_comparison(
     code: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "statefeed.py"
@@ -250,7 +250,7 @@ def test_a_run_that_ends_in_any_other_way_stops_the_comparison(
     monkeypatch.chdir(tmp_path)
     recipe = recipes.build(recipes.parse(recipes.parser("test"), [*flags, f"--run.dir={tmp_path / 'run'}"]))
     with pytest.raises(UsageError, match=r"whose training ended with exit code -?[129]: the same command resumes it"):
-        compare._train(recipe)
+        compare.train_in_subprocess(recipe)
 
 
 def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
@@ -261,7 +261,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
         arguments = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
         return "diverged" if cli.main(["train", *arguments]) else "finished", None
 
-    monkeypatch.setattr(compare, "_train", in_this_process)
+    monkeypatch.setattr(compare, "train_in_subprocess", in_this_process)
     wild = [
         "--train.clip=null",
         "--train.warmup=0",
@@ -279,7 +279,7 @@ def test_a_rule_that_diverges_is_a_result_and_the_others_continue(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_interrupted_and_started_again_it_is_resumed(
+def test_an_interrupted_comparison_is_resumed(
     flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -326,7 +326,7 @@ def test_interrupted_and_started_again_it_is_resumed(
         ([], "feedback"),
     ],
 )
-def test_a_user_error_is_one_sentence_and_nothing_is_written(
+def test_a_user_error_prints_one_sentence_and_creates_no_file(
     arguments: list[str],
     sentence: str,
     tmp_path: Path,
@@ -402,7 +402,7 @@ def test_the_table_counts_seed_by_seed() -> None:
     assert cells["bptt"]["epochs to bptt"] == "1.5"
 
 
-def test_a_seed_that_diverged_or_is_under_way_spoils_nothing() -> None:
+def test_diverged_and_unfinished_seeds_are_left_out() -> None:
     whole = [result("dsf", seed, [80, 60, 50]) for seed in (1, 2)]
     odd = [result("dsf", 3, [1e6], outcome="diverged"), result("dsf", 4, [70], outcome="unfinished")]
     headings, ((*row,),) = table([*whole, *odd])
@@ -415,7 +415,7 @@ def test_a_seed_that_diverged_or_is_under_way_spoils_nothing() -> None:
     assert dict(zip(headings, row, strict=True))["valid perplexity"] == "70.00"
 
 
-def test_what_was_exact_counts_neither_for_nor_against_a_schedule() -> None:
+def test_exact_stages_of_a_schedule_have_no_alignment() -> None:
     headings, ((*row,),) = table([result("dsf@0.3/bptt", 1, [90, 60, 50])])
     assert dict(zip(headings, row, strict=True))["cosine with BPTT"] == "0.500 (1 of 3)"
 
@@ -497,7 +497,7 @@ def test_cells_are_compared_with_their_equals() -> None:
 
 
 @pytest.mark.parametrize(("parameters", "beside"), [(80, True), (133, True), (79, False), (134, False), (0, False)])
-def test_a_model_without_recurrent_cells_stands_beside_those_of_its_size(parameters: int, beside: bool) -> None:
+def test_a_model_without_recurrent_cells_is_compared_with_those_of_its_size(parameters: int, beside: bool) -> None:
     gru, s4d = result("dsf", 1, [50]), result("bptt", 1, [40])
     gru.metadata["parameters"], s4d.metadata["parameters"] = 100, parameters
     s4d.config["model"]["cell"] = "s4d"
@@ -591,7 +591,7 @@ def test_the_peak_is_that_of_the_steps_before_the_first_evaluation(run: Path, tm
         assert read_run(tmp_path / "run").peak_bytes == 200
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_raises(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder"):
         read_run(tmp_path)
 

@@ -19,7 +19,7 @@ def runs(run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("paths", [["."], ["good", "bad"], ["bad", "good"]])
-def test_a_run_that_cannot_be_read_is_left_out_and_named(
+def test_an_unreadable_run_is_left_out_with_a_notice(
     paths: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "page.html"
@@ -31,7 +31,9 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(
     assert err.count("\n") == 1
 
 
-def test_a_file_is_read_as_a_whole_or_left_out(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_an_error_is_left_out_completely(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spread = {"median": 2.0, "min": 1.0, "max": 3.0}
     line = json.dumps({"bench": "layers", "ms": spread})
     (tmp_path / "records.jsonl").write_text(f"{line}\n{{\n")
@@ -45,9 +47,26 @@ def test_a_file_is_read_as_a_whole_or_left_out(runs: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("flag", ["-o", "--markdown", "--summary"])
 @pytest.mark.parametrize("name", ["good/metrics.jsonl", "good/config.yaml", "records"])
-def test_what_is_read_is_not_overwritten(flag: str, name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_input_files_are_not_overwritten(flag: str, name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "records").write_text("{}\n")
     before = (runs / name).read_bytes()
     assert cli.main(["report", str(runs / "good"), str(runs / "records"), flag, str(runs / name)]) == 2
-    assert "the page must not replace a file that is read" in capsys.readouterr().err
+    assert "the page must not replace an input file" in capsys.readouterr().err
     assert (runs / name).read_bytes() == before
+
+
+def test_records_of_other_peoples_packages_are_not_reported(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "machine.jsonl").write_text('{"package": "darts", "model": "GRU"}\n')
+    assert cli.main(["report", str(runs), "-o", str(runs / "page.html")]) == 0
+    assert "machine.jsonl" not in capsys.readouterr().err
+
+
+def test_a_run_of_a_rule_that_does_not_exist_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "good", runs / "unknown")
+    config = runs / "unknown" / "config.yaml"
+    config.write_text(config.read_text().replace("feedback: dsf", "feedback: nope"))
+    capsys.readouterr()
+    assert cli.main(["report", str(runs), "-o", str(runs / "page.html")]) == 0
+    out, err = capsys.readouterr()
+    assert ": 1 runs, " in out
+    assert f"left out: {config} cannot be read: feedback must be " in err

@@ -98,7 +98,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_frontier_is_what_no_rule_beats_in_both(folder: Path) -> None:
+def test_the_frontier_is_the_pareto_front(folder: Path) -> None:
     for rule, seed, perplexity in (("bptt", 1, 100), ("dsf", 1, 110), ("dsf", 2, 112), ("gate", 1, 120), (0.5, 1, 90)):
         leave_run(folder / "runs", rule, seed, perplexity)
     leave_times(folder / "bench" / "training.jsonl", bptt=100.0, dsf=50.0, gate=100.0)

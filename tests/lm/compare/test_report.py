@@ -90,7 +90,7 @@ def page(
 # What it reads -------------------------------------------------------------------------------------------------------
 
 
-def test_it_reads_runs_comparisons_and_benchmarks_wherever_they_lie(page: Path, run: Path, tmp_path: Path) -> None:
+def test_it_reads_runs_comparisons_and_benchmarks_in_nested_folders(page: Path, run: Path, tmp_path: Path) -> None:
     everything = read([page.parent])
     assert (len(everything.results), len(everything.benchmarks)) == (24, 2)
     (alone,) = read([run]).results
@@ -103,7 +103,7 @@ def test_it_reads_runs_comparisons_and_benchmarks_wherever_they_lie(page: Path, 
     assert len(read([tmp_path]).results) == 2
 
 
-def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
+def test_a_result_is_equal_after_writing_and_reading(compared: list[Result]) -> None:
     assert [from_line(to_line(one)) for one in compared] == compared
 
 
@@ -121,7 +121,7 @@ def test_a_result_comes_back_from_its_line(compared: list[Result]) -> None:
         ({"metrics.jsonl": ""}, "is not a run folder"),
     ],
 )
-def test_a_user_error_is_one_sentence(
+def test_a_user_error_raises_one_sentence(
     made: dict[str, str] | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "given"
@@ -136,7 +136,7 @@ def test_a_user_error_is_one_sentence(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_figures_that_cannot_be_kept_leave_no_page(
+def test_no_page_is_written_if_figures_cannot_be_saved(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, taken = tmp_path / "report.html", tmp_path / "taken"
@@ -264,7 +264,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_from_outside_and_its_names_are_its_own(page: Path) -> None:
+def test_the_page_is_self_contained_and_its_ids_are_unique(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     reader = Reader(text)
     assert reader.open == []
@@ -393,10 +393,10 @@ def test_every_rule_has_its_own_style_in_every_figure() -> None:
         assert len(set(shown[-1].values())) == len(lines)
         assert figure.legends  # below the panel
         assert figure.axes[0].get_legend() is None
-    looks = figures.styles(one.rule for one in first).values()
-    assert len({(look.line, look.marker) for look in looks}) == 20  # to be read without the colors
-    assert [len(looks) for looks in shown] == [20, 19, 13]
-    assert all(look[rule] == shown[0][rule] for look in shown[1:] for rule in look)
+    chosen = figures.styles(one.rule for one in first).values()
+    assert len({(style.line, style.marker) for style in chosen}) == 20  # to be read without the colors
+    assert [len(chosen) for chosen in shown] == [20, 19, 13]
+    assert all(style[rule] == shown[0][rule] for style in shown[1:] for rule in style)
     assert not drawn[1].axes[0].texts  # type: ignore[union-attr]
     (wide,) = figures.plot_by(compared, "model.width", "perplexity against width").values()
     bars = {str(c.get_label()): c.lines[0] for c in wide.axes[0].containers}

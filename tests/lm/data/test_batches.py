@@ -28,7 +28,7 @@ def test_training_columns_are_continuous_text(count: int, batch: int, context: i
 
 @pytest.mark.parametrize(("count", "batch", "context"), [(50, 4, 5), (34, 4, 8), (10, 3, 20), (5, 8, 3), (2, 1, 1)])
 def test_scoring_predicts_every_token_but_the_first_once(count: int, batch: int, context: int) -> None:
-    stream = Stream(np.arange(count, dtype=np.int32), batch, context, whole=True)
+    stream = Stream(np.arange(count, dtype=np.int32), batch, context, drop_last=False)
     steps = list(stream.epoch(0))
     assert len(steps) == len(stream)
     inputs, targets = (torch.cat([step[part] for step in steps]) for part in (0, 1))
@@ -50,7 +50,7 @@ def flat(sentences: list[list[int]]) -> NDArray[np.int32]:
 
 
 @pytest.mark.parametrize(("count", "batch", "context"), [(20, 4, 64), (21, 4, 5), (3, 8, 2), (1, 1, 9)])
-def test_every_sentence_is_read_once_from_its_beginning_and_cut(count: int, batch: int, context: int) -> None:
+def test_every_sentence_is_read_once_and_truncated(count: int, batch: int, context: int) -> None:
     sentences = lines(count)
     source = Sentences(flat(sentences), batch, context, seed=3)
     steps = list(source.epoch(0))

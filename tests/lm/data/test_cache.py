@@ -19,7 +19,7 @@ TEXT = "one two three two\nthree three four\n" * 50
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of this test, in which everything is worth it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cache, "WORTH_IT", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1)
     return tmp_path / "home" / "statefeed" / "tokens"
 
 
@@ -63,7 +63,7 @@ def test_byte_pairs_are_found_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty", "longer"])
-def test_a_broken_entry_is_made_anew_with_a_sentence(
+def test_a_corrupt_entry_is_written_again_with_a_notice(
     damage: str, words: Tokenizer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache.encode(words, TEXT)
@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert err.count("\n") == 1
 
 
-def test_an_interrupted_write_leaves_nothing(words: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_no_file(words: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: str, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -100,8 +100,8 @@ def test_an_interrupted_write_leaves_nothing(words: Tokenizer, folder: Path, mon
     assert list(folder.iterdir()) == []
 
 
-def test_small_texts_are_not_kept(words: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "WORTH_IT", 1 << 20)
+def test_small_texts_are_not_cached(words: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 1 << 20)
     assert cache.encode(words, TEXT).tolist() == words.encode(TEXT).tolist()
     cache.tokenizer(Data(tokens="bpe"), {"train": TEXT})
     assert not folder.exists()
@@ -109,7 +109,7 @@ def test_small_texts_are_not_kept(words: Tokenizer, folder: Path, monkeypatch: p
 
 def _encode(times: int) -> bool:
     """In a process of its own: whether every reading gives the ids of the text."""
-    cache.WORTH_IT = 1
+    cache.MIN_CACHED_BYTES = 1
     words = tokens.train(Data(tokens="word"), {"train": TEXT})
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "statefeed" / "tokens"
     expected = words.encode(TEXT).tolist()
@@ -122,6 +122,6 @@ def _encode(times: int) -> bool:
     return same
 
 
-def test_processes_do_not_disturb_each_other(folder: Path) -> None:
+def test_processes_can_use_the_cache_at_the_same_time(folder: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_encode, [30, 30]) == [True, True]

@@ -18,7 +18,7 @@ def read(path: Path, **more: float) -> Corpus:
     return corpora.read(Data(corpus="text", path=str(path), **more))  # type: ignore[arg-type]
 
 
-def test_contiguous_shares_lose_nothing_and_cut_at_lines(tmp_path: Path) -> None:
+def test_contiguous_splits_are_the_text_and_begin_at_lines(tmp_path: Path) -> None:
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     splits = read(tmp_path / "a.txt").splits
@@ -28,7 +28,7 @@ def test_contiguous_shares_lose_nothing_and_cut_at_lines(tmp_path: Path) -> None
         assert abs(len(splits[split]) / len(text) - share) < 0.002
 
 
-def test_shares_are_configured_and_no_test_share_is_no_test_split(tmp_path: Path) -> None:
+def test_split_fractions_are_configured_and_zero_gives_no_test_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 1000)
     splits = read(tmp_path / "a.txt", valid=0.2, test=0.0).splits
     assert {split: len(part) for split, part in splits.items()} == {"train": 800, "valid": 200}
@@ -56,14 +56,16 @@ def test_long_lines_leave_no_split_empty(tmp_path: Path, text: str) -> None:
         ("abc", {"valid": 0.9, "test": 0.05}, "leave nothing of 3 characters to train on"),
     ],
 )
-def test_a_text_too_short_for_its_shares(tmp_path: Path, text: str, shares: dict[str, float], sentence: str) -> None:
+def test_a_text_too_short_for_its_splits_raises(
+    tmp_path: Path, text: str, shares: dict[str, float], sentence: str
+) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(UsageError, match=sentence):
         read(tmp_path / "a.txt", **shares)
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
-def test_given_splits_plain_and_packed(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+def test_published_splits_plain_and_compressed(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
     for name, text in (("ptb.train.txt", "ä train\n"), ("ptb.valid.txt", "ä valid\n"), ("README.md", "not a split\n")):
         (tmp_path / (name + suffix)).write_bytes(pack(text.encode()))
     corpus = read(tmp_path)
@@ -91,7 +93,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert "".join(read(tmp_path).splits.values()) == "a\n" + "\ufeffa\n" * 39 + "b\n"
 
 
-def test_files_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_files_raise(tmp_path: Path) -> None:
     files = {
         "empty.txt": (b"  \n", "empty.txt is empty"),
         "mark.txt": (b"\xef\xbb\xbf\n", "mark.txt is empty"),
@@ -147,7 +149,7 @@ def test_which_names_are_those_of_splits(
         assert list(corpus.splits.items()) == [(s, n * 50) for s, n in zip(splits, used, strict=True)]
 
 
-def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unread_files_give_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train.txt", "valid.txt", "chapter2.txt", ".hidden"):
         (tmp_path / name).write_text(name)
     (tmp_path / "more").mkdir()
@@ -155,6 +157,22 @@ def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == (
         f"statefeed: data.path: of {tmp_path} train.txt, valid.txt are read; chapter2.txt, more/ are not read\n"
     )
+
+
+@pytest.mark.parametrize("names", [("a.txt", "a.txt.bak", "a.txt.gz"), ("a.txt.gz", "a.txt.xz")])
+def test_a_file_that_is_there_packed_as_well_is_not_read_twice(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+        (tmp_path / name).write_bytes(pack(b"the same\n"))
+    with pytest.raises(UsageError, match=f"{names[0]} and .*{names[-1]} are the same file, one of them packed"):
+        read(tmp_path)
+
+
+def test_one_text_as_two_splits_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, text in {"train": "one\n", "valid": "two\n", "test": "two\n"}.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    read(tmp_path)
+    assert capsys.readouterr().err.startswith(f"statefeed: the valid and test splits of {tmp_path.name} are the same")
 
 
 def test_one_text_as_train_and_valid_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,13 +183,13 @@ def test_one_text_as_train_and_valid_is_noticed(tmp_path: Path, capsys: pytest.C
         assert "are the same text" in capsys.readouterr().err
 
 
-def test_line_ends_of_cr_alone_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cr_line_ends_give_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_bytes(b"one line\rtwo\r" * 20)
     read(tmp_path / "a.txt")
-    assert "a.txt has line ends of CR alone" in capsys.readouterr().err
+    assert "a.txt has CR line ends" in capsys.readouterr().err
 
 
-def test_folders_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no file or folder"):
         read(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds no files"):
@@ -180,7 +198,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has train but no valid file"):
         read(tmp_path)
     (tmp_path / "old.train.txt").write_text("a")
-    with pytest.raises(UsageError, match="both call themselves the train split"):
+    with pytest.raises(UsageError, match="are both named as the train split"):
         read(tmp_path)
 
 
@@ -226,12 +244,12 @@ def test_pydoc_of_a_python_without_documentation(library: Path) -> None:
         corpora.read(Data())
 
 
-def test_pydoc_with_a_share_too_small(library: Path) -> None:
+def test_pydoc_with_too_small_a_fraction_raises(library: Path) -> None:
     with pytest.raises(UsageError, match="leaves a split of the pydoc corpus without a document"):
         corpora.read(Data(valid=1e-9))
 
 
-def test_pydoc_is_about_two_megabytes_in_shares_and_no_split_repeats_another() -> None:
+def test_pydoc_is_about_two_megabytes_and_its_splits_share_no_paragraph() -> None:
     corpus = corpora.read(Data())
     total = sum(corpus.sizes.values())
     assert 1.2e6 < total < 4e6
@@ -264,7 +282,7 @@ def test_published_corpora_in_every_form(
     assert corpora.read(data).splits.keys() == {"train", "valid"}
 
 
-def test_published_corpora_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_published_corpora_raise(tmp_path: Path) -> None:
     def refused(corpus: str, sentence: str) -> None:
         with pytest.raises(UsageError, match=sentence) as error:
             corpora.read(Data(corpus=corpus, path=str(tmp_path / "given")))  # type: ignore[arg-type]

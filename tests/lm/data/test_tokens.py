@@ -26,7 +26,7 @@ def test_text_survives(kind: Kind, tmp_path: Path) -> None:
     assert again.encode(TEXT).tolist() == ids.tolist()
 
 
-def test_characters_are_those_of_every_split_and_no_others() -> None:
+def test_characters_are_those_of_all_splits() -> None:
     tokenizer = tokens.train(Data(tokens="char"), SPLITS)
     assert tokenizer.decode(tokenizer.encode("Ω").tolist()) == "Ω"
     assert tokenizer.unknown("cat§") == "§"
@@ -51,12 +51,12 @@ def test_byte_pairs_are_the_same_every_time() -> None:
 @pytest.mark.parametrize(
     "piece", [" = Title = \n \n a text , it 's <unk> \n", "x = 1\n\n    y\n\tz\n  é 😀\n", "\ny\nz\n"]
 )
-def test_byte_pairs_in_parts_are_those_of_the_whole(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_byte_pairs_of_parts_are_those_of_the_text(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (TEXT + piece) * 40
     whole = tokens.BytePairs.train(text, 290)
     expected = whole.encode(text)
     monkeypatch.setattr(tokens, "PART", 7)
-    parts = list(tokens._parts(text))
+    parts = list(tokens.text_parts(text))
     assert len(parts) > 40
     assert "".join(parts) == text
     assert whole.encode(text).tolist() == expected.tolist()
@@ -76,7 +76,7 @@ def test_sentences_begin_and_end(tmp_path: Path) -> None:
     assert tokens.load(data, tmp_path / "tokenizer.json").encode("b c\na\n").tolist() == [2, 4, 0, 1, 2, 3, 1, 2]
 
 
-def test_words_rare_ones_unknown_lines_ended(tmp_path: Path) -> None:
+def test_words_with_unk_and_eos(tmp_path: Path) -> None:
     data = Data(tokens="word", vocabulary=4)
     tokenizer = tokens.train(data, {"train": "b a <unk> c a\nb a\n"})
     ids = tokenizer.encode("a b\nc d\n")
@@ -101,7 +101,7 @@ def test_ties_between_words_fall_to_the_alphabet() -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff"])
 @pytest.mark.parametrize("kind", ["char", "word", "bpe"])
-def test_a_broken_file_is_refused(kind: Kind, content: bytes | None, tmp_path: Path) -> None:
+def test_a_corrupt_file_raises(kind: Kind, content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)

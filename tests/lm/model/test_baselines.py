@@ -57,7 +57,7 @@ def test_no_gradient_comes_from_later_tokens(cell: Cell) -> None:
 @pytest.mark.parametrize("cuts", [(4,), (1, 2, 9), tuple(range(1, T))])
 @pytest.mark.parametrize("cell", BASELINES)
 @torch.no_grad()
-def test_a_text_read_in_pieces_has_the_logits_of_the_whole(cell: Cell, cuts: tuple[int, ...]) -> None:
+def test_a_text_read_in_segments_has_the_logits_of_one_call(cell: Cell, cuts: tuple[int, ...]) -> None:
     model = language_model(cell)
     tokens = torch.randint(V, (T, B))
     whole, _ = model(tokens)
@@ -85,13 +85,13 @@ def test_sampling_is_the_argmax_of_the_whole_text_and_the_state_stays_as_large(c
 
 
 @pytest.mark.parametrize("cell", BASELINES)
-def test_what_is_behind_the_end_of_a_column_changes_nothing_before_it(cell: Cell) -> None:
+def test_padding_after_the_end_of_a_column_changes_no_output_before_it(cell: Cell) -> None:
     layer = language_model(cell).blocks[0].rnn
     assert isinstance(layer, nn.Module)
     x = torch.randn(T, B, H)
-    cut = x.clone()
-    cut[6:, 1] = 7.0
-    found, expected = layer(cut)[0], layer(x)[0]
+    changed = x.clone()
+    changed[6:, 1] = 7.0
+    found, expected = layer(changed)[0], layer(x)[0]
     torch.testing.assert_close(found[:6], expected[:6], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[:, [0, 2]], expected[:, [0, 2]])
 

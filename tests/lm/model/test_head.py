@@ -60,7 +60,7 @@ def test_a_row_whose_logits_are_far_apart_has_a_finite_loss() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_under_autocast_products_are_narrow_and_sums_wide(training: bool) -> None:
+def test_under_autocast_products_are_bf16_and_sums_float32(training: bool) -> None:
     x, weight, bias, targets = arguments()
     expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):

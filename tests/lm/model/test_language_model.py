@@ -15,7 +15,7 @@ V, T, B = 29, 7, 3
 
 @pytest.mark.parametrize("block", ["plain", "prenorm"])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-def test_a_text_read_in_two_pieces_has_the_logits_of_the_whole(cell: str, block: str) -> None:
+def test_a_text_read_in_two_segments_has_the_logits_of_one_call(cell: str, block: str) -> None:
     torch.manual_seed(0)
     model = LanguageModel(Model(cell=cell, block=block, width=8), V)  # type: ignore[arg-type]
     tokens = torch.randint(V, (T, B))
@@ -27,14 +27,14 @@ def test_a_text_read_in_two_pieces_has_the_logits_of_the_whole(cell: str, block:
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_some_columns_begin_anew(cell: str) -> None:
+def test_the_state_of_some_columns_is_reset(cell: str) -> None:
     model = LanguageModel(Model(cell=cell, width=8), V)  # type: ignore[arg-type]
     tokens = torch.randint(V, (T, B))
     _, states = model(tokens)
     after, _ = model(tokens, detach_states(states, torch.tensor([[True], [False], [True]])))
-    goes_on, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
+    continued, _ = model(tokens, detach_states(states, torch.ones(B, 1)))
     from_zero, _ = model(tokens)
-    torch.testing.assert_close(after[:, [0, 2]], goes_on[:, [0, 2]])
+    torch.testing.assert_close(after[:, [0, 2]], continued[:, [0, 2]])
     torch.testing.assert_close(after[:, 1], from_zero[:, 1])
     assert all(not part.requires_grad for s in detach_states(states, torch.ones(B, 1)) for part in s)
 
@@ -99,7 +99,7 @@ def test_loss_counts_the_marked_targets_out() -> None:
     torch.testing.assert_close(loss.mean, torch.stack(expected).mean())
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_in_training_only() -> None:
     model = LanguageModel(Model(width=8, dropout=0.5), V)
     tokens = torch.randint(V, (T, B))
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
@@ -108,13 +108,13 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize(("cell", "feedback"), [("rnn", "gate"), ("gru", "dfs"), ("gru", "gate+x")])
-def test_a_rule_that_does_not_exist_or_fit_is_refused(cell: str, feedback: str) -> None:
+def test_an_unknown_or_unsupported_rule_raises(cell: str, feedback: str) -> None:
     with pytest.raises(UsageError, match=f"model.feedback={feedback.split('+')[0]}") as refused:
         LanguageModel(Model(cell=cell, feedback=feedback), V)  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
 
 
-def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
+def test_the_rule_reaches_every_layer_and_changes_only_the_gradient() -> None:
     torch.manual_seed(0)
     exact = LanguageModel(Model(width=8, feedback="bptt"), V)
     cheap = LanguageModel(Model(width=8, feedback="dsf"), V)
@@ -131,7 +131,7 @@ def test_the_rule_reaches_every_layer_and_changes_the_gradient_alone() -> None:
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("block", ["plain", "prenorm", "stacked"])
-def test_padded_sentences_cost_what_each_costs_alone(cell: str, block: str) -> None:
+def test_the_loss_of_padded_sentences_is_that_of_each_sentence(cell: str, block: str) -> None:
     """Neither the loss nor a gradient knows how far a column is filled up, nor with what."""
     torch.manual_seed(0)
     model = LanguageModel(Model(cell=cell, block=block, width=8, feedback="dsf"), V)  # type: ignore[arg-type]
@@ -153,13 +153,13 @@ def test_padded_sentences_cost_what_each_costs_alone(cell: str, block: str) -> N
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_fresh_batch_begins_without_the_states_it_is_given() -> None:
+def test_a_batch_with_is_start_ignores_the_states() -> None:
     model = LanguageModel(Model(width=8), V)
     tokens = torch.randint(V, (2, T, B))
     _, states = model(tokens[0])
     states = detach_states(states, torch.ones(B, 1))
-    goes_on, fresh = (model.loss(Batch(*tokens, None, is_start=fresh), states).sum.item() for fresh in (False, True))
-    assert fresh == model.loss(Batch(*tokens, None, is_start=True)).sum.item() != goes_on
+    continued, fresh = (model.loss(Batch(*tokens, None, is_start=fresh), states).sum.item() for fresh in (False, True))
+    assert fresh == model.loss(Batch(*tokens, None, is_start=True)).sum.item() != continued
 
 
 def test_stacked_blocks_are_the_layers_of_torch_on_top_of_each_other() -> None:

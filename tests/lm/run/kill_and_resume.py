@@ -33,7 +33,7 @@ def end(child: int) -> int:
 
 def main() -> None:
     folder, kills, dice, arguments = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3])), sys.argv[4:]
-    cli.own_process()
+    cli.configure_process()
     torch.set_num_threads(1)
     for name in ("whole", "again"):  # the first may have kernels to compile
         began = time.monotonic()

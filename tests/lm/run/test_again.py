@@ -18,15 +18,15 @@ from statefeed.lm.run import train as training
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps at which Ctrl-C is pressed."""
-    draw, steps = training._draw, list[int]()
+    seed_step, steps = training.seed_step, list[int]()
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         if step in steps:
             steps.remove(step)
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(recipe, step, columns, rank)
+        return seed_step(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
     return steps
 
 
@@ -54,7 +54,7 @@ def test_it_resumes_what_was_interrupted_and_numbers_what_comes_after(
     assert {path.name for path in tmp_path.iterdir()} == {"a", "a-2"}
 
 
-def test_an_unfinished_run_of_another_recipe_is_left_alone(
+def test_an_unfinished_run_of_another_recipe_is_kept(
     flags: list[str], tmp_path: Path, interrupt: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", *flags, "--again", f"--run.dir={tmp_path / 'a'}"]

@@ -1,4 +1,4 @@
-"""The run folder: weights are replaced whole or not at all, and a folder that is no run is refused."""
+"""The run folder: weights are replaced atomically, and a folder without a run raises."""
 
 import shutil
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_best_keeps_the_lowest_loss(folder: Path) -> None:
     assert (again.step, again.epoch, again.score) == (2, 1, best.score)
 
 
-def test_a_folder_that_is_taken(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_raises(tmp_path: Path) -> None:
     check_unused(Config(run=Run(dir=str(tmp_path))))
     check_unused(Config(run=Run(dir=str(tmp_path / "new"))))
     (tmp_path / "config.yaml").touch()
@@ -123,11 +123,15 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
         ("record.json", b"{", "record.json cannot be read"),
         *[("record.json", content, "cannot be read: ") for content in (b"{}", b"[]", b"null")],
         ("tokenizer.json", None, "tokenizer.json cannot be read"),
-        ("weights.safetensors", None, "holds no weights yet"),
+        (
+            "weights.safetensors",
+            None,
+            "holds no weights.safetensors: its training ended before the first validation, or the file was removed",
+        ),
         ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),
     ],
 )
-def test_a_broken_run_is_one_sentence(
+def test_a_corrupt_run_raises_a_clear_error(
     run: Path, tmp_path: Path, name: str, content: bytes | None, sentence: str
 ) -> None:
     folder = tmp_path / "run"
@@ -141,11 +145,11 @@ def test_a_broken_run_is_one_sentence(
     assert "\n" not in str(refused.value)
 
 
-def test_weights_of_another_width_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_of_another_width_raise(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("width: 16", "width: 8"))
-    with pytest.raises(UsageError, match="does not fit the recipe beside it") as refused:
+    with pytest.raises(UsageError, match="does not match the recipe of the run") as refused:
         load(folder)
     assert "\n" not in str(refused.value)

@@ -44,7 +44,7 @@ def test_without_a_gpu_there_is_no_silent_fallback_to_the_cpu(
     assert not folder.exists()
 
 
-def test_the_device_stands_in_the_record_and_the_first_line(
+def test_the_device_is_in_the_record_and_the_first_line(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", *flags, "--train.device=cpu", f"--run.dir={tmp_path / 'run'}"]) == 0
@@ -75,7 +75,7 @@ def test_float16_scales_the_loss_and_resumes_with_its_scale(
 
     monkeypatch.setattr(torch.amp, "GradScaler", eager)
     flags = [*flags, "--train.precision=float16", "--train.loss=window", "--run.checkpoint_minutes=0"]
-    flags.append("--run.checkpoints=99")
+    flags += ["--run.checkpoints=99", "--train.device=cpu"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert cli.main(["train", *flags, f"--run.dir={whole}"]) == 0
     saved = [tensor_file.read(path) for path in sorted((whole / "checkpoints").iterdir())]

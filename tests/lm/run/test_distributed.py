@@ -128,7 +128,7 @@ def test_a_run_is_resumed_with_another_number_of_processes(flags: list[str], tmp
     ("rank", "parallel"),
     [pytest.param(0, "ddp", marks=slow), (1, "ddp"), pytest.param(1, "fsdp", marks=slow)],
 )
-def test_a_dead_process_ends_the_job_with_a_sentence(
+def test_a_dead_process_ends_the_job_with_a_clear_error(
     rank: int, parallel: str, flags: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -150,7 +150,7 @@ def test_a_dead_process_ends_the_job_with_a_sentence(
     assert re.search(r"; resume with `\S*(python\S* -m )?statefeed train --resume --run\.dir=", sentence[1])
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(flags: list[str], tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_split_raises(flags: list[str], tmp_path: Path) -> None:
     code, _, err = finished(launch(*flags, "--train.batch=5", f"--run.dir={tmp_path / 'run'}"))
     assert code != 0
     assert (
@@ -173,7 +173,7 @@ def test_every_sequence_is_read_once() -> None:
                 assert read == list(range(total))
 
 
-def test_states_are_cut_and_joined() -> None:
+def test_states_are_sharded_and_gathered() -> None:
     group = Group()
     states = [torch.randn(1, 6, 3), (torch.randn(1, 6, 3), torch.randn(2, 6, 3))]
     parts = [group.shard(states, part) for part in group.columns(6, 3)]

@@ -25,7 +25,7 @@ def test_score_against_its_definition(batch: int) -> None:
     torch.manual_seed(0)
     model = LanguageModel(Model(width=8, cell="lstm", dropout=0.5), 11)
     tokens = torch.randint(11, (40,))
-    found = score(model, Stream(tokens.int().numpy(), batch, context=7, whole=True), size=60)
+    found = score(model, Stream(tokens.int().numpy(), batch, context=7, drop_last=False), size=60)
     assert model.training
     model.eval()
     rows = math.ceil(39 / batch)
@@ -66,7 +66,7 @@ def test_trained_weights_in_plain_torch_layers_have_the_same_perplexity(
     ids = torch.from_numpy(loaded.tokenizer.encode(corpus.splits["test"])).long().unsqueeze(1)
     with torch.no_grad():
         loss = F.cross_entropy(plain(ids[:-1]).squeeze(1), ids[1:, 0]).item()
-    ours = score(loaded.model, Stream(ids[:, 0].int().numpy(), 1, 10**6, whole=True), corpus.sizes["test"])
+    ours = score(loaded.model, Stream(ids[:, 0].int().numpy(), 1, 10**6, drop_last=False), corpus.sizes["test"])
     assert ours.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_evaluate_repeats_what_training_recorded(run: Path, split: str, capsys: 
     )
 
 
-def test_a_text_that_has_changed_is_refused(
+def test_a_changed_text_raises(
     flags: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     story = tmp_path / "story.txt"
@@ -98,4 +98,4 @@ def test_a_text_that_has_changed_is_refused(
 
 def test_one_token_has_no_score() -> None:
     with pytest.raises(UsageError, match="at least 2 tokens to be scored, got 1"):
-        score(LanguageModel(Model(width=8), 11), Stream(np.array([3], np.int32), 2, 3, whole=True), 4)
+        score(LanguageModel(Model(width=8), 11), Stream(np.array([3], np.int32), 2, 3, drop_last=False), 4)

@@ -81,7 +81,7 @@ def test_a_run_whose_rules_change_is_extended(rules: str, flags: list[str], tmp_
         (["--train.steps=20", "--train.lr=1"], "train.lr is 0.003 there, got 1.0"),
     ],
 )
-def test_what_is_no_extension_is_refused(
+def test_a_change_that_is_not_an_extension_raises(
     arguments: list[str], sentence: str, copied: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()

@@ -23,7 +23,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return model.eval()
 
 
-def test_greedy_sampling_is_the_argmax_of_the_whole_text_read_again(model: LanguageModel) -> None:
+def test_greedy_sampling_is_the_argmax_of_a_call_on_the_full_text(model: LanguageModel) -> None:
     text = [3, 1, 4]
     sampled = list(islice(generate(model, text, top_k=1), 20))
     for token in sampled:
@@ -101,7 +101,7 @@ class Fixed(LanguageModel):
         ({"temperature": 1e-4}, {0: 1.0}),
     ],
 )
-def test_what_the_filters_leave(options: dict[str, float], left: dict[int, float]) -> None:
+def test_top_k_and_top_p(options: dict[str, float], left: dict[int, float]) -> None:
     count = 4000
     sample = list(islice(generate(Fixed([0.5, 0.05, 0.3, 0.15]), [0], **options), count))  # type: ignore[arg-type]
     assert set(sample) == set(left)

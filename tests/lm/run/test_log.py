@@ -98,7 +98,7 @@ def test_the_time_of_scores_is_not_training_time(tmp_path: Path, monkeypatch: py
     assert [row["backward_ms"] for row in train] == [3000.0, 3000.0]
 
 
-def test_it_resumes_where_it_was(tmp_path: Path) -> None:
+def test_it_resumes_after_the_last_record(tmp_path: Path) -> None:
     """Rows after the checkpoint are dropped, the steps since the last row remembered."""
     with Log(tmp_path / "whole.jsonl", steps=3 * TRAIN_ROWS) as whole:
         for step in range(1, 7):
@@ -133,7 +133,7 @@ def test_no_row_and_no_state_of_a_loss_that_is_not_finite(tmp_path: Path) -> Non
     assert (tmp_path / "m.jsonl").read_text() == ""
 
 
-def test_a_process_that_only_helps_says_nothing(
+def test_only_rank_zero_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,7 +144,7 @@ def test_a_process_that_only_helps_says_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_that_is_not_installed_is_one_sentence(
+def test_missing_tensorboard_raises_a_clear_error(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

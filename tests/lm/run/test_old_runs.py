@@ -91,7 +91,7 @@ RULES = {
 def wrong(names: dict[str, str]) -> list[str]:
     """The rules that a mapping of names gets wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(migration, "_RULE", names)
+        patch.setattr(migration, "RULE_NAMES", names)
         return [old for old, today in RULES.items() if migration.rule(old) != today]
 
 
@@ -150,7 +150,9 @@ def test_a_run_under_an_exact_rule_is_resumed_bit_for_bit(rule: str, text: Path,
     assert cli.main(["train", "--resume", f"--run.dir={folder}", *flags[:-1], f"--model.feedback={rule}"]) == 2
 
 
-def test_a_recipe_is_refused_with_the_new_name(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_rule_in_a_recipe_raises_with_the_new_name(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data: {{corpus: text, path: {text}, tokens: char}}\nmodel: {{feedback: fused-bptt}}\n")
     assert cli.main(["train", str(recipe), f"--run.dir={tmp_path / 'run'}"]) == 2

@@ -21,18 +21,18 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_of_two_runs_started_together_one_is_refused_and_changes_nothing(
+def test_of_two_runs_started_together_one_raises_and_changes_no_file(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process makes its run while this one prepares its own."""
     folder = tmp_path / "run"
-    prepare, held = training.prepare, list[dict[str, bytes]]()
+    prepare, before = training.prepare, list[dict[str, bytes]]()
     code = (
         "import sys; from pathlib import Path; from statefeed.lm.run.lock import lock\n"
         "folder = Path(sys.argv[1]); folder.mkdir()\n"
         "with lock(folder):\n"
         "    (folder / 'config.yaml').write_text('theirs'); (folder / 'tokenizer.json').write_text('theirs')\n"
-        "    print('held', flush=True); sys.stdin.read()"
+        "    print('before', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(folder)]
     others = []
@@ -41,8 +41,8 @@ def test_of_two_runs_started_together_one_is_refused_and_changes_nothing(
         setup = prepare(*arguments)  # type: ignore[arg-type]
         others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert others[0].stdout is not None
-        assert others[0].stdout.readline() == "held\n"
-        held.append(content(folder))
+        assert others[0].stdout.readline() == "before\n"
+        before.append(content(folder))
         return setup
 
     monkeypatch.setattr(training, "prepare", meanwhile)
@@ -52,7 +52,7 @@ def test_of_two_runs_started_together_one_is_refused_and_changes_nothing(
         assert err.startswith(f"statefeed: {folder} is being trained by another process: ")
         assert "--resume" not in err
         assert err.count("\n") == 1
-        assert content(folder) == held[0]
+        assert content(folder) == before[0]
     finally:
         others[0].communicate()
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_is_locked_before_its_record_is_changed(
     assert content(folder) == content(run)
 
 
-def test_a_folder_whose_run_was_never_made_is_free(flags: list[str], run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_created_run_can_be_used(flags: list[str], run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     with lock(folder):
@@ -127,17 +127,17 @@ def test_a_run_copied_without_checkpoints_is_scored_and_not_resumed(
 def test_a_folder_that_is_removed_during_training_keeps_nothing(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, draw = tmp_path / "run", training._draw
+    folder, draw = tmp_path / "run", training.seed_step
 
     def removed(recipe: object, step: int, *rest: int) -> object:
         if step == 7:
             shutil.rmtree(folder)
         return draw(recipe, step, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "_draw", removed)
+    monkeypatch.setattr(training, "seed_step", removed)
     assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 2
     err = capsys.readouterr().err
     assert f"{folder} was removed" in err
-    assert err.endswith(f"{folder} was removed, and keeps nothing\n")
+    assert err.endswith(f"{folder} was removed\n")
     assert "--resume" not in err
     assert err.count("\n") == 1

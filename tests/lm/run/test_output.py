@@ -86,6 +86,6 @@ def test_text_that_the_encoding_of_stdout_lacks_is_replaced(flags: list[str], tm
         assert "?" in done.stdout
 
 
-def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     output.console(soft_wrap=True).print("a :smile: [bold]b[/bold] 12")
     assert capsys.readouterr().out == "a :smile: [bold]b[/bold] 12\n"

@@ -61,14 +61,14 @@ def run(flags: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFac
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: int) -> None:
     """Send this process signals in the middle of a step."""
-    draw = training._draw
+    draw = training.seed_step
 
     def interrupted(recipe: Train, step: int, columns: int, rank: int) -> torch.Tensor:
         for number in numbers if step == at else ():
             os.kill(os.getpid(), number)
         return draw(recipe, step, columns, rank)
 
-    monkeypatch.setattr(training, "_draw", interrupted)
+    monkeypatch.setattr(training, "seed_step", interrupted)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_the_last_checkpoints_are_kept(flags: list[str], tmp_path: Path) -> None
     assert names == [f"step-{step:09}.safetensors" for step in (10, 11, 12)]
 
 
-def test_what_a_user_puts_beside_the_checkpoints_stays(stopped: Callable[..., Path]) -> None:
+def test_files_of_the_user_in_the_checkpoint_folder_are_not_removed(stopped: Callable[..., Path]) -> None:
     folder = stopped()
     last = max((folder / "checkpoints").iterdir())
     kept = folder / "checkpoints" / "kept"
@@ -312,7 +312,9 @@ def test_a_damaged_record_is_reported(
     assert (folder / "record.json").read_text() == content
 
 
-def test_where_a_run_went_on_is_recorded(stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_a_resumed_run_is_recorded(
+    stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = stopped()
     record = json.loads((folder / "record.json").read_text())
     for machine in (None, "another", "another"):
@@ -347,7 +349,7 @@ def test_every_way_to_resume(flags: list[str], run: Path, stopped: Callable[...,
         assert metrics(tmp_path / "moved" if "moved" in arguments[0] else first) == metrics(run)
 
 
-def test_resuming_what_has_not_begun_begins_it(run: Path, tmp_path: Path) -> None:
+def test_resuming_a_missing_run_starts_it(run: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     shutil.copy(run / "config.yaml", recipe)
     for made in (False, True):
@@ -366,14 +368,14 @@ def test_resuming_what_has_not_begun_begins_it(run: Path, tmp_path: Path) -> Non
         assert metrics(folder) == metrics(run)
 
 
-def test_resuming_a_run_that_has_ended_changes_nothing(run: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert metrics(folder) == metrics(run)
 
 
-def test_what_cannot_be_resumed(
+def test_runs_that_cannot_be_resumed_raise(
     flags: list[str], stopped: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stopped()
@@ -416,7 +418,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, alter, empty])
-def test_a_broken_checkpoint_falls_back_to_the_one_before(
+def test_the_previous_checkpoint_is_used_if_the_last_is_corrupt(
     damage: Callable[[Path], None], run: Path, stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stopped()
@@ -527,7 +529,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
         assert all(bool(value.isfinite().all()) for name, value in tensors.items() if name.startswith("model."))
 
 
-def test_rules_that_do_not_fit_are_refused_before_anything_is_written(
+def test_unsupported_rules_raise_before_anything_is_written(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rules in ("dsf@0.5/gate", "gate@0.5/dsf", "dsf@0.3/calibrated@0.6/gate+1", "dsf@0.5/nothing", "dsf@2/bptt"):
@@ -546,15 +548,13 @@ def test_checkpoints_hold_plain_tensors(run: Path) -> None:
     assert metadata.keys() == {"step", "log", "scaler"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_another_model_raises(stopped: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = stopped()
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("width: 16", "width: 8"))
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert "does not fit the recipe beside it" in err
+    assert "does not match the recipe of the run" in err
     assert err.count("\n") == 1
 
 

@@ -42,7 +42,7 @@ def test_no_file_runs_code(
     assert not mark.exists()
 
 
-def test_the_planted_files_would_run_code_where_code_is_run(tmp_path: Path) -> None:
+def test_planted_files_run_code_if_loaded(tmp_path: Path) -> None:
     import pickle
 
     mark = tmp_path / "mark"
@@ -54,14 +54,14 @@ def test_the_planted_files_would_run_code_where_code_is_run(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("size", [2**62, 2**40, 10])
-def test_weights_whose_sizes_lie(size: int, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_with_wrong_sizes_raise(size: int, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = json.dumps({"head.weight": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
     for length in (len(header), 2**62):
         (copied / "weights.safetensors").write_bytes(struct.pack("<Q", length) + header + b"\0" * 8)
         refused(copied, capsys, COMMANDS[:2])
 
 
-def test_a_recipe_whose_sizes_lie(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_with_wrong_sizes_raises(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = (copied / "config.yaml").read_text()
     for width in (10**8, 2**62, 10**20):
         (copied / "config.yaml").write_text(recipe.replace("width: 16", f"width: {width}"))
@@ -75,7 +75,7 @@ def test_names_of_tensors_that_climb(copied: Path, tmp_path: Path, capsys: pytes
     assert not list(tmp_path.rglob("climbed*"))
 
 
-def test_a_recipe_that_names_other_places_writes_nothing_there(
+def test_a_recipe_with_other_paths_writes_nothing_there(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder of a run is where it is, whatever its recipe says."""

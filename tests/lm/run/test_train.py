@@ -47,7 +47,7 @@ def test_a_run_leaves_its_configuration_record_tokenizer_metrics_weights_and_cur
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_have_one_row_a_step_and_one_a_score(run: Path) -> None:
+def test_metrics_have_one_row_per_step_and_one_per_score(run: Path) -> None:
     found = rows(run)
     assert [(row["split"], row["step"]) for row in found if row["split"] != "train"] == [
         ("valid", 4),
@@ -93,7 +93,7 @@ def test_epochs_begin_again_where_the_text_does(
     assert f"{len(epochs)} steps of 4 x 200 tokens" in capsys.readouterr().out
 
 
-def test_the_weights_kept_are_those_of_the_best_validation(flags: list[str], tmp_path: Path) -> None:
+def test_the_saved_weights_are_those_of_the_best_validation(flags: list[str], tmp_path: Path) -> None:
     """A learning rate that ruins the model after a good beginning: the last weights are not the best."""
     folder = tmp_path / "run"
     ruin = ["--train.schedule=constant", "--train.warmup=60", "--train.lr=3", "--train.steps=60", "--train.clip=null"]
@@ -108,7 +108,7 @@ def test_the_weights_kept_are_those_of_the_best_validation(flags: list[str], tmp
     assert run.tokenizer.size == len(set(text))
 
 
-def test_a_corpus_without_test_split_says_so_and_reports_none(
+def test_a_corpus_without_test_split_reports_no_test_score(
     flags: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = tmp_path / "given"
@@ -204,7 +204,7 @@ def test_the_gradient_is_clipped_as_torch_does(clip: float, flags: list[str], tm
     assert found == pytest.approx(min(norm, clip), rel=1e-3)
 
 
-def test_losses_in_bfloat16_are_near_those_in_float32(flags: list[str], tmp_path: Path) -> None:
+def test_losses_in_bfloat16_are_close_to_those_in_float32(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, "--model.block=prenorm", "--train.steps=60"]
     wide, narrow = (losses([*flags, f"--train.precision={kind}"], tmp_path / kind) for kind in ("float32", "bfloat16"))
     assert wide[-1] < wide[0] - 0.3
@@ -224,7 +224,7 @@ def test_no_step_is_charged_with_the_kernels_that_the_first_run_compiles(
         return kernels.unavailable(device) is None
 
     monkeypatch.setattr(kernels, "available", slow)
-    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    monkeypatch.setattr(training, "NOTICE_DELAY", 0.5)
     for folder, times in ((tmp_path / "first", 1), (tmp_path / "second", 0)):
         assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
         out = capsys.readouterr().out
@@ -242,6 +242,34 @@ def test_learning_rate() -> None:
         assert learning_rate(recipe, 200, 200, 0) == pytest.approx(last, rel=1e-2)
     assert learning_rate(Train(warmup=0, lr=1.0, schedule="linear"), 1, 10, 0) == 1.0
     assert learning_rate(Train(warmup=50, lr=1.0), 20, 20, 0) == 0.4
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_parallel_forward_pass_has_the_same_losses(cell: str, flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, f"--model.cell={cell}", "--train.steps=6"]
+    for name, method in (("sequential", "sequential"), ("newton", "newton(1e-3)")):
+        assert cli.main(["train", *flags, f"--model.forward={method}", f"--run.dir={tmp_path / name}"]) == 0
+    ours, theirs = (
+        torch.tensor([row["loss"] for row in metrics(tmp_path / name)]) for name in ("newton", "sequential")
+    )
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    assert cli.main(["evaluate", str(tmp_path / "newton")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--model.forward=newtn"], "model.feedback=dsf, model.forward=newtn: forward_method must be"),
+        (["--model.forward=newton", "--model.feedback=torch"], 'does not support feedback "torch"'),
+        (["--model.forward=newton", "--model.feedback=dsf@0.5/torch"], 'does not support feedback "torch"'),
+    ],
+)
+def test_a_wrong_forward_method_raises(
+    more: list[str], sentence: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *flags, *more, f"--run.dir={tmp_path / 'run'}"]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 @INDUCTOR
@@ -263,7 +291,7 @@ def test_compiled_blocks_have_the_same_losses(mode: str, flags: list[str], tmp_p
 
 
 @INDUCTOR
-def test_blocks_that_cannot_be_compiled_are_one_sentence(
+def test_blocks_that_cannot_be_compiled_raise_a_clear_error(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))

@@ -53,7 +53,6 @@ struct Gru {
     row.put_gate_grad(1, delta * l.dh_dz);
     row.put_gate_grad(2, grad_n);
     row.put(row.separate_grads, 0, grad_q);
-    row.put(row.sums, 3, row.at(row.sums, 3) + grad_q);
     Vector<T> D = l.z;
     if (row.has_diagonal()) D = row.at(row.diagonal);
     if (row.rule == Rule::jacobian) D = jacobian(row, l, 0);

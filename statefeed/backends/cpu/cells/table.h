@@ -1,4 +1,4 @@
-// The table of cells: their names, sizes and loops. A new cell is a file beside this one and two lines here.
+// The table of cells: names, sizes and loops. A new cell is a file in this folder and two lines here.
 #pragma once
 
 #include "cell.h"
@@ -25,8 +25,6 @@ struct CellEntry {
   CellLoops<float> float_loops;
   CellLoops<double> double_loops;
 
-  // Rows of bias gradients: of all gates, then of those at h W_hh^T that differ.
-  int sums() const { return 2 * gates - shared_gates; }
   const CellLoops<float>& loops(float) const { return float_loops; }
   const CellLoops<double>& loops(double) const { return double_loops; }
 };

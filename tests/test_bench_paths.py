@@ -1,0 +1,52 @@
+"""The measurement of the table of paths: what it runs, and what it calls slower."""
+
+import json
+
+import pytest
+import torch
+
+from statefeed import native as kernels
+from statefeed.bench import paths
+from statefeed.bench.options import Shape
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.unavailable()}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_form_is_written_as_a_record(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paths, "SECONDS", 0.0)
+    output = tmp_path / "paths.jsonl"
+    flags = ["--cells=gru,lstm", "--dtypes=float32", f"--forms={','.join(paths.FORMS)}", "--shapes=1x2x8,30x2x8"]
+    code = paths.main([*flags, "--repeats=5", f"--output={output}"])
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == 2 * 4 * 2 * 2
+    assert code == int(any(r["slower"] for r in records))
+    assert {("torch.nn" in r["path"], r["T"]) for r in records} == {(True, 1), (False, 30)}
+    assert all({"bptt", "kernels", "torch.nn as shipped"} <= r["ms"].keys() for r in records)
+    assert all(r["threads"] == 1 and r["command"].startswith("python -m statefeed.bench.paths") for r in records)
+    assert f"of {len(records)} cases are slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ours", "slower"), [(1.0, False), (1.01, False), (1.2, True)])
+def test_slower_means_both_by_ratio_and_by_time(ours, slower, monkeypatch):
+    turns = {"torch.nn as shipped": [(1e-3,)] * 5, "bptt": [(ours * 1e-3,)] * 5, "kernels": [(2e-3,)] * 5}
+    monkeypatch.setattr(paths, "interleaved", lambda *_: turns)
+    case = paths.Case("gru", "float32", "padded", "training", Shape(5, 2, 8))
+    assert paths.measure(case, 5)["slower"] == slower
+    # Ten times slower, but by a microsecond a call.
+    monkeypatch.setattr(paths, "interleaved", lambda *_: {n: [(1e-7,)] * 5 for n in turns} | {"bptt": [(1e-6,)] * 5})
+    assert not paths.measure(case, 5)["slower"]
+
+
+@pytest.mark.parametrize("flags", [["--cells=mgu"], ["--repeats=1"], ["--shapes=5x5"], ["--forms=ragged"]])
+def test_invalid_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        paths.main(flags)
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
