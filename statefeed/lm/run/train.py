@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
-from statefeed import native as kernels
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches
@@ -31,6 +29,7 @@ from statefeed.lm.run.evaluate import score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
+from statefeed.lm.run.kernel_loading import load_kernels
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
@@ -39,7 +38,6 @@ from statefeed.lm.run.setup import Setup, check_recipe, prepare
 from statefeed.lm.run.signals import SignalHandler
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
-NOTICE_DELAY = 3.0  # seconds; loading kernels takes less, compiling them takes longer
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -104,7 +102,7 @@ def train(config: Config, resume: bool = False) -> None:
                 log.print(f"resuming after step {checkpoints.step:,}")
                 if changes.extended is not None:
                     log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
-            _load_kernels(group.device, log)
+            load_kernels(group.device, log)
             try:
                 optimize(setup, config, log, best, checkpoints, group, states, signals)
                 if writes:
@@ -278,22 +276,6 @@ def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Grou
         found = agreement(setup.model, lambda model, batch: model.loss(batch).mean, fixed)
         if found is not None:
             log.log_alignment(step, epoch, found, int((fixed.targets != IGNORED).sum()))
-
-
-def _load_kernels(device: torch.device, log: Log) -> None:
-    """Load the CPU kernels before the first step, and print a notice if they must be compiled.
-
-    The GPU kernels are compiled one by one when they are launched.
-    """
-    if device.type != "cpu":
-        return
-    notice = threading.Timer(NOTICE_DELAY, log.print, ["compiling the kernels for this machine, which is done once"])
-    notice.daemon = True
-    notice.start()
-    try:
-        kernels.available()
-    finally:
-        notice.cancel()
 
 
 def _uncompiled(recipe: Train) -> AbstractContextManager[object]:
