@@ -117,10 +117,10 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
         if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             return False
-        if not self.is_faster_in_torch(input):
+        # The answers of torch.compile and of ExpandedWeights do not depend on the shape.
+        if torch.compiler.is_compiling() or not self.is_faster_in_torch(input):
             return False
-        # Their answers do not depend on the shape.
-        return not torch.compiler.is_compiling() and not is_expanded(self._weight("weight_hh_l0"))
+        return not is_expanded(self._weight("weight_hh_l0"))
 
     def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
         """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""

@@ -30,8 +30,8 @@ _CHECK_EVERY = 4
 # Number of iterations without a decrease of the defect after which the iteration stops.
 _GIVE_UP_AFTER = 16
 # Multiples of the machine epsilon of the products: the smallest tolerance, and the largest defect that may be rounding
-# error, which does not decrease.
-_FLOOR, _ROUNDING = 0.5, 4
+# error, which does not decrease; the first in float32 and float64, whose errors large preactivations amplify.
+_FLOOR, _ROUNDING, _ROUNDING_LOW = 0.5, 32, 4
 
 _UNSUPPORTED = (
     'not support forward_method "newton", which reads its progress from the device: set forward_method to '
@@ -49,8 +49,8 @@ class Newton:
 
     Args:
         tolerance: largest defect of a step; at least half the machine epsilon of the products is used (6e-8 in float32,
-            5e-4 in TF32, 4e-3 in bfloat16). A defect below 4 times that epsilon that no longer decreases is accepted
-            as rounding error.
+            5e-4 in TF32, 4e-3 in bfloat16). A defect below 4 times that epsilon, or 32 times in float32 and float64,
+            that no longer decreases is accepted as rounding error.
         max_iterations: number of iterations after which the remaining steps run sequentially.
 
     Raises:
@@ -220,7 +220,8 @@ class _System:
         self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, self.H).mT
         self.on_gpu = problem.x.is_cuda
         spacing = self._spacing()
-        self.tolerance, self.rounding = max(tolerance, _FLOOR * spacing), _ROUNDING * spacing
+        self.tolerance = max(tolerance, _FLOOR * spacing)
+        self.rounding = spacing * (_ROUNDING if spacing < 1e-6 else _ROUNDING_LOW)
         self.valid = None
         if layout.batch_sizes is not None:
             steps = torch.arange(self.T, device="cpu")[:, None]

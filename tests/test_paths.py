@@ -56,10 +56,10 @@ def input_of(shape, packed=False, dtype=torch.float32):
 def test_the_table_has_what_was_measured(cell, dtype, packed, shape, expected):
     if cell == "lstm" and dtype == "bfloat16" and not onednn_supports_bf16():
         pytest.skip("oneDNN has no bfloat16 here")
-    of_layer = torch.float64 if dtype == "float64" else torch.float32
-    layer = LAYERS[cell](shape[2], shape[2], dtype=of_layer)
+    parameters = torch.float64 if dtype == "float64" else torch.float32
+    layer = LAYERS[cell](shape[2], shape[2], dtype=parameters)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        found = sf.explain(layer, input_of(shape, packed, of_layer))
+        found = sf.explain(layer, input_of(shape, packed, parameters))
     assert ("torch.nn" in found.forward) == expected
     assert ("faster" in found.why or "one step" in found.why) == expected
 

@@ -74,7 +74,7 @@ def random_subjects(options: Options, T: int, B: int, widths: Sequence[int]) -> 
         module = getattr(sf, cell.upper())(H, H)
         with torch.no_grad():
             module.weight_hh_l0.mul_(scale)
-        x = torch.randn(T, B, H)
+        x = torch.randn(T, B, H, device="cpu")
         yield Subject(cell, f"random x{scale}", 0, module.to(options.device), x.to(options.device))
 
 
@@ -91,7 +91,7 @@ def trained_subjects(path: Path, T: int, B: int, device: str) -> list[Subject]:
         raise OptionError(f"runs: {error}") from None
     if len(tokens) // B < T:
         return []
-    columns = torch.as_tensor(tokens.astype("int64"))[: len(tokens) // B * B].view(B, -1)[:, :T].T
+    columns = torch.as_tensor(tokens.astype("int64"), device="cpu")[: len(tokens) // B * B].view(B, -1)[:, :T].T
     layers = [m for m in found.model.modules() if isinstance(m, nn.RNNBase)]
     inputs: list[Tensor] = []
     for layer in layers:

@@ -57,10 +57,10 @@ class Case(NamedTuple):
         """Unit normal; lengths of a packed batch fall from T to T / 2."""
         torch.manual_seed(1)
         T, B, H = self.shape
-        x = torch.randn(T, B, H, dtype=self.parameters)
+        x = torch.randn(T, B, H, dtype=self.parameters, device="cpu")
         if self.form != "packed":
             return x
-        return pack_padded_sequence(x, torch.linspace(T, (T + 1) // 2, B).long())
+        return pack_padded_sequence(x, torch.linspace(T, (T + 1) // 2, B, device="cpu").long())
 
     @property
     def parameters(self) -> torch.dtype:
@@ -167,7 +167,7 @@ def run(cases: Sequence[Case], rounds: int, output: Path, argv: Sequence[str]) -
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, write the records and print one line a case.
+    """Measure, write the records and print one line for each case.
 
     Returns:
         Exit code: 0; 1 if ``"bptt"`` is slower than torch.nn anywhere; 2 for invalid flags.

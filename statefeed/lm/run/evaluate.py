@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split: perplexity and bits per byte."""
+"""Evaluation of a model on a split: perplexity and bits per byte, and when it is due."""
 
 import math
 import time
@@ -58,6 +58,16 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def is_scored(step: int, steps: int, evaluations: int) -> bool:
+    """Whether the validation split is scored after a step: after ``steps * k // evaluations`` for k = 1, 2, ...
+
+    >>> [step for step in range(1, 11) if is_scored(step, 10, 3)]
+    [3, 6, 10]
+    """
+    k = -(-step * evaluations // steps)  # the first one that is not before this step
+    return evaluations >= steps or steps * k // evaluations == step
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from statefeed.lm.run.best import BestWeights, load_weights
 from statefeed.lm.run.checkpoint import Checkpoints
 from statefeed.lm.run.device import autocast_context
 from statefeed.lm.run.distributed import Group, finite, shard_batch
-from statefeed.lm.run.evaluate import score
+from statefeed.lm.run.evaluate import is_scored, score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
@@ -194,16 +194,6 @@ def optimize(
             if stop and step < steps:
                 raise Interrupted(f"interrupted after step {step:,} of {steps:,}", signals.caught or signal.SIGTERM)
             log.time_phase(None)
-
-
-def is_scored(step: int, steps: int, evaluations: int) -> bool:
-    """Whether the validation split is scored after a step: after ``steps * k // evaluations`` for k = 1, 2, ...
-
-    >>> [step for step in range(1, 11) if is_scored(step, 10, 3)]
-    [3, 6, 10]
-    """
-    k = -(-step * evaluations // steps)  # the first one that is not before this step
-    return evaluations >= steps or steps * k // evaluations == step
 
 
 def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: torch.device) -> None:
