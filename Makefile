@@ -1,11 +1,12 @@
 # Two commands for a newcomer: `make train` and `make test`. Each sets up .venv once and starts at once after that.
+# `make train` resumes a run that was interrupted, and starts a numbered one beside one that has ended.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: train test test-core slow wheel interop docs measured format dist clean
 
 train: .venv/.installed-lm
-	$(BIN)/statefeed train recipes/quickstart.yaml
+	$(BIN)/statefeed train recipes/quickstart.yaml --again
 
 test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -54,7 +55,9 @@ clean:
 	rm -rf .venv dist build
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("statefeed needs Python 3.10 or later, \
+	found %d.%d: name another one, as in make train PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.installed-%: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"

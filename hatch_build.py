@@ -1,4 +1,4 @@
-"""Build hook that adds the compiled kernels to the wheel if STATEFEED_WHEEL_TORCH is torch's folder."""
+"""Build hook: adds the recipes to the wheel, and the compiled kernels if STATEFEED_WHEEL_TORCH is torch's folder."""
 
 import importlib.util
 import os
@@ -13,8 +13,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 class CustomBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version != "standard":  # an editable install finds both in the checkout
+            return
+        build_data["force_include"][str(Path(self.root) / "recipes")] = "statefeed/recipes"
         torch = os.environ.get("STATEFEED_WHEEL_TORCH")
-        if not torch or version != "standard":
+        if not torch:
             return
         spec = importlib.util.spec_from_file_location("compile", Path(self.root) / "statefeed/native/compile.py")
         compile_module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,6 @@ author = copyright = "The statefeed authors"
 release = version = statefeed.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["measured.md"]  # included by choosing.md
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 

@@ -3,7 +3,8 @@
     python examples/forecast_csv.py [FILE.csv]
 
 The file has a header, a date in the first column, numbers in the others and one row per hour. Without a file, it
-uses a synthetic one. Prints the error on the last fifth of the rows, and the error of repeating the last day.
+uses a synthetic one. Prints the seconds of training and the error on the last fifth of the rows, of statefeed's GRU and
+of torch.nn's, and the error of repeating the last day.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import csv
 import math
 import random
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -48,14 +50,35 @@ def read(path):
 class Forecaster(nn.Module):
     """x (B, PAST, I) -> the target's change from now, (B, FUTURE)"""
 
-    def __init__(self, columns):
+    def __init__(self, gru):
         super().__init__()
-        self.gru = sf.GRU(columns, 48, batch_first=True, feedback="dsf")
+        self.gru = gru
         self.head = nn.Linear(48, FUTURE)
 
     def forward(self, x):
         y, _ = self.gru(x)
         return x[:, -1, -1:] + self.head(y[:, -1])
+
+
+def fit(model, schedule, train):
+    """Seconds of training; the schedule changes the rule of statefeed's layers, and no other."""
+    model(train[:1, :PAST]).sum().backward()  # may have kernels to load
+    torch.manual_seed(1)  # the same windows for every model
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    start = time.perf_counter()
+    for step in range(STEPS):
+        if schedule is not None:
+            schedule.apply(model, step / STEPS)
+        batch = train[torch.randint(len(train), (BATCH,))]
+        loss = (model(batch[:, :PAST]) - batch[:, PAST:, -1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+        if step % 50 == 0:
+            print(f"step {step:3d}: {model.gru}, mean squared error {loss:.3f}")
+    return time.perf_counter() - start
 
 
 def main():
@@ -75,26 +98,16 @@ def main():
     windows = series.unfold(0, PAST + FUTURE, 1).transpose(1, 2)  # (N, PAST + FUTURE, columns)
     train, test = windows[: split - PAST - FUTURE], windows[split - PAST :: 6]
 
-    torch.manual_seed(0)
-    model = Forecaster(series.shape[1])
-    schedule = sf.Schedule("dsf@0.5/gate+1")
-    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for step in range(STEPS):
-        schedule.apply(model, step / STEPS)
-        batch = train[torch.randint(len(train), (BATCH,))]
-        loss = (model(batch[:, :PAST]) - batch[:, PAST:, -1]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        if step % 50 == 0:
-            print(f"step {step:3d}: feedback {model.gru.feedback}, mean squared error {loss:.3f}")
-
-    with torch.no_grad():
-        error = (model(test[:, :PAST]) - test[:, PAST:, -1]).square().mean()
+    rules = sf.Schedule("dsf@0.5/gate+1")
+    for name, layer, schedule in (("statefeed", sf.GRU, rules), ("torch.nn", nn.GRU, None)):
+        torch.manual_seed(0)
+        model = Forecaster(layer(series.shape[1], 48, batch_first=True))
+        seconds = fit(model, schedule, train)
+        with torch.no_grad():
+            error = (model(test[:, :PAST]) - test[:, PAST:, -1]).square().mean()
+        print(f"{name:9s}  {seconds:5.1f} s  mean squared error {error:.3f}")
     repeated = (test[:, PAST - FUTURE : PAST, -1] - test[:, PAST:, -1]).square().mean()
-    print(f"mean squared error {error:.3f}, of repeating the last day {repeated:.3f}")
+    print(f"repeating the last day:  mean squared error {repeated:.3f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from statefeed.cells.protocol import Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback.value import check_keyword_only
 from statefeed.stack import RecurrentStack
+from statefeed.user_warning import warn
 
 
 class CellLayer(RecurrentStack):
@@ -73,15 +74,14 @@ class CellLayer(RecurrentStack):
         feedback: FeedbackLike = "bptt",
     ) -> None:
         super().__init__()
+        check_keyword_only(type(self).__name__, (input_size, hidden_size, num_layers))
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
         if dropout and num_layers == 1:
-            warnings.warn(
-                f"dropout acts between layers: dropout={dropout} changes nothing with num_layers=1", stacklevel=2
-            )
+            warn(f"dropout acts between layers: dropout={dropout} changes nothing with num_layers=1")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         directions = 2 if bidirectional else 1

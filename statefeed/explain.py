@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +10,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
 from statefeed.backends.protocol import Description
+from statefeed.busy import describe
 from statefeed.cells.protocol import Cell
 from statefeed.stack import RecurrentStack
+from statefeed.timing import Timing, time_rules
 
 # Matrix products relative to exact BPTT above which a rule is not expected to be faster.
 _TOO_MANY_PRODUCTS = 1.5
-_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,11 @@ class Explanation:
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
         torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``, and None for
+            a cell that torch lacks.
+        timings: of the rule, of ``"bptt"``, of ``"dsf"`` and of torch.nn's own layer, each with ``rule``, ``seconds``
+            and ``times_faster`` than the last one as (median, least, largest). Empty unless ``timed``.
+        other_load: processors that other processes used meanwhile; None unless ``timed``, and where the system does not
+            say.
             a cell that is not in torch.
         iterations: iterations of ``forward_method`` "newton" in the last call of the layer, per layer and direction;
             empty before the first call, and for a sequential forward pass.
@@ -57,6 +59,8 @@ class Explanation:
     warning: str | None = None
     seconds: float | None = None
     torch_seconds: float | None = None
+    timings: tuple[Timing, ...] = ()
+    other_load: float | None = None
     iterations: tuple[int, ...] = ()
     sequential_steps: tuple[int, ...] = ()
 
@@ -75,12 +79,23 @@ class Explanation:
             )
         if self.kept_bytes is not None:
             lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB saved for the backward pass")
-        if self.seconds is not None:
-            torchs = "" if self.torch_seconds is None else f", torch.nn {1e3 * self.torch_seconds:.3g} ms"
-            lines.append(f"time      {1e3 * self.seconds:.3g} ms forward and backward{torchs}")
+        if self.timings:
+            times = ", ".join(f"{_name(timing)} {1e3 * timing.seconds:.3g} ms" for timing in self.timings)
+            lines.append(f"time      {times}; forward and backward, medians of runs in turns")
+            ratios = (f"{_name(timing)} {_ratio(timing)}" for timing in self.timings[:-1])
+            lines.append(f"ratio     times faster than {_name(self.timings[-1])}: {', '.join(ratios)}")
+            lines.append(f"machine   {describe(self.other_load)}")
         if self.warning is not None:
             lines.append(f"warning   {self.warning}")
         return "\n".join(lines)
+
+
+def _name(timing: Timing) -> str:
+    return "torch.nn" if timing.rule == "torch" else timing.rule
+
+
+def _ratio(timing: Timing) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*timing.times_faster)
 
 
 def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -> Explanation:
@@ -94,9 +109,9 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     Args:
         layer: a statefeed layer.
         x: an input of the layer. The current autocast state is taken into account.
-        timed: run copies of the layer on x, forward and backward including the gradient of x, alternately under its
-            rule and through torch.nn's own path (the exact rule for a cell that is not in torch), and report the
-            medians of 5 runs. By default nothing is computed.
+        timed: run copies of the layer on x, forward and backward including the gradient of x, in turns under its rule,
+            ``"bptt"``, ``"dsf"`` and through torch.nn's own path, and report the medians of 5 runs, the ratios with
+            their range, and whether other processes kept the machine busy. By default nothing is computed.
 
     Returns:
         ``Explanation``, which prints one fact per line.
@@ -107,7 +122,7 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         TypeError: the layer is not a statefeed layer.
         ValueError: x has no steps or rows, or its features are not ``input_size``.
 
-    Cost: none, except compiling the kernels at their first use; with ``timed``, six passes of each layer.
+    Cost: none, except building the kernels at their first use; with ``timed``, six passes under each of the rules.
 
     Example:
         >>> import torch
@@ -226,44 +241,15 @@ def _slower_forward(x: Tensor) -> str | None:
 
 
 def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
-    ours, exact = copy.deepcopy(layer), copy.deepcopy(layer)
-    seconds: dict[str, list[float]] = {"ours": [], "exact": []}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([]))
-        for module in (ours, exact) if layer.feedback.exact else (exact,):
-            rule = module.feedback
-            stack.enter_context(module.exact_rule())
-            if module is ours:
-                module.feedback, module.forward_method = rule, layer.forward_method
-        for repeat in range(1 + _REPEATS):
-            for name, module in (("ours", ours), ("exact", exact)):
-                took = _seconds(module, x)
-                if repeat:
-                    seconds[name].append(took)
-    ours_median, exact_median = (statistics.median(values) for values in seconds.values())
-    slower = f"slower than exact BPTT here, {ours_median / exact_median:.2f} times its time"
+    timings = time_rules(layer, x)
+    seconds = {timing.rule: timing.seconds for timing in timings.rules}
+    ours, exact = seconds[result.rule], seconds.get("bptt", seconds[timings.rules[-1].rule])
+    torchs = seconds.get("torch")
+    slower = None
+    if torchs is not None and ours > torchs and result.rule != "torch":
+        slower = f"slower than torch.nn here, {ours / torchs:.2f} times its time"
+    elif ours > exact and not layer.feedback.exact:
+        slower = f'slower than "bptt" here, which is exact: {ours / exact:.2f} times its time'
     return replace(
-        result,
-        seconds=ours_median,
-        torch_seconds=None if layer.feedback_cell.torch_forward is None else exact_median,
-        warning=slower if ours_median > exact_median else None,
+        result, seconds=ours, torch_seconds=torchs, timings=timings.rules, other_load=timings.other_load, warning=slower
     )
-
-
-def _seconds(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
-    """Time of one forward and backward pass."""
-    leaf = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
-    differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
-    start = clock(leaf)
-    with torch.enable_grad():
-        y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
-        total = (y.data if isinstance(y, PackedSequence) else y).sum()
-    torch.autograd.grad(total, differentiated)
-    return clock(leaf) - start
-
-
-def clock(x: Tensor) -> float:
-    """The time in seconds, after the work on the device of x has finished."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()

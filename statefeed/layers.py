@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback.value import check_keyword_only
 from statefeed.paths import extent, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import RecurrentStack
 from statefeed.transforms import is_expanded, is_transformed
@@ -32,6 +33,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     _torchscript = _TORCHSCRIPT
 
     def __init__(self, *args: Any, feedback: FeedbackLike = "bptt", **kwargs: Any) -> None:
+        check_keyword_only(type(self).__name__, args)
         super().__init__(*args, **kwargs)
         # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
         self.feedback = as_feedback(feedback)
@@ -168,12 +170,15 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
     for name, default in defaults.items():
         arguments[name] = default
         arguments |= {added: value for added, (after, value) in more.items() if after == name}
+    types: dict[str, Any] = {name: type(value) for name, value in arguments.items()}
+    types |= {"input_size": int, "hidden_size": int, "device": torch.device | str | None, "dtype": torch.dtype | None}
     arguments |= {"device": None, "dtype": None}
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, default=default) for name, default in arguments.items()]
-    return inspect.Signature(
-        [*parameters, inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt")]
-    )
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=types[name])
+        for name, default in arguments.items()
+    ]
+    rule = inspect.Parameter("feedback", inspect.Parameter.KEYWORD_ONLY, default="bptt", annotation="FeedbackLike")
+    return inspect.Signature([*parameters, rule])
 
 
 class RNN(RecurrentLayer, nn.RNN):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
+from statefeed.user_warning import warn
 
 
 class RecurrentStack(FeedbackLayer):
@@ -68,7 +68,7 @@ class RecurrentStack(FeedbackLayer):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Any = None,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -185,8 +185,8 @@ class RecurrentStack(FeedbackLayer):
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(self._torchscript)
 
-    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Run the layer on one step of a stream.
+    def step(self, x: Tensor, state: Tensor | tuple[Tensor, ...] | None = None) -> tuple[Tensor, Any]:
+        """One step of a stream: what ``forward`` returns for a sequence of length 1, without its time axis.
 
         ``y[t], s[t] = step(x[t], s[t-1])``; consecutive steps give the same outputs as one call of ``forward`` on the
         whole sequence. torch.nn's layer has no ``step``: after ``statefeed.restore`` call it on sequences of length 1.
@@ -298,12 +298,10 @@ class RecurrentStack(FeedbackLayer):
     ) -> tuple[Tensor, State]:
         """Run all layers over x (T, B, I) or packed rows; every part of the state is (L * directions, B, H)."""
         rule, cell = self._feedback, self.feedback_cell
-        inexact = torch.is_grad_enabled() and not (rule.exact or rule.corrections)
-        if inexact and any(s.requires_grad for s in state):
-            warnings.warn(
+        if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
+            warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
-                'D[1] * delta[1], not the exact one (zero under "ft-bptt")',
-                stacklevel=5,
+                'D[1] * delta[1], not the exact one (zero under "ft-bptt")'
             )
         count = 2 if self.bidirectional else 1
         iteration = None if self._newton is None else newton.Run(self._newton)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.mixin import FeedbackLayer
 from statefeed.subclass import OURS, joined, torchs_class, unsupported_subclass
+from statefeed.user_warning import warn
 
 _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in OURS.items()}
 
@@ -127,7 +127,7 @@ def swap(
         rule_shown = "" if base is None else f", feedback={str(rule)!r}"
         report.swapped[name] = f"{type(module).__name__}({described}{rule_shown})"
     if not dry_run and not any(isinstance(m, FeedbackLayer) for m in model.modules()):
-        warnings.warn(f"swap changed nothing: {report}", stacklevel=2)
+        warn(f"swap changed nothing: {report}")
     return report
 
 
@@ -165,7 +165,7 @@ def restore(model: nn.Module) -> nn.Module:
                 f"{kind.__module__}.{kind.__qualname__} is defined on statefeed's layers, and torch has no such layer"
             )
         if reason is not None:
-            warnings.warn(f"restore left {name or '(the model)'}: {reason}", stacklevel=2)
+            warn(f"restore left {name or '(the model)'}: {reason}")
             continue
         if _is_class_forward(module):
             del module.forward

@@ -145,6 +145,80 @@ def test_parity_holds_for_every_contender(cell, dtype):
     assert found["statefeed calibrated"].keys() == {"output", "corrected"}
 
 
+KINDS = {
+    "packed": {"packed": True},
+    "stacked": {"layers": 2, "bidirectional": True},
+    "packed and stacked": {"layers": 2, "bidirectional": True, "packed": True},
+    "forward": {"training": False, "packed": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_holds_for_every_kind_of_input(kind, dtype):
+    case = layers.Case("lstm", Shape(20, 3, 8), dtype, "cpu", **KINDS[kind])
+    rules = layers.rules_for(case, "dsf,bptt,jacobian+1")
+    entries = layers.contenders(case, rules, layers.settings_for(case, measure.float32_settings("cpu")))
+    found = layers.check_parity(case, entries)
+    packed, training = case.packed, case.training
+    assert rules == (["dsf", "bptt", "jacobian+1"] if training else ["bptt"])
+    assert {entry.implementation for entry in entries} == {"torch.nn", "statefeed"} | (
+        {"torch.nn padded"} if packed else set()
+    )
+    assert found["statefeed bptt"].keys() == ({"output", "corrected"} if training else {"output"})
+    for entry in entries:
+        seconds = entry.once(case.data(4, padded=entry.padded))
+        assert len(seconds) == (2 if training else 1)
+        assert min(seconds) > 0
+
+
+class Unmasked(sf.GRU):
+    """Runs packed sequences as if all were as long as the first."""
+
+    def forward(self, input, hx=None):
+        padded, lengths = nn.utils.rnn.pad_packed_sequence(input)
+        y, final = super().forward(padded.flip(0), hx)
+        return nn.utils.rnn.pack_padded_sequence(y.flip(0), lengths), final
+
+
+def test_parity_of_packed_sequences_catches_a_planted_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sf, "GRU", Unmasked)
+    code, _ = run(tmp_path, "layers", "--smoke", "--packed", "--cells=gru", "--rules=dsf", "--dtypes=float32")
+    assert code == 1
+    assert "gru 5x2x16 float32 packed: the output y of statefeed dsf must agree" in capsys.readouterr().err
+
+
+def test_padded_and_packed_input_are_the_same_sequences():
+    case = layers.Case("gru", Shape(9, 3, 4), "float32", "cpu", packed=True)
+    packed, padded = case.data(), case.data(padded=True)
+    rows = nn.utils.rnn.pack_padded_sequence(padded.x, torch.tensor([9, 7, 5]))
+    assert torch.equal(rows.data, packed.x)
+    assert torch.equal(rows.batch_sizes, packed.batch_sizes)
+    assert case.rows == len(packed.x) == 21
+    valid = torch.arange(9)[:, None] < torch.tensor([9, 7, 5])
+    assert not padded.grad[~valid].any()
+    # The products of 21 rows with (H, 3 H): 5 of them, or 2 forward.
+    assert case.flops == 5 * 2 * 21 * 4 * 12
+    assert case._replace(training=False).flops == 2 * 2 * 21 * 4 * 12
+    # A second layer reads both directions: 2 * (3 * 4 + 2 * 4) + 2 * (3 * 8 + 2 * 4) columns.
+    assert case._replace(layers=2, bidirectional=True).flops == 2 * 21 * 12 * (40 + 64)
+
+
+def test_records_say_what_was_measured(tmp_path, capsys):
+    flags = ["--packed", "--layers=2", "--bidirectional", "--pass=training,forward", "--dtypes=float64"]
+    code, output = run(tmp_path, "layers", "--smoke", "--cells=gru", "--rules=dsf,bptt", *flags)
+    assert code == 0, capsys.readouterr().err
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    for r in records:
+        assert (r["packed"], r["layers"], r["bidirectional"], r["dtype"]) == (True, 2, True, "float64")
+        assert r["rows"] < r["T"] * r["B"] or r["B"] == 1
+        assert ("backward_ms" in r) == (r["pass"] == "training")
+        assert list(r["times_faster_than"]) == ["torch.nn as shipped", "torch.nn at its best", "torch.nn padded"]
+    assert {r["pass"] for r in records} == {"training", "forward"}
+    assert {r["variant"] for r in records if r["implementation"] == "statefeed" and r["pass"] == "forward"} == {"bptt"}
+    assert "2 layers bidirectional packed forward" in capsys.readouterr().out
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +283,7 @@ def test_on_a_gpu_float32_is_float32_and_tf32_is_a_dtype_of_its_own():
             found = {value for name, value in flags().items() if name.endswith("fp32_precision")}
         assert found == {"tf32" if dtype == "tf32" else "ieee"}
         case = layers.Case("gru", Shape(3, 2, 4), dtype, "cuda")
-        assert layers.torch_settings(case, measure.float32_settings("cuda")) == [setting]
+        assert layers.settings_for(case, measure.float32_settings("cuda")) == [setting]
     case = layers.Case("gru", Shape(3, 2, 4), "tf32", "cpu")  # one that can be made here
     entries = layers.contenders(case, ["dsf", "gate"], [GPU["tf32"]])
     assert [entry.name for entry in entries] == [
@@ -317,15 +391,23 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
     [
         ([], "one of {layers,scan,memory,training,recall"),
         (["train"], "training"),
-        (["layers", "--shape=1x2x3"], "--shape"),
+        (["layer"], ": did you mean layers?"),
+        (["layers", "--shape=1x2x3"], ": did you mean --shapes?"),
+        (["layers", "--pass=backward"], "pass must be among training, forward"),
+        (["layers", "--layers=0"], "layers must be at least 1"),
+        (["layers", "--packed", "--shapes=1x2x3"], "packed shapes must have at least 2 steps"),
         (["layers", "--shapes=1x2"], "shapes must be TxBxH"),
         (["layers", "--shapes=0x2x3"], "shapes must be TxBxH"),
         (["layers", "--cells=gru,tcn"], "cells must be among rnn, gru, lstm"),
+        (["layers", "--cells=GRU"], "got 'GRU': did you mean gru?"),
         (["layers", "--rules=fast"], "feedback must be"),
         (["layers", "--cells=rnn", "--rules=gate,gate+1"], "it has no gate"),
         (["memory", "--cells=rnn", "--rules=gate"], "it has no gate"),
         (["layers", "--dtypes=int8"], "dtypes must be among"),
-        (["layers", "--dtypes=tf32"], "dtypes must be among float32, bfloat16, separated by commas, got 'tf32'"),
+        (
+            ["layers", "--dtypes=tf32"],
+            "dtypes must be among float32, float64, bfloat16, separated by commas, got 'tf32'",
+        ),
         (["layers", "--repeats=4"], "repeats must be at least 5"),
         (["layers", "--repeats=many"], "repeats"),
         (["layers", "--threads=0"], "threads must be at least 1"),

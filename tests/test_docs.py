@@ -130,8 +130,10 @@ def test_every_equation_has_its_code_and_its_test(section):
 
 
 def test_the_reference_lists_the_public_api():
-    listed = set(re.findall(r"^\.\. auto\w+:: statefeed\.(\w+)$", TEXTS["api"], re.MULTILINE))
-    assert listed == set(statefeed.__all__)
+    index = set(re.findall(r"\[`sf\.(\w+)`\]\(api/", TEXTS["api"]))
+    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]
+    listed = [re.findall(r"^\.\. auto\w+:: statefeed\.(\w+)$", text, re.MULTILINE) for text in pages]
+    assert index == {name for (name,) in listed} == set(statefeed.__all__)
 
 
 # Built ---------------------------------------------------------------------------------------------------------------
@@ -143,9 +145,10 @@ def test_it_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(DOCS)]
     built = subprocess.run([*command, str(tmp_path / "html")], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    reference = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    reference = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "html" / "api").glob("*.html"))
     assert all(f'id="statefeed.{name}"' in reference for name in statefeed.__all__)
+    assert all(f"{name}</span>" in reference for name in ("hx", "device"))  # with their types
     assert all(f">{section}<" in reference for section in ("Gradient", "Cost"))
     assert "<math" in (tmp_path / "html" / "mathematics.html").read_text(encoding="utf-8")
-    for built_page in (tmp_path / "html").glob("*.html"):  # readable without a network
+    for built_page in (tmp_path / "html").rglob("*.html"):  # readable without a network
         assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="(?:https?:)?//', built_page.read_text("utf-8"))

@@ -103,7 +103,7 @@ def test_products_are_counted_against_those_of_exact_bptt() -> None:
 @pytest.mark.parametrize("slower", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that advances by a set amount for every pass: 2 s for exact BPTT, 1 or 4 for the rule."""
+    """A clock that advances by a set amount for every pass: 2 s for torch.nn, 1 or 4 for the rule."""
     layer = sf.LSTM(I, H, 2, dropout=0.5, feedback="calibrated")
     x = nn.utils.rnn.pack_sequence([torch.zeros(5, I), torch.zeros(2, I)]) if packed else torch.zeros(T, B, I)
     ran: list[str] = []
@@ -119,21 +119,46 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
         """Read before and after every pass, so that an even number of readings ends one."""
         readings.append(1)
         if len(readings) % 2 == 0:
-            now[0] += {"calibrated": 4.0 if slower else 1.0, "torch": 2.0}[ran[-1]]
+            now[0] += {"calibrated": 4.0 if slower else 1.0, "bptt": 1.0, "dsf": 0.5, "torch": 2.0}[ran[-1]]
         return now[0]
 
     monkeypatch.setattr(sf.LSTM, "forward", forward)
-    monkeypatch.setattr(importlib.import_module("statefeed.explain"), "clock", clock)
+    monkeypatch.setattr(importlib.import_module("statefeed.timing"), "clock", clock)
     state = torch.get_rng_state()
     result = sf.explain(layer, x, timed=True)
     assert (result.seconds, result.torch_seconds) == (4.0 if slower else 1.0, 2.0)
     assert (result.warning is not None) == slower
-    assert "torch.nn 2e+03 ms" in str(result)
-    assert ran == ["calibrated", "torch"] * 6
+    assert result.timings[1:] == (("bptt", 1.0, (2.0,) * 3), ("dsf", 0.5, (4.0,) * 3), ("torch", 2.0, (1.0,) * 3))
+    ratio = "0.50 (0.50 to 0.50)" if slower else "2.00 (2.00 to 2.00)"
+    text = str(result)
+    assert "bptt 1e+03 ms, dsf 500 ms, torch.nn 2e+03 ms; forward and backward, medians of runs in turns" in text
+    assert f"times faster than torch.nn: calibrated {ratio}, bptt 2.00 (2.00 to 2.00), dsf 4.00 (4.00 to 4.00)" in text
+    assert "\nmachine   " in text
+    assert ran == ["calibrated", "bptt", "dsf", "torch"] * 6
     # The layer is as it was, and so is the generator that dropout draws from.
     assert not layer.diagonal.any()
     assert all(p.grad is None for p in layer.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ratios_have_the_range_of_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = importlib.import_module("statefeed.timing")
+    turns = iter([9.0] * 3 + [1.0, 2.0, 4.0, 2.0, 2.0, 6.0] + [1.0, 1.0, 5.0] * 3)
+    monkeypatch.setattr(timing, "seconds_of", lambda layer, x: next(turns))
+    bptt, dsf, torchs = timing.time_rules(sf.GRU(I, H), torch.zeros(T, B, I)).rules
+    assert (bptt, dsf) == (("bptt", 1.0, (5.0, 3.0, 5.0)), ("dsf", 1.0, (5.0, 2.0, 5.0)))
+    assert torchs == ("torch", 5.0, (1.0, 1.0, 1.0))
+
+
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = importlib.import_module("statefeed.busy")
+    readings = {"all": iter([100.0, 107.0]), "own": iter([50.0, 54.0]), "time": iter([0.0, 2.0])}
+    monkeypatch.setattr(busy, "all_seconds", lambda: next(readings["all"]))
+    monkeypatch.setattr(busy, "own_seconds", lambda: next(readings["own"]))
+    monkeypatch.setattr(busy.time, "monotonic", lambda: next(readings["time"]))
+    monkeypatch.setattr(busy.os, "cpu_count", lambda: 8)
+    assert busy.OtherLoad().processors() == 1.5  # (7 - 4) s of others' work in 2 s
+    assert busy.describe(1.5) == "busy: other processes used 1.5 of 8 processors; measure again when it is quiet"
 
 
 def test_timing_is_real() -> None:

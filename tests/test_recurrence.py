@@ -41,7 +41,7 @@ def problem(cell, T, width=H, batch=B):
 
 
 def given(S):
-    return torch.linspace(-0.9, 1.1, S, dtype=torch.float64)
+    return torch.linspace(-0.9, 1.0, S, dtype=torch.float64)
 
 
 def feedback(cell, name, corrections=0, width=H):

@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
+from statefeed.bench.forward_options import ForwardOptions
+from statefeed.bench.options import (
+    LayerOptions,
+    MemoryOptions,
+    OptionError,
+    Options,
+    RecallOptions,
+    ScanOptions,
+    TrainingOptions,
+)
 
-from statefeed.bench import forward, layers, memory, recall, scan, training
-from statefeed.bench.measure import ParityError, environment
-from statefeed.bench.options import OptionError, Options
+__all__ = ["OptionError", "main"]
 
-__all__ = ["OptionError", "ParityError", "main"]
-
-_BENCHMARKS = {
-    "layers": layers,
-    "scan": scan,
-    "memory": memory,
-    "training": training,
-    "recall": recall,
-    "forward": forward,
+# The options of each module of this package that is a benchmark; the module imports torch, its options do not.
+_BENCHMARKS: dict[str, type[Options]] = {
+    "layers": LayerOptions,
+    "scan": ScanOptions,
+    "memory": MemoryOptions,
+    "training": TrainingOptions,
+    "recall": RecallOptions,
+    "forward": ForwardOptions,
 }
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
-_PLACE = ("cell", "implementation", "variant", "layer", "method", "diagonal", "T", "B", "H", "S", "dtype", "seed")
-# Table width in characters if the output is not a terminal.
-_WIDTH = 190
+_PLACE = (
+    "cell",
+    "implementation",
+    "variant",
+    "layer",
+    "method",
+    "diagonal",
+    "T",
+    "B",
+    "H",
+    "S",
+    "dtype",
+    "pass",
+    "seed",
+)
+_WIDEST = 1000  # characters, which no table has
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) -> int:
     """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
         argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall or forward, and its flags.
+        set_up_process: called before ``training``, which runs with the process settings of the trainer, baselines
+            included. The others run in a process as users of the library have it: torch.nn as shipped, default
+            denormals and allocator.
 
     Returns:
         Exit code: 0; 1 if parity fails and nothing was timed; 2 for invalid flags, a missing dependency or a full disk;
@@ -45,47 +69,57 @@ def main(argv: Sequence[str]) -> int:
     try:
         _require_application()
         name, options = _parse(argv)
-        _measure(name, options, argv)
+        if name == "training" and set_up_process is not None:
+            set_up_process()
+        return _measure(name, options, argv)
     except OptionError as error:
         print(f"statefeed bench: {error}", file=sys.stderr)
         return 2
-    except ParityError as error:
-        print(f"statefeed bench: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"statefeed bench: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("statefeed bench: interrupted: the records printed so far are saved", file=sys.stderr)
         return 130
-    return 0
 
 
-def _measure(name: str, options: Options, argv: Sequence[str]) -> None:
+def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
+    import torch
     from rich.console import Console
+    from rich.measure import Measurement
 
-    bench: Any = _BENCHMARKS[name]
+    from statefeed.bench.measure import ParityError, environment, machine_line
+    from statefeed.busy import describe
+
+    bench = importlib.import_module(f"{__name__}.{name}")
     output, threads = Path(options.output), torch.get_num_threads()
     records: list[dict[str, Any]] = []
     torch.set_num_threads(options.threads or threads)
     try:
         metadata = environment(argv, options.device)
         for record in bench.run(options):
-            with output.open("a" if records else "w", encoding="utf-8") as lines:
-                lines.write(json.dumps({**record, **metadata}) + "\n")
-            records.append(record)
+            records.append({**record, **metadata})
+            with output.open("a" if len(records) > 1 else "w", encoding="utf-8") as lines:
+                lines.write(json.dumps(records[-1]) + "\n")
             print(f"{name}: {' '.join(str(record[key]) for key in _PLACE if key in record)}", file=sys.stderr)
+    except ParityError as error:
+        print(f"statefeed bench: {error}", file=sys.stderr)
+        return 1
     finally:
         torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    machine, versions = metadata["machine"], metadata["versions"]
-    console.print(f"{machine['gpu'] or machine['cpu']}, {metadata['threads']} threads, torch {versions['torch']}")
-    console.print(bench.table(records))
+    console, table = Console(), bench.table(records)
+    # A row that a narrow terminal wraps can be read, one that is truncated cannot.
+    whole = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.width = max(console.width, whole)
+    console.print(machine_line(records))
+    loads = [record["other_load"] for record in records if record.get("other_load") is not None]
+    if loads:
+        console.print(describe(max(loads)))
+    console.print(table)
     picture = output.with_suffix(".png")
     bench.figure(records).savefig(picture, dpi=100)
     console.print(f"records in {output}, figure in {picture}")
+    return 0
 
 
 def _require_application() -> None:
@@ -94,22 +128,50 @@ def _require_application() -> None:
             raise OptionError(f'the benchmarks need {package}, which is not installed: pip install "statefeed[lm]"')
 
 
+def _flag(field: str) -> str:
+    """The flag of a field, whose name has an underscore where it would be a word of Python.
+
+    Example:
+        >>> _flag("pass_"), _flag("cells")
+        ('pass', 'cells')
+    """
+    return field.rstrip("_")
+
+
+def _did_you_mean(argv: Sequence[str]) -> str:
+    """A hint where the benchmark, or one of its flags, is misspelt; else an empty string.
+
+    Example:
+        >>> _did_you_mean(["layer"]), _did_you_mean(["layers", "--cell=gru"]), _did_you_mean(["layers", "--seed=1"])
+        (': did you mean layers?', ': did you mean --cells?', '')
+    """
+    if argv and argv[0] not in _BENCHMARKS:
+        words, known = list(argv[:1]), list(_BENCHMARKS)
+    else:
+        known = [f"--{_flag(item.name)}" for item in dataclasses.fields(_BENCHMARKS[argv[0]])] if argv else []
+        words = [word.partition("=")[0] for word in argv[1:] if word.startswith("--")]
+    unknown = [word for word in words if word not in [*known, "--help"]]
+    near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def _parse(argv: Sequence[str]) -> tuple[str, Options]:
     """The benchmark's name and its checked options."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog="statefeed bench", exit_on_error=False, allow_abbrev=False)
     benchmarks = parser.add_subcommands(required=True, dest="benchmark")
-    for name, bench in _BENCHMARKS.items():
-        flags = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=bench.Options.__doc__)
-        hints = get_type_hints(bench.Options)
-        for item in dataclasses.fields(bench.Options):
-            kind = {"action": "store_true"} if hints[item.name] is bool else {"type": hints[item.name]}
-            flags.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)
-        benchmarks.add_subcommand(name, flags, help=bench.Options.__doc__)
+    for name, kind in _BENCHMARKS.items():
+        flags = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=kind.__doc__)
+        hints = get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            how = {"action": "store_true"} if hints[item.name] is bool else {"type": hints[item.name]}
+            flags.add_argument(f"--{_flag(item.name)}", default=item.default, help=item.metadata["help"], **how)
+        benchmarks.add_subcommand(name, flags, help=kind.__doc__)
     try:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise OptionError(" ".join(str(error).split())) from None
+        raise OptionError(" ".join(str(error).split()) + _did_you_mean(argv)) from None
     name = parsed.benchmark
-    return name, _BENCHMARKS[name].Options(**vars(parsed[name]))
+    kind, values = _BENCHMARKS[name], parsed[name]
+    return name, kind(**{item.name: values[_flag(item.name)] for item in dataclasses.fields(kind)})

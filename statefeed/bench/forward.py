@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import statefeed as sf
-from statefeed.bench.layers import DTYPES, GATES
+from statefeed.bench.forward_options import ForwardOptions as Options
 from statefeed.bench.measure import ParityError, Seconds, applied, clock, interleaved, spread, usual
-from statefeed.bench.options import OptionError, names, numbers, option
-from statefeed.bench.options import Options as Common
+from statefeed.bench.options import GATES, OptionError, names, numbers
 from statefeed.lm.config import UsageError
 from statefeed.lm.data import cache, corpora
 from statefeed.lm.run import folder
@@ -26,34 +24,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PARITY = 1e-9
-
-
-@dataclass(frozen=True)
-class Options(Common):
-    """The forward pass in parallel over time: iterations, and with --timed its time against torch.nn's."""
-
-    cells: str = option("rnn,gru,lstm", "cells with random weights, among rnn (tanh), gru and lstm; none for none")
-    scales: str = option("1", "factors of torch's random W_hh, whole numbers separated by commas")
-    runs: str = option("", "folders of trained language models, separated by commas; their layers read their own text")
-    steps: str = option("64,256,1024,4096", "values of T, separated by commas")
-    batches: str = option("1", "values of B, separated by commas")
-    widths: str = option("256", "values of H for random weights, separated by commas")
-    tolerances: str = option("1e-3,1e-4,1e-5,1e-6", "largest defects of a step, separated by commas")
-    max_iterations: int = option(100, "iterations after which the remaining steps run sequentially")
-    dtype: str = option("float32", "float32 or, on a GPU, tf32, or bfloat16 (autocast)")
-    timed: bool = option(False, "also measure the time, and that of torch.nn's forward pass")
-    output: str = option("forward.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cells_of(self)
-        names("dtype", self.dtype, DTYPES[self.device])
-        for flag in ("scales", "steps", "batches", "widths"):
-            numbers(flag, getattr(self, flag))
-        methods(self)
-        for path in run_folders(self):
-            if not path.is_dir():
-                raise OptionError(f"runs must be folders of trained models, got {str(path)!r}")
 
 
 def cells_of(options: Options) -> list[str]:
@@ -68,6 +38,19 @@ def methods(options: Options) -> dict[str, sf.Newton]:
     except ValueError as error:
         raise OptionError(f"tolerances and max_iterations: {error}") from None
     return {str(method): method for method in found}
+
+
+def check(options: Options) -> None:
+    """Check what needs torch.
+
+    Raises:
+        OptionError: for a value that no run can have.
+    """
+    cells_of(options)
+    methods(options)
+    for path in run_folders(options):
+        if not path.is_dir():
+            raise OptionError(f"runs must be folders of trained models, got {str(path)!r}")
 
 
 def run_folders(options: Options) -> list[Path]:

@@ -28,6 +28,7 @@ _SMOKE_PRODUCTS = ((64, 64, 64),)
 _RATE_REPEATS = 10
 # Another order of summation may double the error; computing in bfloat16 multiplies it by about a thousand.
 _STILL_FLOAT32 = 8.0
+_DTYPES = {"bfloat16": torch.bfloat16, "float64": torch.float64}
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve")
 
 
@@ -148,7 +149,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
-    """The best measured rate of a matrix product on this machine, in float32 and in lower precision.
+    """The best measured rate of a matrix product on this machine, in every precision.
 
     Args:
         device: cpu or cuda.
@@ -158,10 +159,11 @@ def matmul_rates(device: str, smoke: bool) -> dict[str, dict[str, Any]]:
         dtype -> ``gflops``, and the ``product`` (MxKxN) and ``setting`` with that rate.
     """
     tried = [("float32", setting) for setting in float32_settings(device)]
-    tried += [(dtype, usual(device, dtype)) for dtype in ("tf32", "bfloat16") if device == "cuda" or dtype != "tf32"]
+    others = ("float64", "bfloat16") if device == "cpu" else ("float64", "tf32", "bfloat16")
+    tried += [(dtype, usual(device, dtype)) for dtype in others]
     rates: dict[str, dict[str, Any]] = {}
     for dtype, setting in tried:
-        dtype_of = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        dtype_of = _DTYPES.get(dtype, torch.float32)
         for M, K, N in _SMOKE_PRODUCTS if smoke else _GPU_PRODUCTS if device == "cuda" else _PRODUCTS:
             a, w = (torch.randn(shape, device=device).to(dtype_of) for shape in ((M, K), (N, K)))
             seconds = []
@@ -202,6 +204,16 @@ def environment(arguments: Sequence[str], device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "statefeed": sf.__version__},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def machine_line(records: Sequence[Mapping[str, Any]]) -> str:
+    """Processor or GPU, threads and version of torch of some records, for a title."""
+    found = next((record for record in records if "machine" in record), None)
+    if found is None:
+        return "machine not recorded"
+    machine = found["machine"]
+    threads = f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    return f"{machine['gpu'] or machine['cpu']}, {threads}, torch {found['versions']['torch']}"
 
 
 def _flushes_denormals() -> bool:

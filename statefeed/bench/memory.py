@@ -16,44 +16,22 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from statefeed.bench.layers import GATES, Case, check_parity, contenders, rules_of
-from statefeed.bench.measure import spread, usual
-from statefeed.bench.options import OptionError, Shape, names, option, shapes
-from statefeed.bench.options import Options as Common
+from statefeed.bench.case import Case, contenders
+from statefeed.bench.measure import machine_line, spread, usual
+from statefeed.bench.options import GATES, MEMORY_MARK, Shape, names, rules_of, shapes
+from statefeed.bench.options import MemoryOptions as Options
+from statefeed.bench.parity import check_parity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 _WARM_UP_STEPS = 2
-_MARK = Path("/proc/self/clear_refs")
-
-
-@dataclass(frozen=True)
-class Options(Common):
-    """One layer's peak memory, forward and backward, in float32."""
-
-    cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
-    rules: str = option(
-        "bptt,dsf,jacobian,gate+1", "feedback rules, separated by commas; gate is skipped for an rnn, which has no gate"
-    )
-    shapes: str = option("64x32x256,256x32x512", "steps x sequences x width, separated by commas")
-    output: str = option("memory.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        shapes(self.shapes)
-        for cell in names("cells", self.cells, tuple(GATES)):
-            if not rules_of(cell, self.rules):
-                raise OptionError(f"rules must include one that an {cell} supports, got {self.rules!r}: it has no gate")
-        if self.device == "cpu" and not _MARK.exists():
-            raise OptionError(f"memory on a cpu needs Linux, which counts the memory of a process, got {sys.platform}")
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
@@ -122,20 +100,20 @@ def measure(task: str) -> None:
     torch.set_num_threads(threads)
     case = Case(cell, Shape(*shape), dtype, device)
     entry = contenders(case, rules_of(cell, rules), [usual(case.device, case.dtype)])[contender]
-    entry.once(*case.data(_WARM_UP_STEPS))
-    x, grad = case.data()
+    entry.once(case.data(_WARM_UP_STEPS))
+    data = case.data()
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        entry.once(x, grad)
+        entry.once(data)
         print(torch.cuda.max_memory_allocated() - before)
         return
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-    _MARK.write_text("5")  # resets VmHWM to the current memory
+    MEMORY_MARK.write_text("5")  # resets VmHWM to the current memory
     before = _high_water_mark()
-    entry.once(x, grad)
+    entry.once(data)
     print(max(_high_water_mark() - before, mmap.PAGESIZE))  # the resolution is one page
 
 
@@ -181,5 +159,6 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
         bars = [f"{r['implementation']} {r['variant']}" for r in rows]
         axes.barh(bars, [r["peak_bytes"]["median"] / 2**20 for r in rows])
         axes.invert_yaxis()
-        axes.set(title=f"{cell} {T}x{B}x{H}", xlabel="MiB")
+        axes.set(title=f"{cell} {T}x{B}x{H}: peak of forward + backward", xlabel="MiB")
+    result.suptitle(machine_line(records), fontsize=9)
     return result

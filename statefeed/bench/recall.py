@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import statefeed as sf
-from statefeed.bench.layers import rules_of
-from statefeed.bench.options import OptionError, option
-from statefeed.bench.options import Options as Common
+from statefeed.bench.measure import machine_line
+from statefeed.bench.options import RecallOptions as Options
+from statefeed.bench.options import rules_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,26 +26,7 @@ if TYPE_CHECKING:
 _SYMBOLS, _WIDTH, _BATCH, _RATE = 8, 64, 64, 1e-2
 _HELD_OUT, _EVALUATIONS, _LEARNT = 512, 40, 0.9
 
-
-@dataclass(frozen=True)
-class Options(Common):
-    """Recall of the first symbol of a sequence by a GRU of 64 units, trained under every rule."""
-
-    repeats: int = option(5, "seeds of the initial weights and the sequences, at least 5")
-    rules: str = option(
-        "bptt,gate,ft-bptt,0.5,0.9,dsf,ramp(0.9),log_spaced(16),log_spaced(64),calibrated,fitted",
-        "feedback rules, separated by commas",
-    )
-    delay: int = option(24, "steps between the symbol and the last output")
-    steps: int = option(250, "training steps")
-    output: str = option("recall.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules_of("gru", self.rules)
-        for name in ("delay", "steps"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class Model(nn.Module):
@@ -172,6 +152,16 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     for k, (rule, rows) in enumerate(by_rule(records).items()):
         steps = [step for step, _ in rows[0]["curve"]]
         means = [statistics.mean(values) for values in zip(*([a for _, a in r["curve"]] for r in rows), strict=True)]
-        axes.plot(steps, means, "-" if k < 10 else "--", color=f"C{k % 10}", label=rule)
+        axes.plot(
+            steps,
+            means,
+            "-" if k < 10 else "--",
+            color=f"C{k % 10}",
+            marker=_MARKERS[k % len(_MARKERS)],
+            markevery=max(1, len(steps) // 8),
+            markersize=4,
+            label=rule,
+        )
     axes.legend(fontsize=7)
+    axes.set_title(f"{machine_line(records)}; means over the seeds", fontsize=9)
     return result

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +14,19 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
-from statefeed.bench.measure import ParityError, Seconds, clock, interleaved, spread
-from statefeed.bench.options import Options as Common
-from statefeed.bench.options import names, numbers, option
+from statefeed.bench.measure import ParityError, Seconds, clock, interleaved, machine_line, spread
+from statefeed.bench.options import METHODS as METHODS
+from statefeed.bench.options import ScanOptions as Options
+from statefeed.bench.options import names, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-METHODS = ("auto", "sequential", "prefix", "fft")
 # Measured peak bytes per element of x, rounded up; the float64 reference alone takes 50.
 _BYTES = {"auto": 60, "sequential": 60, "prefix": 60, "fft": 100}
 _PARITY = 1e-9
-
-
-@dataclass(frozen=True)
-class Options(Common):
-    """The methods of diagonal_scan, for a fixed and for a time-varying diagonal."""
-
-    steps: str = option("64,256,1024,4096,16384,65536", "values of T, separated by commas")
-    widths: str = option("64,256,512,2048", "values of S, separated by commas")
-    methods: str = option("auto,sequential,prefix,fft", f"among {', '.join(METHODS)}, separated by commas")
-    output: str = option("scan.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        numbers("steps", self.steps)
-        numbers("widths", self.widths)
-        names("methods", self.methods, METHODS)
+_MARKERS = ("o", "s", "^", "D")  # by method
 
 
 def problem(T: int, S: int, varying: bool, device: str) -> tuple[Tensor, Tensor]:
@@ -202,9 +186,12 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
             style = "-" if diagonal == "stationary" else "--"
             color = f"C{METHODS.index(method)}"
             label = f"{method}, {diagonal}"
-            axes[0, k].plot(T, [r["ms"]["median"] for r in rows], style, color=color, marker="o", label=label)
-            axes[1, k].plot(T, [r["error"] for r in rows], style, color=color, marker="o", label=label)
+            marker = _MARKERS[METHODS.index(method)]
+            axes[0, k].plot(T, [r["ms"]["median"] for r in rows], style, color=color, marker=marker, label=label)
+            axes[1, k].plot(T, [r["error"] for r in rows], style, color=color, marker=marker, label=label)
         axes[0, k].set(title=f"S = {S}", ylabel="milliseconds", xscale="log", yscale="log")
-        axes[1, k].set(xlabel="T", ylabel="largest error against float64", xscale="log", yscale="log")
-    axes[0, 0].legend(fontsize=7)
+        axes[1, k].set(xlabel="T, steps", ylabel="largest error against float64", xscale="log", yscale="log")
+    for panel in axes.flat:
+        panel.legend(fontsize=6)
+    result.suptitle(f"{machine_line(records)}; medians of the repetitions", fontsize=9)
     return result

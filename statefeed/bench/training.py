@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import statefeed as sf
-from statefeed.bench.layers import DTYPES, rules_of
 from statefeed.bench.measure import (
     NO_ONEDNN,
     ParityError,
@@ -30,11 +27,12 @@ from statefeed.bench.measure import (
     clock,
     float32_settings,
     interleaved,
+    machine_line,
     spread,
     usual,
 )
-from statefeed.bench.options import OptionError, names, option
-from statefeed.bench.options import Options as Common
+from statefeed.bench.options import TRAINING_DTYPES, OptionError, names, rules_of
+from statefeed.bench.options import TrainingOptions as Options
 from statefeed.bench.published import published
 
 if TYPE_CHECKING:
@@ -75,35 +73,6 @@ _ALLOWED = {
     "tf32": {"loss": 1e-3, "gradient": 3e-2},
     "bfloat16": {"loss": 1e-2, "gradient": 1e-1},
 }
-
-
-@dataclass(frozen=True)
-class Options(Common):
-    """Training end to end: a GRU of 1x256 on Penn Treebank, or of 3x512 on WikiText-103."""
-
-    recipe: Literal["ptb-gru-1x256", "wikitext103-gru-3x512"] = option("ptb-gru-1x256", "published recipe")
-    data: str | None = option(
-        None, "folder with the train and valid split of Penn Treebank; null for synthetic text of the recipe's kind"
-    )
-    rules: str = option(
-        "torch,bptt,dsf,gate+1", "feedback rules, separated by commas; torch is the trainer with torch's own layer"
-    )
-    dtypes: str = option(
-        "float32,bfloat16", "among float32, bfloat16 (autocast) and, on a GPU, tf32, separated by commas"
-    )
-    steps: int = option(3, "training steps per repetition")
-    output: str = option("training.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names("dtypes", self.dtypes, DTYPES[self.device])
-        rules_of("gru", self.rules)
-        if self.steps < 1:
-            raise OptionError(f"steps must be at least 1, got {self.steps}")
-        if self.data is not None and self.recipe != "ptb-gru-1x256":
-            raise OptionError(f"data is for the recipe ptb-gru-1x256, but {self.recipe} uses synthetic text: omit it")
-        if self.data is not None and not Path(self.data).is_dir():
-            raise OptionError(f"data must be a folder with the splits of Penn Treebank, got {self.data!r}")
 
 
 Recurrence = Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]
@@ -228,7 +197,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         recipe = recipe._replace(width=16, batch=8)
     source, vocabulary, corpus = load_text(options, recipe)
     tried = {}
-    for dtype in names("dtypes", options.dtypes, DTYPES[options.device]):
+    for dtype in names("dtypes", options.dtypes, TRAINING_DTYPES[options.device]):
         own = [usual(options.device, dtype)]
         if dtype == "float32":  # a GRU does not use oneDNN
             own = [setting for setting in float32_settings(options.device) if setting != NO_ONEDNN]
@@ -476,4 +445,5 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     axes.barh(range(len(records)), [s["median"] for s in speeds], xerr=reach, color=colors)
     axes.set_yticks(range(len(records)), [f"{r['implementation']} {r['variant']}, {r['dtype']}" for r in records])
     axes.invert_yaxis()
+    axes.set_title(f"{machine_line(records)}\nmedians of the repetitions; error bars: minimum to maximum", fontsize=9)
     return result

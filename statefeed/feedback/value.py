@@ -7,7 +7,7 @@ delta_k    = scan_D(e + shift((J - D)^T delta_{k-1}))          k corrections; k 
 from __future__ import annotations
 
 import numbers
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,9 +19,11 @@ from statefeed.feedback.exact import Exact
 from statefeed.feedback.fixed import Constant, Given, LogSpaced, Ramp
 from statefeed.feedback.protocol import Context, Diagonal, KernelRule
 from statefeed.feedback.spelling import SPELLINGS, parse
+from statefeed.user_warning import warn
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
 _DIVERGES_ABOVE = 0.9
+_GROWS_ABOVE = 1 + 1e-6
 _CORRECTIONS = 2**31  # more than any sequence has steps
 _RENAMED = {"bptt": "torch", "fused-bptt": "bptt"}
 
@@ -65,7 +67,8 @@ class Feedback:
         TypeError: a diagonal of another type.
 
     Warns:
-        UserWarning: corrections around a fixed diagonal near 1, which diverge until k is near T.
+        UserWarning: corrections around a fixed diagonal near 1, which diverge until k is near T; a fixed diagonal above
+            1, under which gradients grow with every step.
 
     Cost: O(S) per step for k = 0; each correction adds 2 * T * B * H * G * H flops. An exact pass of ``"fitted"`` is a
         loop over time and takes about as long as torch's own backward pass.
@@ -98,10 +101,14 @@ class Feedback:
         if self.exact and self.corrections:
             raise ValueError(f'feedback "{diagonal}" is exact and takes no corrections, got {self.corrections}')
         if self.corrections and self.diagonal.largest > _DIVERGES_ABOVE:
-            warnings.warn(
+            warn(
                 f'feedback "{self}" adds corrections to a fixed diagonal of up to {self.diagonal.largest:g}: they grow '
-                'like binom(T, k) until k is near T; "calibrated+1" is the stationary rule that takes corrections well',
-                stacklevel=2,
+                'like binom(T, k) until k is near T; "calibrated+1" is the stationary rule that takes corrections well'
+            )
+        elif self.diagonal.largest > _GROWS_ABOVE:
+            warn(
+                f'feedback "{self}" has a fixed diagonal of up to {self.diagonal.largest:g}: above 1 the gradient '
+                "grows with every step that it passes; expected values up to 1"
             )
 
     @classmethod
@@ -246,6 +253,32 @@ FeedbackLike: TypeAlias = Feedback | Diagonal | str | float | Tensor | None
 def as_feedback(rule: FeedbackLike) -> Feedback:
     """Convert a rule in any spelling to a ``Feedback``."""
     return rule if isinstance(rule, Feedback) else Feedback(rule)
+
+
+def check_keyword_only(layer: str, arguments: Sequence[object]) -> None:
+    """Raise where a rule stands among the positional arguments of a layer.
+
+    Args:
+        layer: name of its class.
+        arguments: input_size, hidden_size, num_layers and so on.
+
+    Raises:
+        TypeError: for a rule, or text in place of num_layers.
+    """
+    for place, value in enumerate(arguments):
+        if isinstance(value, Feedback | Diagonal) or (isinstance(value, str) and (place == 2 or _is_rule(value))):
+            raise TypeError(
+                f"feedback must be a keyword argument, {layer}(..., feedback={str(value)!r}): got it as the positional "
+                f"argument {place + 1}"
+            )
+
+
+def _is_rule(spelling: str) -> bool:
+    try:
+        parse(spelling)
+    except ValueError:
+        return False
+    return True
 
 
 def _diagonal(value: object) -> Diagonal:

@@ -252,5 +252,8 @@ def _sentence(message: str, known: Iterable[str]) -> str:
             names.get(kind, kind) for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
         ]
         got = re.findall(r"(?:Got|Given) value: (.*)", message)
-        return f"{wrong[1]} must be {' or '.join(choices)}, got {got[-1]}"
+        words = re.findall(r"'(.+?)'", " ".join(choices))
+        near = difflib.get_close_matches(got[-1].lower(), words, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        return f"{wrong[1]} must be {' or '.join(choices)}, got {got[-1]}{hint}"
     return " ".join(message.split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from typing import NamedTuple
 
 
@@ -64,9 +63,9 @@ def load(device: str) -> Loaded:
         reason = f"the {device.upper()} kernels cannot be used: {error}"
         if setting == "on":
             raise RuntimeError(f"STATEFEED_KERNELS is on, but {reason}") from error
-        warnings.warn(
-            f"statefeed uses plain torch operations instead of its kernels: {reason}", RuntimeWarning, stacklevel=2
-        )
+        from statefeed.user_warning import warn
+
+        warn(f"statefeed uses plain torch operations instead of its kernels: {reason}", RuntimeWarning)
         return Loaded("none", str(error))
 
 

@@ -14,7 +14,6 @@ import hashlib
 import platform
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from statefeed.native.cache_folder import cache_folder, distrust, make_private
 from statefeed.native.compile import FLAGS, VARIANTS, compile_library, compiler, sources
+from statefeed.user_warning import warn
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 
@@ -79,7 +79,7 @@ def _usable(library: Path) -> bool:
         return False
     reason = distrust(library)
     if reason is not None:
-        warnings.warn(f"{reason}: the kernels are compiled again", RuntimeWarning, stacklevel=2)
+        warn(f"{reason}: the kernels are compiled again", RuntimeWarning)
         library.unlink()
     return reason is None
 

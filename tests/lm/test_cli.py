@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import statefeed as sf
 from statefeed.lm import cli, config
 
 RECIPES = ROOT / "recipes"
@@ -167,6 +168,67 @@ def test_in_a_subprocess(here: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "statefeed: the recipe nowhere.yaml does not exist\n"
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["bench", "layers", "--help"], 0),
+        (["corpora"], 0),
+        (["train", str(RECIPES / "quickstart.yaml"), "--print_config"], 0),
+        ([], 2),
+        (["trian"], 2),
+        (["train", "--train.stepz=5"], 2),
+        (["train", "nowhere.yaml"], 2),
+        (["train", "--train.lr=-1"], 2),
+        (["evaluate"], 2),
+        (["compare", "--seeds=3"], 2),
+        (["report"], 2),
+        (["bench", "layer"], 2),
+        (["bench", "layers", "--shapes=3"], 2),
+        (["bench", "scan", "--methods=newton"], 2),
+    ],
+)
+def test_help_version_and_usage_errors_import_no_torch(words: list[str], code: int) -> None:
+    program = (
+        "import sys; from statefeed.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "[]"), done.stderr
+
+
+def test_torch_is_imported_with_the_first_public_name() -> None:
+    program = (
+        "import sys, types, statefeed.lm.config\n"
+        "import statefeed as sf; assert 'torch' not in sys.modules\n"
+        "import statefeed.swap  # a module that is named as a function of the API\n"
+        "assert isinstance(sf.swap, types.FunctionType) and set(sf.__all__) <= set(dir(sf))\n"
+        "assert 'torch' in sys.modules and sf.GRU.__module__ == 'statefeed'\n"
+        "try: sf.gru\n"
+        "except AttributeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "module 'statefeed' has no attribute 'gru'\n"), done.stderr
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "statefeed", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"statefeed {sf.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("trian", "train"), ("eval", "evaluate"), ("benchmark", "bench"), ("xyz", None)]
+)
+def test_the_command_that_was_meant(word: str, meant: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([word]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f"got {word}" + (f": did you mean {meant}?\n" if meant else "\n"))
 
 
 @pytest.mark.parametrize("missing", ["jsonargparse", "safetensors"])

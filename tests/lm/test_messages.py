@@ -90,6 +90,19 @@ def test_a_similar_key_is_suggested(flag: str, meant: str, capsys: pytest.Captur
     assert f"did you mean {meant}?" in sentence(["train", flag], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--model.cell=gruu", "got gruu: did you mean gru?"),
+        ("--model.cell=LSTM", "got LSTM: did you mean lstm?"),
+        ("--data.corpus=wikitext103", "got wikitext103: did you mean wikitext?"),
+        ("--train.optimizer=rmsprop", "got rmsprop\n"),
+    ],
+)
+def test_the_value_that_was_meant(flag: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint in sentence(["train", flag], capsys)
+
+
 def test_a_text_in_place_of_a_recipe_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.txt").write_text("many words " * 1000)
     err = sentence(["train", "a.txt"], capsys)

@@ -1,8 +1,7 @@
-"""The command `statefeed compare`: train a recipe under several feedback rules and print a table."""
+"""A comparison: the same training under several feedback rules, and their table."""
 
 import dataclasses
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,67 +10,36 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 
 from statefeed.lm import identity
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import figures
-from statefeed.lm.compare.plan import plan
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import COMPARISON, read
+from statefeed.lm.compare.table import short_table
 from statefeed.lm.compare.table import table as comparison
 from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.config import Config
 from statefeed.lm.errors import Interrupted, UsageError
 from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
-from statefeed.lm.run.folder import check_apart
 from statefeed.lm.run.signals import handled
 
-_WIDTH = 1000  # characters; wider than any table
+_COLUMNS, _WIDEST = 80, 1000  # characters: of a usual terminal, and more than any table has
 _RESUME = "the same command resumes it"
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run `statefeed compare`.
-
-    Args:
-        arguments: the words after the command.
-
-    Raises:
-        UsageError: the arguments are invalid (before anything is written), or a run failed.
-        Interrupted: a run was interrupted; the same command resumes it.
-    """
-    flags = recipes.parser("statefeed compare")
-    flags.add_argument("recipe", nargs="?", help="YAML file of these keys; flags override it")
-    flags.add_argument("--feedback", type=str, required=True, help="rules or schedules of them, separated by commas")
-    flags.add_argument("--seeds", type=int, default=1, help="runs of every rule: train.seed and those after it")
-    flags.add_argument(
-        "--lr", type=str, default="", help="learning rates of single rules, as dsf=2e-3,bptt=1e-3; others: train.lr"
-    )
-    flags.add_argument(
-        "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
-    )
-    for argument in arguments:
-        if re.match(r"--(model\.feedback|run\.dir)\b", argument):
-            raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
-    values = recipes.parse(flags, arguments)
-    values = recipes.parse(flags, arguments, values.recipe)
-    config = recipes.build(values)
-    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
-    planned = plan(config, values.feedback, values.seeds, values.lr, folder)
-    check_apart(config.data, folder, [COMPARISON])
-    compare(planned, folder)
-
-
-def compare(planned: Sequence[Config], folder: Path) -> None:
-    """Train the runs that have no record yet, add one record per run, then print the table and plot the figures.
+def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None:
+    """Train what is not trained yet, one record per run, then draw and print what the records of the folder say.
 
     Args:
         planned: the recipe of every run.
-        folder: folder of the comparison.
+        folder: of the comparison.
+        wide: whether to print every column, and not only those that fit 80 characters.
 
     Raises:
         UsageError: the folder of a planned run holds a run of another recipe, or a run failed.
@@ -100,7 +68,7 @@ def compare(planned: Sequence[Config], folder: Path) -> None:
         done[Path(config.run.dir).name] = result
         if caught is not None:
             raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
-    show(list(done.values()), folder)
+    show(list(done.values()), folder, wide)
 
 
 def add_record(line: str, records: Path) -> None:
@@ -177,23 +145,30 @@ def train_in_subprocess(config: Config) -> tuple[str, int | None]:
     raise UsageError(f"the comparison stopped in {config.run.dir}, {ended}: {_RESUME}")
 
 
-def show(compared: Sequence[Result], folder: Path) -> None:
-    """Print a table for every task and save the figures in the folder."""
+def _unlimited(console: Console) -> ConsoleOptions:
+    return console.options.update(max_width=_WIDEST)
+
+
+def show(compared: Sequence[Result], folder: Path, wide: bool = False) -> None:
+    """Print a table for every task and leave the figures in the folder."""
     console = output.console()
-    for title, results in tasks(compared).items():
-        headings, rows = comparison(results)
+    for title, same in tasks(compared).items():
+        headings, rows = comparison(same) if wide else short_table(same)
         table = Table(title=title)
-        for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left")
+        for place, heading in enumerate(headings):
+            # Only a rule may be wrapped: a schedule of many stages is as long as it likes.
+            table.add_column(heading, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
         for row in rows:
             table.add_row(*row)
-        # rich truncates rows to the width of its console; a terminal wraps longer rows, which stay readable.
-        width = Measurement.get(console, console.options.update(max_width=_WIDTH), table).maximum
-        console.width = max(console.width, width)
+        if wide:
+            # A row that a terminal wraps can be read, one that is truncated cannot.
+            console.width = max(console.width, Measurement.get(console, _unlimited(console), table).maximum)
+        else:
+            console.width = max(console.width, _COLUMNS)
         console.print(table)
     names = figures.save(figures.draw(compared), folder)
     console.print(
         f"{folder} keeps the runs, {COMPARISON}{''.join(f', {name}' for name in names)}; "
-        f"statefeed report {folder} makes one page of it",
+        f"statefeed report {folder} makes one page of it{'' if wide else ', --wide prints every column'}",
         soft_wrap=True,
     )

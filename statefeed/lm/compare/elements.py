@@ -8,12 +8,20 @@ from matplotlib.figure import Figure
 
 from statefeed.lm.compare.figures import svg
 
+_LONG = 40  # characters
+
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that scrolls if it is wider than the page."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """A cell of a table; one with a sentence may be wrapped."""
+    kind = ' class="long"' if len(text) > _LONG else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def note(text: str) -> str:

@@ -1,27 +1,19 @@
-"""Markdown tables of runs and benchmarks: the page docs/measured.md, and the summary in README.md.
+"""Runs and benchmarks as Markdown: the page docs/measured.md.
 
-Runs of one task are compared across machines, since the machine changes a perplexity by rounding errors only. Times are
-compared on the same machine only. Every number comes from a record.
+Runs of one task are compared with one another, whichever machine made them: it changes a perplexity by no more than
+rounding does. Times are those of one machine each. With no record there is no number.
 """
 
 import json
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
-from statefeed.lm.errors import UsageError
-
-FEWEST_REPEATS = 5  # records with fewer repeats are left out
-PTB = "ptb-gru-1x256"  # the default recipe of `statefeed bench training`; older records do not name it
-BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
-
-Record = dict[str, Any]  # a benchmark record
 
 
 def page(found: Found) -> str:
@@ -33,103 +25,49 @@ def page(found: Found) -> str:
     return "\n\n".join(
         [
             "<!-- Written by `make measured` from results/; do not edit. -->",
+            "# Measurements",
+            "## Perplexity and time",
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
-            "One layer, forward and backward: times faster than `torch.nn` at its best setting (below 1: slower).",
+            "## Layers",
+            "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
+            "(below 1: slower).",
             _layers(found).rstrip("\n") or "No records yet.",
-            "Training end to end, a GRU of 256 units on sentences of words: times faster than the published procedure "
-            "in the same dtype, and than `torch.nn` at its best setting in the same loop.",
+            "## Training end to end",
+            "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
+            "and than `torch.nn` at its best setting in the same loop.",
             _training(found).rstrip("\n") or "No records yet.",
-            "Long memory: share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench "
-            "recall`; guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
+            "## Long memory",
+            "Share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench recall`; "
+            "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
             (_recall(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
-
-
-def update_summary(path: Path, found: Found) -> None:
-    """Replace the text between the two marks of a file, README.md, with `summary`.
-
-    Raises:
-        UsageError: the file has no such marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UsageError(f"--summary must name a file with the lines {BEGIN.strip()} and {END}, got {path}")
-    path.write_text(f"{before}{BEGIN}\n{summary(found)}{END}{after}", encoding="utf-8")
-
-
-def summary(found: Found) -> str:
-    """The summary for README.md: single layers under "bptt" and "dsf", and training, for every machine."""
-    layers: dict[str, tuple[str, list[Record]]] = {}
-    text = ""
-    for heading, records in sorted(_measurements(found, "layers").items(), key=_newest):
-        previous = layers.get(_machine(records[0]))
-        if previous is None or previous[1][0]["threads"] <= records[0]["threads"]:
-            layers[_machine(records[0])] = heading, records
-    if layers:
-        text += (
-            "One layer, forward and backward: times faster than `torch.nn` at its best for that shape, under "
-            '`"bptt"` (exact) / under `"dsf"`.'
-        )
-        text += "\n\n"
-    for heading, records in layers.values():
-        cases: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
-        ours = [r for r in records if r["implementation"] == "statefeed"]
-        for rule, before in (("bptt", ""), ("dsf", " / ")):
-            for r in ours:
-                if r["variant"] == rule:
-                    median = r["times_faster_than"]["torch.nn at its best"]["median"]
-                    case, column = cases[f"{r['T']} x {r['B']} x {r['H']}"], (r["cell"], r["dtype"])
-                    case[column] = case.get(column, "-" if before else "") + f"{before}{median:.1f}"
-        columns = list(dict.fromkeys(column for case in cases.values() for column in case))
-        columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
-        head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
-        body = [[case, *(values.get(column, "") for column in columns)] for case, values in cases.items()]
-        text += f"{heading}{_instructions(records)}:\n\n{_table(head, body)}\n"
-    lines = []
-    for heading, records in sorted(_measurements(found, "training").items(), key=_newest):
-        ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
-        best = ", ".join(
-            f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
-            f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
-            for r in ours
-            if r["variant"] == "dsf"
-        )
-        lines += [f"- {heading}{_instructions(ours)}: {best}\n"] if best else []
-    if lines:
-        text += (
-            "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
-            f"in float32:\n\n{''.join(lines)}\n"
-        )
-    return text
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
 def _tasks(found: Found) -> str:
-    """One table per task: rule, seeds, perplexity, and times of a step that `statefeed bench training` measured."""
+    """For every task one table: rule, seeds, perplexity, and the times of a step that the benchmark has measured."""
     finished = [result for result in found.results if result.outcome == "finished" and result.valid]
-    times, text = _step_times(found), ""
+    times, text = step_times(found), ""
     for titled in split(finished, _title).values():
         parts = list(split(titled, lambda result: json.dumps(setting(result), sort_keys=True)).values())
         differing = differing_keys([setting(part[0]) for part in parts])
         for part in parts:
-            places = sorted({_where(result.metadata) for result in part})
+            places = sorted({where(result.metadata) for result in part})
             more = "".join(f", {key}={setting(part[0]).get(key)}" for key in differing)
             torch = " and ".join(dict.fromkeys(str(result.metadata.get("torch")) for result in part))
-            key = _step_key(part[0])
+            key = step_key(part[0])
             measured = {place: times[key, place] for place in places if (key, place) in times}
             text += f"{_title(part[0])}; {'; '.join(places)}; torch {torch}{more}.\n\n{_frontier(part, measured)}\n"
     return text
 
 
 def _title(result: Result) -> str:
-    """The title of a task, without the keys in which tasks of the same title may differ."""
+    """A task in words, without the keys in which it may differ from others of the same title."""
     corpus = result.metadata.get("corpus") or result.get("data.corpus")
     steps, epochs, precision = (result.get(f"train.{key}") for key in ("steps", "epochs", "precision"))
     length = f"{steps} steps" if steps else f"{epochs} epochs"
@@ -140,21 +78,12 @@ def _title(result: Result) -> str:
     )
 
 
-def _where(metadata: Mapping[str, Any]) -> str:
-    """Processor or GPU and number of threads of a run, in the form of benchmark headings."""
-    place = metadata.get("device", "cpu")
-    if place == "cpu":
-        place, _, _ = metadata["machine"].rsplit(", ", 2)  # without cores and system
-    threads = metadata["threads"]
-    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
-
-
 def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
-    """A table with one row per rule: seeds, mean and range of the best validation perplexities, and time per step.
+    """One row per rule: seeds, mean of the best validation perplexities, their range, and time per step.
 
     Args:
-        results: results of one task.
-        times: milliseconds by machine and rule.
+        results: of one task.
+        times: milliseconds by rule, by place.
     """
     scores = {label: [r.best for r in group if r.best is not None] for label, group in by_rule(results).items()}
     rules = {label: group[0].rule for label, group in by_rule(results).items()}
@@ -173,75 +102,32 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
             dominated = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
             row.append(f"{ms:.0f}" if dominated else f"**{ms:.0f}**")
         body.append(row)
-    return _table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
-
-
-def _step_key(result: Result) -> tuple[Any, ...]:
-    """The keys that the time of a step depends on, as in `_step_times`."""
-    keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")
-    return tuple(result.get(key) for key in keys)
-
-
-def _step_times(found: Found) -> dict[tuple[tuple[Any, ...], str], dict[str, float]]:
-    """Milliseconds of a step that `statefeed bench training` measured, by (`_step_key`, machine) and rule."""
-    times: dict[tuple[tuple[Any, ...], str], dict[str, float]] = defaultdict(dict)
-    for heading, records in _measurements(found, "training").items():
-        place, _, _ = heading.rpartition(", torch ")
-        for r in records:
-            if r["implementation"] == "statefeed":
-                key = tuple(r[part] for part in ("cell", "layers", "width", "batch", "context", "dtype"))
-                times[key, place][r["variant"]] = r["step_ms"]["median"]
-    return times
+    return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------
 
 
-def _measurements(found: Found, bench: str) -> dict[str, list[Record]]:
-    """The records of one benchmark with enough repeats, by heading of their table: machine, threads and torch."""
-    measured = defaultdict(list)
-    for r in found.benchmarks:
-        if r["bench"] == bench and r["repeats"] >= FEWEST_REPEATS:
-            threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-            measured[f"{_machine(r)}, {threads}, torch {r['versions']['torch']}"].append(r)
-    return dict(sorted(measured.items()))
-
-
-def _machine(record: Record) -> str:
-    return str(record["machine"]["gpu"] or record["machine"]["cpu"])
-
-
-def _newest(item: tuple[str, Sequence[Record]]) -> str:
-    return max(str(r["date"]) for r in item[1])
-
-
-def _instructions(records: Iterable[Record]) -> str:
-    """The instruction set that the fused kernels were compiled for, in words."""
-    descriptions = (r["kernels"]["forward"] for r in records if r.get("kernels"))
-    matches = (re.search(r"for (\S+),", words) for words in descriptions)
-    return next((f", kernels for {match[1]}" for match in matches if match), "")
-
-
 def _layers(found: Found) -> str:
     text = ""
-    for heading, records in _measurements(found, "layers").items():
+    for heading, records in measurements(found, "layers").items():
         cases: dict[str, dict[str, float]] = defaultdict(dict)
         for r in records:
             if r["implementation"] == "statefeed":
-                case = f"{r['cell']} {r['T']}x{r['B']}x{r['H']} {r['dtype']}"
+                case = f"{r['cell']} {place(r)} {r['dtype']}"
                 cases[case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
         rules = list(dict.fromkeys(rule for case in cases.values() for rule in case))
         body = [
             [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
         ]
-        text += f"{heading}.\n\n{_table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+        text += f"{heading}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
     return text
 
 
 def _training(found: Found) -> str:
     text = ""
     tables = defaultdict(list)
-    for heading, records in _measurements(found, "training").items():
+    for heading, records in measurements(found, "training").items():
         for r in records:
             tables[f"{heading}; {r.get('recipe', PTB)}, {r['corpus']}"].append(r)
     for heading, records in tables.items():
@@ -258,15 +144,15 @@ def _training(found: Found) -> str:
             ]
             for r in records
         ]
-        text += f"{heading}.\n\n{_table(head, body)}\n"
+        text += f"{heading}.\n\n{table(head, body)}\n"
     return text
 
 
 def _recall(found: Found) -> str:
     text = ""
-    for heading, records in _measurements(found, "recall").items():
-        for (delay, steps), case in _grouped(records, "delay", "steps").items():
-            rules = sorted(_grouped(case, "variant").items(), key=lambda item: _sort_key(item[1]))
+    for heading, records in measurements(found, "recall").items():
+        for (delay, steps), same in _grouped(records, "delay", "steps").items():
+            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
             body = []
             for (rule,), runs in rules:
                 accuracy = [r["accuracy"] for r in runs]
@@ -280,7 +166,7 @@ def _recall(found: Found) -> str:
                     ]
                 )
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
-            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{_table(head, body)}\n"
+            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
 
 
@@ -292,12 +178,7 @@ def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], lis
 
 
 def _sort_key(records: Sequence[Record]) -> tuple[float, float, float]:
-    """Sort key of rules: number of successful seeds, then mean step of success, then accuracy."""
+    """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
     learnt = [r["learnt"] for r in records if r["learnt"] is not None]
-    step = statistics.mean(learnt) if learnt else 0
-    return -len(learnt) / len(records), step, -statistics.mean(r["accuracy"] for r in records)
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    sooner = statistics.mean(learnt) if learnt else 0
+    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)

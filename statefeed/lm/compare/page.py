@@ -1,10 +1,11 @@
-"""The HTML page of `statefeed report`, one self-contained file."""
+"""The page of `statefeed report`: one file of HTML that needs nothing from outside."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from statefeed.lm.compare import benchmarks, elements, figures
+from statefeed.lm.compare.measurements import step_times
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.table import format_value, table
@@ -20,10 +21,12 @@ p { overflow-wrap: anywhere; } .note { color: #555; font-size: .85rem; }
 nav ul { padding-left: 1.2rem; } a { color: #0550ae; }
 .table { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { background: #f6f6f6; font-weight: 600; }
+th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { background: #f6f6f6; font-weight: 600; white-space: normal; vertical-align: bottom; }
+td.long { white-space: normal; min-width: 10rem; text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f6f6; }
+@media (min-width: 70rem) { td { white-space: normal; } }
 @media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere;
   min-width: 7rem; } }
 .figures { display: grid; gap: 1rem; margin-top: 1rem;
@@ -37,19 +40,19 @@ def write(found: Found, output: Path) -> None:
     """Write the page.
 
     Args:
-        found: results and benchmarks to show.
-        output: path of the page; an existing file is replaced.
+        found: what it shows.
+        output: where it goes; an existing page is replaced.
     """
     output.write_text(page(found), encoding="utf-8")
 
 
 def page(found: Found) -> str:
-    """The page as text: tables and figures of every task, figures over sizes and cells, then the benchmarks."""
-    drawn = figures.draw(found.results)
+    """The page as text: for every task a table of its rules and its figures, sizes and cells, then the benchmarks."""
+    drawn = figures.draw(found.results, step_times(found))
     sections: list[tuple[str, str]] = []
-    for title, results in tasks(found.results).items():
+    for title, same in tasks(found.results).items():
         of_task = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
-        body = elements.table(*table(results)) + elements.note(_about(results)) + elements.figure_grid(of_task, title)
+        body = elements.table(*table(same)) + elements.note(_about(same)) + elements.figure_grid(of_task, title)
         sections.append((title, body))
     if drawn:
         sections.append(("Over sizes and cells", elements.figure_grid(drawn)))
@@ -66,16 +69,17 @@ def page(found: Found) -> str:
     )
 
 
-def _about(results: Sequence[Result]) -> str:
-    """The conditions of the runs of one task, in words."""
-    metadata = [result.metadata for result in results]
+def _about(same: Sequence[Result]) -> str:
+    """Under which conditions the runs of one task were made."""
+    metadata = [result.metadata for result in same]
 
     def all_of(key: str) -> str:
         return " and ".join(dict.fromkeys(format_value(one[key]) for one in metadata if key in one))
 
     return (
         f"{all_of('parameters')} parameters. Perplexity: mean and standard deviation over the seeds of the best "
-        "evaluation. Epochs and seconds to a rule: the first evaluation that reaches the final perplexity of that rule "
-        "with the same seed; seconds are training time without evaluations. Runs were timed one after the other, not "
-        f"interleaved. torch {all_of('torch')}, {all_of('threads')} threads, {all_of('machine')}."
+        "evaluation. Epochs and seconds to: the first evaluation that reaches what the named rule ends with, seed by "
+        "seed; seconds are those of training, evaluations left out. These runs were made one after the other, so their "
+        "times do not say which rule is faster; `statefeed bench training` times the rules in turns. "
+        f"torch {all_of('torch')}, threads: {all_of('threads')}, {all_of('machine')}."
     )

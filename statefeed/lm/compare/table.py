@@ -1,4 +1,4 @@
-"""Table that compares the rules of one task."""
+"""The table that compares the rules of one task."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,14 +9,14 @@ from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, split
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and one row per rule of one task, perplexity first for narrow screens.
+    """The comparison of the rules of one task: headings, and one row per rule, the perplexity first for narrow screens.
 
     Perplexities, milliseconds and memory are means over the seeds, the perplexity with its standard deviation. Cosine
-    and norm ratio are means over the evaluations under an approximate rule. The targets of "epochs to" and "seconds to"
-    are the final perplexities of ft-bptt and of the exact rules with the same seed, each at its best learning rate.
+    and norm ratio are means over the evaluations at which the rule was not exact. The targets are the perplexities at
+    the last evaluation of ft-bptt, and of the exact rules, with the same seed, each at its best rate.
 
     Args:
-        results: results of one task.
+        results: of one task.
     """
     groups = by_rule(results)
     rules = split(results, lambda result: result.rule)
@@ -46,8 +46,20 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
+def short_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """The columns of `table` that fit a terminal of 80 characters, with the seeds beside the perplexity."""
+    headings = ["rule", "valid perplexity (seeds)", "ms a step", "norm ratio", "cosine"]
+    rows = []
+    for label, group in by_rule(results).items():
+        step = _mean([result.step_ms for result in group], ".1f")
+        perplexity = f"{_spread(best_scores(group))} ({_seeds(group)})"
+        aligned = [_aligned(group, what, counted=False) for what in ("norm_ratio", "cosine")]
+        rows.append([label, perplexity, step, *aligned])
+    return headings, rows
+
+
 def _reached(group: Sequence[Result], rival: Sequence[Result]) -> list[dict[str, float] | None]:
-    """For every run, the first evaluation that reaches the final perplexity of the rival with the same seed."""
+    """Where every run reached what the rival with its seed ended with."""
     ends = {
         run.get("train.seed"): run.valid[-1]["perplexity"] for run in rival if run.outcome == "finished" and run.valid
     }
@@ -63,14 +75,20 @@ def _times(reached: Sequence[dict[str, float] | None], what: str) -> str:
     return f"{statistics.mean(found):,.{0 if what == 'seconds' and max(found) >= 100 else 1}f}{some}"
 
 
-def _aligned(group: Sequence[Result], what: str) -> str:
-    """The mean over the evaluations under an approximate rule, with their number if not all evaluations are."""
+def _aligned(group: Sequence[Result], what: str, counted: bool = True) -> str:
+    """The mean over the evaluations at which the rule was not exact.
+
+    Args:
+        group: runs of one rule.
+        what: cosine or norm_ratio.
+        counted: whether the number of these evaluations follows where it is not all.
+    """
     runs = [result for result in group if result.alignment]
     if not runs:
         return "-"
     mean = statistics.mean(statistics.mean(row[what] for row in run.alignment) for run in runs)
     inexact, scored = sum(len(run.alignment) for run in runs), sum(len(run.valid) for run in runs)
-    return f"{mean:.3f}" + (f" ({inexact} of {scored})" if inexact < scored else "")
+    return f"{mean:.3f}" + (f" ({inexact} of {scored})" if counted and inexact < scored else "")
 
 
 def _seeds(group: Sequence[Result]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
-from statefeed import native as kernels
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Train
 from statefeed.lm.data import batches
@@ -31,14 +29,15 @@ from statefeed.lm.run.evaluate import is_scored, score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
+from statefeed.lm.run.kernel_loading import load_kernels
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
+from statefeed.lm.run.next_steps import next_steps, program
 from statefeed.lm.run.setup import Setup, check_recipe, prepare
 from statefeed.lm.run.signals import SignalHandler
 
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
-NOTICE_DELAY = 3.0  # seconds; loading kernels takes less, compiling them takes longer
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -84,7 +83,7 @@ def train(config: Config, resume: bool = False) -> None:
                     metadata.resume(folder, checkpoints.step, group)
                     changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
-        remedy = f"; resume with `statefeed train --resume --run.dir={shlex.quote(str(folder))}`"
+        remedy = f"; resume with `{program()} train --resume --run.dir={shlex.quote(str(folder))}`"
 
         def saved() -> str:
             return f"{folder} keeps {checkpoints} and {best}" if exists() else f"{folder} was removed"
@@ -103,7 +102,7 @@ def train(config: Config, resume: bool = False) -> None:
                 log.print(f"resuming after step {checkpoints.step:,}")
                 if changes.extended is not None:
                     log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
-            _load_kernels(group.device, log)
+            load_kernels(group.device, log)
             try:
                 optimize(setup, config, log, best, checkpoints, group, states, signals)
                 if writes:
@@ -116,8 +115,6 @@ def train(config: Config, resume: bool = False) -> None:
                         with suppress(OSError):
                             metadata.update(folder, diverged=str(error))
                 raise
-            if writes:
-                log.draw(folder / CURVES)
 
 
 def optimize(
@@ -218,6 +215,8 @@ def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: to
     sample += [next(following) for _ in range(SAMPLE)]
     log.print(f"a sample, with a prompt of {SAMPLE_PROMPT} tokens:\n\n{setup.tokenizer.decode(sample)}\n")
     log.print(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
+    log.draw(best.folder / CURVES)
+    log.print(next_steps(config, best.folder, list(setup.ids)))
 
 
 def _describe_extension(config: Config, extended: tuple[int, int], step: int, steps_per_epoch: int) -> str:
@@ -258,28 +257,15 @@ def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Grou
     valid = score(setup.model, setup.valid, setup.corpus.sizes["valid"], group)
     log.score(step, epoch, "valid", valid)
     best.offer(setup.model, step, epoch, valid)
+    if group.rank == 0:
+        with suppress(OSError):  # the picture of the whole run is drawn at its end, and raises there
+            log.draw(best.folder / CURVES)
     if recipe.alignment:
         first = next(setup.source.epoch(0))
         fixed = shard_batch(first, Group().columns(first.inputs.shape[1], recipe.accumulate)[0])
         found = agreement(setup.model, lambda model, batch: model.loss(batch).mean, fixed)
         if found is not None:
             log.log_alignment(step, epoch, found, int((fixed.targets != IGNORED).sum()))
-
-
-def _load_kernels(device: torch.device, log: Log) -> None:
-    """Load the CPU kernels before the first step, and print a notice if they must be compiled.
-
-    The GPU kernels are compiled one by one when they are launched.
-    """
-    if device.type != "cpu":
-        return
-    notice = threading.Timer(NOTICE_DELAY, log.print, ["compiling the kernels for this machine, which is done once"])
-    notice.daemon = True
-    notice.start()
-    try:
-        kernels.available()
-    finally:
-        notice.cancel()
 
 
 def _uncompiled(recipe: Train) -> AbstractContextManager[object]:

@@ -20,6 +20,7 @@ import torch
 from statefeed.lm import cli, config, identity
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import compare, figures
+from statefeed.lm.compare.plan import plan
 from statefeed.lm.compare.results import Result, from_line, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import read
@@ -81,7 +82,7 @@ def test_everything_is_the_same_but_the_rule(compared: Path) -> None:
 
 def test_planned_runs_differ_in_rule_rate_and_seed_only(flags: list[str], tmp_path: Path) -> None:
     recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
-    planned = compare.plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
+    planned = plan(recipe, "bptt,dsf,dsf@0.3/gate+1", 2, "bptt=1e-3,dsf@0.3/gate+1=0.5", tmp_path)
     assert [(p.train.seed, p.model.feedback, p.train.lr) for p in planned] == [
         (1, "bptt", 1e-3),
         (1, "dsf", recipe.train.lr),
@@ -127,8 +128,11 @@ def test_finished_runs_are_not_trained_again(
     before = (compared / "compare.jsonl").read_text()
     assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}"]) == 0
     out = capsys.readouterr().out
-    assert "valid perplexity" in out
-    assert "epochs to bptt" in out
+    assert "valid perplexity (seeds)" in out
+    assert "epochs to bptt" not in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line[:1] in "┏┃┡│└")
+    assert cli.main(["compare", *flags, "--feedback=dsf,bptt", "--lr=dsf=2e-3", f"--out={compared}", "--wide"]) == 0
+    assert "epochs to bptt" in capsys.readouterr().out
     assert (compared / "compare.jsonl").read_text() == before
 
 
@@ -404,7 +408,7 @@ def test_diverged_and_unfinished_seeds_are_left_out() -> None:
     headings, ((*row,),) = table([*whole, *odd])
     cells = dict(zip(headings, row, strict=True))
     assert (cells["seeds"], cells["valid perplexity"]) == ("4, 1 diverged, 1 unfinished", "50.00 ± 0.00")
-    drawn = figures.plot_vs([*whole, *odd], "epochs")
+    drawn = figures.plot_vs_epochs([*whole, *odd])
     assert drawn is not None
     assert [len(line.get_xdata()) for line in drawn.axes[0].lines] == [3]
     headings, ((*row,),) = table(odd)  # nothing else is there yet
@@ -425,7 +429,7 @@ def test_a_rule_is_one_however_it_is_spelled(flags: list[str], tmp_path: Path) -
     ]
     recipe = recipes.build(recipes.parse(recipes.parser("test"), flags))
     with pytest.raises(UsageError, match=r"--feedback must name a rule once, got 0\.5 and 0\.50, which are the same"):
-        compare.plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
+        plan(recipe, "bptt,0.5,0.50", 1, "", tmp_path)
 
 
 def test_a_run_that_diverged_has_no_score_and_sets_no_target() -> None:
@@ -487,7 +491,8 @@ def test_cells_are_compared_with_their_equals() -> None:
 
     gru = [of("gru", "plain", 1e-3, 60), of("gru", "plain", 2e-3, 50), of("gru", "prenorm", 1e-3, 30)]
     (drawn,) = figures.by_cell([*gru, of("lstm", "plain", 1e-3, 40)]).values()
-    assert [patch.get_height() for patch in drawn.axes[0].patches] == [50, 40]  # the better rate, one block
+    (points,) = drawn.axes[0].containers
+    assert points.lines[0].get_xydata().tolist() == [[0, 50], [1, 40]]  # the better rate, one block
     assert figures.by_cell([*gru, of("lstm", "stacked", 1e-3, 40)]) == {}
 
 
@@ -589,3 +594,17 @@ def test_the_peak_is_that_of_the_steps_before_the_first_evaluation(run: Path, tm
 def test_a_folder_without_a_run_raises(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_the_printed_table_fits_80_columns_whatever_the_rules_are_called(
+    columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    long = "dsf@0.3/calibrated@0.6/log_spaced(64)@0.9/bptt"
+    compare.show([result(long, 1, [50.0]), result(long, 2, [60.0]), result("bptt", 1, [55.0])], tmp_path)
+    table_lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] and line[0] in "┏┃┡│└"]
+    assert max(map(len, table_lines)) <= max(80, int(columns))
+    text = "".join(line.split("│")[1].strip() for line in table_lines if line.startswith("│"))
+    assert long in text  # wrapped, not truncated
+    assert any("55.00 ± 7.07 (2)" in line for line in table_lines)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import markdown
+from statefeed.lm.compare import markdown, summary
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
 
@@ -25,16 +25,16 @@ def test_documents_are_those_of_the_records(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
     assert page == markdown.page(read([ROOT / "results"])), again
     (tmp_path / "README.md").write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
-    markdown.update_summary(tmp_path / "README.md", read(MACHINES))
+    summary.update_summary(tmp_path / "README.md", read(MACHINES))
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), again
 
 
 def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machines = list(map(str, MACHINES))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{markdown.BEGIN}old{markdown.END}after\n", encoding="utf-8")
+    readme.write_text(f"before\n{summary.BEGIN}old{summary.END}after\n", encoding="utf-8")
     assert cli.main(["report", *machines, f"--summary={readme}"]) == 0
-    expected = f"before\n{markdown.BEGIN}\n{markdown.summary(read(MACHINES))}{markdown.END}after\n"
+    expected = f"before\n{summary.BEGIN}\n{summary.summary(read(MACHINES))}{summary.END}after\n"
     assert readme.read_text(encoding="utf-8") == expected
     assert cli.main(["report", *machines, f"--markdown={tmp_path / 'measured.md'}"]) == 0
     assert (tmp_path / "measured.md").read_text(encoding="utf-8") == markdown.page(read(MACHINES))
@@ -175,7 +175,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert re.search(r"^\| gru 5x2x16 float32 (\| \d+\.\d\d )+\|$", text, re.MULTILINE)
     fused = "fused kernels (compiled here for x86-64-v9, 2 threads)"
     output.write_text("".join(json.dumps({**r, "kernels": {"forward": fused}}) + "\n" for r in records))
-    assert ", kernels for x86-64-v9:\n" in markdown.summary(read([tmp_path]))
+    assert ", kernels for x86-64-v9:\n" in summary.summary(read([tmp_path]))
 
 
 def common(machine: str = MACHINE) -> dict[str, Any]:
@@ -188,6 +188,31 @@ def common(machine: str = MACHINE) -> dict[str, Any]:
         "repeats": 5,
         "date": "2026-11-24",
     }
+
+
+def test_packed_layers_have_a_table_of_their_own_with_both_rivals(tmp_path: Path) -> None:
+    record = {"bench": "layers", "implementation": "statefeed", "dtype": "float32", "ms": spread(1.0), **common()}
+    record |= {"T": 9, "B": 2, "H": 4, "layers": 1, "bidirectional": False, "pass": "training", "cell": "gru"}
+    best, padded = "torch.nn at its best", "torch.nn padded"
+    kinds = [
+        ({"packed": False, "variant": "bptt"}, {best: {"median": 2.0}}),
+        ({"packed": False, "variant": "dsf"}, {best: {"median": 3.0}}),
+        ({"packed": True, "variant": "bptt"}, {best: {"median": 40.0}, padded: {"median": 1.5}}),
+        ({"packed": True, "variant": "bptt", "layers": 2}, {best: {"median": 7.0}, padded: {"median": 7.0}}),
+        ({"packed": False, "variant": "bptt", "pass": "forward"}, {best: {"median": 8.0}}),
+    ]
+    lines = [json.dumps(record | which | {"times_faster_than": ratios}) + "\n" for which, ratios in kinds]
+    (tmp_path / "layers.jsonl").write_text("".join(lines))
+    found = read([tmp_path])
+    text = summary.summary(found)
+    assert "| 9 x 2 x 4 | 2.0 / 3.0 |" in text
+    assert "| 9 x 2 x 4 | 40.0 / 1.5 |" in text
+    assert "7.0" not in text
+    assert "8.0" not in text
+    page = markdown.page(found)
+    for row in ("gru 9x2x4 float32", "gru 9x2x4 packed float32", "gru 9x2x4 2 layers packed float32"):
+        assert f"| {row} |" in page
+    assert "| gru 9x2x4 forward float32 | 8.00 |" in page
 
 
 def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -> None:
@@ -205,7 +230,7 @@ def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -
     text = markdown.page(read([tmp_path]))
     assert "a CPU, family 1, 2 threads, torch 2.13; ptb-gru-1x256, sentences." in text
     assert text.index("torch 2.13; another, blocks.") > text.index("| 2,500 | ")
-    assert "7 tokens" not in markdown.summary(read([tmp_path]))
+    assert "7 tokens" not in summary.summary(read([tmp_path]))
     assert text.count("| float32 | torch.nn, as shipped | 1,000 | 2.00 | 1.00 |") == 1
     assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
 

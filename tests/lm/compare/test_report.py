@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import figures, report, results
+from statefeed.lm.compare import figures, measurements, results, sources
+from statefeed.lm.compare.page import page as write_page
 from statefeed.lm.compare.results import Result, from_line, to_line
 from statefeed.lm.compare.run_result import read_run
 from statefeed.lm.compare.sources import read
@@ -302,8 +303,6 @@ def test_figures_are_those_of_the_paper(page: Path, compared: list[Result]) -> N
     forms = {title.rpartition(": ")[2] for title in drawn}
     assert forms == {
         "perplexity against epoch",
-        "perplexity against time",
-        "speed against quality",
         "alignment with BPTT",
         "perplexity against width",
         "perplexity against depth",
@@ -316,17 +315,60 @@ def test_figures_are_those_of_the_paper(page: Path, compared: list[Result]) -> N
     assert again == {title: figures.svg(figure) for title, figure in drawn.items()}
 
 
+def test_a_figure_with_a_time_needs_one_that_was_measured_in_turns(compared: list[Result]) -> None:
+    first = next(iter(tasks(compared).values()))
+    times = {(measurements.step_key(first[0]), "m, 1 thread"): {"dsf": 500.0, "bptt": 2000.0}}
+    timed = {title: figure for title, figure in figures.draw(compared, times).items() if "m, 1 thread" in title}
+    assert {title.rpartition(": ")[2] for title in timed} == {
+        "perplexity against time, m, 1 thread",
+        "speed against quality, m, 1 thread",
+    }
+    time, speed = timed.values()
+    lines = {line.get_label(): line for line in time.axes[0].lines}
+    assert set(lines) == {"dsf", "bptt"}
+    assert list(lines["dsf"].get_xdata()) == [5.0, 10.0, 15.0, 20.0]  # not the 3 s to 12 s of the run
+    assert list(lines["bptt"].get_xdata()) == [20.0, 40.0, 60.0, 80.0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in speed.axes[0].lines}
+    assert points["dsf"] == [[500.0, pytest.approx(140.5)]]
+    elsewhere = {(measurements.step_key(first[0]), "m, 2 threads"): {"dsf": 500.0, "bptt": 2000.0}}
+    assert figures.draw(compared, elsewhere).keys() == figures.draw(compared).keys()
+
+
+def test_the_axis_shows_how_rules_differ_and_names_what_it_leaves_out(compared: list[Result]) -> None:
+    first = list(next(iter(tasks(compared).values())))
+    figure = figures.plot_vs_epochs(first)
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    assert low < 136 < 149.5 < high < 170
+    far = dataclasses.replace(first[0], valid=[{**row, "perplexity": 900.0} for row in first[0].valid])
+    far = dataclasses.replace(far, config={**far.config, "model": {**far.config["model"], "feedback": "gate"}})
+    figure = figures.plot_vs_epochs([*first, far])
+    assert figure is not None
+    assert figure.axes[0].get_ylim() == (low, high)
+    assert figure.axes[0].get_legend_handles_labels()[1][-1] == "gate (off the scale)"
+
+
+def test_every_figure_names_machine_and_threads_and_explains_its_spread(compared: list[Result]) -> None:
+    times = {(measurements.step_key(compared[0]), "m, 1 thread"): {"dsf": 500.0, "bptt": 2000.0}}
+    for title, figure in figures.draw(compared, times).items():
+        caption = figure.get_suptitle().replace("\n", " ")
+        assert "m, 1 thread" in caption
+        assert "mean over the seeds" in caption or "timed in turns" in caption
+        assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes), title
+        assert figure.legends or figure.axes[0].get_legend()
+
+
 def test_what_is_drawn_is_what_was_measured(compared: list[Result]) -> None:
     same = next(iter(tasks(compared).values()))
-    lines = {line.get_label(): line for line in figures.plot_vs(same, "epochs").axes[0].lines}  # type: ignore[union-attr]
+    lines = {line.get_label(): line for line in figures.plot_vs_epochs(same).axes[0].lines}  # type: ignore[union-attr]
     assert list(lines["dsf"].get_xdata()) == [0.5, 1.0, 1.5, 2.0]
     assert list(lines["dsf"].get_ydata()) == pytest.approx([140.5 * factor for factor in (1.6, 1.3, 1.1, 1.0)])
     width = figures.plot_by(compared, "model.width", "perplexity against width")
     (axes,) = next(iter(width.values())).axes
     points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
     assert points["bptt"] == [pytest.approx([256, 136.5]), pytest.approx([512, 0.9 * 136 + 0.5])]
-    (bars,) = (figure.axes[0] for figure in figures.by_cell(compared).values())
-    heights = [container[0].get_height() for container in bars.containers if hasattr(container[0], "get_height")]
+    (cells,) = (figure.axes[0] for figure in figures.by_cell(compared).values())
+    heights = [float(height) for container in cells.containers for height in container.lines[0].get_ydata()]
     assert sorted(heights) == pytest.approx(
         sorted([e + 0.5 for e in ENDS.values()] + [0.95 * e + 0.5 for e in ENDS.values()])
     )
@@ -338,10 +380,11 @@ def test_every_rule_has_its_own_style_in_every_figure() -> None:
     compared = []
     for k, one in enumerate(made):
         config = {**one.config, "model": {**one.config["model"], "feedback": 0.05 * (k % 20) or "bptt"}}
-        more = {"ms": {}} if k % 20 == 1 else {"alignment": []} if k % 20 % 3 == 0 else {}
+        more = {"alignment": []} if k % 20 % 3 == 0 else {}
         compared.append(dataclasses.replace(one, config=config, **more))
     first = next(iter(tasks(compared).values()))
-    drawn = [figures.plot_vs(first, "epochs"), figures.frontier(first), figures.alignment(first)]
+    ms = {one.rule: 1.0 + k for k, one in enumerate(first) if k % 20 != 1}
+    drawn = [figures.plot_vs_epochs(first), figures.frontier(first, ms, "m"), figures.alignment(first)]
     shown: list[dict[str, tuple[object, ...]]] = []
     for figure in drawn:
         assert figure is not None
@@ -350,14 +393,14 @@ def test_every_rule_has_its_own_style_in_every_figure() -> None:
         assert len(set(shown[-1].values())) == len(lines)
         assert figure.legends  # below the panel
         assert figure.axes[0].get_legend() is None
-    styles = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}  # type: ignore[union-attr]
-    assert len(styles) == 20
-    assert [len(style_of) for style_of in shown] == [20, 19, 13]
-    assert all(style_of[rule] == shown[0][rule] for style_of in shown[1:] for rule in style_of)
+    chosen = figures.styles(one.rule for one in first).values()
+    assert len({(style.line, style.marker) for style in chosen}) == 20  # to be read without the colors
+    assert [len(chosen) for chosen in shown] == [20, 19, 13]
+    assert all(style[rule] == shown[0][rule] for style in shown[1:] for rule in style)
     assert not drawn[1].axes[0].texts  # type: ignore[union-attr]
     (wide,) = figures.plot_by(compared, "model.width", "perplexity against width").values()
     bars = {str(c.get_label()): c.lines[0] for c in wide.axes[0].containers}
-    assert len({(line.get_color(), line.get_linestyle()) for line in bars.values()}) == 20
+    assert len({(line.get_color(), line.get_marker()) for line in bars.values()}) == 20
 
 
 # A browser -----------------------------------------------------------------------------------------------------------
@@ -392,7 +435,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int, t
 def test_a_phone_shows_the_perplexity_of_a_rule_with_a_long_name(tmp_path: Path) -> None:
     one = result("dsf")
     config = {**one.config, "model": {**one.config["model"], "feedback": "dsf@0.3/calibrated@0.6/log_spaced(64)"}}
-    text = report.page(report.Found([dataclasses.replace(one, config=config)]))
+    text = write_page(sources.Found([dataclasses.replace(one, config=config)]))
     heading = "[...document.querySelectorAll('th')].filter(th => th.textContent == 'valid perplexity')"
     (right,) = measured(text, f"{heading}.map(th => th.getBoundingClientRect().right)", 390, tmp_path)
     assert right < 374  # the page ends 1rem before the screen

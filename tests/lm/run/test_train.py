@@ -19,8 +19,7 @@ from statefeed.lm import cli
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Train
 from statefeed.lm.run import folder as run_folder
-from statefeed.lm.run import tensor_file
-from statefeed.lm.run import train as training
+from statefeed.lm.run import kernel_loading, tensor_file
 from statefeed.lm.run.distributed import Group
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.setup import prepare
@@ -224,7 +223,7 @@ def test_no_step_is_charged_with_the_kernels_that_the_first_run_compiles(
         return kernels.unavailable(device) is None
 
     monkeypatch.setattr(kernels, "available", slow)
-    monkeypatch.setattr(training, "NOTICE_DELAY", 0.5)
+    monkeypatch.setattr(kernel_loading, "NOTICE_DELAY", 0.5)
     for folder, times in ((tmp_path / "first", 1), (tmp_path / "second", 0)):
         assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 0
         out = capsys.readouterr().out

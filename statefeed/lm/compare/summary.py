@@ -1,0 +1,99 @@
+"""The figures in README.md, from records."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from statefeed.lm.compare.measurements import PTB, Record, instructions, kind, machine, measurements, newest, table
+from statefeed.lm.compare.sources import Found
+from statefeed.lm.errors import UsageError
+
+BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
+
+
+def update_summary(path: Path, found: Found) -> None:
+    """Replace what is between the two marks of a file, README.md, by `summary`.
+
+    Raises:
+        UsageError: when the file has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UsageError(f"--summary must name a file with the lines {BEGIN.strip()} and {END}, got {path}")
+    path.write_text(f"{before}{BEGIN}\n{summary(found)}{END}{after}", encoding="utf-8")
+
+
+def summary(found: Found) -> str:
+    """The figures of README.md: of every machine single layers, exact and under "dsf", and training."""
+    text = _packed_summary(found)
+    dense = _of_best_threads(found, "")
+    if dense:
+        text += (
+            "One layer, forward and backward: times faster than `torch.nn` at its best for that shape, under "
+            '`"bptt"` (exact) / under `"dsf"`.\n\n'
+        )
+    for heading, records in dense:
+        rules = [(rule, "torch.nn at its best") for rule in ("bptt", "dsf")]
+        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rules)}\n"
+    lines = []
+    for heading, records in sorted(measurements(found, "training").items(), key=newest):
+        ours = [r for r in records if r["implementation"] == "statefeed" and r.get("recipe", PTB) == PTB]
+        best = ", ".join(
+            f"{r['times_faster_than']['published float32']['median']:.1f} in {r['dtype']} "
+            f"({r['tokens_per_s']['median']:,.0f} tokens per second)"
+            for r in ours
+            if r["variant"] == "dsf"
+        )
+        lines += [f"- {heading}{instructions(ours)}: {best}\n"] if best else []
+    if lines:
+        text += (
+            "Training end to end, a GRU of 256 units on Penn Treebank, times faster than the published procedure "
+            f"in float32:\n\n{''.join(lines)}\n"
+        )
+    return text
+
+
+def _packed_summary(found: Found) -> str:
+    text = ""
+    packed = _of_best_threads(found, "packed")
+    if packed:
+        text += (
+            'Packed sequences of T/2 to T steps, one layer, forward and backward, `"bptt"` (exact): times faster than '
+            "`torch.nn` packed / than `torch.nn` padded, with the padding computed in vain.\n\n"
+        )
+    for heading, records in packed:
+        rivals = [("bptt", "torch.nn at its best"), ("bptt", "torch.nn padded")]
+        text += f"{heading}{instructions(records)}:\n\n{_pairs(records, rivals)}\n"
+    return text
+
+
+def _of_best_threads(found: Found, wanted: str) -> list[tuple[str, list[Record]]]:
+    """Of every machine the heading and the records of layers of one kind, with its largest number of threads."""
+    best: dict[str, tuple[str, list[Record]]] = {}
+    for heading, every in sorted(measurements(found, "layers").items(), key=newest):
+        records = [record for record in every if kind(record) == wanted and record["dtype"] != "float64"]
+        if records:
+            most = best.get(machine(records[0]))
+            if most is None or most[1][0]["threads"] <= records[0]["threads"]:
+                best[machine(records[0])] = heading, records
+    return list(best.values())
+
+
+def _pairs(records: Sequence[Record], shown: Sequence[tuple[str, str]]) -> str:
+    """A table of shapes by cell and dtype, each field with one ratio for every rule and baseline."""
+    cases: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(lambda: ["-"] * len(shown)))
+    for r in records:
+        for k, (rule, baseline) in enumerate(shown):
+            if r["implementation"] == "statefeed" and r["variant"] == rule and baseline in r["times_faster_than"]:
+                median = r["times_faster_than"][baseline]["median"]
+                cases[f"{r['T']} x {r['B']} x {r['H']}"][r["cell"], r["dtype"]][k] = f"{median:.1f}"
+    columns = list(dict.fromkeys(column for case in cases.values() for column in case))
+    columns.sort(key=lambda column: (column[1] != "float32", ("rnn", "gru", "lstm").index(column[0])))
+    head = ["T x B x H", *(f"{cell.upper()} {dtype}" for cell, dtype in columns)]
+    body = [
+        [case, *(" / ".join(values[column]) if column in values else "" for column in columns)]
+        for case, values in cases.items()
+    ]
+    return table(head, body)
