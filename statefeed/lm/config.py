@@ -152,6 +152,12 @@ class Model:
         require(self.window >= 1, "model.window must be at least 1", self.window)
         require(self.modes >= 1, "model.modes must be at least 1", self.modes)
 
+    @property
+    def rule_keys(self) -> str:
+        """The keys of the backward and forward pass with their values, for messages."""
+        forward = "" if self.forward == "sequential" else f", model.forward={self.forward}"
+        return f"model.feedback={self.feedback}{forward}"
+
 
 @dataclass(frozen=True)
 class Train:

@@ -65,15 +65,15 @@ def rule(cell: str, feedback: float | str) -> str:
     return str(sf.Schedule(feedback)) if cell in RECURRENT else cell
 
 
-def check_rules(cell: str, feedback: float | str) -> None:
-    """Check that a cell supports a rule, or every rule of a schedule.
+def check_rules(cell: str, feedback: float | str, forward: str = "sequential") -> None:
+    """Check that a cell supports a rule, or every rule of a schedule, with a forward method.
 
     Raises:
-        ValueError: there is no such rule, or the cell does not support it.
+        ValueError: there is no such rule or method, or the cell or the rule does not support it.
     """
     if cell in RECURRENT:
         for _, stage in sf.Schedule(feedback).stages:
-            getattr(sf, cell.upper())(1, 1, feedback=stage)
+            getattr(sf, cell.upper())(1, 1, feedback=stage).forward_method = forward
 
 
 def difference(there: Recipe, here: Recipe, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:

@@ -36,7 +36,7 @@ def plan(config: Config, feedback: str, seeds: int, rates: str, folder: Path) ->
     spellings: dict[str, str] = {}
     for rule in rules:
         try:
-            identity.check_rules(config.model.cell, rule)
+            identity.check_rules(config.model.cell, rule, config.model.forward)
         except ValueError as error:
             raise UsageError(f"--feedback {rule}: {error}") from error
         other = spellings.setdefault(identity.rule(config.model.cell, rule), rule)

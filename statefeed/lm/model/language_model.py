@@ -135,10 +135,7 @@ class LanguageModel(nn.Module):
         try:
             self.blocks = nn.ModuleList([block(recipe) for _ in range(recipe.layers)])
         except ValueError as error:
-            keys = f"model.feedback={recipe.feedback}, model.forward={recipe.forward}"
-            if recipe.forward == "sequential":
-                keys = f"model.feedback={recipe.feedback}"
-            raise UsageError(f"{keys}: {error}") from error
+            raise UsageError(f"{recipe.rule_keys}: {error}") from error
         self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
         self.head = nn.Linear(recipe.width, vocabulary)
         if recipe.uniform is not None:

@@ -76,9 +76,9 @@ def check_recipe(config: Config, group: Group) -> None:
         recipe.batch,
     )
     try:
-        identity.check_rules(config.model.cell, config.model.feedback)
+        identity.check_rules(config.model.cell, config.model.feedback, config.model.forward)
     except ValueError as error:
-        raise UsageError(f"model.feedback={config.model.feedback}: {error}") from error
+        raise UsageError(f"{config.model.rule_keys}: {error}") from error
     if config.run.tensorboard:
         tensorboard.writer_class()
     autocast_context(recipe.precision, group.device)
