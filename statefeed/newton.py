@@ -59,7 +59,7 @@ class Newton:
     Cost: per iteration one product over all T * B steps and one scan, see ``statefeed.newton.forward``.
 
     Example:
-        >>> import statefeed as sf
+        >>> import torch, statefeed as sf
         >>> layer = sf.GRU(3, 5)
         >>> layer.forward_method = sf.Newton(tolerance=1e-6)
         >>> y, h = layer(torch.zeros(100, 2, 3))

@@ -298,7 +298,8 @@ class RecurrentStack(FeedbackLayer):
     ) -> tuple[Tensor, State]:
         """Run all layers over x (T, B, I) or packed rows; every part of the state is (L * directions, B, H)."""
         rule, cell = self._feedback, self.feedback_cell
-        if not (rule.exact or rule.corrections) and any(s.requires_grad for s in state):
+        approximate = torch.is_grad_enabled() and not (rule.exact or rule.corrections)
+        if approximate and any(s.requires_grad for s in state):
             warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")'

@@ -13,7 +13,7 @@ _INSIDE = tuple(os.path.join(os.path.dirname(path), "") for path in (__file__, t
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the first line outside this package and torch that led here.
+    """Issue a warning, with the attribute ``of_statefeed``, at the first line outside this package and torch.
 
     Args:
         message: what the user should know.
@@ -21,12 +21,17 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
         ...     warn("look here")
-        >>> caught[0].filename == __file__  # of this example, not of the function
-        False
+        >>> caught[0].message.of_statefeed
+        True
     """
-    # torch.compile traces this function, but not frames.
-    warnings.warn(message, category, stacklevel=1 if torch.compiler.is_compiling() else _level())
+    if torch.compiler.is_compiling():  # which traces this function, but neither frames nor new classes
+        warnings.warn(message, category, stacklevel=1)
+    else:
+        warning = category(message)
+        warning.of_statefeed = True  # type: ignore[attr-defined]
+        warnings.warn(warning, stacklevel=_level())
 
 
 def _level() -> int:

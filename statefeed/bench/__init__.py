@@ -142,7 +142,7 @@ def _did_you_mean(argv: Sequence[str]) -> str:
     """A hint where the benchmark, or one of its flags, is misspelt; else an empty string.
 
     Example:
-        >>> _did_you_mean(["layer"]), _did_you_mean(["layers", "--cell=gru"]), _did_you_mean(["layers", "--seed=1"])
+        >>> _did_you_mean(["layer"]), _did_you_mean(["layers", "--cell=gru"]), _did_you_mean(["layers", "--zoom=1"])
         (': did you mean layers?', ': did you mean --cells?', '')
     """
     if argv and argv[0] not in _BENCHMARKS:

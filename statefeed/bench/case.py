@@ -117,7 +117,7 @@ class Case(NamedTuple):
         grad = torch.randn(T, B, width, device=self.device).to(self.leaf_dtype)
         if not self.packed:
             return Input(x.requires_grad_(), grad)
-        lengths = torch.tensor(self.lengths(T))
+        lengths = torch.tensor(self.lengths(T), device="cpu")
         rows, grad_rows = (pack_padded_sequence(each, lengths) for each in (x, grad))
         if padded:
             return Input(pad_packed_sequence(rows)[0].requires_grad_(), pad_packed_sequence(grad_rows)[0])

@@ -74,7 +74,7 @@ def _rows(case: Case, entry: Contender, data: Input) -> Tensor:
         return entry.outputs(data)
     lengths = case.lengths(_steps(data))
     y = entry.outputs(case.data(_steps(data), padded=True))
-    return pack_padded_sequence(y, torch.tensor(lengths)).data
+    return pack_padded_sequence(y, torch.tensor(lengths, device="cpu")).data
 
 
 def _steps(data: Input) -> int:

@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from statefeed.lm import commands
@@ -45,7 +44,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], commands.Work | None]] = {
 
 
 _python_showwarning = warnings.showwarning
-_PACKAGE = Path(__file__).parent.parent
 shown_warnings: set[str] = set()  # of this process
 
 
@@ -116,10 +114,10 @@ def configure_process() -> None:
             libc.mallopt(parameter, 1 << 30)
 
 
-def show_warning(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Print a warning of the library as one line, once, without its source line; others as Python does."""
-    if category is not RuntimeWarning and not Path(filename).is_relative_to(_PACKAGE):
-        _python_showwarning(message, category, filename, *place, **more)
+    if category is not RuntimeWarning and not hasattr(message, "of_statefeed"):
+        _python_showwarning(message, category, *place, **more)
     elif (sentence := " ".join(str(message).split())) not in shown_warnings:
         shown_warnings.add(sentence)
         notify(sentence)

@@ -105,9 +105,7 @@ class Model:
         "dsf", "feedback rule of the backward pass: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
     )
     forward: str = option(
-        "sequential",
-        "sequential; newton or newton(tolerance): recurrent layers run forward in parallel over time, to a tolerance",
-        identity="run",
+        "sequential", "sequential; newton or newton(tolerance): forward in parallel over time", identity="run"
     )
     layers: int = option(2, "number of blocks")
     width: int = option(256, "number of units of the embedding, of every state and of every block")
@@ -155,8 +153,7 @@ class Model:
     @property
     def rule_keys(self) -> str:
         """The keys of the backward and forward pass with their values, for messages."""
-        forward = "" if self.forward == "sequential" else f", model.forward={self.forward}"
-        return f"model.feedback={self.feedback}{forward}"
+        return f"model.feedback={self.feedback}" + f", model.forward={self.forward}" * (self.forward != "sequential")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import statefeed as sf
 from statefeed.lm.run import provenance
 
+collect_ignore = ["environments.py"]  # a script
+
 _WARM_UP = 2  # steps of a fit that are not timed
 
 Fit = Callable[[bool], tuple[list[float], Any]]
