@@ -23,7 +23,7 @@ _FEW = 4  # sequences
 class Range(NamedTuple):
     """A range of shapes: the most steps, sequences, units and states (steps x sequences x units).
 
-    ``few`` bounds the sequences from above, ``many`` from below.
+    ``few`` bounds the sequences from above, ``many`` from below; ``least`` bounds the states from below.
     """
 
     steps: int
@@ -31,6 +31,7 @@ class Range(NamedTuple):
     many: int = 1
     units: int = _ANY
     states: int = _ANY
+    least: int = 0
 
 
 class Way(NamedTuple):
@@ -51,19 +52,15 @@ class Way(NamedTuple):
 
 # A range of few steps costs the kernels more per call than it saves per step.
 _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
-    Way("rnn"): (Range(8, _FEW), Range(4)),
+    Way("rnn"): (Range(4, _FEW), Range(3, states=1 << 14)),
     Way("rnn", packed=True): (Range(8, _FEW), Range(5)),
-    Way("rnn", bf16=True): (Range(2, _FEW), Range(1)),
-    Way("gru"): (Range(3, _FEW), Range(2)),
+    Way("gru"): (Range(2, _FEW),),
     Way("gru", packed=True): (Range(4, _FEW), Range(3)),
     Way("lstm"): (Range(3, _FEW), Range(2)),
     Way("lstm", packed=True): (Range(4, _FEW), Range(3)),
     # Large batches go through oneDNN's LSTM at the rate of the kernels, until its buffers leave the cache.
     Way("lstm", onednn=True): (Range(12, _FEW, units=128), Range(48, many=_FEW + 1, states=1 << 18)),
-    Way("lstm", bf16=True, onednn=True): (
-        Range(12, _FEW, units=128),
-        Range(100, many=_FEW + 1, states=1 << 19),
-    ),
+    Way("lstm", bf16=True, onednn=True): (Range(100, many=_FEW + 1, states=1 << 19, least=1 << 15),),
 }
 _LONGEST = max(r.steps for ranges in _FASTER_IN_TORCH.values() for r in ranges)
 
@@ -74,7 +71,7 @@ def is_faster_in_torch(way: Way, steps: int, sequences: int, units: int) -> bool
     Cost: a microsecond.
 
     Example:
-        >>> is_faster_in_torch(Way("gru"), 2, 16, 64), is_faster_in_torch(Way("gru"), 64, 16, 64)
+        >>> is_faster_in_torch(Way("gru"), 2, 1, 64), is_faster_in_torch(Way("gru"), 64, 16, 64)
         (True, False)
     """
     if steps > _LONGEST:
@@ -86,7 +83,7 @@ def is_faster_in_torch(way: Way, steps: int, sequences: int, units: int) -> bool
             steps <= most.steps
             and most.many <= sequences <= most.few
             and units <= most.units
-            and steps * sequences * units <= most.states
+            and most.least <= steps * sequences * units <= most.states
         ):
             return True
     return False
@@ -96,8 +93,8 @@ def reason(way: Way, steps: int, sequences: int, units: int) -> str:
     """Why torch's own layer is faster, where it is.
 
     Example:
-        >>> reason(Way("gru"), 2, 16, 64)
-        "torch's own gru is faster at 2 x 16 x 64 (steps x sequences x units): it costs less per call"
+        >>> reason(Way("gru"), 2, 1, 64)
+        "torch's own gru is faster at 2 x 1 x 64 (steps x sequences x units): it costs less per call"
     """
     if steps == 1:
         return "one step has no recurrence to fuse, and torch's own path costs less per call"
