@@ -98,8 +98,8 @@ def _file(path: Path) -> Found:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = validate(json.loads(line), {})
-            if "stage" in record or "package" in record:
-                continue  # of statefeed/bench/gpu.sh and of other people's packages, which have tables of their own
+            if "stage" in record or "package" in record or record.get("bench") == "paths":
+                continue  # of statefeed/bench/gpu.sh, other people's packages and statefeed.bench.paths: read elsewhere
             if "bench" in record:
                 found.benchmarks.append(_benchmark_record(migration.benchmark(record)))
             else:
