@@ -37,6 +37,7 @@ measured: .venv/.installed-lm
 	$(BIN)/statefeed report results --markdown=docs/measured.md
 	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md
 	$(BIN)/python -m statefeed.bench.gpu.tables results/bench/nvidia-h200 docs/gpu.md
+	$(BIN)/python tests/interop/picture.py
 	mkdir -p build
 	$(BIN)/statefeed report results/runs --output=build/report.html --figures=build/figures
 	for figure in results/figures/*.svg; do cp build/figures/$${figure##*/} $$figure; done

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import statefeed as sf
 from statefeed.lm.run import provenance
 
-collect_ignore = ["environments.py"]  # a script
+collect_ignore = ["environments.py", "picture.py"]  # scripts
 
 _WARM_UP = 2  # steps of a fit that are not timed
 

@@ -1,6 +1,7 @@
 """The table of the documents: the newest record of a package and model on a machine is the one that is shown."""
 
 import json
+import sys
 
 import pytest
 
@@ -46,3 +47,17 @@ def test_the_newest_record_of_each_model_is_a_row(page, tmp_path):
 def test_without_records_there_is_no_table(page):
     table.write()
     assert page.read_text() == f"above\n{table.BEGIN}\n{table.END}\nbelow\n"
+
+
+def test_the_picture_shows_every_record_and_losses_that_differ(page, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "table", table)  # as the script imports it
+    from interop import picture
+
+    other = json.loads(line(2.0, model="LSTM")) | {"losses": {"plain": 0.25, "statefeed": 0.5}}
+    records = [json.loads(line(1.5)), other]
+    for record in records:
+        record["threads"] = 1
+        record["versions"]["torch"] = "2"
+    (axes,) = picture.draw(records).axes
+    assert [text.get_text() for text in axes.texts] == ["1.50x, same loss", "2.00x, loss 0.25, 0.5"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["darts: GRU", "darts: LSTM"]
