@@ -8,7 +8,7 @@ from typing import ClassVar
 from statefeed.bench.options import OptionError, Options, names, option, rules_of
 
 BASELINES = ("mingru", "s4d")  # cells with exact gradients only
-CELLS = ("rnn", "gru", "lstm", *BASELINES)
+CELLS = ("rnn", "gru", "lstm", "slstm", *BASELINES)
 _LENGTHS = range(4, 21)  # every string of the length is drawn from a permutation of all
 
 
@@ -19,7 +19,7 @@ class TrackingOptions(Options):
     fewest: ClassVar[int] = 3
 
     repeats: int = option(3, "seeds of the initial weights and the strings, at least 3")
-    cells: str = option("gru,mingru,s4d", f"among {', '.join(CELLS)}, separated by commas")
+    cells: str = option("gru,slstm,mingru,s4d", f"among {', '.join(CELLS)}, separated by commas")
     rules: str = option(
         "bptt,ft-bptt,dsf,gate,gate+1,jacobian,jacobian+1,calibrated",
         f"feedback rules, separated by commas; {' and '.join(BASELINES)} have exact gradients only",

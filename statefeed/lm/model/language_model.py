@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
     Weights are initialized from N(0, 0.02), biases with zero. The output projections of the L pre-norm blocks are
     divided by the square root of 2 L, their number of sub-layers. Norms and sequence layers use their own
     initialization. `model.uniform` replaces all of this. The keys of `state_dict` are those of the same model with
-    `torch.nn` layers.
+    `torch.nn` layers, where torch has the layer.
 
     Args:
         recipe: the model section of a recipe.
