@@ -16,7 +16,7 @@ test: .venv/.installed-dev
 
 # Equations, layers and kernels, for daily work: under two minutes on two cores.
 CORE := $(addprefix tests/test_,oracles.py scan.py feedback.py schedule.py recurrence.py layers.py segments.py custom.py \
-	swap.py extending.py kernels_layer.py kernels_safety.py imports.py language.py pickles.py)
+	custom_steps.py custom_diagonal.py swap.py extending.py kernels_layer.py kernels_safety.py imports.py language.py pickles.py)
 
 test-core: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(CORE)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from statefeed.layout import Layout
 
@@ -44,6 +45,8 @@ class Cell(ABC):
         gates: G, number of blocks of H rows in the weights.
         shared_gates: number of leading gates with the same gradient at ``inputs`` and ``hidden``.
         states: names of the parts of the state; the first is h, which is also the output.
+        constant_states: the last of these names, if they are constants for the gradient: no part of S, no gradient
+            enters or leaves them, and ``delta`` and every diagonal are those of the parts before them.
         saved_type: the NamedTuple that ``linearize`` returns.
         saved_values: values per row and unit that a fused forward pass saves for the backward pass, besides h.
         has_direct_path: whether part of the Jacobian is a direct path, without a weight.
@@ -54,6 +57,7 @@ class Cell(ABC):
     gates: ClassVar[int]
     shared_gates: ClassVar[int]
     states: ClassVar[tuple[str, ...]] = ("h",)
+    constant_states: ClassVar[tuple[str, ...]] = ()
     saved_type: ClassVar[Callable[..., Any]]
     saved_values: ClassVar[int] = 0
     has_direct_path: ClassVar[bool] = True
@@ -70,8 +74,25 @@ class Cell(ABC):
         }
 
     def state_widths(self, hidden_size: int) -> tuple[int, ...]:
-        """Width of every part of the state; S is their sum."""
+        """Width of every part of the state."""
         return (hidden_size,) * len(self.states)
+
+    @property
+    def gradient_parts(self) -> int:
+        """Number of parts of the state with a gradient, which come first; S is the sum of their widths."""
+        return len(self.states) - len(self.constant_states)
+
+    def hidden_product(self, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+        """``hidden``, h' W_hh^T + b_hh, of rows (N, H)."""
+        return F.linear(h, w_hh, b_hh)
+
+    def grad_h(self, grad_hidden: Tensor, w_hh: Tensor) -> Tensor:
+        """The gradient that ``hidden_product`` passes to h', (N, H)."""
+        return grad_hidden.to(w_hh.dtype) @ w_hh
+
+    def grad_w_hh(self, grad_hidden: Tensor, h: Tensor, w_hh: Tensor) -> Tensor:
+        """The gradient that ``hidden_product`` passes to W_hh, in its shape and dtype."""
+        return (grad_hidden.to(w_hh.dtype).T @ h.to(w_hh.dtype)).to(w_hh.dtype)
 
     def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """The dtype that torch's layer returns under autocast on a CPU.
@@ -96,7 +117,10 @@ class Cell(ABC):
 
     @abstractmethod
     def local_gradient(self, at: Any, delta: State) -> tuple[Tensor, Tensor]:
-        """Gradients at ``inputs`` and ``hidden`` from those of the state; the same tensor twice if they are equal."""
+        """Gradients at ``inputs`` and ``hidden`` from those of the state; the same tensor twice if they are equal.
+
+        The gradient of the state has ``gradient_parts`` parts, here and in the functions below.
+        """
 
     @abstractmethod
     def direct_path(self, at: Any) -> tuple[Tensor | None, ...]:

@@ -30,9 +30,9 @@ class Gate(TimeVarying):
         return None
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
-        w = at.w_hh
-        widths = at.cell.state_widths(w.shape[1])
-        parts = at.cell.direct_path(at.at)
+        cell, w = at.cell, at.w_hh
+        widths = cell.state_widths(w.shape[0] // cell.gates)[: cell.gradient_parts]
+        parts = cell.direct_path(at.at)
         return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
 
     def resolve(self, context: Context) -> KernelRule:
