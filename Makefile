@@ -32,10 +32,12 @@ interop:
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
 
-# docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the pictures that results/README.md shows, from the records alone.
+# docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the verdicts and pictures of results/README.md, from the records alone.
+CELLS := results/runs/quickstart/cells-bf16.jsonl results/runs/quickstart/rates.jsonl
 measured: .venv/.installed-lm
 	$(BIN)/statefeed report results --markdown=docs/measured.md
 	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md
+	$(BIN)/statefeed report $(CELLS) --verdicts=results/README.md
 	$(BIN)/python -m statefeed.bench.gpu.tables results/bench/nvidia-h200 docs/gpu.md
 	$(BIN)/python tests/interop/picture.py
 	mkdir -p build
