@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from statefeed.cells.gru import GRU
 from statefeed.cells.lstm import LSTM
+from statefeed.cells.lstm_projected import LSTMProjected
 from statefeed.cells.protocol import Cell, State, Step
 from statefeed.cells.rnn import RNNRelu, RNNTanh
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (GRU(), LSTM(), RNNTanh(), RNNRelu())}
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (GRU(), LSTM(), LSTMProjected(), RNNTanh(), RNNRelu())}
 
 __all__ = ["CELLS", "Cell", "State", "Step"]

@@ -31,7 +31,7 @@ class Gate(TimeVarying):
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         w = at.w_hh
-        widths = at.cell.state_widths(w.shape[1])
+        widths = at.cell.state_widths(len(w) // at.cell.gates, w.shape[1])
         parts = at.cell.direct_path(at.at)
         return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
 
