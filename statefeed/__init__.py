@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
     from statefeed.newton import Newton
     from statefeed.scan import diagonal_scan
     from statefeed.schedule import Schedule
+    from statefeed.slstm import SLSTM
     from statefeed.swap import SwapReport, restore, swap
 
 __version__ = "0.2.0"
@@ -24,6 +25,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "Agreement",
     "Alignment",
     "CellLayer",
@@ -54,6 +56,7 @@ _MODULES = (
     "newton",
     "scan",
     "schedule",
+    "slstm",
     "swap",
 )
 

@@ -57,6 +57,14 @@ class CellLayer(RecurrentStack):
     """
 
     cell: ClassVar[Cell]
+    # Arguments that extra_repr shows, with the values for which it does not.
+    shown_defaults: ClassVar[dict[str, object]] = {
+        "num_layers": 1,
+        "bias": True,
+        "batch_first": False,
+        "dropout": 0.0,
+        "bidirectional": False,
+    }
     _torchscript = "TorchScript cannot hold a feedback rule: export the layer with torch.export instead"
 
     def __init__(
@@ -88,7 +96,7 @@ class CellLayer(RecurrentStack):
         for layer in range(num_layers):
             width = hidden_size * directions if layer else input_size
             for suffix in ("", "_reverse")[:directions]:
-                for name, shape in self.cell.weight_shapes(width, hidden_size).items():
+                for name, shape in self.weight_shapes(width).items():
                     if bias or not name.startswith("bias"):
                         weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                         self.register_parameter(f"{name}_l{layer}{suffix}", weight)
@@ -99,6 +107,17 @@ class CellLayer(RecurrentStack):
     @property
     def feedback_cell(self) -> Cell:
         return self.cell
+
+    def weight_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of one layer and direction.
+
+        Args:
+            width: number of features of its input.
+
+        Returns:
+            Shapes by name without the suffix, biases last.
+        """
+        return self.feedback_cell.weight_shapes(width, self.hidden_size)
 
     def unsupported_reason(self, rule: Feedback) -> str | None:
         """Why the layer does not support a rule.
@@ -111,8 +130,8 @@ class CellLayer(RecurrentStack):
         """
         if rule.through_torch:
             return (
-                f'feedback "torch" needs a layer of torch.nn, which has no cell {self.cell.name!r}; use "bptt", or '
-                "statefeed.Recurrent if you need a second derivative"
+                f'feedback "torch" needs a layer of torch.nn, which has no cell {self.feedback_cell.name!r}; use '
+                '"bptt", or statefeed.Recurrent if you need a second derivative'
             )
         return super().unsupported_reason(rule)
 
@@ -127,10 +146,8 @@ class CellLayer(RecurrentStack):
         self.reset_diagonal()
 
     def extra_repr(self) -> str:
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        options = [
-            f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
-        ]
+        values = {name: (getattr(self, name), default) for name, default in self.shown_defaults.items()}
+        options = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *options, self.feedback_repr()])
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:

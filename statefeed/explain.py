@@ -150,7 +150,7 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         T = data.shape[1 if layer.batch_first and data.dim() == 3 else 0]
     cell = layer.feedback_cell
     H, G, directions = layer.hidden_size, cell.gates, 2 if layer.bidirectional else 1
-    hidden = 2 * rows * H * G * H * directions * layer.num_layers
+    hidden = 2 * rows * layer.get_parameter("weight_hh_l0").numel() * directions * layer.num_layers
     widths = [layer.input_size, *[H * directions] * (layer.num_layers - 1)]
     inputs = sum(2 * rows * width * G * H * directions for width in widths)
 

@@ -79,6 +79,10 @@ class _Call(NamedTuple):
             for k in range(self.directions)
         ]
 
+    def constants(self, k: int, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parts without a gradient of direction k; ``states`` are those of one direction after the other."""
+        return states[k * self.parts + self.cell.gradient_parts : (k + 1) * self.parts]
+
     def forward(self, x: Tensor, tensors: Sequence[Tensor], save: bool) -> list[Forward]:
         problems = self.problems(x, tensors)
         if self.iteration is not None:
@@ -193,7 +197,7 @@ class _Layer(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, x, *tensors = inputs
         saved = output[1 + call.directions * call.parts :]
-        ctx.mark_non_differentiable(*saved)
+        ctx.mark_non_differentiable(*saved, *(s for k in range(call.directions) for s in call.constants(k, output[1:])))
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(x, output[0], *tensors, *saved)
@@ -294,7 +298,7 @@ def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tenso
         width = grad_rows.shape[1] // call.directions
         upstream = Upstream(
             grad_rows if call.directions == 1 else grad_rows[:, k * width : (k + 1) * width],
-            finals[k * call.parts : (k + 1) * call.parts],
+            finals[k * call.parts : k * call.parts + call.cell.gradient_parts],
         )
         found.append(_direction(call, k, problem, done, upstream, needs_x))
     d_x = None
@@ -302,7 +306,10 @@ def _gradients(call: _Call, needs_x: bool, x: Tensor, y: Tensor, *tensors: Tenso
         if gradients.x is not None:
             # Add in the dtype of x, as autograd adds the gradients of two uses of a tensor.
             d_x = gradients.x.to(x.dtype) if d_x is None else d_x + gradients.x.to(x.dtype)
-    d_tensors = [g for gradients in found for g in (*gradients.state, *gradients.weights)]
+    d_tensors = []
+    for gradients, problem in zip(found, call.problems(x, rest[:inputs]), strict=True):
+        constants = (torch.zeros_like(s) for s in problem.state[call.cell.gradient_parts :])
+        d_tensors += [*gradients.state, *constants, *gradients.weights]
     return None if d_x is None else d_x.view(x.shape), *d_tensors
 
 

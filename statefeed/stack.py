@@ -42,7 +42,7 @@ class RecurrentStack(FeedbackLayer):
 
     @property
     def _state_size(self) -> int:
-        return sum(self._state_widths)
+        return sum(self._state_widths[: self.feedback_cell.gradient_parts])
 
     @property
     def _output_width(self) -> int:
@@ -311,7 +311,7 @@ class RecurrentStack(FeedbackLayer):
         """Run all layers over x (T, B, I) or packed rows; every part of the state is (L * directions, B, H)."""
         rule, cell = self._feedback, self.feedback_cell
         approximate = torch.is_grad_enabled() and not (rule.exact or rule.corrections)
-        if approximate and any(s.requires_grad for s in state):
+        if approximate and any(s.requires_grad for s in state[: cell.gradient_parts]):
             warn(
                 f'the initial state requires grad under feedback "{rule}": without corrections its gradient is '
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")'

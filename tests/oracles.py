@@ -1,10 +1,11 @@
 """Reference gradients: every rule from its equations, in float64 loops independent of the package.
 
 Letters as in the package: T time, B batch, I input, H hidden, S state width. A state s is h, or for the LSTM (h, c)
-joined, so S = H or 2H; states[0] is the initial state and states[t + 1] the state after step t. Step t is the
-transition into states[t + 1], and J[t], D[t], F[t] belong to that transition. e[t] is the gradient that reaches the
-state after step t from outside the recurrence. Cells are "tanh" and "relu" (RNN), "gru" and "lstm"; weights are a
-dictionary with torch's names without their layer suffix.
+joined, so S = H or 2H; for the sLSTM it is (h, c, n, m), S = 4H, of which m is a constant for the gradient: its entries
+of J and D are zero. states[0] is the initial state and states[t + 1] the state after step t. Step t is the transition
+into states[t + 1], and J[t], D[t], F[t] belong to that transition. e[t] is the gradient that reaches the state after
+step t from outside the recurrence. Cells are "tanh" and "relu" (RNN), "gru", "lstm", "slstm" and
+"slstm_exp" (with an exponential forget gate); weights are a dictionary with torch's names without their layer suffix.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,12 @@ from torch import Tensor
 from torch.func import jacrev, vjp, vmap
 
 Weights = dict[str, Tensor]
+
+
+def hidden_size(cell: str, w: Weights) -> int:
+    """H."""
+    return len(w["weight_hh"]) // (4 if cell.startswith("slstm") else {"gru": 3, "lstm": 4}.get(cell, 1))
+
 
 # One step of one row --------------------------------------------------------------------------------------------------
 
@@ -31,6 +38,22 @@ def gates(cell: str, w: Weights, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
+def slstm_gates(cell: str, w: Weights, x: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    """i, f, z, o and m of one step, unit by unit; the heads are the blocks of W_hh."""
+    h, _, n, m_before = s.chunk(4)
+    m_before = m_before.detach()
+    W, H = w["weight_hh"], len(h)
+    width = W.shape[1]
+    head = [slice(u // width * width, u // width * width + width) for u in range(H)]
+    bias = w.get("bias_ih", torch.zeros(4 * H, dtype=x.dtype)) + w.get("bias_hh", 0.0)
+    rows = [torch.dot(W[row], h[head[row % H]]) for row in range(4 * H)]
+    pre_i, pre_f, pre_z, pre_o = (w["weight_ih"] @ x + torch.stack(rows) + bias).chunk(4)
+    log_f = pre_f if cell == "slstm_exp" else -torch.log1p(torch.exp(-pre_f))
+    m = torch.where(n == 0, pre_i, torch.maximum(pre_i, log_f + m_before)).detach()
+    f = torch.exp(log_f + m_before - m).clamp(max=1)  # above 1 in a first step only, where it multiplies zeros
+    return torch.exp(pre_i - m), f, torch.tanh(pre_z), torch.sigmoid(pre_o), m
+
+
 def step(cell: str, w: Weights, x: Tensor, s: Tensor) -> Tensor:
     """The state after one step."""
     if cell == "gru":
@@ -41,6 +64,11 @@ def step(cell: str, w: Weights, x: Tensor, s: Tensor) -> Tensor:
         i, f, g, o = gates(cell, w, x, h)
         c = f * c + i * g
         return torch.cat((o * torch.tanh(c), c))
+    if cell.startswith("slstm"):
+        _, c, n, _ = s.chunk(4)
+        i, f, z, o, m = slstm_gates(cell, w, x, s)
+        c, n = f * c + i * z, f * n + i
+        return torch.cat((o * c / n, c, n, m))
     a = w["weight_ih"] @ x + w.get("bias_ih", 0.0) + w["weight_hh"] @ s + w.get("bias_hh", 0.0)
     return torch.tanh(a) if cell == "tanh" else torch.relu(a)
 
@@ -66,9 +94,13 @@ def diagonals(cell: str, w: Weights, x: Tensor, states: Tensor, diagonal: str | 
     """D[t] of a rule, (T, B, S): "dsf", "gate", "jacobian", a number, a stationary (S,) or a full (T, B, S)."""
     after = states[1:]
     if isinstance(diagonal, str) and diagonal == "dsf":
-        diagonal = torch.linspace(0, 1, after.shape[-1], dtype=torch.float64)
+        constants = hidden_size(cell, w) if cell.startswith("slstm") else 0
+        diagonal = torch.linspace(0, 1, after.shape[-1] - constants, dtype=torch.float64)
     elif isinstance(diagonal, str) and diagonal == "jacobian":
         diagonal = jacobians(cell, w, x, states).diagonal(dim1=-2, dim2=-1)
+    elif isinstance(diagonal, str) and diagonal == "gate" and cell.startswith("slstm"):
+        f = vmap(vmap(lambda row, s: slstm_gates(cell, w, row, s)[1]))(x, states[:-1])
+        diagonal = torch.cat((torch.zeros_like(f), f, f), -1)
     elif isinstance(diagonal, str) and diagonal == "gate":
         width = w["weight_hh"].shape[1]
         every = vmap(vmap(lambda row, s: torch.cat(gates(cell, w, row, s[:width]))))(x, states[:-1])
@@ -76,12 +108,23 @@ def diagonals(cell: str, w: Weights, x: Tensor, states: Tensor, diagonal: str | 
             diagonal = every[..., width : 2 * width]
         else:
             diagonal = torch.cat((torch.zeros_like(after[..., :width]), every[..., width : 2 * width]), -1)
-    return torch.as_tensor(diagonal, dtype=after.dtype).expand(after.shape)
+    diagonal = torch.as_tensor(diagonal, dtype=after.dtype)
+    if cell.startswith("slstm"):  # m has no gradient
+        S = 3 * hidden_size(cell, w)
+        D = diagonal[..., :S] if diagonal.dim() else diagonal
+        diagonal = torch.cat((D.expand(*after.shape[:-1], S), torch.zeros_like(after[..., S:])), -1)
+    return diagonal.expand(after.shape)
 
 
 def feedbacks(cell: str, w: Weights, x: Tensor, states: Tensor, D: Tensor) -> Tensor:
-    """F[t], the approximation of J[t]: diag(D); in the LSTM D_c multiplies the whole gradient at c."""
+    """F[t], the approximation of J[t]: diag(D); D_c multiplies the whole gradient at c, and D_n that at n."""
     F = torch.diag_embed(D)
+    if cell.startswith("slstm"):
+        H = hidden_size(cell, w)
+        _, c, n, _ = states[1:].chunk(4, -1)
+        o = vmap(vmap(lambda row, s: slstm_gates(cell, w, row, s)[3]))(x, states[:-1])
+        F[..., :H, H : 2 * H] = torch.diag_embed(o / n * D[..., H : 2 * H])
+        F[..., :H, 2 * H : 3 * H] = torch.diag_embed(-o * c / n**2 * D[..., 2 * H : 3 * H])
     if cell == "lstm":
         width = w["weight_hh"].shape[1]
         c = states[1:, :, width:]
@@ -230,7 +273,7 @@ def network(
     """
     directions = ["", "_reverse"] if "weight_ih_l0_reverse" in parameters else [""]
     suffixes = [f"_l{n}{d}" for n in range(len(initial) // len(directions)) for d in directions]
-    width = parameters["weight_hh_l0"].shape[1]
+    width = hidden_size(cell, weights_of(parameters, "_l0"))
 
     def in_time_order(suffix: str, value: Tensor) -> Tensor:
         return value.flip(0) if suffix.endswith("_reverse") else value

@@ -27,6 +27,7 @@ LEVELS = [
     {"mixin", "paths"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
+    {"slstm"},
     {"modules", "snapshot", "timing"},
     {"subclass"},
     {"alignment", "explain", "swap", "schedule"},

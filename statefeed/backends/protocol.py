@@ -69,8 +69,8 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Width of every part of the state."""
-        return tuple(s.shape[1] for s in self.state)
+        """Width of every part of the state with a gradient; S is their sum."""
+        return tuple(s.shape[1] for s in self.state[: self.cell.gradient_parts])
 
 
 class Forward(NamedTuple):
@@ -89,14 +89,20 @@ class Forward(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Incoming gradients: of y (N, P) and of every part of the final state (B, width)."""
+    """Incoming gradients: of y (N, P) and of every part of the final state with a gradient (B, width)."""
 
     y: Tensor
     final: State
 
 
 class Gradients(NamedTuple):
-    """Outgoing gradients: of x (N, I) or None, of the initial state and of the weights, in their shapes."""
+    """Outgoing gradients, in the shapes of their tensors.
+
+    Attributes:
+        x: gradient of x (N, I), or None.
+        state: gradient of every part of the initial state with a gradient.
+        weights: gradients of the weights.
+    """
 
     x: Tensor | None
     state: State

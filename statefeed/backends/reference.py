@@ -62,11 +62,14 @@ def _forward(problem: Problem, save: bool) -> Forward:
 def _loop(problem: Problem, save: bool) -> Forward:
     """Run the forward pass one step at a time; saves the parts of the state besides h."""
     layout, weights = problem.layout, problem.named_weights
-    state, states = problem.state, []
+    cell, state, states = problem.cell, problem.state, []
+    if problem.compute_dtype is not None and weights.w_hh.dtype != torch.float64:  # autocast does not cast float64
+        dtypes = cell.autocast_dtypes(problem.compute_dtype, state[-1].dtype, layout.ragged)
+        state = tuple(s.to(dtype) for s, dtype in zip(state, dtypes, strict=True))
     for inputs in layout.steps(_inputs(problem)):
         rows = len(inputs)
-        hidden = F.linear(state[0][:rows], weights.w_hh, weights.b_hh)
-        after = problem.cell.step(inputs, hidden, tuple(s[:rows] for s in state))
+        hidden = cell.hidden_product(state[0][:rows], weights.w_hh, weights.b_hh)
+        after = cell.step(inputs, hidden, tuple(s[:rows] for s in state))
         if weights.w_hr is not None:
             after = (F.linear(after[0], weights.w_hr), *after[1:])
         states.append(after)
@@ -116,7 +119,7 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
 
     def preactivations() -> tuple[Tensor, Tensor]:
         if not computed:
-            hidden = F.linear(h_prev.to(weights.w_hh.dtype), weights.w_hh, weights.b_hh)
+            hidden = cell.hidden_product(h_prev.to(weights.w_hh.dtype), weights.w_hh, weights.b_hh)
             computed.append((_inputs(problem).to(dtype), hidden.to(dtype)))
         return computed[0]
 
@@ -207,17 +210,14 @@ def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_pre
     same = d_hidden is d_inputs
     d_inputs = d_inputs.to(w_ih.dtype)
     d_hidden = d_inputs if same else d_hidden.to(w_hh.dtype)
-    d_weights = [
-        (d_inputs.T @ x).to(w_ih.dtype),
-        (d_hidden.T @ h_prev.to(w_hh.dtype)).to(w_hh.dtype),
-    ]
+    d_weights = [(d_inputs.T @ x).to(w_ih.dtype), problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
     if b_ih is not None:
         d_weights += [d_inputs.sum(0), d_hidden.sum(0)]
     if w_hr is not None:
         d_weights.append((delta[0].to(w_hr.dtype).T @ problem.cell.unprojected(at).to(w_hr.dtype)).to(w_hr.dtype))
     return Gradients(
         (d_inputs @ w_ih).to(x.dtype) if needs_x else None,
-        tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=True)),
+        tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=False)),
         tuple(d_weights),
     )
 
@@ -264,7 +264,7 @@ def _feedback_scan(
         # (J - D)^T delta of the previous round: the direct path minus D, then the part through the weights.
         _, d_hidden = cell.local_gradient(at, _at_unprojected(delta, weights.w_hr))
         residual = [_residual(p, d, g) for p, d, g in zip(direct_path, D, delta, strict=True)]
-        residual[0] = residual[0] + _product(d_hidden, weights.w_hh)
+        residual[0] = residual[0] + cell.grad_h(d_hidden, weights.w_hh).to(delta[0].dtype)
         delta = scan(residual)
     grad_prev = tuple(d * g for d, g in zip(D, delta, strict=True))
     if residual is not None:
@@ -298,7 +298,7 @@ def _exact(cell: Cell, at: Any, e: list[Tensor], weights: Weights, layout: Layou
         grad_prev = [
             torch.zeros_like(d) if p is None else p * d for p, d in zip(cell.direct_path(now), delta, strict=True)
         ]
-        grad_prev[0] = grad_prev[0] + _product(d_hidden, weights.w_hh)
+        grad_prev[0] = grad_prev[0] + cell.grad_h(d_hidden, weights.w_hh).to(delta[0].dtype)
         for total, grad in zip(grad_next, grad_prev, strict=True):
             total[:rows] = grad
         deltas.append(delta)

@@ -7,7 +7,10 @@ from statefeed.cells.lstm import LSTM
 from statefeed.cells.lstm_projected import LSTMProjected
 from statefeed.cells.protocol import Cell, State, Step
 from statefeed.cells.rnn import RNNRelu, RNNTanh
+from statefeed.cells.slstm import SLSTM, SLSTMExp
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (GRU(), LSTM(), LSTMProjected(), RNNTanh(), RNNRelu())}
+CELLS: dict[str, Cell] = {
+    cell.name: cell for cell in (GRU(), LSTM(), LSTMProjected(), RNNTanh(), RNNRelu(), SLSTM(), SLSTMExp())
+}
 
 __all__ = ["CELLS", "Cell", "State", "Step"]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from statefeed.layout import Layout
 
@@ -48,6 +49,8 @@ class Cell(ABC):
         shared_gates: number of leading gates with the same gradient at ``inputs`` and ``hidden``.
         states: names of the parts of the state; the first is h, which is also the output.
         projects: whether h is a projection of the output u; then there is a weight W_hr (P, H).
+        constant_states: the last of these names, if they are constants for the gradient: no part of S, no gradient
+            enters or leaves them, and ``delta`` and every diagonal are those of the parts before them.
         saved_type: the NamedTuple that ``linearize`` returns.
         saved_values: values per row and unit that a fused forward pass saves for the backward pass, besides h.
         has_direct_path: whether part of the Jacobian is a direct path, without a weight.
@@ -59,6 +62,7 @@ class Cell(ABC):
     shared_gates: ClassVar[int]
     states: ClassVar[tuple[str, ...]] = ("h",)
     projects: ClassVar[bool] = False
+    constant_states: ClassVar[tuple[str, ...]] = ()
     saved_type: ClassVar[Callable[..., Any]]
     saved_values: ClassVar[int] = 0
     has_direct_path: ClassVar[bool] = True
@@ -89,8 +93,25 @@ class Cell(ABC):
         return (*names, "weight_hr") if self.projects else names
 
     def state_widths(self, hidden_size: int, output_size: int | None = None) -> tuple[int, ...]:
-        """Width of every part of the state, of h ``output_size`` (H if None); S is their sum."""
+        """Width of every part of the state, of h ``output_size`` (H if None)."""
         return (output_size or hidden_size, *(hidden_size,) * (len(self.states) - 1))
+
+    @property
+    def gradient_parts(self) -> int:
+        """Number of parts of the state with a gradient, which come first; S is the sum of their widths."""
+        return len(self.states) - len(self.constant_states)
+
+    def hidden_product(self, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+        """``hidden``, h' W_hh^T + b_hh, of rows (N, H)."""
+        return F.linear(h, w_hh, b_hh)
+
+    def grad_h(self, grad_hidden: Tensor, w_hh: Tensor) -> Tensor:
+        """The gradient that ``hidden_product`` passes to h', (N, H)."""
+        return grad_hidden.to(w_hh.dtype) @ w_hh
+
+    def grad_w_hh(self, grad_hidden: Tensor, h: Tensor, w_hh: Tensor) -> Tensor:
+        """The gradient that ``hidden_product`` passes to W_hh, in its shape and dtype."""
+        return (grad_hidden.to(w_hh.dtype).T @ h.to(w_hh.dtype)).to(w_hh.dtype)
 
     def autocast_dtype(self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool) -> torch.dtype:
         """The dtype that torch's layer returns under autocast on a CPU.
@@ -121,7 +142,10 @@ class Cell(ABC):
 
     @abstractmethod
     def local_gradient(self, at: Any, delta: State) -> tuple[Tensor, Tensor]:
-        """Gradients at ``inputs`` and ``hidden`` from those of the state; the same tensor twice if they are equal."""
+        """Gradients at ``inputs`` and ``hidden`` from those of the state; the same tensor twice if they are equal.
+
+        The gradient of the state has ``gradient_parts`` parts, here and in the functions below.
+        """
 
     @abstractmethod
     def direct_path(self, at: Any) -> tuple[Tensor | None, ...]:

@@ -30,9 +30,10 @@ class Gate(TimeVarying):
         return None
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
-        w = at.w_hh
-        widths = at.cell.state_widths(len(w) // at.cell.gates, w.shape[1])
-        parts = at.cell.direct_path(at.at)
+        cell, w = at.cell, at.w_hh
+        output = w.shape[1] if cell.projects else None
+        widths = cell.state_widths(len(w) // cell.gates, output)[: cell.gradient_parts]
+        parts = cell.direct_path(at.at)
         return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
 
     def resolve(self, context: Context) -> KernelRule:
