@@ -128,7 +128,7 @@ def test_a_missing_tensor_raises(op: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "changes", "words"),
     [
-        (forward_arguments, {"c": torch.zeros(B, H)}, "c must be None except for a cell with two states"),
+        (forward_arguments, {"c": torch.zeros(B, H)}, "c must be None except for a cell with several states"),
         (lambda: forward_arguments("lstm"), {"c": None}, "c must be given"),
         (lambda: forward_arguments("rnn_relu"), {"b_hh": None}, "b_hh must be given"),
         (lambda: forward_arguments("rnn_relu"), {"gates": torch.zeros(N, H)}, "gates must be None"),

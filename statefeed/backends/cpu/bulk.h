@@ -5,6 +5,8 @@
 //   RowPanels       [panel of N * L units][row / k_pack][N * L]     the right side of RowProducts: its depth is the
 //   rows RowTiles        [tile of M units][row / (k_pack * tile_rows)][M][tile_rows]     the left side of RowProducts
 // Row strides are never a power of two where the code can choose them: such rows share cache sets.
+// Block-diagonal weights, as those of several heads: units, inputs and depth are those of one block, and the columns of
+// a row and the panels of the weights are those of one block after another.
 #pragma once
 
 #include <algorithm>
@@ -46,41 +48,49 @@ inline void store_tile(int64_t rows, int64_t width, const T* bias, bool add, T* 
   copy_tile<P>(rows, width, to, tile);
 }
 
-// out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out). A null `out` is no work.
+// out (rows, units) = a (rows, depth) @ packed (+ bias) (+ out), for every block. A null `out` is no work.
 // A: what a holds, value_t or packed_t.
 template <ProductTraits P, class A = typename P::value_t>
 struct Product {
   using T = typename P::value_t;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
-  static constexpr int64_t block = bulk_group<P> * M;  // rows that stay in cache while all panels pass by
+  static constexpr int64_t group = bulk_group<P> * M;  // rows that stay in cache while all panels pass by
   int64_t rows, depth, units, a_stride, out_stride;
   const A* a;
   const typename P::packed_t* packed;
   const T* bias = nullptr;
   T* out = nullptr;
   bool add = false;
+  int64_t blocks = 1;
 
-  int64_t blocks() const { return panel_count(rows, block); }
+  int64_t panels() const { return panel_count(units, N * L); }  // of a block
+  int64_t groups() const { return panel_count(rows, group); }
   // Few rows are divided by units as well.
-  int64_t stripes() const { return blocks() < 4 ? std::min<int64_t>(4, panel_count(units, N * L)) : 1; }
-  int64_t items() const { return out ? blocks() * stripes() : 0; }
+  int64_t stripes() const { return groups() < 4 ? std::min<int64_t>(4, panels()) : 1; }
+  int64_t items() const { return out ? blocks * groups() * stripes() : 0; }
   void run(int64_t item) const {
-    const int64_t panel = packed_depth<P>(depth) * N * L, first = item / stripes() * block,
-                  last = std::min(first + block, rows);
-    const Range panels = range_of(panel_count(units, N * L), item % stripes(), stripes());
+    const int64_t block = item / (groups() * stripes()), rest = item % (groups() * stripes());
+    run(block, rest / stripes() * group, range_of(panels(), rest % stripes(), stripes()));
+  }
+
+ private:
+  void run(int64_t block, int64_t first, Range part) const {
+    const int64_t panel = packed_depth<P>(depth) * N * L, last = std::min(first + group, rows);
+    const typename P::packed_t* weights = packed + block * panels() * panel;
+    T* to_block = out + block * units;
     int64_t stride = a_stride;
     const typename P::packed_t* from;
     if constexpr (std::is_same_v<A, typename P::packed_t>)
-      from = a + first * a_stride;
+      from = a + first * a_stride + block * depth;
     else
-      from = P::pack_rows(a + first * a_stride, last - first, depth, stride);
-    for (int64_t p = panels.begin; p < panels.end; ++p)
+      from = P::pack_rows(a + first * a_stride + block * depth, last - first, depth, stride);
+    for (int64_t p = part.begin; p < part.end; ++p)
       for (int64_t row = first; row < last; row += M) {
         const int64_t count = std::min<int64_t>(M, last - row), unit = p * N * L;
-        prefetch_tile<P>(out + (row + M) * out_stride + unit, std::min<int64_t>(M, last - row - M), out_stride);
-        store_tile<P>(count, std::min<int64_t>(N * L, units - unit), bias ? bias + unit : nullptr, add,
-                      out + row * out_stride + unit, out_stride, [&](const TileOutput<T>& to) {
-                        tile_of<P, N>(count, from + (row - first) * stride, stride, packed + p * panel,
+        prefetch_tile<P>(to_block + (row + M) * out_stride + unit, std::min<int64_t>(M, last - row - M), out_stride);
+        store_tile<P>(count, std::min<int64_t>(N * L, units - unit), bias ? bias + block * units + unit : nullptr, add,
+                      to_block + row * out_stride + unit, out_stride, [&](const TileOutput<T>& to) {
+                        tile_of<P, N>(count, from + (row - first) * stride, stride, weights + p * panel,
                                       packed_depth<P>(depth), to);
                       });
       }
@@ -98,30 +108,30 @@ struct RowPanels {
   int64_t rows, units, row_stride;
   const T* from;
   packed_t* to = nullptr;  // null if not packed
+  int64_t blocks = 1;
 
-  int64_t count() const { return panel_count(units, N * L); }
+  int64_t per_block() const { return panel_count(units, N * L); }
+  int64_t count() const { return blocks * per_block(); }
   int64_t stride() const { return repacks ? N * L : row_stride; }
   int64_t size() const { return repacks ? count() * panel_size() : 0; }
   const packed_t* panel(int64_t p) const {
     if constexpr (repacks)
       return to + p * panel_size();
     else
-      return from + p * N * L;
+      return from + p / per_block() * units + p % per_block() * N * L;
   }
 
   int64_t items() const { return repacks ? count() : 0; }
   void run(int64_t p) const {
-    for (int64_t k = 0; k < packed_rows(); k += P::k_pack) store_rows(p, k);
+    const int64_t first = p % per_block() * N * L;
+    const T* row = from + p / per_block() * units + first;
+    packed_t* at = to + p * panel_size();
+    for (int64_t k = 0; k < packed_depth<P>(rows) * P::k_pack; k += P::k_pack, row += P::k_pack * row_stride)
+      for (int j = 0; j < N; ++j, at += L) {
+        const int64_t inside = std::clamp<int64_t>(units - first - j * L, 0, L);
+        store(at, pack_row_vector<P>(row + j * L, row_stride, rows - k, static_cast<int>(inside)));
+      }
   }
-  // Packs the rows at k; there may be none.
-  void store_rows(int64_t p, int64_t k) const {
-    for (int j = 0; j < N; ++j) {
-      const int64_t unit = (p * N + j) * L, inside = std::clamp<int64_t>(units - unit, 0, L);
-      store(to + p * panel_size() + (k / P::k_pack * N + j) * L,
-            pack_row_vector<P>(from + k * row_stride + unit, row_stride, rows - k, static_cast<int>(inside)));
-    }
-  }
-  int64_t packed_rows() const { return packed_depth<P>(rows) * P::k_pack; }
 
  private:
   int64_t panel_size() const { return packed_depth<P>(rows) * N * L; }
@@ -137,7 +147,8 @@ struct PrepackedPanels {
   int64_t rows, units;
   packed_t* to = nullptr;
 
-  int64_t count() const { return panel_count(units, N * L); }
+  int64_t per_block() const { return panel_count(units, N * L); }  // there is one block
+  int64_t count() const { return per_block(); }
   int64_t stride() const { return N * L; }
   int64_t size() const { return count() * panel_size(); }
   const packed_t* panel(int64_t p) const { return to + p * panel_size(); }
@@ -163,15 +174,18 @@ struct RowTiles {
   int64_t rows, units;
   const T* from;
   packed_t* to = nullptr;
+  int64_t blocks = 1;
 
   // The last vector of a row of a tile may reach into the next row, which is written next.
   int64_t tile_size() const { return packed_depth<P>(rows) * M + L; }
   int64_t size() const { return items() * tile_size(); }
   const packed_t* tile(int64_t i) const { return to + i * tile_size(); }
 
-  int64_t items() const { return panel_count(units, M); }
+  int64_t per_block() const { return panel_count(units, M); }
+  int64_t items() const { return blocks * per_block(); }
   void run(int64_t i) const {
-    const int64_t first = i * M;
+    const int64_t first = i % per_block() * M, row_stride = blocks * units;
+    const T* block = from + i / per_block() * units;
     packed_t* at = to + i * tile_size();
     for (int64_t k = 0; k < rows; k += P::k_pack * P::tile_rows, at += P::tile_rows * M)
       for (int64_t m = 0; m < M && first + m < units; m += L) {
@@ -179,7 +193,7 @@ struct RowTiles {
         Vector<packed_t> square[P::tile_rows];
         for (int64_t q = 0; q < P::tile_rows; ++q) {
           const int64_t row = k + q * P::k_pack;
-          square[q] = pack_row_vector<P>(from + row * units + first + m, units, rows - row, inside);
+          square[q] = pack_row_vector<P>(block + row * row_stride + first + m, row_stride, rows - row, inside);
         }
         P::transpose(square);
         for (int64_t q = 0; q < P::tile_rows; ++q) store(at + m * P::tile_rows + q * L, square[q]);
@@ -187,10 +201,12 @@ struct RowTiles {
   }
 };
 
-// out (inputs, units) = left (rows, inputs)^T @ right (rows, units) (+ out)
+// out (inputs, units) = left (rows, inputs)^T @ right (rows, units) (+ out), for every block of right. Block b is
+// multiplied with block b % left.blocks, and its columns of out begin at b * units.
 template <ProductTraits P, class Right = RowPanels<P>>
 struct RowProducts {
   using T = typename P::value_t;
+  using packed_t = typename P::packed_t;
   static constexpr int N = bulk_vectors, L = lanes<T>, M = max_rows<P, N>;
   const RowTiles<P>& left;
   const Right& right;
@@ -200,17 +216,21 @@ struct RowProducts {
 
   int64_t items() const { return right.count(); }
   void run(int64_t p) const {
-    const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, right.units - unit);
+    const int64_t block = p / right.per_block(), in_block = p % right.per_block() * N * L;
+    const int64_t unit = block * right.units + in_block, width = std::min<int64_t>(N * L, right.units - in_block);
+    const int64_t tiles = left.per_block(), first_tile = block % left.blocks * tiles;
+    const packed_t* panel = right.panel(p);
     for (int64_t from = 0; from < right.rows; from += bulk_depth) {
       const int64_t depth = std::min<int64_t>(bulk_depth, right.rows - from), at = from / P::k_pack;
-      for (int64_t i = 0; i < left.items(); ++i) {
+      for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = i * M, inside = std::min<int64_t>(M, left.units - first);
         T* to = out + first * out_stride + unit;
         prefetch_tile<P>(to + M * out_stride, std::min<int64_t>(M, left.units - first - M), out_stride);
         store_tile<P>(inside, width, static_cast<const T*>(nullptr), add || from, to, out_stride,
                       [&](const TileOutput<T>& place) {
-                        transposed_tile_of<P, N>(inside, left.tile(i) + at * M, right.panel(p) + at * right.stride(),
-                                                 right.stride(), packed_depth<P>(depth), place);
+                        transposed_tile_of<P, N>(inside, left.tile(first_tile + i) + at * M,
+                                                 panel + at * right.stride(), right.stride(), packed_depth<P>(depth),
+                                                 place);
                       });
       }
     }

@@ -25,26 +25,30 @@ struct StepRange {
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
-// `aux` is what a cell saves in addition to its gates, (rows, hidden): the GRU's W_hn h + b_hn, the LSTM's c; null for an RNN,
-// which saves nothing (its `gates` are y).
+// `aux` is what a cell saves in addition to its gates, (rows, aux parts * hidden). It begins with the parts of the
+// state besides h: the LSTM's c. The GRU saves W_hn h + b_hn; null for an RNN, which saves nothing (its `gates` are y).
+// W_hh may be block-diagonal: `heads` blocks of equal size, one for the units of each head.
 template <class T>
 struct ForwardArgs {
   StepRange range;
+  int64_t heads;
   const void* packed_w_hh;  // panels of the packed_t that the product takes
   const T* hidden_bias;     // GRU: b_hn; or null
   const T* first_h;         // the state before the first step
   T* gates;                 // in: the input product with all other biases; out: the gates (RNN: y)
   T* aux;                   // out; null: nothing is saved
   T* y;                     // out
-  T* c;                     // LSTM: the running cell state (batch, hidden)
+  T* c;                     // the other parts of the running state, (batch, parts * hidden), as the LSTM's c; or null
 };
 
 template <class T>
 struct ReverseArgs {
   StepRange range;
+  int64_t heads;
   Rule rule;
   const T *gates, *aux, *y;
   const T *first_h, *first_c;  // the state before the first step
+  int64_t first_c_stride;      // between rows of first_c, which are rows of c or of aux
   const T* grad_y;
   const T* diagonal;        // stationary, per_row: D
   int64_t diagonal_stride;  // between rows of D: 0 if stationary
@@ -70,9 +74,9 @@ struct ForwardRow {
 
   Vector<T> preactivation(int gate) const { return load(gates + gate * hidden + unit, count); }
   Vector<T> hidden_product(int gate) const { return load(product + gate * lanes<T>); }
-  Vector<T> at(const T* row) const { return load(row + unit, count); }
-  void put(T* row, Vector<T> value) const { store(row + unit, value, count); }
-  void save_gate(int gate, Vector<T> value) const { store(gates + gate * hidden + unit, value, count); }
+  Vector<T> at(const T* row, int part = 0) const { return load(row + part * hidden + unit, count); }
+  void put(T* row, Vector<T> value, int part = 0) const { store(row + part * hidden + unit, value, count); }
+  void save_gate(int gate, Vector<T> value) const { put(gates, value, gate); }
 };
 
 template <class T>

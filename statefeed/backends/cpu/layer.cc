@@ -4,75 +4,15 @@
 #include "layer.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "bulk.h"
+#include "chunks.h"
 #include "column_sums.h"
 
 namespace statefeed {
 
 namespace {
-
-struct Chunk {
-  int64_t first_step, steps, first_row, rows;
-  int64_t batch, batch_before;  // rows of its first step, and of the step before
-};
-
-constexpr int64_t chunk_rows = bulk_depth;
-
-std::vector<Chunk> chunks_of(const StepRange& range) {
-  std::vector<Chunk> chunks;
-  for (int64_t t = 0, row = 0; t < range.steps;) {
-    Chunk chunk{.first_step = t,
-                .steps = 0,
-                .first_row = row,
-                .rows = 0,
-                .batch = range.size(t),
-                .batch_before = t ? range.size(t - 1) : 0};
-    for (; t < range.steps && (chunk.steps == 0 || chunk.rows + range.size(t) <= chunk_rows); ++t, ++chunk.steps)
-      chunk.rows += range.size(t);
-    row += chunk.rows;
-    chunks.push_back(chunk);
-  }
-  return chunks;
-}
-
-int64_t most_rows(const std::vector<Chunk>& chunks) {
-  int64_t most = 0;
-  for (const Chunk& chunk : chunks) most = std::max(most, chunk.rows);
-  return most;
-}
-
-StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
-  return {.steps = chunk.steps,
-          .batch = chunk.batch,
-          .hidden = range.hidden,
-          .rows = chunk.rows,
-          .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
-}
-
-// The states before the steps of a chunk, in the same order as the rows of its gradients. They are in y, one step
-// earlier, except before the first step and where sequences end: there a step has fewer rows than the previous one.
-template <class T>
-struct StatesBefore {
-  const StepRange& range;
-  const Chunk& chunk;
-  const T* y;
-  const T* first;  // before the chunk's first step
-  T* copy;
-
-  bool in_y() const { return !range.batch_sizes && chunk.first_row; }
-  const T* rows() const { return in_y() ? first : copy; }
-  int64_t items() const { return in_y() ? 0 : 1; }
-  void run(int64_t) const {
-    const int64_t H = range.hidden;
-    T* to = std::copy(first, first + chunk.batch * H, copy);
-    const T* from = y + chunk.first_row * H;
-    for (int64_t t = chunk.first_step + 1; t < chunk.first_step + chunk.steps; from += range.size(t - 1) * H, ++t)
-      to = std::copy(from, from + range.size(t) * H, to);
-  }
-};
 
 // The same weights with memory to pack them into, if they are needed.
 template <ProductTraits P, Tag tag>
@@ -85,31 +25,34 @@ template <ProductTraits P, class T = typename P::value_t>
 void forward_chunks(const LayerForwardArgs<T>& s) {
   const LayerArgs<T>& layer = s.layer;
   const CellEntry& cell = *layer.cell;
-  const int64_t H = layer.range.hidden, I = layer.inputs, G = cell.gates * H;
+  const int64_t H = layer.range.hidden, I = layer.inputs, G = cell.gates * H, A = cell.aux_parts * H;
+  const int64_t head_units = H / layer.heads;
   const auto packed_w_ih = with_memory<P, Tag::input_weights>(
       {.w = layer.w_ih, .gates = 1, .units = G, .depth = I, .vectors = bulk_vectors, .by_columns = false});
   const auto packed_w_hh = with_memory<P, Tag::hidden_weights>({.w = layer.w_hh,
                                                                 .gates = cell.gates,
-                                                                .units = H,
-                                                                .depth = H,
+                                                                .units = head_units,
+                                                                .depth = head_units,
                                                                 .vectors = cell.unit_vectors,
-                                                                .by_columns = false});
+                                                                .by_columns = false,
+                                                                .blocks = layer.heads});
   const auto forward = layer.bf16 ? cell.loops(T{}).forward_bf16 : cell.loops(T{}).forward;
   const std::vector<Chunk> chunks = chunks_of(layer.range);
   const int64_t shared = cell.shared_gates * H;
   const T* bias = s.b_ih ? add_shared_biases(s.b_ih, s.b_hh, shared, G, workspace<T, Tag::biases>(G)) : nullptr;
   const T* hidden_bias = s.b_hh && shared < G ? s.b_hh + shared : nullptr;
   T* unsaved_gates = s.gates ? nullptr : workspace<T, Tag::gates>(most_rows(chunks) * G);
-  run_team<P>(layer.range.rows * G * (I + H), [&](Worker& worker) {
+  run_team<P>(layer.range.rows * G * (I + head_units), [&](Worker& worker) {
     parallel_for(worker, packed_w_ih, packed_w_hh);
     const T* first_h = s.h0;
     for (const Chunk& chunk : chunks) {
       const ForwardArgs<T> args{.range = range_of_chunk(layer.range, chunk),
+                                .heads = layer.heads,
                                 .packed_w_hh = packed_w_hh.to,
                                 .hidden_bias = hidden_bias,
                                 .first_h = first_h,
                                 .gates = s.gates ? s.gates + chunk.first_row * G : unsaved_gates,
-                                .aux = s.aux ? s.aux + chunk.first_row * H : nullptr,
+                                .aux = s.aux ? s.aux + chunk.first_row * A : nullptr,
                                 .y = s.y + chunk.first_row * H,
                                 .c = s.c};
       parallel_for(worker, Product<P>{.rows = chunk.rows,
@@ -136,7 +79,8 @@ class Backward {
   const LayerBackwardArgs<T>& s;
   const CellEntry& cell = *s.layer.cell;
   const StepRange& range = s.layer.range;
-  const int64_t H = range.hidden, I = s.layer.inputs, G = cell.gates * H, S = cell.states * H;
+  const int64_t H = range.hidden, I = s.layer.inputs, G = cell.gates * H, S = cell.states * H, A = cell.aux_parts * H;
+  const int64_t heads = s.layer.heads, head_units = H / heads;
   // Gates with the same gradients at x W_ih^T and h W_hh^T, and the rest, whose gradients at h W_hh^T are apart.
   const int64_t shared = cell.shared_gates * H, separate = G - shared;
   const std::vector<Chunk> chunks = chunks_of(range);
@@ -145,29 +89,53 @@ class Backward {
   T* gate_grads = workspace<T, Tag::gate_grads>(most * stride + bulk_vectors * lanes<T>);
   T* separate_grads = separate ? gate_grads + G : nullptr;
   T* states_before = workspace<T, Tag::states_before>(most * H);
-  const PackedWeights<P> packed_w_ih = columns<P, Tag::input_weights>(s.layer.w_ih, I, G, s.grad_x);
-  // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT are
-  // float32 in any case.
+  const PackedWeights<P> packed_w_ih = with_memory<P, Tag::input_weights>(
+      {.w = s.layer.w_ih, .gates = 1, .units = I, .depth = G, .vectors = bulk_vectors, .by_columns = true}, s.grad_x);
+  // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT
+  // are float32 in any case.
   const PackedWeights<Plain<T>> packed_w_hh =
-      columns<Plain<T>, Tag::hidden_weights>(s.layer.w_hh, H, G, s.rule == Rule::exact);
-  const PackedWeights<P> packed_shared = columns<P, Tag::shared_weights>(s.layer.w_hh, H, shared, s.corrections > 0);
+      hidden_weights<Plain<T>, Tag::hidden_weights>(s.layer.w_hh, G, s.rule == Rule::exact);
+  const PackedWeights<P> packed_shared =
+      hidden_weights<P, Tag::shared_weights>(s.layer.w_hh, shared, s.corrections > 0);
   const PackedWeights<P> packed_separate =
-      columns<P, Tag::separate_weights>(s.layer.w_hh + shared * H, H, separate, s.corrections > 0 && separate > 0);
+      hidden_weights<P, Tag::separate_weights>(s.layer.w_hh + shared * head_units, separate, s.corrections&& separate);
   packed_t* x_tiles = workspace<packed_t, Tag::inputs>(RowTiles<P>{.rows = most, .units = I, .from = nullptr}.size());
-  packed_t* h_tiles = workspace<packed_t, Tag::states>(RowTiles<P>{.rows = most, .units = H, .from = nullptr}.size());
-  packed_t* gate_panels = workspace<packed_t, Tag::panels>(
-      RowPanels<P>{.rows = most, .units = G, .row_stride = stride, .from = nullptr}.size());
-  packed_t* separate_panels = workspace<packed_t, Tag::hidden_panels>(
-      RowPanels<P>{.rows = most, .units = separate, .row_stride = stride, .from = nullptr}.size());
-  T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);        // transposed: (I, G)
-  T* grad_w_hh = workspace<T, Tag::state_weight_grads>(H * G);  // transposed: (H, G)
+  packed_t* h_tiles = workspace<packed_t, Tag::states>(tiles_of_h(most, nullptr, nullptr).size());
+  packed_t* gate_panels = workspace<packed_t, Tag::panels>(panels_of(most, G, nullptr, nullptr).size());
+  packed_t* separate_panels =
+      workspace<packed_t, Tag::hidden_panels>(panels_of(most, separate, nullptr, nullptr).size());
+  T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);                 // transposed: (I, G)
+  T* grad_w_hh = workspace<T, Tag::state_weight_grads>(head_units * G);  // transposed: (H / heads, G)
   // Of all gates, then of those at h W_hh^T that are apart.
   std::vector<double> bias_sums = std::vector<double>(static_cast<size_t>(s.grad_b_ih ? G + separate : 0));
 
+  // Gates with `units` units in all, as blocks. One head: one block. Several heads: a block for every gate and head,
+  // because the gradients of a head are a part of every gate's.
+  int64_t block_units(int64_t units) const { return heads == 1 ? units : head_units; }
+  int64_t blocks_of(int64_t units) const { return heads == 1 ? 1 : units / head_units; }
+  // The rows of W_hh of these gates.
   template <ProductTraits Q, Tag tag>
-  static PackedWeights<Q> columns(const T* w, int64_t units, int64_t depth, bool wanted) {
-    return with_memory<Q, tag>(
-        {.w = w, .gates = 1, .units = units, .depth = depth, .vectors = bulk_vectors, .by_columns = true}, wanted);
+  PackedWeights<Q> hidden_weights(const T* w, int64_t units, bool wanted) const {
+    return with_memory<Q, tag>({.w = w,
+                                .gates = 1,
+                                .units = head_units,
+                                .depth = block_units(units),
+                                .vectors = bulk_vectors,
+                                .by_columns = true,
+                                .blocks = blocks_of(units)},
+                               wanted);
+  }
+  // The gradients of these gates.
+  RowPanels<P> panels_of(int64_t rows, int64_t units, const T* from, packed_t* to) const {
+    return {.rows = rows,
+            .units = block_units(units),
+            .row_stride = stride,
+            .from = from,
+            .to = to,
+            .blocks = blocks_of(units)};
+  }
+  RowTiles<P> tiles_of_h(int64_t rows, const T* from, packed_t* to) const {
+    return {.rows = rows, .units = head_units, .from = from, .to = to, .blocks = heads};
   }
 
   ReverseArgs<T> reverse_args(const Chunk& chunk, const T* first_h, int64_t correction) {
@@ -175,12 +143,14 @@ class Backward {
     const bool last = correction == s.corrections, per_row = s.rule == Rule::per_row;
     T* residual = s.residual ? s.residual + row * S : nullptr;
     return {.range = range_of_chunk(range, chunk),
+            .heads = heads,
             .rule = s.rule,
             .gates = s.gates + row * G,
-            .aux = s.aux ? s.aux + row * H : nullptr,
+            .aux = s.aux ? s.aux + row * A : nullptr,
             .y = s.y + row * H,
             .first_h = first_h,
-            .first_c = row && s.aux ? s.aux + (row - chunk.batch_before) * H : s.c0,
+            .first_c = row && s.aux ? s.aux + (row - chunk.batch_before) * A : s.c0,
+            .first_c_stride = row ? A : cell.parts_of_c() * H,
             .grad_y = s.grad_y + row * H,
             .diagonal = per_row ? s.diagonal + row * S : s.diagonal,
             .diagonal_stride = per_row ? S : 0,
@@ -198,32 +168,31 @@ class Backward {
   // residual += (gradients of the hidden side) @ W_hh
   void add_dense_residual(Worker& worker, const Chunk& chunk) {
     T* residual = s.residual + chunk.first_row * S;
-    auto product = [&](int64_t depth, const T* grads, const PackedWeights<P>& weights) {
-      parallel_for(worker, Product<P>{.rows = chunk.rows,
-                                      .depth = depth,
-                                      .units = H,
-                                      .a_stride = stride,
-                                      .out_stride = S,
-                                      .a = grads,
-                                      .packed = weights.to,
-                                      .out = residual,
-                                      .add = true});
+    auto product = [&](const T* grads, const PackedWeights<P>& weights) {
+      for (int64_t block = 0; block < weights.blocks; block += heads)
+        parallel_for(worker, Product<P>{.rows = chunk.rows,
+                                        .depth = weights.depth,
+                                        .units = head_units,
+                                        .a_stride = stride,
+                                        .out_stride = S,
+                                        .a = grads + block * weights.depth,
+                                        .packed = weights.to + block * weights.panels() * weights.panel_size(),
+                                        .out = residual,
+                                        .add = true,
+                                        .blocks = heads});
     };
-    product(shared, gate_grads, packed_shared);
-    if (separate) product(separate, separate_grads, packed_separate);
+    product(gate_grads, packed_shared);
+    if (separate) product(separate_grads, packed_separate);
   }
 
   void add_weight_grads(Worker& worker, const Chunk& chunk, const T* first_h, bool add) {
     const int64_t rows = chunk.rows, row = chunk.first_row;
     const StatesBefore<T> before{.range = range, .chunk = chunk, .y = s.y, .first = first_h, .copy = states_before};
     const RowTiles<P> x{.rows = rows, .units = I, .from = s.layer.x + row * I, .to = x_tiles};
-    const RowTiles<P> h{.rows = rows, .units = H, .from = before.rows(), .to = h_tiles};
-    auto panels = [&](int64_t units, const T* from, packed_t* to) {
-      return RowPanels<P>{.rows = rows, .units = units, .row_stride = stride, .from = from, .to = to};
-    };
-    const RowPanels<P> all_grads = panels(G, gate_grads, gate_panels),
-                       shared_grads = panels(shared, gate_grads, gate_panels);
-    const RowPanels<P> separate_rows = panels(separate, separate_grads, separate_panels);
+    const RowTiles<P> h = tiles_of_h(rows, before.rows(), h_tiles);
+    const RowPanels<P> all_grads = panels_of(rows, G, gate_grads, gate_panels),
+                       shared_grads = panels_of(rows, shared, gate_grads, gate_panels);
+    const RowPanels<P> separate_rows = panels_of(rows, separate, separate_grads, separate_panels);
     auto product = [&](const RowTiles<P>& left, const RowPanels<P>& right, T* out) {
       return RowProducts<P>{.left = left, .right = right, .out = out, .out_stride = G, .add = add};
     };
@@ -249,8 +218,7 @@ class Backward {
   void walk(Worker& worker) {
     parallel_for(worker, packed_w_ih, packed_w_hh, packed_shared, packed_separate);
     for (int64_t correction = 0; correction <= s.corrections; ++correction) {
-      worker.parallel_for(
-          1, [&](int64_t) { std::copy(s.grad_final, s.grad_final + range.batch * S, s.carry); });
+      worker.parallel_for(1, [&](int64_t) { std::copy(s.grad_final, s.grad_final + range.batch * S, s.carry); });
       for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
         const T* first_h = chunk->first_row ? s.y + (chunk->first_row - chunk->batch_before) * H : s.h0;
         cell.loops(T{}).reverse(worker, reverse_args(*chunk, first_h, correction));
@@ -262,7 +230,7 @@ class Backward {
     }
     if (!chunks.empty())
       parallel_for(worker, Transpose<T>{.units = G, .inputs = I, .stride = G, .from = grad_w_ih, .out = s.grad_w_ih},
-                   Transpose<T>{.units = G, .inputs = H, .stride = G, .from = grad_w_hh, .out = s.grad_w_hh});
+                   Transpose<T>{.units = G, .inputs = head_units, .stride = G, .from = grad_w_hh, .out = s.grad_w_hh});
   }
 
  public:
@@ -271,9 +239,9 @@ class Backward {
   void run() {
     if (chunks.empty()) {
       std::fill(s.grad_w_ih, s.grad_w_ih + G * I, T(0));
-      std::fill(s.grad_w_hh, s.grad_w_hh + G * H, T(0));
+      std::fill(s.grad_w_hh, s.grad_w_hh + G * head_units, T(0));
     }
-    run_team<P>(range.rows * G * ((s.grad_x ? 2 : 1) * I + H), [&](Worker& worker) { walk(worker); });
+    run_team<P>(range.rows * G * ((s.grad_x ? 2 : 1) * I + head_units), [&](Worker& worker) { walk(worker); });
     for (int64_t k = 0; s.grad_b_ih && k < G; ++k) {
       s.grad_b_ih[k] = static_cast<T>(bias_sums[static_cast<size_t>(k)]);
       s.grad_b_hh[k] = static_cast<T>(bias_sums[static_cast<size_t>(k < shared ? k : k + separate)]);

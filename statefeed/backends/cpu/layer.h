@@ -10,7 +10,7 @@ template <class T>
 struct LayerArgs {
   const CellEntry* cell;
   StepRange range;
-  int64_t inputs;
+  int64_t inputs, heads;
   bool bf16;  // products of operands converted to bfloat16
   const T *x, *w_ih, *w_hh;
 };
@@ -19,7 +19,7 @@ template <class T>
 struct LayerForwardArgs {
   LayerArgs<T> layer;
   const T *b_ih, *b_hh, *h0;  // biases: null if there are none
-  T *gates, *aux, *y, *c;  // gates, aux: null if nothing is saved; an RNN's gates are y
+  T *gates, *aux, *y, *c;     // gates, aux: null if nothing is saved; an RNN's gates are y
 };
 
 template <class T>
@@ -32,7 +32,7 @@ struct LayerBackwardArgs {
   T* grad_x;  // out; null: not wanted
   T *grad_w_ih, *grad_w_hh;
   T *grad_b_ih, *grad_b_hh;  // out; null without biases
-  T* residual;  // (rows, states * hidden); null without corrections
+  T* residual;               // (rows, states * hidden); null without corrections
 };
 
 template <class T>

@@ -43,35 +43,39 @@ template <ProductTraits P, class Cell>
   using T = typename P::value_t;
   using packed_t = typename P::packed_t;
   constexpr int L = lanes<T>, U = Cell::unit_vectors, N = Cell::gates * U, M = max_rows<P, N>;
+  constexpr int64_t parts_of_c = Cell::states + Cell::constant_states - 1;
   alignas(64) T sum[tile_size<P, N>];
-  const int64_t H = s.range.hidden, depth = packed_depth<P>(H);
-  int64_t stride = H;
-  const packed_t* a = P::pack_rows(previous_h + rows.begin * H, rows.end - rows.begin, H, stride);
+  const int64_t H = s.range.hidden, width = H / s.heads, depth = packed_depth<P>(width);
+  const int64_t head_panels = panel_count(width, U * L), tiles = panel_count(rows.end - rows.begin, M);
   const auto* packed = static_cast<const packed_t*>(s.packed_w_hh);
-  const int64_t tiles = panel_count(rows.end - rows.begin, M);
-  for (int64_t p = panels.begin; p < panels.end; ++p)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      // Tiles of even size: one of few rows would waste arithmetic.
-      const Range part = range_of(rows.end - rows.begin, tile, tiles);
-      const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
-      tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth,
-                    {.out = sum, .stride = N * L});
-      for (int64_t b = first; b < first + count; ++b)
-        for (int u = 0; u < U; ++u) {
-          const int64_t unit = (p * U + u) * L, row = offset + b;
-          if (unit >= H) break;
-          Cell::step({.gates = s.gates + row * Cell::gates * H,
-                      .aux = row_of(s.aux, row * H),
-                      .y = s.y + row * H,
-                      .c = row_of(s.c, b * H),
-                      .previous_h = previous_h + b * H,
-                      .hidden_bias = s.hidden_bias,
-                      .product = sum + ((b - first) * N + u) * L,
-                      .hidden = H,
-                      .unit = unit,
-                      .count = static_cast<int>(std::min<int64_t>(L, H - unit))});
-        }
-    }
+  for (int64_t head = panels.begin / head_panels; head * head_panels < panels.end; ++head) {
+    const int64_t first_panel = head * head_panels, end_unit = (head + 1) * width;
+    int64_t stride = H;
+    const packed_t* a = P::pack_rows(previous_h + rows.begin * H + head * width, rows.end - rows.begin, width, stride);
+    for (int64_t p = std::max(panels.begin, first_panel); p < std::min(panels.end, first_panel + head_panels); ++p)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        // Tiles of even size: one of few rows would waste arithmetic.
+        const Range part = range_of(rows.end - rows.begin, tile, tiles);
+        const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
+        tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth,
+                      {.out = sum, .stride = N * L});
+        for (int64_t b = first; b < first + count; ++b)
+          for (int u = 0; u < U; ++u) {
+            const int64_t unit = head * width + ((p - first_panel) * U + u) * L, row = offset + b;
+            if (unit >= end_unit) break;
+            Cell::step({.gates = s.gates + row * Cell::gates * H,
+                        .aux = row_of(s.aux, row * Cell::aux_parts * H),
+                        .y = s.y + row * H,
+                        .c = row_of(s.c, b * parts_of_c * H),
+                        .previous_h = previous_h + b * H,
+                        .hidden_bias = s.hidden_bias,
+                        .product = sum + ((b - first) * N + u) * L,
+                        .hidden = H,
+                        .unit = unit,
+                        .count = static_cast<int>(std::min<int64_t>(L, end_unit - unit))});
+          }
+      }
+  }
 }
 
 template <ProductTraits P, class Cell>
@@ -79,12 +83,12 @@ void forward(Worker& worker, const ForwardArgs<typename P::value_t>& s) {
   using T = typename P::value_t;
   constexpr int U = Cell::unit_vectors, N = Cell::gates * U;
   const StepRange& range = s.range;
-  const int64_t H = range.hidden, panels = panel_count(H, U * lanes<T>);
+  const int64_t H = range.hidden, width = H / s.heads, panels = s.heads * panel_count(width, U * lanes<T>);
   const Partition partition =
       partition_of_step(worker.ranks(), range,
                         {.tile_rows = max_rows<P, N>,
                          .panels = panels,
-                         .multiply_adds = range.batch * Cell::gates * H * H / P::relative_speed});
+                         .multiply_adds = range.batch * Cell::gates * H * width / P::relative_speed});
   auto each_step = [&](auto step) {
     const T* previous_h = s.first_h;
     for (int64_t t = 0, offset = 0; t < range.steps; previous_h = s.y + offset * H, offset += range.size(t++))
@@ -110,19 +114,20 @@ template <class T, class Cell, class Visit>
 [[gnu::flatten]] void each_vector(const ReverseArgs<T>& s, int64_t t, int64_t offset, Range rows, Range vectors,
                                   Visit visit) {
   constexpr int L = lanes<T>;
-  constexpr int64_t S = Cell::states;
+  constexpr int64_t S = Cell::states, A = Cell::aux_parts;
   const int64_t H = s.range.hidden;
   const int64_t before = t == 0 ? 0 : offset - s.range.size(t - 1);
   const T* previous_h = t == 0 ? s.first_h : s.y + before * H;
-  const T* previous_c = t == 0 ? s.first_c : row_of(s.aux, before * H);
+  const T* previous_c = t == 0 ? s.first_c : row_of(s.aux, before * A * H);
+  const int64_t previous_c_stride = t == 0 ? s.first_c_stride : A * H;
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = offset + b;
     // Pointers are null if the cell, the rule or the pass has no such array.
     ReverseRow<T> at{.gates = s.gates + row * Cell::gates * H,
-                     .aux = row_of(s.aux, row * H),
+                     .aux = row_of(s.aux, row * A * H),
                      .y = s.y + row * H,
                      .previous_h = previous_h + b * H,
-                     .previous_c = row_of(previous_c, b * H),
+                     .previous_c = row_of(previous_c, b * previous_c_stride),
                      .grad_y = row_of(s.grad_y, row * H),
                      .diagonal = row_of(s.diagonal, row * s.diagonal_stride),
                      .w_hh_diag = s.w_hh_diag,
@@ -146,7 +151,7 @@ template <class T, class Cell, class Visit>
     const int64_t next = (later % size - later / size * size - b) * H;
     for (int64_t v = vectors.begin; v < vectors.end; ++v) {
       for (int g = 0; g < Cell::gates; ++g) __builtin_prefetch(at.gates + next * Cell::gates + g * H + v * L);
-      if (Cell::has_aux) __builtin_prefetch(at.aux + next + v * L);
+      for (int i = 0; i < A; ++i) __builtin_prefetch(at.aux + next * A + i * H + v * L);
       if (at.grad_y) __builtin_prefetch(at.grad_y + next + v * L);
       at.unit = v * L;
       at.count = static_cast<int>(std::min<int64_t>(L, H - at.unit));
@@ -161,14 +166,22 @@ void add_dense_product(const ReverseArgs<T>& s, int64_t offset, Range rows, Rang
   using P = Plain<T>;
   constexpr int N = 2, L = lanes<T>, M = max_rows<P, N>;
   const int64_t H = s.range.hidden, depth = Cell::shared_gates * H, separate_depth = Cell::gates * H - depth;
+  // With several heads, the gradients of one head are a part of every gate's, and each part is a product of its own.
+  const int64_t heads = s.heads, head_units = H / heads, head_panels = panel_count(head_units, N * L);
+  const int64_t parts = heads == 1 ? 1 : Cell::gates, part_depth = depth / (parts * heads);
+  const int64_t panel_size = Cell::gates * H / (parts * heads) * N * L;
   alignas(64) T sum[2][tile_size<P, N>];
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t first = rows.begin; first < rows.end; first += M) {
       const int64_t count = std::min<int64_t>(M, rows.end - first), row = offset + first;
-      const T* panel = s.packed_w_hh + p * Cell::gates * H * N * L;
-      const int64_t unit = p * N * L, width = std::min<int64_t>(N * L, H - unit);
-      tile_of<P, N>(count, s.gate_grads + row * s.gate_grad_stride, s.gate_grad_stride, panel, depth,
-                    {.out = sum[0], .stride = N * L});
+      const int64_t head_unit = p / head_panels * head_units, in_head = p % head_panels * N * L;
+      const int64_t unit = head_unit + in_head, width = std::min<int64_t>(N * L, head_units - in_head);
+      const T* panel = s.packed_w_hh + p * panel_size;
+      const T* grads = s.gate_grads + row * s.gate_grad_stride + head_unit;
+      for (int64_t i = 0; i < parts; ++i)
+        tile_of<P, N>(count, grads + i * H, s.gate_grad_stride, panel + i * heads * head_panels * panel_size,
+                      part_depth,
+                      {.out = sum[0], .stride = N * L, .start = i ? sum[0] : nullptr, .start_stride = N * L});
       if (separate_depth)
         tile_of<P, N>(count, s.separate_grads + row * s.gate_grad_stride, s.gate_grad_stride, panel + depth * N * L,
                       separate_depth, {.out = sum[1], .stride = N * L});
@@ -184,7 +197,8 @@ template <class T, class Cell>
 void reverse(Worker& worker, const ReverseArgs<T>& s) {
   constexpr int N = 2, L = lanes<T>;
   const StepRange& range = s.range;
-  const int64_t H = range.hidden, vectors = panel_count(H, L), panels = panel_count(vectors, N), ranks = worker.ranks();
+  const int64_t H = range.hidden, vectors = panel_count(H, L), ranks = worker.ranks();
+  const int64_t pairs = panel_count(vectors, N), panels = s.heads * panel_count(H / s.heads, N * L);
   auto each_step = [&](auto step) {
     int64_t offset = range.rows;
     for (int64_t t = range.steps - 1; t >= 0; --t) step(t, offset -= range.size(t));
@@ -195,9 +209,10 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
   const bool exact = s.rule == Rule::exact;
   Partition partition{.count = ranks, .by_rows = range.batch >= 2 * ranks && !range.batch_sizes};
   if (exact)
-    partition = partition_of_step(
-        ranks, range,
-        {.tile_rows = max_rows<Plain<T>, N>, .panels = panels, .multiply_adds = range.batch * Cell::gates * H * H});
+    partition = partition_of_step(ranks, range,
+                                  {.tile_rows = max_rows<Plain<T>, N>,
+                                   .panels = panels,
+                                   .multiply_adds = range.batch * Cell::gates * H * H / s.heads});
   if (partition.by_rows || !exact)  // what one thread does depends on no other
     worker.parallel_for(partition.count, [&](int64_t i) {
       each_step([&](int64_t t, int64_t offset) {
@@ -212,7 +227,7 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
     each_step([&](int64_t t, int64_t offset) {
       const Range all{.begin = 0, .end = range.size(t)};
       worker.parallel_for(partition.count, [&](int64_t i) {
-        const Range part = range_of(panels, i, partition.count);
+        const Range part = range_of(pairs, i, partition.count);
         local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)});
       });
       worker.parallel_for(partition.count, [&](int64_t i) {
@@ -252,8 +267,9 @@ constexpr CellEntry cell_entry(std::string_view name) {
   return {.name = name,
           .gates = C::gates,
           .states = C::states,
+          .constant_states = C::constant_states,
           .shared_gates = C::shared_gates,
-          .has_aux = C::has_aux,
+          .aux_parts = C::aux_parts,
           .unit_vectors = C::unit_vectors,
           .float_loops = cell_loops<Cell<float>, float>(),
           .double_loops = cell_loops<Cell<double>, double>()};

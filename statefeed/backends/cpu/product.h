@@ -50,34 +50,37 @@ inline Vector<typename P::packed_t> pack_row_vector(const T* row, int64_t stride
 //   to[panel][k / k_pack][gate][unit of the panel]      a panel is `vectors` vectors wide, its depth
 //   packed_depth(depth)
 //
-// so that one tile has all gates of the same units next to each other. Units beyond the last, and the depth beyond the last,
-// are zeros. A task: an item is a panel.
+// so that one tile has all gates of the same units next to each other. Units beyond the last, and the depth beyond the
+// last, are zeros. Weights of several blocks have units and a depth per block, and the panels of one block after those
+// of the one before. A task: an item is a panel.
 template <ProductTraits P>
 struct PackedWeights {
   using T = typename P::value_t;
   using packed_t = typename P::packed_t;
-  const T* w;  // (gates * units, depth); with by_columns (depth, units), for the product with w itself
+  const T* w;  // (gates, blocks, units, depth); with by_columns (blocks, depth, units), for the product with w itself
   int64_t gates, units, depth;
   int vectors;
   bool by_columns;
+  int64_t blocks = 1;
   packed_t* to = nullptr;  // null: nothing to pack
 
   int64_t width() const { return vectors * lanes<T>; }
-  int64_t items() const { return to ? panel_count(units, width()) : 0; }
+  int64_t panels() const { return panel_count(units, width()); }  // of a block
+  int64_t items() const { return to ? blocks * panels() : 0; }
   int64_t panel_size() const { return width() * gates * packed_depth<P>(depth); }
-  int64_t size() const { return panel_count(units, width()) * panel_size(); }
+  int64_t size() const { return blocks * panels() * panel_size(); }
 
   void run(int64_t item) const {
-    const int64_t first = item * width(), inside = std::min(width(), units - first);
+    const int64_t block = item / panels(), first = item % panels() * width(), inside = std::min(width(), units - first);
     packed_t* at = to + item * panel_size();
     for (int64_t k = 0; k < depth; k += P::k_pack)
       for (int64_t g = 0; g < gates; ++g, at += width()) {
         if (by_columns) {
           for (int64_t u = 0; u < width(); u += lanes<T>)
-            store(at + u, pack_row_vector<P>(w + k * units + first + u, units, depth - k,
+            store(at + u, pack_row_vector<P>(w + (block * depth + k) * units + first + u, units, depth - k,
                                              static_cast<int>(std::clamp<int64_t>(inside - u, 0, lanes<T>))));
         } else {
-          const T* row = w + (g * units + first) * depth + k;
+          const T* row = w + ((g * blocks + block) * units + first) * depth + k;
           for (int64_t u = 0; u < inside; ++u)
             at[u] = P::pack2(row[u * depth], k + 1 < depth ? row[u * depth + 1] : T(0));
           std::fill(at + inside, at + width(), packed_t(0));

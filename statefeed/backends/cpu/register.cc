@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "head.h"
 #include "layer.h"
+#include "shapes.h"
 #include "threads.h"
 #include "traits.h"
 
@@ -23,46 +24,9 @@ void run_parallel(int64_t ranks, void (*body)(int64_t, int64_t, void*), void* co
 
 namespace {
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
-T* data(const OptionalTensor& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
 template <class Body>
 void with_dtype(const Checks& checks, Body body) {
   checks.is_double() ? body(double{}) : body(float{});
-}
-
-// The steps of a layer with initial state h0 (batch, hidden) over `rows` rows.
-StepRange checked_range(const Checks& checks, int64_t rows, const Tensor& h0, const OptionalTensor& batch_sizes) {
-  checks.dims("h0", h0, 2);
-  StepRange range{.steps = 0, .batch = h0.size(0), .hidden = h0.size(1), .rows = rows, .batch_sizes = nullptr};
-  checks.tensor("h0", h0, {range.batch, range.hidden});
-  if (!batch_sizes) {
-    range.steps = range.batch ? rows / range.batch : 0;
-    checks.that(range.steps * range.batch == rows, "expected rows that are a multiple of the batch of h0, ",
-                range.batch, ", got ", rows);
-    return range;
-  }
-  checks.dims("batch_sizes", *batch_sizes, 1);
-  range.steps = batch_sizes->size(0);
-  checks.tensor("batch_sizes", *batch_sizes, {range.steps}, ScalarType::Long);
-  range.batch_sizes = data<int64_t>(batch_sizes);
-  int64_t total = 0, before = range.batch;
-  for (int64_t t = 0; t < range.steps; ++t) {
-    const int64_t size = range.batch_sizes[t];
-    checks.that(size > 0 && size <= before, "batch_sizes must be positive and never grow, from the batch of h0, ",
-                range.batch, ", got ", size, " after ", before);
-    total += before = size;
-  }
-  checks.that(range.steps == 0 || range.batch_sizes[0] == range.batch, "batch_sizes must begin with the batch of h0, ",
-              range.batch, ", got ", range.steps ? range.batch_sizes[0] : 0);
-  checks.that(total == rows, "batch_sizes must add up to the rows of the input, ", rows, ", got ", total);
-  return range;
 }
 
 template <class T>
@@ -71,6 +35,7 @@ LayerArgs<T> layer_args(const CellEntry& cell, const StepRange& range, bool bf16
   return {.cell = &cell,
           .range = range,
           .inputs = x.size(1),
+          .heads = range.hidden / w_hh.size(1),
           .bf16 = bf16,
           .x = data<T>(x),
           .w_ih = data<T>(w_ih),
@@ -82,40 +47,10 @@ std::vector<int64_t> cell_sizes(StringHandle cell_name) {
   const Name name(cell_name);
   for (const CellEntry* cell : cell_table)
     if (cell->name == name.view())
-      return {cell->gates, cell->shared_gates, cell->states, cell->has_aux ? cell->gates + 1 : 0};
+      return {cell->gates, cell->shared_gates, cell->states + cell->constant_states,
+              cell->gates > 1 ? cell->gates + cell->aux_parts : 0};
   return {};
 }
-
-// Shapes that follow from the cell and the input; rows and inputs as x has them.
-struct Shapes {
-  int64_t N, I, B, H, G, S;
-};
-
-Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
-                     const Tensor& w_ih, const Tensor& w_hh) {
-  const Shapes shape{.N = range.rows,
-                     .I = x.size(1),
-                     .B = range.batch,
-                     .H = range.hidden,
-                     .G = cell.gates * range.hidden,
-                     .S = cell.states * range.hidden};
-  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ",
-              shape.H);
-  checks.tensor("x", x, {shape.N, shape.I});
-  checks.tensor("w_ih", w_ih, {shape.G, shape.I});
-  checks.tensor("w_hh", w_hh, {shape.G, shape.H});
-  return shape;
-}
-
-// What the forward pass saves, as far as the cell saves it.
-void check_saved(const Checks& checks, const CellEntry& cell, int64_t rows, int64_t hidden, const OptionalTensor& gates,
-                 const OptionalTensor& aux, bool wanted) {
-  checks.optional("gates", gates, wanted && cell.gates > 1, "for a cell with several gates",
-                  {rows, cell.gates * hidden});
-  checks.optional("aux", aux, wanted && cell.has_aux, "for a cell that saves more than its gates", {rows, hidden});
-}
-
-constexpr const char* two_states = "for a cell with two states";
 
 void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
              const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h0,
@@ -124,12 +59,12 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
   const Checks checks("layer_forward", y);
   checks.dims("x", x, 2);
   const StepRange range = checked_range(checks, x.size(0), h0, batch_sizes);
-  const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
+  const auto [N, I, B, H, G, S, head_units] = checked_input(checks, cell, range, x, w_ih, w_hh);
   checks.optional("b_ih", b_ih, {G});
   checks.optional("b_hh", b_hh, b_ih.has_value(), "with b_ih", {G});
   check_saved(checks, cell, N, H, gates, aux, gates || aux);
   checks.tensor("y", y, {N, H});
-  checks.optional("c", c, cell.states > 1, two_states, {B, H});
+  check_c(checks, "c", cell, range, c);
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
     layer_forward<T>({.layer = layer_args<T>(cell, range, bf16, x, w_ih, w_hh),
@@ -155,10 +90,10 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   const Checks checks("layer_backward", y);
   checks.dims("x", x, 2);
   const StepRange range = checked_range(checks, x.size(0), h0, batch_sizes);
-  const auto [N, I, B, H, G, S] = checked_input(checks, cell, range, x, w_ih, w_hh);
+  const auto [N, I, B, H, G, S, head_units] = checked_input(checks, cell, range, x, w_ih, w_hh);
   check_saved(checks, cell, N, H, gates, aux, true);
   checks.tensor("y", y, {N, H});
-  checks.optional("c0", c0, cell.states > 1, two_states, {B, H});
+  check_c(checks, "c0", cell, range, c0);
   checks.tensor("grad_y", grad_y, {N, H});
   checks.tensor("grad_final", grad_final, {B, S});
   const char* rules = "for the rules stationary, per_row and jacobian";
@@ -174,7 +109,7 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   checks.tensor("carry", carry, {B, S});
   checks.optional("grad_x", grad_x, {N, I});
   checks.tensor("grad_w_ih", grad_w_ih, {G, I});
-  checks.tensor("grad_w_hh", grad_w_hh, {G, H});
+  checks.tensor("grad_w_hh", grad_w_hh, {G, head_units});
   checks.optional("grad_b_ih", grad_b_ih, {G});
   checks.optional("grad_b_hh", grad_b_hh, grad_b_ih.has_value(), "with grad_b_ih", {G});
   checks.optional("residual", residual, corrections > 0, "with corrections", {N, S});
@@ -213,7 +148,7 @@ void sum_jacobians(StringHandle cell_name, const OptionalTensor& gates, const Op
   const int64_t N = range.rows, H = range.hidden;
   check_saved(checks, cell, N, H, gates, aux, true);
   checks.tensor("y", y, {N, H});
-  checks.optional("c0", c0, cell.states > 1, two_states, {range.batch, H});
+  check_c(checks, "c0", cell, range, c0);
   checks.tensor("w_hh_diag", w_hh_diag, {cell.gates, H});
   checks.tensor("sums", sums, {cell.states * H});
   with_dtype(checks, [&](auto type) {
@@ -221,7 +156,7 @@ void sum_jacobians(StringHandle cell_name, const OptionalTensor& gates, const Op
     ReverseArgs<T> args{};
     args.range = range;
     args.gates = cell.gates == 1 ? data<T>(y) : data<T>(gates), args.aux = data<T>(aux), args.y = data<T>(y);
-    args.first_h = data<T>(h0), args.first_c = data<T>(c0);
+    args.first_h = data<T>(h0), args.first_c = data<T>(c0), args.first_c_stride = cell.parts_of_c() * H;
     args.w_hh_diag = data<T>(w_hh_diag), args.sums = data<T>(sums);
     // A Jacobian is some 100 operations per unit.
     run_team<Plain<T>>(N * H * 100, [&](Worker& worker) { cell.loops(T{}).sum_jacobians(worker, args); });

@@ -10,17 +10,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from statefeed.lm.compare import verdict_tables
 from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
-from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
+from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
 
 
-def page(found: Found) -> str:
+def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
     """The text of docs/measured.md.
 
     Args:
         found: the runs and the records of benchmarks.
+        terms: what is asked of the differences between rules.
     """
     return "\n\n".join(
         [
@@ -30,6 +33,10 @@ def page(found: Found) -> str:
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
+            "## Differences between rules",
+            "Every rule at its own best learning rate, over pairs of runs of one seed and one program; "
+            "[the rule of the verdicts](training.md#verdicts).",
+            verdicts(found, terms).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower).",
@@ -103,6 +110,25 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
             row.append(f"{ms:.0f}" if dominated else f"**{ms:.0f}**")
         body.append(row)
     return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
+
+
+def verdicts(found: Found, terms: Terms) -> str:
+    """For every task with enough pairs a table of the differences to the baseline; the other tasks in one sentence."""
+    text, few = "", []
+    for title, same in tasks(found.results).items():
+        compared = compare_rules(same, terms, found.results)
+        if compared is None:
+            continue
+        if not compared.decidable:
+            few.append(title)
+            continue
+        headings, rows = verdict_tables.table(compared)
+        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+        notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
+        text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
+    if few:
+        text += "".join([f"These have {verdict_tables.TOO_FEW}:\n\n", *(f"- {title}\n" for title in few), "\n"])
+    return text
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from statefeed.lm import cli, config
 from statefeed.lm.compare import markdown, summary
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS
 
 README = ROOT / "README.md"
 MACHINES = [
     folder for name in ("zen5", "xeon-amx") for folder in sorted((ROOT / "results" / "bench").glob(f"{name}-*"))
 ]
+
+CELLS = [ROOT / "results" / "runs" / "quickstart" / name for name in ("cells-bf16.jsonl", "rates.jsonl")]
 
 
 def test_documents_are_those_of_the_records(tmp_path: Path) -> None:
@@ -27,6 +30,10 @@ def test_documents_are_those_of_the_records(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
     summary.update_summary(tmp_path / "README.md", read(MACHINES))
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), again
+    results = ROOT / "results" / "README.md"
+    (tmp_path / "results.md").write_text(results.read_text(encoding="utf-8"), encoding="utf-8")
+    summary.update_verdicts(tmp_path / "results.md", read(CELLS), DEFAULT_TERMS)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == results.read_text(encoding="utf-8"), again
 
 
 def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +60,7 @@ def test_every_committed_figure_is_shown_by_a_document() -> None:
 
 def test_without_records_there_is_no_number() -> None:
     text = markdown.page(Found())
-    assert text.count("No records yet.") == 4
+    assert text.count("No records yet.") == 5
     for stated in ("below 1", "256 units", "64 units", "0.125"):
         text = text.replace(stated, "")
     assert not re.search(r"\d", text)
@@ -167,7 +174,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert markdown.page(read([tmp_path])).count("No records yet.") == 4  # a trial is no measurement
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 5  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = markdown.page(read([tmp_path]))

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 struct Lstm {
   static constexpr int gates = 4, states = 2, shared_gates = 4, unit_vectors = 1;
-  static constexpr bool has_aux = true;  // c
+  static constexpr int constant_states = 0, aux_parts = 1;  // c
 
   static void step(const ForwardRow<T>& row) {
     const Vector<T> i = sigmoid<T>(row.preactivation(0) + row.hidden_product(0)),

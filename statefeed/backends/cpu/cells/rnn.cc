@@ -9,7 +9,7 @@ namespace {
 template <class T, bool relu>
 struct Rnn {
   static constexpr int gates = 1, states = 1, shared_gates = 1, unit_vectors = 2;
-  static constexpr bool has_aux = false;  // the slope follows from y
+  static constexpr int constant_states = 0, aux_parts = 0;  // the slope follows from y
 
   static void step(const ForwardRow<T>& row) {
     const Vector<T> x = row.preactivation(0) + row.hidden_product(0);

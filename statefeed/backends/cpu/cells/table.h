@@ -18,13 +18,15 @@ struct CellLoops {
 // The sizes are checked against the shapes that Python passes (register.cc); Python's are the source.
 struct CellEntry {
   std::string_view name;
-  int gates, states;
-  int shared_gates;  // the first gates, whose gradients at x W_ih^T and at h W_hh^T are the same
-  bool has_aux;
-  int unit_vectors;  // vectors of units in a panel of W_hh, per gate
+  int gates, states;    // states: parts of the state with gradients, of which the first is h
+  int constant_states;  // parts of the state after these, without gradients
+  int shared_gates;     // the first gates, whose gradients at x W_ih^T and at h W_hh^T are the same
+  int aux_parts;        // values saved per row and unit besides the gates
+  int unit_vectors;     // vectors of units in a panel of W_hh, per gate
   CellLoops<float> float_loops;
   CellLoops<double> double_loops;
 
+  int parts_of_c() const { return states + constant_states - 1; }
   const CellLoops<float>& loops(float) const { return float_loops; }
   const CellLoops<double>& loops(double) const { return double_loops; }
 };
