@@ -50,10 +50,11 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
             "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
             _recall(found).rstrip("\n") or "No records yet.",
             "## State tracking",
-            "Parity of a bit string that is asked for after its last bit (`statefeed bench tracking`; guessing is "
-            "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
-            "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
-            "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
+            "Parity of a bit string that is asked for after every few bits (`statefeed bench tracking`; guessing is "
+            "right for 0.5): the last output on strings of the trained length and of twice that length, none of which "
+            "was trained on. A seed has learnt it where nine in ten of the long strings were right. The rate of every "
+            "cell and rule was chosen on other strings, with a seed that is not shown. minGRU and S4D have exact "
+            "gradients only.",
             (_tracking(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
@@ -196,7 +197,7 @@ def _recall(found: Found) -> str:
 def _tracking(found: Found) -> str:
     text = ""
     for heading, records in measurements(found, "tracking", fewest=3).items():
-        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+        for (T, every, H, steps), same in _grouped(records, "T", "every", "H", "steps").items():
             cases = sorted(_grouped(same, "cell", "variant").items(), key=lambda item: _sort_key(item[1]))
             body = [
                 [
@@ -209,7 +210,8 @@ def _tracking(found: Found) -> str:
                 for (cell, rule), runs in cases
             ]
             head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
-            text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+            task = f"{T} bits, asked for after every {every}; {H} units, {steps:,} steps of training"
+            text += f"{task}; {heading}.\n\n{table(head, body)}\n"
     return text
 
 

@@ -260,7 +260,7 @@ def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
 
 
 def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:
-    record = {"bench": "tracking", "T": 10, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
+    record = {"bench": "tracking", "T": 10, "every": 5, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
     found = {
         ("mingru", "bptt"): [(0.5, 0.5, None), (0.6, 0.5, None)],
         ("gru", "gate"): [(1.0, 0.98, 700), (0.9, 0.5, None)],
@@ -272,7 +272,7 @@ def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path)
     ]
     (tmp_path / "tracking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown.page(read([tmp_path]))
-    assert "10 bits, 64 units, 4,000 steps of training; a CPU" in text
+    assert "10 bits, asked for after every 5; 64 units, 4,000 steps of training; a CPU" in text
     assert [line for line in text.splitlines() if "` | 0.003" in line] == [
         "| gru `gate` | 0.003 | 0.95 (0.90 to 1.00) | 0.74 (0.50 to 0.98) | 1 of 2 | 700 |",
         "| mingru `bptt` | 0.003 | 0.55 (0.50 to 0.60) | 0.50 (0.50 to 0.50) | 0 of 2 | - |",
