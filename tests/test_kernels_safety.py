@@ -179,10 +179,14 @@ def test_a_cell_without_a_kernel_is_unsupported(monkeypatch: pytest.MonkeyPatch)
     assert cpu.unsupported_reason(cell, tensors, False) == "the fused kernels have no cell 'mgu'"
 
 
-@pytest.mark.parametrize("size", ["gates", "shared_gates", "saved_values"])
-def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(CELLS["gru"]), size, 9)
-    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 4\)"):
+@pytest.mark.parametrize(
+    ("size", "value"), [("gates", 9), ("shared_gates", 9), ("constant_states", ("m",) * 9), ("saved_values", 9)]
+)
+def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(
+    size: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(CELLS["gru"]), size, value)
+    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 0, 4\)"):
         cpu.unsupported_reason(CELLS["gru"], [torch.zeros(1)] * 3, False)
 
 

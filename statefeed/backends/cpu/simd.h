@@ -1,5 +1,5 @@
-// Vectors of the widest register, and exp, sigmoid, log sigmoid and tanh on them, accurate to a few units in the last
-// place.
+// Vectors of the widest register, and functions of them: exp, sigmoid, its logarithm and tanh, accurate to a few units
+// in the last place.
 #pragma once
 
 #include <cstdint>
@@ -123,8 +123,8 @@ inline Vector<T> log_series(Vector<T> square) {  // sum over j >= K of square^(j
     return static_cast<T>(1.0 / (2 * K + 1)) + square * log_series<T, K + 1>(square);
 }
 
-// min(x, 0) - log(1 + u), u = exp(-|x|). With s = u / (2 + u), at most 1/3, log(1 + u) = 2 (s + s^3 / 3 + s^5 / 5 +
-// ...).
+// min(x, 0) - log(1 + u) with u = exp(-|x|), and log(1 + u) = 2 (s + s^3 / 3 + s^5 / 5 + ...) with s = u / (2 + u), at
+// most 1/3.
 template <class T>
 inline Vector<T> log_sigmoid(Vector<T> x) {
   const Vector<T> zero{}, u = exp<T>(x < zero ? x : -x), s = u / (u + static_cast<T>(2));

@@ -1,14 +1,13 @@
-// sLSTM. c = f c' + i z;  n = f n' + i;  h = o c / n;  z = tanh(.), o = sigmoid(.) of x W_ih^T + h' W_hh^T; gates i, f,
-// z, o Each cell is a translation unit of its own so that the loops, most of the compile time, are compiled in
-// parallel.
+// sLSTM. c = f c' + i z;  n = f n' + i;  h = o c / n;  z = tanh(.), o = sigmoid(.), i and f exponential
+// Each cell is a translation unit of its own so that the loops, most of the compile time, are compiled in parallel.
 #include "loops.h"
 
 namespace statefeed {
 
 namespace {
 
-// log_f is the logarithm of the forget gate: logsigmoid of its pre-activation, or with exponential_f the
-// pre-activation. c and n are divided by exp(m), which no gradient depends on:
+// c and n are divided by exp(m), and no gradient depends on m. log_f is logsigmoid of the forget gate's pre-activation,
+// or the pre-activation.
 //   m = pre_i where n' = 0, else max(pre_i, log_f + m');   i = exp(pre_i - m);   f = min(exp(log_f + m' - m), 1)
 template <class T, bool exponential_f>
 struct Slstm {
