@@ -234,9 +234,7 @@ def test_the_logarithm_of_the_forget_gate_is_accurate(dtype: torch.dtype, larges
     x = x.to(dtype)
     expected = F.logsigmoid(x.double())
     error = (log_forget(x).double() - expected).abs() / expected.abs()
-    # log(1 + exp(-x)) is as sensitive to x as exp(-x), whose relative error x * eps is the input's own.
-    allowed = torch.finfo(dtype).eps * (4 + x.double().clamp(min=0))
-    assert (error <= allowed).all(), f"{float((error / allowed).max()):.1f} times the error allowed"
+    assert error.max() <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
