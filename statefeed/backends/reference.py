@@ -77,7 +77,11 @@ def _loop(problem: Problem, save: bool) -> Forward:
 
 
 def _inputs(problem: Problem) -> Tensor:
-    return F.linear(problem.x, problem.weights[0], problem.weights[2] if len(problem.weights) > 2 else None)
+    w_ih, _, *biases = problem.weights
+    b_ih = biases[0] if biases else None
+    if w_ih.numel():
+        return F.linear(problem.x, w_ih, b_ih)
+    return problem.x if b_ih is None else problem.x + b_ih
 
 
 class _Linearized(NamedTuple):
@@ -192,11 +196,13 @@ def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_pre
     same = d_hidden is d_inputs
     d_inputs = d_inputs.to(w_ih.dtype)
     d_hidden = d_inputs if same else d_hidden.to(w_hh.dtype)
-    d_weights = [(d_inputs.T @ x).to(w_ih.dtype), problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
+    has_w_ih = w_ih.numel() > 0
+    d_w_ih = (d_inputs.T @ x).to(w_ih.dtype) if has_w_ih else torch.empty_like(w_ih)
+    d_weights = [d_w_ih, problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
     if biases:
         d_weights += [d_inputs.sum(0), d_hidden.sum(0)]
     return Gradients(
-        (d_inputs @ w_ih).to(x.dtype) if needs_x else None,
+        ((d_inputs @ w_ih) if has_w_ih else d_inputs).to(x.dtype) if needs_x else None,
         tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=False)),
         tuple(d_weights),
     )
