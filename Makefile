@@ -16,7 +16,7 @@ test: .venv/.installed-dev
 
 # Equations, layers and kernels, for daily work: under two minutes on two cores.
 CORE := $(addprefix tests/test_,oracles.py scan.py feedback.py schedule.py recurrence.py layers.py segments.py custom.py \
-	swap.py extending.py kernels_layer.py kernels_safety.py imports.py language.py pickles.py)
+	custom_steps.py custom_diagonal.py swap.py extending.py kernels_layer.py kernels_safety.py imports.py language.py pickles.py)
 
 test-core: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(CORE)
@@ -32,10 +32,12 @@ interop:
 docs: .venv/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs build/docs
 
-# docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the pictures that results/README.md shows, from the records alone.
+# docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the verdicts and pictures of results/README.md, from the records alone.
+CELLS := results/runs/quickstart/cells-bf16.jsonl results/runs/quickstart/rates.jsonl
 measured: .venv/.installed-lm
 	$(BIN)/statefeed report results --markdown=docs/measured.md
 	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md
+	$(BIN)/statefeed report $(CELLS) --verdicts=results/README.md
 	$(BIN)/python -m statefeed.bench.gpu.tables results/bench/nvidia-h200 docs/gpu.md
 	$(BIN)/python tests/interop/picture.py
 	mkdir -p build

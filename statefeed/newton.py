@@ -204,9 +204,9 @@ def _forward(problem: Problem, backend: str, run: Run, start: Tensor | None) -> 
     solved = system.solve(run.settings.max_iterations, None if start is None else layout.grid(start))
     run.iterations.append(solved.iterations)
     run.sequential_steps.append(layout.T - solved.steps)
-    dtype = _output_dtype(problem, backend)
-    rows = tuple(layout.rows(part).to(dtype) for part in solved.states)
-    initial = tuple(s.to(dtype) for s in problem.state)
+    dtypes = _output_dtypes(problem, backend)
+    rows = tuple(layout.rows(part).to(dtype) for part, dtype in zip(solved.states, dtypes, strict=True))
+    initial = tuple(s.to(dtype) for s, dtype in zip(problem.state, dtypes, strict=True))
     if solved.steps == layout.T:
         return Forward(rows[0], tuple(layout.last(part, s) for part, s in zip(rows, initial, strict=True)))
     return _finish(problem, backend, solved.steps, rows, initial)
@@ -245,13 +245,15 @@ class _System:
 
     def __init__(self, problem: Problem, tolerance: float) -> None:
         self.cell, layout = problem.cell, problem.layout
-        w_ih, w_hh, *biases = problem.weights
+        weights = problem.named_weights
+        w_ih, w_hh, w_hr = weights.w_ih, weights.w_hh, weights.w_hr
         self.product_dtype = _product_dtype(problem)
         self.dtype = torch.promote_types(self.product_dtype, torch.float32)
-        self.T, self.B, self.H = layout.T, layout.B, w_hh.shape[1]
+        self.T, self.B, self.H = layout.T, layout.B, len(w_hh) // self.cell.gates
         self.initial = tuple(s.to(self.dtype) for s in problem.state)
         self.w_hh = w_hh.to(self.dtype)
-        self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, self.H).mT
+        self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, -1).mT
+        self.w_hr = None if w_hr is None else w_hr.to(self.product_dtype)
         self.on_gpu = problem.x.is_cuda
         spacing = self._spacing()
         self.tolerance = max(tolerance, _FLOOR * spacing)
@@ -266,8 +268,8 @@ class _System:
         w_ih_gates = w_ih.to(self.product_dtype).view(G, self.H, -1).mT
         inputs = torch.bmm(x.expand(G, *x.shape), w_ih_gates).to(self.dtype)
         constant = inputs.new_zeros(G - shared, 1, self.H)
-        if biases:
-            b_ih, b_hh = (b.to(self.dtype).view(G, 1, self.H) for b in biases)
+        if weights.b_ih is not None and weights.b_hh is not None:
+            b_ih, b_hh = (b.to(self.dtype).view(G, 1, self.H) for b in (weights.b_ih, weights.b_hh))
             inputs += b_ih
             inputs[:shared] += b_hh[:shared]
             constant = b_hh[shared:]
@@ -281,10 +283,11 @@ class _System:
 
     def solve(self, max_iterations: int, start: Tensor | None) -> _Solved:
         """Iterate from ``start``, (T, B, H) or zeros, until every step has converged or there is no progress."""
-        shape = (self.T, self.B, self.H)
+        shape = (self.T, self.B, self.initial[0].shape[1])
         h = self.initial[0].new_zeros(shape) if start is None else start.to(self.dtype)
         if not self.B:
-            return _Solved((h,) * len(self.initial), self.T, 0)
+            others = (s.new_zeros(self.T, self.B, s.shape[1]) for s in self.initial[1:])
+            return _Solved((h, *others), self.T, 0)
         read: dict[int, float] = {}
         for k in range(1, max_iterations + 1):
             reads = k == max_iterations or not self.on_gpu or k % _CHECK_EVERY == 0
@@ -305,6 +308,8 @@ class _System:
         defect: list[Tensor] = []
 
         def scan(part: int, a: Tensor | None, b: Tensor) -> Tensor:
+            if not part and self.w_hr is not None:
+                b = (b.to(self.product_dtype) @ self.w_hr.T).to(self.dtype)
             if reads and not part:
                 stepped = b if a is None else torch.addcmul(b, a, h_prev)
                 relative = (stepped - h).abs_().div_(h.abs().add_(1))
@@ -336,12 +341,12 @@ def _product_dtype(problem: Problem) -> torch.dtype:
     return dtype if problem.compute_dtype is None or dtype == torch.float64 else problem.compute_dtype
 
 
-def _output_dtype(problem: Problem, backend: str) -> torch.dtype:
-    """The dtype of outputs in the backend's own forward pass."""
+def _output_dtypes(problem: Problem, backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes of the parts of the state in the backend's own forward pass."""
     dtype = problem.weights[0].dtype
     if problem.compute_dtype is None or BACKENDS[backend].upcasts or dtype == torch.float64:
-        return dtype
+        return (dtype,) * len(problem.state)
     if problem.x.is_cuda:
-        return problem.compute_dtype
+        return (problem.compute_dtype,) * len(problem.state)
     packed = problem.layout.batch_sizes is not None
-    return problem.cell.autocast_dtype(problem.compute_dtype, problem.state[-1].dtype, packed)
+    return problem.cell.autocast_dtypes(problem.compute_dtype, problem.state[-1].dtype, packed)

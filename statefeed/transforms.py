@@ -34,7 +34,7 @@ def no_batched_gradients(cell: Cell | None) -> str:
     """Why a backward pass does not accept a batch of gradients; the cell is None for ``statefeed.Recurrent``."""
     remedy = ', or set feedback to "torch" on a CPU'
     if cell is None:
-        remedy = ', or set feedback to "bptt"'
+        remedy = ', or set feedback to "torch"'
     elif cell.torch_forward is None:
         remedy = ""
     return (

@@ -8,6 +8,11 @@ from jsonargparse import ArgumentParser
 from statefeed.lm import recipe as recipes
 from statefeed.lm.errors import UsageError, require
 
+_BASELINE = "the rule that others are compared with over paired seeds"
+_WITHIN = (
+    "percent: verdicts on the claim that a rule's perplexity is at most this much above the baseline's; by default "
+    "rules are called better or worse"
+)
 _REPORTED = (".jsonl", ".json", ".yaml", ".safetensors")  # the endings of runs, comparisons and benchmarks
 
 
@@ -24,6 +29,8 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
         "--out", type=str, default=None, help="folder of the comparison; null is run.dir followed by -compare"
     )
     flags.add_argument("--wide", action="store_true", help="print every column, and not only what 80 characters hold")
+    flags.add_argument("--baseline", type=str, default="bptt", help=_BASELINE)
+    flags.add_argument("--within", type=float | None, default=None, help=_WITHIN)
     for argument in arguments:
         if re.match(r"--(model\.feedback|run\.dir)\b", argument):
             raise UsageError(f"statefeed compare takes --feedback and --out, got {argument}")
@@ -31,16 +38,19 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
     folder = recipes.expand(values.out or f"{config.run.dir}-compare")
+    _check_within(values.within)
 
     def work() -> None:
         from statefeed.lm.compare.compare import compare
         from statefeed.lm.compare.plan import plan
         from statefeed.lm.compare.sources import COMPARISON
+        from statefeed.lm.compare.verdicts import terms
         from statefeed.lm.run.folder import check_apart
 
         planned = plan(config, values.feedback, values.seeds, values.lr, folder)
+        asked = terms(values.baseline, values.within)
         check_apart(config.data, folder, [COMPARISON])
-        compare(planned, folder, values.wide)
+        compare(planned, folder, asked, values.wide)
 
     return work
 
@@ -63,8 +73,17 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
     flags.add_argument(
         "--summary", type=str | None, default=None, help="update the figures in this Markdown file instead of the page"
     )
+    flags.add_argument(
+        "--verdicts",
+        type=str | None,
+        default=None,
+        help="update the verdicts in this Markdown file instead of the page",
+    )
+    flags.add_argument("--baseline", type=str, default="bptt", help=_BASELINE)
+    flags.add_argument("--within", type=float | None, default=None, help=_WITHIN)
     values = recipes.parse(flags, arguments)
-    output = recipes.expand(values.markdown or values.summary or values.output)
+    _check_within(values.within)
+    output = recipes.expand(values.markdown or values.summary or values.verdicts or values.output)
     folder = None if values.figures is None else recipes.expand(values.figures)
     paths = [recipes.expand(path) for path in values.paths]
     require(output.parent.is_dir(), "the page must be in an existing folder", output)
@@ -76,20 +95,28 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
 
     def work() -> None:
-        from statefeed.lm.compare import figures, markdown, page, summary
+        from statefeed.lm.compare import figures, markdown, page, summary, terminal
         from statefeed.lm.compare.measurements import step_times
         from statefeed.lm.compare.sources import read
+        from statefeed.lm.compare.verdicts import terms
 
-        found = read(paths)
+        found, asked = read(paths), terms(values.baseline, values.within)
         if values.markdown is not None:
-            output.write_text(markdown.page(found), encoding="utf-8")
+            output.write_text(markdown.page(found, asked), encoding="utf-8")
         elif values.summary is not None:
             summary.update_summary(output, found)
+        elif values.verdicts is not None:
+            summary.update_verdicts(output, found, asked)
         else:
-            page.write(found, output)
+            page.write(found, output, asked)
+            terminal.print_verdicts(found.results, asked)
         written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
         if folder is not None:
             written += figures.save(figures.draw(found.results, step_times(found)), folder)
         print("\n".join(written))
 
     return work
+
+
+def _check_within(percent: float | None) -> None:
+    require(percent is None or 0 <= percent < 1000, "--within must be a number of percent from 0 to 1,000", percent)

@@ -10,10 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console, ConsoleOptions
-from rich.measure import Measurement
-from rich.table import Table
-
 from statefeed.lm import identity
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare import figures
@@ -23,22 +19,24 @@ from statefeed.lm.compare.sources import COMPARISON, read
 from statefeed.lm.compare.table import short_table
 from statefeed.lm.compare.table import table as comparison
 from statefeed.lm.compare.tasks import tasks
+from statefeed.lm.compare.terminal import print_table, print_verdicts
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms
 from statefeed.lm.config import Config
 from statefeed.lm.errors import Interrupted, UsageError
 from statefeed.lm.run import output
 from statefeed.lm.run.files import CONFIG
 from statefeed.lm.run.signals import handled
 
-_COLUMNS, _WIDEST = 80, 1000  # characters: of a usual terminal, and more than any table has
 _RESUME = "the same command resumes it"
 
 
-def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None:
+def compare(planned: Sequence[Config], folder: Path, terms: Terms, wide: bool = False) -> None:
     """Train what is not trained yet, one record per run, then draw and print what the records of the folder say.
 
     Args:
         planned: the recipe of every run.
         folder: of the comparison.
+        terms: what is asked of it.
         wide: whether to print every column, and not only those that fit 80 characters.
 
     Raises:
@@ -68,7 +66,7 @@ def compare(planned: Sequence[Config], folder: Path, wide: bool = False) -> None
         done[Path(config.run.dir).name] = result
         if caught is not None:
             raise Interrupted(f"the comparison was interrupted after {config.run.dir}: {_RESUME}", caught)
-    show(list(done.values()), folder, wide)
+    show(list(done.values()), folder, terms, wide)
 
 
 def add_record(line: str, records: Path) -> None:
@@ -145,28 +143,13 @@ def train_in_subprocess(config: Config) -> tuple[str, int | None]:
     raise UsageError(f"the comparison stopped in {config.run.dir}, {ended}: {_RESUME}")
 
 
-def _unlimited(console: Console) -> ConsoleOptions:
-    return console.options.update(max_width=_WIDEST)
-
-
-def show(compared: Sequence[Result], folder: Path, wide: bool = False) -> None:
-    """Print a table for every task and leave the figures in the folder."""
+def show(compared: Sequence[Result], folder: Path, terms: Terms = DEFAULT_TERMS, wide: bool = False) -> None:
+    """Print a table for every task and the verdicts, and leave the figures in the folder."""
     console = output.console()
     for title, same in tasks(compared).items():
-        headings, rows = comparison(same) if wide else short_table(same)
-        table = Table(title=title)
-        for place, heading in enumerate(headings):
-            # Only a rule may be wrapped: a schedule of many stages is as long as it likes.
-            table.add_column(heading, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        if wide:
-            # A row that a terminal wraps can be read, one that is truncated cannot.
-            console.width = max(console.width, Measurement.get(console, _unlimited(console), table).maximum)
-        else:
-            console.width = max(console.width, _COLUMNS)
-        console.print(table)
-    names = figures.save(figures.draw(compared), folder)
+        print_table(console, title, *(comparison(same) if wide else short_table(same)), (0,), wide)
+    print_verdicts(compared, terms, wide)
+    names = figures.save(figures.draw(compared, terms=terms), folder)
     console.print(
         f"{folder} keeps the runs, {COMPARISON}{''.join(f', {name}' for name in names)}; "
         f"statefeed report {folder} makes one page of it{'' if wide else ', --wide prints every column'}",

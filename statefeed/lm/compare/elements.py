@@ -24,6 +24,11 @@ def _cell(text: str) -> str:
     return f"<td{kind}>{html.escape(text)}</td>"
 
 
+def heading(text: str) -> str:
+    """A heading within a section."""
+    return f"<h3>{html.escape(text[:1].upper() + text[1:])}</h3>"
+
+
 def note(text: str) -> str:
     """A paragraph in small print; nothing for an empty text."""
     return f'<p class="note">{html.escape(text)}</p>' if text else ""

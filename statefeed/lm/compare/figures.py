@@ -9,11 +9,14 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from statefeed.lm.compare.difference_figure import differences
 from statefeed.lm.compare.measurements import StepTimes, step_key, where
 from statefeed.lm.compare.panel import curve, legend, panel, places, points
+from statefeed.lm.compare.rates import at_best_rate
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.styles import Style, styles
-from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, setting, size, split, tasks, valid_runs
+from statefeed.lm.compare.tasks import best_scores, by_rule, setting, size, split, tasks, valid_runs
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms
 from statefeed.lm.config import RECURRENT
 
 # A rule whose best perplexity is more than this many times the lowest is off the scale, and its name says so: the axis
@@ -26,17 +29,19 @@ _AXES = {"model.width": "width, units", "model.layers": "depth, layers"}
 _BARS = "mean over the seeds, bars: their range"
 
 
-def draw(results: Sequence[Result], times: StepTimes | None = None) -> dict[str, Figure]:
+def draw(results: Sequence[Result], times: StepTimes | None = None, terms: Terms = DEFAULT_TERMS) -> dict[str, Figure]:
     """Every figure that the results have the runs for, by its title.
 
     Args:
         results: of any tasks.
         times: of a step, measured in turns. Runs are made one after the other, so their own times are not compared:
             figures with a time are drawn of the tasks and machines that have such a measurement.
+        terms: what is asked of the differences between rules.
     """
     figures: dict[str, Figure] = {}
     for title, same in tasks(results).items():
         drawn = {"perplexity against epoch": plot_vs_epochs(same), "alignment with BPTT": alignment(same)}
+        drawn["difference"] = differences(same, terms, results)
         for place in dict.fromkeys(where(result.metadata) for result in same):
             if ms := (times or {}).get((step_key(same[0]), place)):
                 drawn[f"perplexity against time, {place}"] = plot_vs_time(same, ms, place)

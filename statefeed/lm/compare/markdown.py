@@ -10,17 +10,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from statefeed.lm.compare import verdict_tables
 from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
-from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
+from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
 
 
-def page(found: Found) -> str:
+def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
     """The text of docs/measured.md.
 
     Args:
         found: the runs and the records of benchmarks.
+        terms: what is asked of the differences between rules.
     """
     return "\n\n".join(
         [
@@ -30,6 +33,10 @@ def page(found: Found) -> str:
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
+            "## Differences between rules",
+            "Every rule at its own best learning rate, over pairs of runs of one seed and one program; "
+            "[the rule of the verdicts](training.md#verdicts).",
+            verdicts(found, terms).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower).",
@@ -41,7 +48,13 @@ def page(found: Found) -> str:
             "## Long memory",
             "Share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench recall`; "
             "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
-            (_recall(found).rstrip("\n") or "No records yet.") + "\n",
+            _recall(found).rstrip("\n") or "No records yet.",
+            "## State tracking",
+            "Parity of a bit string that is asked for after its last bit (`statefeed bench tracking`; guessing is "
+            "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
+            "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
+            "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
+            (_tracking(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 
@@ -105,6 +118,25 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
     return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
 
 
+def verdicts(found: Found, terms: Terms) -> str:
+    """For every task with enough pairs a table of the differences to the baseline; the other tasks in one sentence."""
+    text, few = "", []
+    for title, same in tasks(found.results).items():
+        compared = compare_rules(same, terms, found.results)
+        if compared is None:
+            continue
+        if not compared.decidable:
+            few.append(title)
+            continue
+        headings, rows = verdict_tables.table(compared)
+        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+        notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
+        text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
+    if few:
+        text += "".join([f"These have {verdict_tables.TOO_FEW}:\n\n", *(f"- {title}\n" for title in few), "\n"])
+    return text
+
+
 # Benchmarks ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,19 +187,42 @@ def _recall(found: Found) -> str:
             rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
             body = []
             for (rule,), runs in rules:
-                accuracy = [r["accuracy"] for r in runs]
-                learnt = [r["learnt"] for r in runs if r["learnt"] is not None]
-                body.append(
-                    [
-                        f"`{rule}`",
-                        f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})",
-                        f"{len(learnt)} of {len(runs)}",
-                        f"{statistics.mean(learnt):,.0f}" if learnt else "-",
-                    ]
-                )
+                body.append([f"`{rule}`", _over_seeds(runs, "accuracy"), *_learnt(runs)])
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
             text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
+
+
+def _tracking(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "tracking", fewest=3).items():
+        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+            cases = sorted(_grouped(same, "cell", "variant").items(), key=lambda item: _sort_key(item[1]))
+            body = [
+                [
+                    f"{cell} `{rule}`",
+                    f"{runs[0]['lr']:g}",
+                    _over_seeds(runs, "accuracy"),
+                    _over_seeds(runs, "accuracy_twice"),
+                    *_learnt(runs),
+                ]
+                for (cell, rule), runs in cases
+            ]
+            head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
+            text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+    return text
+
+
+def _over_seeds(runs: Sequence[Record], key: str) -> str:
+    """The mean over the seeds and its range."""
+    values = [r[key] for r in runs]
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _learnt(runs: Sequence[Record]) -> list[str]:
+    """How many seeds learnt a task, and after how many steps on average."""
+    steps = [r["learnt"] for r in runs if r["learnt"] is not None]
+    return [f"{len(steps)} of {len(runs)}", f"{statistics.mean(steps):,.0f}" if steps else "-"]
 
 
 def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:

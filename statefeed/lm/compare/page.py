@@ -4,12 +4,13 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from statefeed.lm.compare import benchmarks, elements, figures
+from statefeed.lm.compare import benchmarks, elements, figures, verdict_tables
 from statefeed.lm.compare.measurements import step_times
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.table import format_value, table
 from statefeed.lm.compare.tasks import tasks
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -17,6 +18,7 @@ _STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: #fff; color: #1a1a1a;
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin-bottom: .5rem; }
 p { overflow-wrap: anywhere; } .note { color: #555; font-size: .85rem; }
 nav ul { padding-left: 1.2rem; } a { color: #0550ae; }
 .table { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; }
@@ -36,23 +38,25 @@ figcaption { font-size: .85rem; color: #555; }
 """
 
 
-def write(found: Found, output: Path) -> None:
+def write(found: Found, output: Path, terms: Terms = DEFAULT_TERMS) -> None:
     """Write the page.
 
     Args:
         found: what it shows.
         output: where it goes; an existing page is replaced.
+        terms: what is asked of the differences between rules.
     """
-    output.write_text(page(found), encoding="utf-8")
+    output.write_text(page(found, terms), encoding="utf-8")
 
 
-def page(found: Found) -> str:
+def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
     """The page as text: for every task a table of its rules and its figures, sizes and cells, then the benchmarks."""
-    drawn = figures.draw(found.results, step_times(found))
+    drawn = figures.draw(found.results, step_times(found), terms)
     sections: list[tuple[str, str]] = []
     for title, same in tasks(found.results).items():
         of_task = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
-        body = elements.table(*table(same)) + elements.note(_about(same)) + elements.figure_grid(of_task, title)
+        body = elements.table(*table(same)) + elements.note(_about(same)) + _verdicts(same, terms, found.results)
+        body += elements.figure_grid(of_task, title)
         sections.append((title, body))
     if drawn:
         sections.append(("Over sizes and cells", elements.figure_grid(drawn)))
@@ -67,6 +71,18 @@ def page(found: Found) -> str:
         f"<title>statefeed report</title><style>{_STYLE}</style></head><body>"
         f"<h1>statefeed report</h1><nav><ul>{contents}</ul></nav>{elements.unique_ids(body)}</body></html>\n"
     )
+
+
+def _verdicts(same: Sequence[Result], terms: Terms, every: Sequence[Result]) -> str:
+    """The verdicts of one task with their notes; nothing without runs of the baseline."""
+    found = compare_rules(same, terms, every)
+    if found is None:
+        return ""
+    if found.decidable:
+        body = elements.heading(verdict_tables.title(terms)) + elements.table(*verdict_tables.table(found))
+    else:
+        body = elements.note(f"Difference to {terms.baseline}: {verdict_tables.TOO_FEW}.")
+    return body + elements.note(" ".join(verdict_tables.notes(found)))
 
 
 def _about(same: Sequence[Result]) -> str:

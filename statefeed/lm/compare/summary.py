@@ -1,14 +1,17 @@
-"""The figures in README.md, from records."""
+"""The figures in README.md and the verdicts in results/README.md, from records."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from statefeed.lm.compare import markdown
 from statefeed.lm.compare.measurements import PTB, Record, instructions, kind, machine, measurements, newest, table
 from statefeed.lm.compare.sources import Found
+from statefeed.lm.compare.verdicts import Terms
 from statefeed.lm.errors import UsageError
 
 BEGIN, END = "<!-- From results/, written by `make measured`. -->\n", "<!-- Up to here. -->"
+VERDICTS = "<!-- Verdicts, written by `make measured`. -->\n"
 
 
 def update_summary(path: Path, found: Found) -> None:
@@ -17,12 +20,25 @@ def update_summary(path: Path, found: Found) -> None:
     Raises:
         UsageError: when the file has no such marks.
     """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    _update(path, BEGIN, summary(found), "--summary")
+
+
+def update_verdicts(path: Path, found: Found, terms: Terms) -> None:
+    """Replace what is between the two marks of a file, results/README.md, by the verdicts of every task.
+
+    Raises:
+        UsageError: when the file has no such marks.
+    """
+    _update(path, VERDICTS, markdown.verdicts(found, terms), "--verdicts")
+
+
+def _update(path: Path, mark: str, new: str, flag: str) -> None:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise UsageError(f"--summary must name a file with the lines {BEGIN.strip()} and {END}, got {path}")
-    path.write_text(f"{before}{BEGIN}\n{summary(found)}{END}{after}", encoding="utf-8")
+        raise UsageError(f"{flag} must name a file with the lines {mark.strip()} and {END}, got {path}")
+    path.write_text(f"{before}{mark}\n{new}{END}{after}", encoding="utf-8")
 
 
 def summary(found: Found) -> str:

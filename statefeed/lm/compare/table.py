@@ -4,8 +4,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from statefeed.lm.compare.rates import at_best_rate
 from statefeed.lm.compare.results import Result
-from statefeed.lm.compare.tasks import at_best_rate, best_scores, by_rule, split, valid_runs
+from statefeed.lm.compare.tasks import best_scores, by_rule, split, valid_runs
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:

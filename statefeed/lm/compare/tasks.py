@@ -1,8 +1,6 @@
 """Grouping of results by task, rule and learning rate."""
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -87,9 +85,3 @@ def valid_runs(results: Sequence[Result]) -> list[Result]:
 def best_scores(results: Sequence[Result]) -> list[float]:
     """The best validation perplexities of the valid runs."""
     return [result.best for result in valid_runs(results) if result.best is not None]
-
-
-def at_best_rate(results: Sequence[Result]) -> list[Result]:
-    """The runs of one rule at the learning rate with the best mean perplexity."""
-    rates = split(results, lambda result: str(result.get("train.lr"))).values()
-    return min(rates, key=lambda group: statistics.mean(best_scores(group) or [math.inf]))
