@@ -13,6 +13,7 @@ from tolerances import DIFFERENT, SAME_BY_CANCELLATION, assert_different, assert
 from torch import nn
 
 import statefeed as sf
+from statefeed.backends import BACKENDS
 from statefeed.feedback import TimeVarying
 
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
@@ -20,6 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feed
 T, B, I, H = 6, 3, 3, 4
 CELLS = {"slstm": "sigmoid", "slstm_exp": "exponential"}
 RULES = ["bptt", "ft-bptt", "dsf", "log_spaced(9)", "0.5", "calibrated", "fitted", "gate", "jacobian"]
+
+
+@pytest.fixture(autouse=True, params=["first", "reference"])
+def backend(request, monkeypatch):
+    """The first backend that supports the layer, or the reference."""
+    if request.param == "reference":
+        monkeypatch.delitem(BACKENDS, "cpu")
+
+
+reference_only = pytest.mark.parametrize("backend", ["reference"], indirect=True)
+"""For the gradients of rules, in which the kernels are compared with the reference elsewhere."""
 
 
 def layer(cell, **options):
@@ -82,6 +94,7 @@ def of_the_oracle(name, corrections):
     return {"calibrated": lambda _, mean: mean}.get(name, name if fixed is None else fixed), corrections
 
 
+@reference_only
 @pytest.mark.parametrize("corrections", [0, 1])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("heads", [1, 2, 4])
