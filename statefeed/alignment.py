@@ -381,7 +381,7 @@ def _by_lag(layer: Any, x: Tensor) -> Tensor:
         y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
         last = y[:, -1] if layer.batch_first else y[-1]
         if getattr(layer, "bidirectional", False):
-            last = last[:, : layer.hidden_size]
+            last = last[:, : last.shape[1] // 2]
         projection = (last * torch.randn_like(last)).sum()
     (grad,) = torch.autograd.grad(projection.real if projection.is_complex() else projection, x)
     return grad.flip(0).to(torch.promote_types(grad.dtype, torch.float64)).cpu()

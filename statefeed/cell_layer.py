@@ -159,7 +159,7 @@ class CellLayer(RecurrentStack):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"the input must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
         B = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-        expected = [(self._feedback_rows, B, width) for width in self.feedback_cell.state_widths(self.hidden_size)]
+        expected = [(self._feedback_rows, B, width) for width in self._state_widths]
         got = [tuple(s.shape) for s in state]
         if got != expected:
             raise RuntimeError(f"hx must have the shape {' and '.join(map(str, expected))}, got {got}")

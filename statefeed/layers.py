@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
-from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback import FeedbackLike, as_feedback
 from statefeed.feedback.value import check_keyword_only
 from statefeed.paths import extent, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import RecurrentStack
@@ -40,16 +40,11 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
 
     @property
     def feedback_cell(self) -> Cell:
-        return CELLS[self.mode.lower()]
+        return CELLS[f"{self.mode.lower()}_projected" if self.proj_size else self.mode.lower()]
 
-    def unsupported_reason(self, rule: Feedback) -> str | None:
-        """Why the layer does not support a rule, in one sentence; None if it does."""
-        if self.proj_size:
-            return (
-                f"proj_size must be 0, got {self.proj_size}: a feedback rule needs h and c of the same width; use "
-                "torch.nn.LSTM"
-            )
-        return super().unsupported_reason(rule)
+    @property
+    def _output_width(self) -> int:
+        return self.proj_size or self.hidden_size
 
     def reset_parameters(self) -> None:
         """Initialize the weights again, as torch's layers do, and reset the learned diagonal."""
@@ -99,7 +94,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
             return '"torch" selects torch\'s own layer'
         if not self._runs_in_torch(input):
             return None
-        way = None if is_transformed() else way_of(self.mode, input)
+        way = None if is_transformed() else way_of(self.mode, input, self.proj_size > 0)
         if way is None or torch.compiler.is_exporting():
             return "torch.export, traces and torch.func without autograd have torch's own layer"
         return reason(way, *extent(input, self.batch_first), self.hidden_size)
@@ -124,14 +119,14 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
 
     def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
         """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
-        way = way_of(self.mode, input)
+        way = way_of(self.mode, input, self.proj_size > 0)
         return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         if self.mode == "LSTM":
             if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
                 raise RuntimeError(_COMPILED_LSTM)
-            if lacks_bf16(input):
+            if not self.proj_size and lacks_bf16(input):
                 return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
@@ -151,8 +146,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         """Whether a padded batch is as torch's check wants it, in a third of its time."""
         if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
             return False
-        expected = (self._feedback_rows, x.shape[0 if self.batch_first else 1], self.hidden_size)
-        return all(s.shape == expected for s in state)
+        rows, batch = self._feedback_rows, x.shape[0 if self.batch_first else 1]
+        return all(s.shape == (rows, batch, width) for s, width in zip(state, self._state_widths, strict=True))
 
 
 def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:
@@ -260,28 +255,30 @@ class LSTM(RecurrentLayer, nn.LSTM):
 
     ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, with the forward pass of torch.nn.LSTM; backward two scans,
     ``delta_h[t] = e_h[t] + D_h * delta_h[t+1]`` and ``gamma[t] = e_c[t] + o (1 - tanh(c)^2) * delta_h[t] + D_c *
-    gamma[t+1]``, and local gradients (arXiv 2503.23104).
+    gamma[t+1]``, and local gradients (arXiv 2503.23104). With ``proj_size``, ``h[t] = W_hr (o tanh(c[t]))``, and
+    ``W_hr^T delta_h[t]`` takes the place of ``delta_h[t]`` in gamma.
 
     Args:
         input_size: I, number of input features.
-        hidden_size: H, number of features of h and of c.
+        hidden_size: H, number of features of c, and of h without ``proj_size``.
         num_layers: L, number of stacked layers.
         bias: whether the layer has b_ih and b_hh.
         batch_first: inputs and outputs are (B, T, .) instead of (T, B, .).
         dropout: dropout probability between layers in training.
         bidirectional: add a reverse direction to every layer.
-        proj_size: must be 0.
+        proj_size: P, number of features of h, below H; 0 is no projection.
         device: device of the parameters.
         dtype: dtype of the parameters.
         feedback: the gradient rule, in any spelling of ``Feedback``; settable as ``layer.feedback``. A tensor diagonal
-            covers the concatenated states (h, c) and has the shape (2H,).
+            covers the concatenated states (h, c) and has the shape (2H,), with ``proj_size`` (P + H,).
 
     Gradient: that of the rule; exact under ``"bptt"``, the default, ``"torch"`` and with k >= T corrections.
 
     Raises:
-        ValueError: an unknown rule, or proj_size > 0.
+        ValueError: an unknown rule.
 
-    Cost: backward O(H) per step for the states, and three matrix products over all steps at once.
+    Cost: backward O(H) per step for the states, and three matrix products over all steps at once; with ``proj_size``
+        two smaller products more, and under ``"jacobian"`` one product (T * B, H) x (H, P) per gate.
 
     Example:
         >>> import torch

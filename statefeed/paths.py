@@ -41,13 +41,16 @@ class Way(NamedTuple):
         cell: rnn, gru or lstm.
         bf16: whether products run in bfloat16 under autocast, else in float32 or float64.
         packed: whether the batch is packed, for an LSTM with several lengths.
-        onednn: whether one call of oneDNN runs the whole layer: an LSTM on sequences of one length, not in float64.
+        onednn: whether one call of oneDNN runs the whole layer: an LSTM on sequences of one length, not in float64, and
+            without projections.
+        projected: whether the layer projects its output.
     """
 
     cell: str
     bf16: bool = False
     packed: bool = False
     onednn: bool = False
+    projected: bool = False
 
 
 # A range of few steps costs the kernels more per call than it saves per step.
@@ -104,12 +107,13 @@ def reason(way: Way, steps: int, sequences: int, units: int) -> str:
     return f"torch's own {way.cell} is faster at {shape}{in_bf16}: {saves}"
 
 
-def way_of(mode: str, input: Tensor | PackedSequence) -> Way | None:
+def way_of(mode: str, input: Tensor | PackedSequence, projected: bool = False) -> Way | None:
     """How torch computes a layer on an input; None where the kernels and torch do not both run it alike.
 
     Args:
         mode: of torch.nn.RNNBase.
         input: of the layer.
+        projected: whether the layer projects its output, which oneDNN does not support.
     """
     if isinstance(input, PackedSequence):
         x, packed = input.data, True
@@ -122,6 +126,8 @@ def way_of(mode: str, input: Tensor | PackedSequence) -> Way | None:
         return None
     if mode != "LSTM":
         return Way("gru" if mode == "GRU" else "rnn", bf16, packed)
+    if projected:
+        return Way("lstm", bf16, packed, projected=True)
     if lacks_bf16(input):
         return None  # torch's layer then runs in float32
     ragged = isinstance(input, PackedSequence) and not _same_lengths(input)

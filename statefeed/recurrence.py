@@ -17,7 +17,7 @@ from torch import Tensor
 
 from statefeed import newton
 from statefeed.backends import BACKENDS, Forward, Gradients, Problem, Upstream, reference
-from statefeed.cells.protocol import Cell, State
+from statefeed.cells.protocol import Cell, State, projected_w_hh
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
 from statefeed.feedback.value import Feedback
 from statefeed.layout import Layout
@@ -36,7 +36,7 @@ class Direction(NamedTuple):
 
     Attributes:
         state: initial state, (B, width) per part.
-        weights: w_ih, w_hh and, with biases, b_ih and b_hh.
+        weights: in the order of ``Problem.weights``.
         rule: its feedback rule.
         learned: the tensors of a learned rule, None for other rules.
     """
@@ -59,7 +59,7 @@ class _Call(NamedTuple):
     parts: int  # number of tensors of the state
     weights: int  # number of weights of one direction
     compute_dtype: torch.dtype | None
-    output_dtype: torch.dtype | None  # dtype of y and the final states; None keeps the backend's
+    output_dtypes: tuple[torch.dtype, ...] | None  # of the parts of the state, y as h; None keeps the backend's
     iteration: newton.Run | None  # None for the backend's own forward pass
 
     def problems(self, x: Tensor, tensors: Sequence[Tensor]) -> list[Problem]:
@@ -92,7 +92,7 @@ class _Call(NamedTuple):
     @property
     def saves_y(self) -> bool:
         """Whether the backend's y is saved per direction because the layer's output is another tensor."""
-        return self.directions > 1 or self.output_dtype is not None
+        return self.directions > 1 or self.output_dtypes is not None
 
 
 def recurrence(
@@ -115,7 +115,8 @@ def recurrence(
             forward pass.
 
     Returns:
-        y, in the shape of x with H in place of I (2H with two directions), and the final state of every direction.
+        y, in the shape of x with the width of h in place of I (twice it with two directions), and the final state of
+        every direction.
 
     Gradient: approximate; exact under exact rules and with k >= T corrections.
 
@@ -128,10 +129,10 @@ def recurrence(
     if not layout.T:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     compute_dtype = autocast_dtype(x)
-    output_dtype = None
+    output_dtypes = None
     if compute_dtype is not None and BACKENDS[backend].upcasts:
-        dtype = cell.autocast_dtype(compute_dtype, directions[0].state[-1].dtype, layout.ragged)
-        output_dtype = None if dtype == directions[0].weights[0].dtype else dtype
+        dtypes = cell.autocast_dtypes(compute_dtype, directions[0].state[-1].dtype, layout.ragged)
+        output_dtypes = None if set(dtypes) == {directions[0].weights[0].dtype} else dtypes
     call = _Call(
         cell=cell,
         layout=layout,
@@ -142,7 +143,7 @@ def recurrence(
         parts=len(cell.states),
         weights=len(directions[0].weights),
         compute_dtype=compute_dtype,
-        output_dtype=output_dtype,
+        output_dtypes=output_dtypes,
         iteration=iteration,
     )
     tensors = [t for d in directions for t in (*d.state, *d.weights)]
@@ -173,7 +174,10 @@ def _outputs(call: _Call, done: Sequence[Forward]) -> list[Tensor]:
     """y and the final states, as the layer returns them."""
     y = done[0].y if len(done) == 1 else torch.cat([d.y for d in done], -1)
     outputs = [y, *(s for d in done for s in d.final)]
-    return outputs if call.output_dtype is None else [t.to(call.output_dtype) for t in outputs]
+    if call.output_dtypes is None:
+        return outputs
+    dtypes = (call.output_dtypes[0], *call.output_dtypes * len(done))
+    return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
 
 
 class _Layer(torch.autograd.Function):
@@ -329,7 +333,13 @@ def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: U
         dtype=torch.float64 if done.y.dtype == torch.float64 else torch.float32,
         device=done.y.device,
         mean_jacobian=lambda: backend.mean_jacobian(problem, done),
-        linearize=lambda: Linearization(call.cell, reference.linearize(problem, done), problem.weights[1]),
+        linearize=lambda: _linearization(problem, done),
         learned=learned,
     )
     return backend.backward(problem, done, upstream, rule.resolve(context), needs_x)
+
+
+def _linearization(problem: Problem, done: Forward) -> Linearization:
+    weights = problem.named_weights
+    w_hh = projected_w_hh(weights.w_hh, weights.w_hr)
+    return Linearization(problem.cell, reference.linearize(problem, done), w_hh)

@@ -214,7 +214,7 @@ class SLSTM(CellLayer):
             width = w_hh.shape[1]
             w_hh.copy_(weights["R"].reshape(-1, 4, width, width).transpose(0, 1).reshape(w_hh.shape))
             for bias, value in zip(biases, (weights["b"], 0), strict=False):
-                bias.copy_(torch.as_tensor(value))
+                bias.fill_(0).add_(value)
         return self
 
     def _of(self, layer: int, reverse: bool) -> list[Any]:

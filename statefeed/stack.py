@@ -42,8 +42,16 @@ class RecurrentStack(FeedbackLayer):
 
     @property
     def _state_size(self) -> int:
-        cell = self.feedback_cell
-        return sum(cell.state_widths(self.hidden_size)[: cell.gradient_parts])
+        return sum(self._state_widths[: self.feedback_cell.gradient_parts])
+
+    @property
+    def _output_width(self) -> int:
+        """Width of h, which is also the width of the outputs per direction."""
+        return self.hidden_size
+
+    @property
+    def _state_widths(self) -> tuple[int, ...]:
+        return self.feedback_cell.state_widths(self.hidden_size, self._output_width)
 
     @property
     def _feedback_rows(self) -> int:
@@ -58,7 +66,7 @@ class RecurrentStack(FeedbackLayer):
 
     def _weights_of(self, layer: int) -> list[Tensor]:
         """The weights of one layer: those of the forward direction, then those of the reverse direction."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        names = self.feedback_cell.weight_names(self.bias)
         suffixes = (f"_l{layer}", f"_l{layer}_reverse") if self.bidirectional else (f"_l{layer}",)
         return [self._weight(name + suffix) for suffix in suffixes for name in names]
 
@@ -78,8 +86,8 @@ class RecurrentStack(FeedbackLayer):
 
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
-            hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; a pair (h, c) for an LSTM;
-                zeros if None.
+            hx: initial state (L * directions, B, H), or (L * directions, H) unbatched; a pair (h, c) for an LSTM, with
+                h of width P under ``proj_size``; zeros if None.
             lengths: int64 (B,), number of valid steps of every row, as an alternative to packing. Outputs after the
                 end of a row are zero, and its final state is the state at its last valid step.
             resets: bool (T, B), or (B, T) with batch_first; true where a new sequence begins inside a row. The state
@@ -87,7 +95,8 @@ class RecurrentStack(FeedbackLayer):
                 same steps.
 
         Returns:
-            Outputs (T, B, H * directions) in the form of the input, and the final state in the form of hx.
+            Outputs (T, B, H * directions), with ``proj_size`` P in place of H, in the form of the input, and the final
+            state in the form of hx.
 
         Gradient: exact if ``feedback`` is exact or has k >= T corrections; approximate otherwise. Without autograd
             (``torch.no_grad``) nothing is saved. In ``torch.export`` torch's own layer runs if torch has the cell.
@@ -131,8 +140,7 @@ class RecurrentStack(FeedbackLayer):
             layout = Layout(x.shape[time], x.shape[batch])
         if hx is None:
             shape = (self._feedback_rows, layout.B)
-            widths = self.feedback_cell.state_widths(self.hidden_size)
-            state = tuple(torch.zeros((*shape, width), dtype=x.dtype, device=x.device) for width in widths)
+            state = tuple(torch.zeros((*shape, width), dtype=x.dtype, device=x.device) for width in self._state_widths)
         else:
             state = _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
@@ -253,20 +261,23 @@ class RecurrentStack(FeedbackLayer):
             hx = self._as_hx(tuple(segments.initial(s, directions) for s in self._as_state(hx)))
         packed = PackedSequence(x.flatten(0, 1)[segments.gather_index], segments.batch_sizes)
         y, final = self._forward(packed, hx)
-        dtype = self._padded_dtype(x, hx) or y.data.dtype
-        rows = y.data.to(dtype)
+        dtypes = self._padded_dtypes(x, hx)
+        rows = y.data if dtypes is None else y.data.to(dtypes[0])
         out = rows.new_zeros(T * B, rows.shape[-1]).index_copy(0, segments.gather_index, rows)
         out = out.unflatten(0, (T, B))
-        ends = self._as_hx(tuple(segments.final(s.to(dtype), directions) for s in self._as_state(final)))
-        return out.transpose(0, 1) if self.batch_first else out, ends
+        ends = self._as_state(final)
+        if dtypes is None:
+            dtypes = (rows.dtype,) * len(ends)
+        ends = tuple(segments.final(s.to(dtype), directions) for s, dtype in zip(ends, dtypes, strict=True))
+        return out.transpose(0, 1) if self.batch_first else out, self._as_hx(ends)
 
-    def _padded_dtype(self, x: Tensor, hx: Any) -> torch.dtype | None:
-        """The dtype of a padded batch under autocast on a CPU, which must not depend on lengths; otherwise None."""
+    def _padded_dtypes(self, x: Tensor, hx: Any) -> tuple[torch.dtype, ...] | None:
+        """The dtypes of a padded batch under autocast on a CPU, which must not depend on lengths; otherwise None."""
         compute_dtype = autocast_dtype(x) if x.is_cpu else None
         if compute_dtype is None:
             return None
         state = x if hx is None else self._as_state(hx)[-1]
-        return self.feedback_cell.autocast_dtype(compute_dtype, state.dtype, False)
+        return self.feedback_cell.autocast_dtypes(compute_dtype, state.dtype, False)
 
     def _batched(self, x: Tensor, hx: Any) -> tuple[Tensor, Any, bool]:
         """Input and initial state with a batch axis, and whether the axis was added."""
@@ -306,7 +317,8 @@ class RecurrentStack(FeedbackLayer):
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")'
             )
         count = 2 if self.bidirectional else 1
-        iteration = None if self._newton is None else newton.Run(self._newton)
+        iteration = None if self._newton is None else newton.Run(self._newton, self._take_guess(x))
+        shape = x.shape[:-1]
         finals: list[State] = []
         for layer, layer_weights in enumerate(weights):
             size = len(layer_weights) // count  # weights of one direction
@@ -326,9 +338,18 @@ class RecurrentStack(FeedbackLayer):
         if iteration is not None:
             self.newton_iterations = tuple(iteration.iterations)
             self.newton_sequential_steps = tuple(iteration.sequential_steps)
+            self.newton_states = tuple(h.detach().view(*shape, -1) for h in iteration.states)
         if len(finals) == 1:
             return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+    def _take_guess(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The estimate given for this call, checked and removed."""
+        guess, self.newton_guess = self.newton_guess, None
+        if guess is not None:
+            width = self.feedback_cell.state_widths(self.hidden_size)[0]
+            newton.check_guess(guess, (*x.shape[:-1], width), self._feedback_rows)
+        return guess
 
 
 def _permute(state: State, order: Tensor | None) -> State:

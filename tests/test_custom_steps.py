@@ -133,12 +133,12 @@ def test_a_cell_with_hooks_or_another_forward_is_called_as_a_whole() -> None:
     assert len(seen) == T
     handle.remove()
 
-    class Twice(nn.GRUCell):
+    class Doubled(nn.GRUCell):
         def forward(self, x: torch.Tensor, h: torch.Tensor | None = None) -> torch.Tensor:
             return super().forward(x, super().forward(x, h))
 
-    twice = Twice(I, H, dtype=torch.float64)
-    assert largest_difference(with_gradients(run, sf.Recurrent(twice)), with_gradients(loop, twice)) < 1e-9
+    doubled = Doubled(I, H, dtype=torch.float64)
+    assert largest_difference(with_gradients(run, sf.Recurrent(doubled)), with_gradients(loop, doubled)) < 1e-9
 
 
 @pytest.mark.parametrize(("returned", "got"), [(torch.zeros(B, H), r"\(3, 5\)"), (None, "NoneType")])

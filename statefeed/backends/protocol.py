@@ -23,14 +23,32 @@ from statefeed.feedback.protocol import KernelRule
 from statefeed.layout import Layout
 
 
+class Weights(NamedTuple):
+    """The weights of one layer and direction by name; None where the layer has none."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> Weights:
+        """Weights in torch's order: w_ih, w_hh, then the biases if there are any, then w_hr if there is one."""
+        w_ih, w_hh, *rest = weights
+        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+        return cls(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None)
+
+
 class Problem(NamedTuple):
     """One layer in one direction on one input.
 
     Attributes:
         cell: the cell.
-        x: input rows (N, I).
+        x: input rows (N, I); without W_ih the preactivations (N, G*H), to which only the biases are added.
         state: initial state, (B, width) for every part.
-        weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
+        weights: w_ih (G*H, I), w_hh (G*H, P), if there are biases b_ih and b_hh (G*H,), and if the cell projects h
+            w_hr (P, H); otherwise P = H. w_ih is an empty vector (0,) if the cell has no W_ih.
         layout: positions of the rows in time.
         reverse: whether the direction runs from the last step to the first.
         compute_dtype: dtype of the products under autocast; None without autocast.
@@ -45,16 +63,26 @@ class Problem(NamedTuple):
     compute_dtype: torch.dtype | None = None
 
     @property
+    def named_weights(self) -> Weights:
+        """The weights by name."""
+        return Weights.of(self.weights)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Width of every part of the state with a gradient; S is their sum."""
         return tuple(s.shape[1] for s in self.state[: self.cell.gradient_parts])
+
+
+def lacks_w_ih(tensors: Sequence[Tensor]) -> bool:
+    """Whether x, the initial states and the weights of a layer are those of a cell without W_ih."""
+    return any(t.dim() == 1 and not t.numel() for t in tensors)
 
 
 class Forward(NamedTuple):
     """Result of a forward pass in one direction.
 
     Attributes:
-        y: h of every row, (N, H), in the dtype that the backend computed in.
+        y: h of every row, (N, P), in the dtype that the backend computed in.
         final: final state, (B, width) for every part.
         saved: tensors that ``backward`` of the same backend needs besides y; empty without ``save``. ``recompute`` may
             add other values.
@@ -66,7 +94,7 @@ class Forward(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Incoming gradients: of y (N, H) and of every part of the final state with a gradient (B, width)."""
+    """Incoming gradients: of y (N, P) and of every part of the final state with a gradient (B, width)."""
 
     y: Tensor
     final: State

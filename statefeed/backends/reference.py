@@ -24,11 +24,12 @@ from statefeed.backends.protocol import (
     Gradients,
     Problem,
     Upstream,
+    Weights,
     backward_in_order,
     forward_in_order,
     in_order,
 )
-from statefeed.cells.protocol import Cell, Preactivations, State, Step
+from statefeed.cells.protocol import Cell, Preactivations, State, Step, projected_w_hh
 from statefeed.feedback.protocol import KernelRule
 from statefeed.layout import Layout, shift_left
 from statefeed.scan import diagonal_scan
@@ -49,7 +50,7 @@ def _forward(problem: Problem, save: bool) -> Forward:
     layout, x = problem.layout, problem.x
     run = getattr(torch._VF, problem.cell.torch_forward)
     hx: Any = [s[None] for s in problem.state] if len(problem.state) > 1 else problem.state[0][None]
-    biased = len(problem.weights) > 2
+    biased = problem.named_weights.b_ih is not None
     if layout.batch_sizes is None:
         y, *final = run(layout.grid(x), hx, problem.weights, biased, 1, 0.0, False, False, False)
         y = y.flatten(0, 1)
@@ -60,16 +61,17 @@ def _forward(problem: Problem, save: bool) -> Forward:
 
 def _loop(problem: Problem, save: bool) -> Forward:
     """Run the forward pass one step at a time; saves the parts of the state besides h."""
-    layout, (_, w_hh, *biases) = problem.layout, problem.weights
-    b_hh = biases[1] if biases else None
+    layout, weights = problem.layout, problem.named_weights
     cell, state, states = problem.cell, problem.state, []
-    if problem.compute_dtype is not None and w_hh.dtype != torch.float64:  # autocast does not cast float64
-        dtype = cell.autocast_dtype(problem.compute_dtype, state[-1].dtype, layout.ragged)
-        state = tuple(s.to(dtype) for s in state)
+    if problem.compute_dtype is not None and weights.w_hh.dtype != torch.float64:  # autocast does not cast float64
+        dtypes = cell.autocast_dtypes(problem.compute_dtype, state[-1].dtype, layout.ragged)
+        state = tuple(s.to(dtype) for s, dtype in zip(state, dtypes, strict=True))
     for inputs in layout.steps(_inputs(problem)):
         rows = len(inputs)
-        hidden = cell.hidden_product(state[0][:rows], w_hh, b_hh)
+        hidden = cell.hidden_product(state[0][:rows], weights.w_hh, weights.b_hh)
         after = cell.step(inputs, hidden, tuple(s[:rows] for s in state))
+        if weights.w_hr is not None:
+            after = (F.linear(after[0], weights.w_hr), *after[1:])
         states.append(after)
         state = tuple(torch.cat([a, s[rows:]]) if rows < len(s) else a for a, s in zip(after, state, strict=True))
     parts = [torch.cat(part) for part in zip(*states, strict=True)]
@@ -77,7 +79,10 @@ def _loop(problem: Problem, save: bool) -> Forward:
 
 
 def _inputs(problem: Problem) -> Tensor:
-    return F.linear(problem.x, problem.weights[0], problem.weights[2] if len(problem.weights) > 2 else None)
+    weights = problem.named_weights
+    if weights.w_ih.numel():
+        return F.linear(problem.x, weights.w_ih, weights.b_ih)
+    return problem.x if weights.b_ih is None else problem.x + weights.b_ih
 
 
 class _Linearized(NamedTuple):
@@ -109,14 +114,14 @@ def linearize(problem: Problem, done: Forward) -> Any:
 def _linearize(problem: Problem, done: Forward) -> _Linearized:
     cell, layout, y = problem.cell, problem.layout, done.y
     dtype = _sum_dtype(y.dtype)
-    _, w_hh, *biases = problem.weights
+    weights = problem.named_weights
     h_prev = layout.previous(y, problem.state[0].to(y.dtype))
 
     computed: list[tuple[Tensor, Tensor]] = []  # torch.compile traces no functools.cache
 
     def preactivations() -> tuple[Tensor, Tensor]:
         if not computed:
-            hidden = cell.hidden_product(h_prev.to(w_hh.dtype), w_hh, biases[1] if biases else None)
+            hidden = cell.hidden_product(h_prev.to(weights.w_hh.dtype), weights.w_hh, weights.b_hh)
             computed.append((_inputs(problem).to(dtype), hidden.to(dtype)))
         return computed[0]
 
@@ -141,8 +146,14 @@ def _saved(problem: Problem, done: Forward) -> _Linearized:
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
     at = _saved(problem, done).at
-    w_hh = problem.weights[1].to(_sum_dtype(done.y.dtype))
-    return torch.cat([j.mean(0) for j in problem.cell.jacobian_diagonal(at, w_hh)])
+    return torch.cat([j.mean(0) for j in _jacobian_diagonal(problem, at, _sum_dtype(done.y.dtype))])
+
+
+def _jacobian_diagonal(problem: Problem, at: Any, dtype: torch.dtype) -> State:
+    weights = problem.named_weights
+    w_hh = projected_w_hh(weights.w_hh, weights.w_hr).to(dtype)
+    with _autocast(problem._replace(compute_dtype=None)):
+        return problem.cell.jacobian_diagonal(at, w_hh)
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
@@ -178,25 +189,38 @@ def _state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: 
     dtype = _sum_dtype(done.y.dtype)
     e = [layout.scatter_final(g.to(dtype)) for g in upstream.final]
     e[0] = e[0] + layout.grid(upstream.y.to(dtype))
-    w_hh = problem.weights[1]
+    weights = problem.named_weights
     if rule.name == "exact":
-        return _exact(cell, at, e, w_hh, layout)
-    return _feedback_scan(cell, _diagonals(problem, at, rule, dtype), rule.corrections, at, e, w_hh, layout)
+        return _exact(cell, at, e, weights, layout)
+    return _feedback_scan(cell, _diagonals(problem, at, rule, dtype), rule.corrections, at, e, weights, layout)
+
+
+def _at_unprojected(delta: State, w_hr: Tensor | None) -> State:
+    """The gradients that the functions of a cell take: that at u in place of that at h, if the cell projects h."""
+    return delta if w_hr is None else (_product(delta[0], w_hr), *delta[1:])
+
+
+def _product(grad: Tensor, w: Tensor) -> Tensor:
+    return (grad.to(w.dtype) @ w).to(grad.dtype)
 
 
 def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_prev: State, needs_x: bool) -> Gradients:
     h_prev, at = _saved(problem, done)
-    w_ih, w_hh, *biases = problem.weights
+    w_ih, w_hh, b_ih, _, w_hr = problem.named_weights
     x = problem.x
-    d_inputs, d_hidden = problem.cell.local_gradient(at, delta)
+    d_inputs, d_hidden = problem.cell.local_gradient(at, _at_unprojected(delta, w_hr))
     same = d_hidden is d_inputs
     d_inputs = d_inputs.to(w_ih.dtype)
     d_hidden = d_inputs if same else d_hidden.to(w_hh.dtype)
-    d_weights = [(d_inputs.T @ x).to(w_ih.dtype), problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
-    if biases:
+    has_w_ih = w_ih.numel() > 0
+    d_w_ih = (d_inputs.T @ x).to(w_ih.dtype) if has_w_ih else torch.empty_like(w_ih)
+    d_weights = [d_w_ih, problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
+    if b_ih is not None:
         d_weights += [d_inputs.sum(0), d_hidden.sum(0)]
+    if w_hr is not None:
+        d_weights.append((delta[0].to(w_hr.dtype).T @ problem.cell.unprojected(at).to(w_hr.dtype)).to(w_hr.dtype))
     return Gradients(
-        (d_inputs @ w_ih).to(x.dtype) if needs_x else None,
+        ((d_inputs @ w_ih) if has_w_ih else d_inputs).to(x.dtype) if needs_x else None,
         tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=False)),
         tuple(d_weights),
     )
@@ -204,13 +228,13 @@ def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_pre
 
 def _diagonals(problem: Problem, at: Any, rule: KernelRule, dtype: torch.dtype) -> State:
     """D per part of the state: (width,) if stationary, else rows."""
-    cell, sizes, w_hh = problem.cell, problem.sizes, problem.weights[1].to(dtype)
+    sizes = problem.sizes
     if rule.name == "direct":
-        return tuple(
-            w_hh.new_zeros(size) if p is None else p for p, size in zip(cell.direct_path(at), sizes, strict=True)
-        )
+        direct_path = problem.cell.direct_path(at)
+        zeros = problem.weights[1].new_zeros(max(sizes), dtype=dtype)
+        return tuple(zeros[:size] if p is None else p for p, size in zip(direct_path, sizes, strict=True))
     if rule.name == "jacobian":
-        return cell.jacobian_diagonal(at, w_hh)
+        return _jacobian_diagonal(problem, at, dtype)
     if rule.diagonal is None or rule.name not in ("stationary", "per_row"):
         raise ValueError(
             f'a kernel rule must be "exact", "stationary", "per_row", "direct" or "jacobian", got {rule.name!r}'
@@ -219,7 +243,7 @@ def _diagonals(problem: Problem, at: Any, rule: KernelRule, dtype: torch.dtype) 
 
 
 def _feedback_scan(
-    cell: Cell, D: State, corrections: int, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout
+    cell: Cell, D: State, corrections: int, at: Any, e: list[Tensor], weights: Weights, layout: Layout
 ) -> StateGradients:
     """One scan per correction and part of the state; h first, because other parts receive gradients through h."""
 
@@ -234,7 +258,7 @@ def _feedback_scan(
             a = D[part] if D[part].dim() == 1 else shift_left(layout.grid(D[part]))
             delta = (*delta, layout.rows(diagonal_scan(inputs, a, reverse=True)))
             if not part:
-                same_step = cell.same_step(at, delta[0])
+                same_step = cell.same_step(at, _at_unprojected(delta, weights.w_hr)[0])
         return delta
 
     residual = None
@@ -242,9 +266,9 @@ def _feedback_scan(
     delta = scan(None)
     for _ in range(corrections):
         # (J - D)^T delta of the previous round: the direct path minus D, then the part through the weights.
-        _, d_hidden = cell.local_gradient(at, delta)
+        _, d_hidden = cell.local_gradient(at, _at_unprojected(delta, weights.w_hr))
         residual = [_residual(p, d, g) for p, d, g in zip(direct_path, D, delta, strict=True)]
-        residual[0] = residual[0] + cell.grad_h(d_hidden, w_hh).to(delta[0].dtype)
+        residual[0] = residual[0] + cell.grad_h(d_hidden, weights.w_hh).to(delta[0].dtype)
         delta = scan(residual)
     grad_prev = tuple(d * g for d, g in zip(D, delta, strict=True))
     if residual is not None:
@@ -256,7 +280,7 @@ def _residual(direct_path: Tensor | None, D: Tensor, delta: Tensor) -> Tensor:
     return -D * delta if direct_path is None else (direct_path - D) * delta
 
 
-def _exact(cell: Cell, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout) -> StateGradients:
+def _exact(cell: Cell, at: Any, e: list[Tensor], weights: Weights, layout: Layout) -> StateGradients:
     """Exact BPTT, one step at a time."""
     parts = [layout.steps(part) for part in at]
     grad_next = [torch.zeros_like(grid[-1]) for grid in e]
@@ -272,12 +296,13 @@ def _exact(cell: Cell, at: Any, e: list[Tensor], w_hh: Tensor, layout: Layout) -
                 total = total + same_step[part - 1]
             delta = (*delta, total)
             if not part:
-                same_step = cell.same_step(now, delta[0])
-        _, d_hidden = cell.local_gradient(now, delta)
+                grad_u = _at_unprojected(delta, weights.w_hr)
+                same_step = cell.same_step(now, grad_u[0])
+        _, d_hidden = cell.local_gradient(now, (grad_u[0], *delta[1:]))
         grad_prev = [
             torch.zeros_like(d) if p is None else p * d for p, d in zip(cell.direct_path(now), delta, strict=True)
         ]
-        grad_prev[0] = grad_prev[0] + cell.grad_h(d_hidden, w_hh).to(delta[0].dtype)
+        grad_prev[0] = grad_prev[0] + cell.grad_h(d_hidden, weights.w_hh).to(delta[0].dtype)
         for total, grad in zip(grad_next, grad_prev, strict=True):
             total[:rows] = grad
         deltas.append(delta)

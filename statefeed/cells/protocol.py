@@ -3,6 +3,9 @@
 Every tensor of a cell is (..., width), and functions treat rows independently, so that one call computes one time step
 or all steps. ``inputs`` and ``hidden`` are the preactivations x W_ih^T + b_ih and h' W_hh^T + b_hh, each with ``gates``
 blocks of H columns; a prime denotes the previous step.
+
+A cell may project its output, ``h = u W_hr^T``: h then has P units and the other parts H. The cell computes u in place
+of h, and receives the gradient at u, ``delta W_hr``, in place of that at h. The backends do the products with W_hr.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Cell(ABC):
         gates: G, number of blocks of H rows in the weights.
         shared_gates: number of leading gates with the same gradient at ``inputs`` and ``hidden``.
         states: names of the parts of the state; the first is h, which is also the output.
+        projects: whether h is a projection of the output u; then there is a weight W_hr (P, H).
         constant_states: the last of these names, if they are constants for the gradient: no part of S, no gradient
             enters or leaves them, and ``delta`` and every diagonal are those of the parts before them.
         saved_type: the NamedTuple that ``linearize`` returns.
@@ -57,25 +61,40 @@ class Cell(ABC):
     gates: ClassVar[int]
     shared_gates: ClassVar[int]
     states: ClassVar[tuple[str, ...]] = ("h",)
+    projects: ClassVar[bool] = False
     constant_states: ClassVar[tuple[str, ...]] = ()
     saved_type: ClassVar[Callable[..., Any]]
     saved_values: ClassVar[int] = 0
     has_direct_path: ClassVar[bool] = True
     torch_forward: ClassVar[str | None] = None
 
-    def weight_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters of one layer and direction by torch's names, biases last."""
-        rows = self.gates * hidden_size
-        return {
+    def weight_shapes(
+        self, input_size: int, hidden_size: int, output_size: int | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of one layer and direction by torch's names, in torch's order.
+
+        Args:
+            input_size: I, number of input features.
+            hidden_size: H, number of units.
+            output_size: width of h, P if the cell projects it; H if None.
+        """
+        rows, width = self.gates * hidden_size, output_size or hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows, input_size),
-            "weight_hh": (rows, hidden_size),
+            "weight_hh": (rows, width),
             "bias_ih": (rows,),
             "bias_hh": (rows,),
         }
+        return {**shapes, "weight_hr": (width, hidden_size)} if self.projects else shapes
 
-    def state_widths(self, hidden_size: int) -> tuple[int, ...]:
-        """Width of every part of the state."""
-        return (hidden_size,) * len(self.states)
+    def weight_names(self, bias: bool) -> tuple[str, ...]:
+        """Names of the parameters of one layer and direction in torch's order, with or without biases."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if bias else ("weight_ih", "weight_hh")
+        return (*names, "weight_hr") if self.projects else names
+
+    def state_widths(self, hidden_size: int, output_size: int | None = None) -> tuple[int, ...]:
+        """Width of every part of the state, of h ``output_size`` (H if None)."""
+        return (output_size or hidden_size, *(hidden_size,) * (len(self.states) - 1))
 
     @property
     def gradient_parts(self) -> int:
@@ -107,9 +126,15 @@ class Cell(ABC):
         """
         return compute_dtype
 
+    def autocast_dtypes(
+        self, compute_dtype: torch.dtype, state_dtype: torch.dtype, ragged: bool
+    ) -> tuple[torch.dtype, ...]:
+        """``autocast_dtype`` for every part of the state, if they differ; outputs have the dtype of h."""
+        return (self.autocast_dtype(compute_dtype, state_dtype, ragged),) * len(self.states)
+
     @abstractmethod
     def step(self, inputs: Tensor, hidden: Tensor, previous: State) -> State:
-        """The state after one step."""
+        """The state after one step, with u in place of h if the cell projects it."""
 
     @abstractmethod
     def linearize(self, step: Step) -> Any:
@@ -128,11 +153,20 @@ class Cell(ABC):
 
     @abstractmethod
     def jacobian_diagonal(self, at: Any, w_hh: Tensor) -> State:
-        """diag(J) per part of the state, with the other parts fixed."""
+        """diag(J) per part of the state, with the other parts fixed.
+
+        Args:
+            at: what ``linearize`` returned.
+            w_hh: recurrent weights (G * H, H); if the cell projects h, ``projected_w_hh``.
+        """
 
     def same_step(self, at: Any, grad_h: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the other parts of the state through h of the same step."""
+        """Gradients of the other parts of the state through h, or u, of the same step."""
         return ()
+
+    def unprojected(self, at: Any) -> Tensor:
+        """u of every row; needed only if the cell projects h."""
+        raise NotImplementedError(f"the cell {self.name!r} projects h and must define unprojected(at)")
 
     def newton_update(self, gates: Tensor, inputs: Tensor, h_prev: Tensor, w_hh: Tensor, scan: Scan) -> State:
         """The next estimate of all states from an estimate of h: ``step`` with a diagonal Jacobian, solved over time.
@@ -145,7 +179,7 @@ class Cell(ABC):
             inputs: (G - shared_gates, T, B, H), ``inputs`` of the others.
             h_prev: (T, B, H), the estimate of h before every step.
             w_hh: recurrent weights (G * H, H).
-            scan: solves one part over time, from its initial state.
+            scan: solves one part over time, from its initial state; takes u in place of h, with a = None.
 
         Returns:
             The parts of the state, (T, B, width) each.
@@ -166,6 +200,16 @@ class Cell(ABC):
         Needed only by cells with a ``torch_forward`` and more than one part.
         """
         return ()
+
+
+def projected_w_hh(w_hh: Tensor, w_hr: Tensor | None) -> Tensor:
+    """What diag(J) needs of W_hh: W_hh itself, or with a projection ``W_hh[gj, p] W_hr[p, j]``, (G * H, P).
+
+    The entry is the weight from unit p of h to itself through gate g of unit j.
+    """
+    if w_hr is None:
+        return w_hh
+    return (w_hh.view(-1, *w_hr.T.shape) * w_hr.T).view_as(w_hh)
 
 
 def w_hh_diagonal(w_hh: Tensor, gate: int) -> Tensor:

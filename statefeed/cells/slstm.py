@@ -40,7 +40,7 @@ class _SLSTM(BlockDiagonalCell):
     states = ("h", "c", "n", "m")
     constant_states = ("m",)
     saved_type = Saved
-    saved_values = 7
+    saved_values = 7  # i, f, z, o, c, n, and the slope of log_forget
 
     @abstractmethod
     def log_forget(self, pre_f: Tensor) -> Tensor:
@@ -120,6 +120,7 @@ class SLSTMExp(_SLSTM):
     """sLSTM cell with an exponential forget gate."""
 
     name = "slstm_exp"
+    saved_values = 6  # without the slope of log_forget
 
     def log_forget(self, pre_f: Tensor) -> Tensor:
         return pre_f

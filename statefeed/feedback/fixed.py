@@ -104,7 +104,7 @@ class Given(Stationary):
         if self.values.shape in ((size,), (rows, size)):
             return None
         per_layer = "" if cell is None else f", or a row of them for every layer and direction, {rows} here"
-        lstm = "" if cell is None else " (an LSTM counts h and c, 2H)"
+        lstm = "" if cell is None else " (an LSTM counts h and c)"
         return (
             f"the feedback diagonal must have one value per unit of the state, {size} here{lstm}{per_layer}, got "
             f"{tuple(self.values.shape)}"

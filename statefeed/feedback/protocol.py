@@ -36,7 +36,7 @@ class Linearization(NamedTuple):
     Attributes:
         cell: the cell.
         at: the NamedTuple that ``cell.linearize`` returned, rows in natural time order.
-        w_hh: recurrent weights (G*H, H).
+        w_hh: recurrent weights as ``cell.jacobian_diagonal`` takes them.
     """
 
     cell: Cell

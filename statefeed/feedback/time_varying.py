@@ -31,7 +31,8 @@ class Gate(TimeVarying):
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         cell, w = at.cell, at.w_hh
-        widths = cell.state_widths(w.shape[0] // cell.gates)[: cell.gradient_parts]
+        output = w.shape[1] if cell.projects else None
+        widths = cell.state_widths(len(w) // cell.gates, output)[: cell.gradient_parts]
         parts = cell.direct_path(at.at)
         return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
 

@@ -66,7 +66,7 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     grad_x = torch.empty_like(x) if needs_x else None
     grad_w_ih, grad_w_hh = x.new_empty(w_ih.shape), x.new_empty(w_hh.shape)
     grad_biases = [torch.empty_like(b) for b in biases]
-    residual = empty(len(x), grad_final.shape[1], x) if rule.corrections else None
+    residual = empty(len(x), sum(problem.sizes), x) if rule.corrections else None
     torch.ops.statefeed.layer_backward.default(
         cell.name, rule.name, rule.corrections, problem.compute_dtype is not None, x, w_ih, w_hh,
         *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
@@ -83,7 +83,7 @@ def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
     Cost: one pass over the saved values.
     """
     h0, c0 = _initial(problem)
-    sums = done.y.new_zeros(len(problem.state) * done.y.shape[1])
+    sums = done.y.new_zeros(sum(problem.sizes))
     torch.ops.statefeed.sum_jacobians(
         problem.cell.name, *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
         _w_hh_diagonals(problem), problem.layout.batch_sizes, sums,

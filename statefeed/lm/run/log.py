@@ -153,14 +153,15 @@ class Log:
             self._timer.reset()
         self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
 
-    def score(self, step: int, epoch: int, split: str, score: Score) -> None:
-        """Add the score of a split.
+    def score(self, step: int, epoch: int, split: str, score: Score, **more: float) -> None:
+        """Add the score of a split, and ``more`` about the same pass.
 
         Raises:
             Diverged: its perplexity is not finite.
         """
         _check_finite(score.loss, step)
-        self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
+        speed = score.tokens / score.seconds
+        self._row(step, epoch, split, score.loss, speed, bits_per_byte=score.bits_per_byte, **more)
         if split == "valid":
             remaining = (time.perf_counter() - self._started) / step * (self._steps - step)
             self.print(

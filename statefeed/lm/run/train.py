@@ -25,7 +25,7 @@ from statefeed.lm.run.best import BestWeights, load_weights
 from statefeed.lm.run.checkpoint import Checkpoints
 from statefeed.lm.run.device import autocast_context
 from statefeed.lm.run.distributed import Group, finite, shard_batch
-from statefeed.lm.run.evaluate import is_scored, score
+from statefeed.lm.run.evaluate import is_scored, newton_iterations, score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
@@ -260,7 +260,7 @@ def seed_step(recipe: Train, step: int, columns: int, rank: int) -> Tensor:
 def _score(setup: Setup, recipe: Train, log: Log, best: BestWeights, group: Group, step: int, epoch: int) -> None:
     """Score the validation split, save the weights if they are the best, and log the alignment of the gradient."""
     valid = score(setup.model, setup.valid, setup.corpus.sizes["valid"], group)
-    log.score(step, epoch, "valid", valid)
+    log.score(step, epoch, "valid", valid, **newton_iterations(setup.model))
     best.offer(setup.model, step, epoch, valid)
     if group.rank == 0:
         with suppress(OSError):  # the picture of the whole run is drawn at its end, and raises there
