@@ -27,16 +27,17 @@ def kernel_paths(model: LanguageModel, config: Config, batch: Batch, group: Grou
         One entry per layer and rule: layer, rule, forward, backward and why. Empty for a model without recurrent
         layers.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, sf.FeedbackLayer)}
+    modules = model.named_modules()
+    layers: dict[str, Any] = {name: module for name, module in modules if isinstance(module, sf.FeedbackLayer)}
     part = group.columns(batch.inputs.shape[1], config.train.accumulate)[0]
-    x = _input(shard_batch(batch, part), config.model.width, group.device)
+    part_batch = shard_batch(batch, part)
     rules, found = sf.Schedule(config.model.feedback), list[dict[str, Any]]()
     starts = (0.0, *(until for until, _ in rules.stages[:-1]))
     with autocast_context(config.train.precision, group.device):
         for start in starts:
             rules.apply(model, start)
             for name, layer in layers.items():
-                path = sf.explain(layer, x)
+                path = sf.explain(layer, _input(part_batch, layer.input_size, group.device))
                 words = {"forward": path.forward, "backward": path.backward, "why": path.why}
                 found.append({"layer": name, "rule": path.rule, **words})
     rules.apply(model, 0.0)

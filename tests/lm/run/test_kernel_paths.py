@@ -29,6 +29,7 @@ WORDS = ("forward", "backward", "why")
         ["--model.feedback=bptt", "--train.context=1", "--train.state_reset_prob=0"],  # torch's own path
         ["--model.feedback=dsf@0.5/bptt", "--model.cell=lstm", "--train.precision=bfloat16", "--train.accumulate=2"],
         ["--model.feedback=gate@0.2/calibrated@0.6/torch", "--model.block=prenorm", "--model.layers=3"],
+        ["--model.cell=slstm", "--model.block=xlstm", "--model.heads=2", "--model.feedback=bptt"],
         ["--data.tokens=word", "--data.batches=sentences", "--model.feedback=bptt", "--model.cell=lstm"],
     ],
 )
