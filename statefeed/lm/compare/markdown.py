@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from statefeed.lm.compare import verdict_tables
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
 from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
+from statefeed.lm.run.metadata import where
 
 
 def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
