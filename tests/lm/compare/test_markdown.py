@@ -277,3 +277,23 @@ def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path)
         "| gru `gate` | 0.003 | 0.95 (0.90 to 1.00) | 0.74 (0.50 to 0.98) | 1 of 2 | 700 |",
         "| mingru `bptt` | 0.003 | 0.55 (0.50 to 0.60) | 0.50 (0.50 to 0.50) | 0 of 2 | - |",
     ]
+
+
+def test_the_adding_problem_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:
+    record = {"bench": "adding", "T": 200, "H": 64, "steps": 1500, "lr": 0.002, **common(), "repeats": 3}
+    found = {
+        ("lstm", "dsf"): [(0.2, None, None), (0.1, None, None), (0.16, None, None)],
+        ("gru", "log_spaced(200)@0.6/bptt"): [(0.001, 700, 20.0), (0.002, 900, 24.0), (0.05, None, None)],
+    }
+    lines = [
+        {**record, "cell": cell, "variant": rule, "error": error, "learnt": step, "cpu_seconds": seconds}
+        for (cell, rule), runs in found.items()
+        for error, step, seconds in runs
+    ]
+    (tmp_path / "adding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = markdown.page(read([tmp_path]))
+    assert "200 steps, 64 units, 1,500 steps of training; a CPU" in text
+    assert [line for line in text.splitlines() if "` | 0.002" in line] == [
+        "| gru `log_spaced(200)@0.6/bptt` | 0.002 | 0.0020 (0.0010 to 0.0500) | 2 of 3 | 800 | 22 |",
+        "| lstm `dsf` | 0.002 | 0.1600 (0.1000 to 0.2000) | 0 of 3 | - | - |",
+    ]
