@@ -51,8 +51,8 @@ def _cell_reason(name: str, *sizes: int) -> str | None:
         return f"the fused kernels have no cell {name!r}"
     if found != sizes:
         raise RuntimeError(
-            f"the cell {name!r} has (gates, shared gates, states, constant states, saved values) = {sizes}, but its CPU "
-            f"kernel has {found}: change one to match the other"
+            f"the cell {name!r} has (gates, shared gates, states, constant states, saved values) = {sizes}, but its "
+            f"CPU kernel has {found}: change one to match the other"
         )
     return None
 

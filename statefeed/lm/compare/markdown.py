@@ -56,7 +56,13 @@ def page(found: Found) -> str:
             "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
             "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
             "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
-            (_tracking(found).rstrip("\n") or "No records yet.") + "\n",
+            _tracking(found).rstrip("\n") or "No records yet.",
+            "## The adding problem",
+            "Squared error of the sum of two marked numbers of a long sequence (`statefeed bench adding`; guessing has "
+            "0.167). A seed has solved it where the error is at most 0.01. The rate of every cell and rule is the best "
+            "of a grid, with a seed that is not shown. A mean over the seeds that solved it is of their training steps "
+            "and of the processor seconds of these steps.",
+            (_adding(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 
@@ -218,6 +224,28 @@ def _tracking(found: Found) -> str:
             ]
             head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
             text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+    return text
+
+
+def _adding(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "adding", fewest=3).items():
+        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+            body = []
+            for (cell, rule), runs in sorted(_grouped(same, "cell", "variant").items()):
+                errors = [r["error"] for r in runs]
+                seconds = [r["cpu_seconds"] for r in runs if r["learnt"] is not None]
+                body.append(
+                    [
+                        f"{cell} `{rule}`",
+                        f"{runs[0]['lr']:g}",
+                        f"{statistics.median(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})",
+                        *_learnt(runs),
+                        f"{statistics.mean(seconds):.0f}" if seconds else "-",
+                    ]
+                )
+            head = ["cell, rule", "rate", "error, median of the seeds", "seeds that solved it", "at step", "seconds"]
+            text += f"{T} steps, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
 
 
