@@ -100,6 +100,21 @@ def test_it_is_a_scan_and_not_autograd_through_the_loop(name: str) -> None:
     assert calls == [False] * T + [True]  # the loop without autograd, then all rows at once
 
 
+def test_exploding_and_saturated_steps_have_the_gradient_of_autograd() -> None:
+    cell = IndRNNCell(1, 3)
+    with torch.no_grad():
+        cell.u.fill_(2.0)
+        cell.input.bias.zero_()
+    x = torch.cat([torch.zeros(600, 2, 1), torch.full((50, 2, 1), 100.0)])  # D = 2, then D = 0
+    found = []
+    for rule in ("bptt", "torch"):
+        layer = sf.Recurrent(cell, rule)
+        found.append(torch.autograd.grad(layer(x)[0][-20:].sum(), list(cell.parameters())))
+    for g, exact in zip(*found, strict=True):
+        assert exact.isfinite().all()
+        torch.testing.assert_close(g, exact)
+
+
 def test_a_wrong_promise_changes_the_gradient_and_is_detected() -> None:
     layer = sf.Recurrent(nn.GRUCell(I, H).double(), diagonal_jacobian=True)
     ours = gradients(layer)

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     feedback: Feedback
     learned: LearnedState | None
     diagonal_jacobian: bool
+    scan_method: str
     names: tuple[str, ...]  # names of the parameters
     parts: int  # tensors of the state
     compute_dtype: torch.dtype | None
@@ -83,10 +84,10 @@ class Custom(torch.autograd.Function):
             D = _diagonal(call, e, jacobian_product)
             D_next = D if D.dim() == 1 else shift_left(D)
             residual = torch.zeros_like(e)
-            delta = diagonal_scan(e, D_next, reverse=True)
+            delta = diagonal_scan(e, D_next, reverse=True, method=call.scan_method)
             for _ in range(call.feedback.corrections):
                 residual = jacobian_product(delta) - D * delta
-                delta = diagonal_scan(e + shift_left(residual), D_next, reverse=True)
+                delta = diagonal_scan(e + shift_left(residual), D_next, reverse=True, method=call.scan_method)
             grad_prev = D * delta + residual
 
         d_initial = torch.split(grad_prev[0], widths, -1)
