@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statefeed.custom.steps import Steps
 
-# Elements of the state in a block. On a CPU, larger tensors leave the cache and are mapped anew by the allocator.
+# Elements of the state in a block. On a CPU larger tensors leave the cache, and the allocator maps them again.
 ELEMENTS = 2**20
 
 

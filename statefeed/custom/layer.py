@@ -61,8 +61,8 @@ class Recurrent(FeedbackLayer):
 
     Cost: forward, T calls of the cell without autograd; backward, one call over T*B rows and one VJP, plus one VJP per
         correction and one for an estimate of diag(J). On a CPU, without corrections and learned rules, both run in
-        blocks of steps with about a million elements of the state, which bounds the memory of the backward pass. Under ``"bptt"`` autograd through the loop, except for a diagonal
-        Jacobian.
+        blocks of steps with about a million elements of the state, which bounds the memory of the backward pass. Under
+        ``"bptt"`` autograd through the loop, except for a diagonal Jacobian.
 
     Example:
         >>> import torch
