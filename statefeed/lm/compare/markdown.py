@@ -15,16 +15,17 @@ from statefeed.lm.compare.measurements import PTB, Record, measurements, place, 
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
-from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
+from statefeed.lm.compare.verdicts import Terms, compare_rules
 from statefeed.lm.run.metadata import where
 
+_BASELINES = ("bptt", "ft-bptt")
 
-def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
+
+def page(found: Found) -> str:
     """The text of docs/measured.md.
 
     Args:
         found: the runs and the records of benchmarks.
-        terms: what is asked of the differences between rules.
     """
     return "\n\n".join(
         [
@@ -35,9 +36,9 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
             "## Differences between rules",
-            "Every rule at its own best learning rate, over pairs of runs of one seed and one program; "
-            "[the rule of the verdicts](training.md#verdicts).",
-            verdicts(found, terms).rstrip("\n") or "No records yet.",
+            "Every rule at its own best learning rate, over pairs of runs of one seed and one program, against the two "
+            "baselines of the paper; [the rule of the verdicts](training.md#verdicts).",
+            "".join(verdicts(found, Terms(rule)) for rule in _BASELINES).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower).",
@@ -144,7 +145,13 @@ def verdicts(found: Found, terms: Terms) -> str:
         notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
         text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
     if few:
-        text += "".join([f"These have {verdict_tables.TOO_FEW}:\n\n", *(f"- {title}\n" for title in few), "\n"])
+        text += "".join(
+            [
+                f"Compared with {terms.baseline}, these have {verdict_tables.TOO_FEW}:\n\n",
+                *(f"- {title}\n" for title in few),
+                "\n",
+            ]
+        )
     return text
 
 
