@@ -22,7 +22,7 @@ def odd(bits):
 def test_half_of_the_parities_are_1_and_no_two_sets_are_equal():
     data = tracking.strings(6, torch.Generator().manual_seed(3))
     assert [part.shape for part in data] == [(6, 512), (6, 512), (12, 512)]
-    assert set(data.twice.flatten().tolist()) == {0, 1}
+    assert set(data.long.flatten().tolist()) == {0, 1}
     for part in data:
         assert (odd(part).float().mean(1) == 0.5).all()
     assert not torch.equal(data.valid, data.held_out)
@@ -63,8 +63,8 @@ def test_smoke(tmp_path, capsys):
 def test_a_gru_learns_the_parity_and_is_right_at_twice_the_length_but_a_linear_scan_is_not():
     options = tracking.Options(length=8, every=4, width=32, steps=500)
     gru, mingru = (tracking.train(Run(cell, "bptt", 1, 1e-2), options)[-1] for cell in ("gru", "mingru"))
-    assert gru.twice > 0.95
-    assert mingru.twice < 0.7
+    assert gru.long > 0.95
+    assert mingru.long < 0.7
 
 
 def test_the_rate_is_chosen_on_validation_strings_with_a_seed_of_its_own(monkeypatch):
