@@ -43,6 +43,10 @@ def page(found: Found) -> str:
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower).",
             _layers(found).rstrip("\n") or "No records yet.",
+            "## Memory",
+            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, and "
+            "of the rules as a share of it (below 1: less).",
+            _memory(found).rstrip("\n") or "No records yet.",
             "## Training end to end",
             "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
             "and than `torch.nn` at its best setting in the same loop.",
@@ -167,6 +171,27 @@ def _layers(found: Found) -> str:
             [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
         ]
         text += f"{heading}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+    return text
+
+
+def _memory(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "memory").items():
+        cases: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in records:
+            name = r["variant"] if r["implementation"] == "statefeed" else r["implementation"]
+            cases[f"{r['cell']} {place(r)} {r['dtype']}"][name] = r["peak_bytes"]["median"]
+        rules = list(dict.fromkeys(r["variant"] for r in records if r["implementation"] == "statefeed"))
+        body = [
+            [
+                case,
+                f"{peaks['torch.nn'] / 2**20:.1f}",
+                *(f"{peaks[rule] / peaks['torch.nn']:.2f}" if rule in peaks else "" for rule in rules),
+            ]
+            for case, peaks in cases.items()
+        ]
+        head = ["cell, T x B x H", "`torch.nn`, MiB", *(f"`{rule}`" for rule in rules)]
+        text += f"{heading}.\n\n{table(head, body)}\n"
     return text
 
 

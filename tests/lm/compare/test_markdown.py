@@ -60,7 +60,7 @@ def test_every_committed_figure_is_shown_by_a_document() -> None:
 
 def test_without_records_there_is_no_number() -> None:
     text = markdown.page(Found())
-    assert text.count("No records yet.") == 7
+    assert text.count("No records yet.") == 8
     for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D", "0.167", "0.01"):
         text = text.replace(stated, "")
     assert not re.search(r"\d", text)
@@ -174,7 +174,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert markdown.page(read([tmp_path])).count("No records yet.") == 7  # a trial is no measurement
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 8  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = markdown.page(read([tmp_path]))
