@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import figures, markdown, rates, student, summary, verdict_tables
+from statefeed.lm.compare import compare, figures, markdown, rates, student, summary, verdict_tables
 from statefeed.lm.compare.pairs import pair, program
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
@@ -340,6 +340,18 @@ def test_the_table_fits_80_columns_and_says_what_was_left_out(
     assert "Without a pair, gate: seed 3: not run under the rule." in flat
     assert "Rate of bptt, " in flat
     assert "3 intervals of 95% each, not corrected for their number: about one in 20 misses the truth." in flat
+
+
+def test_a_comparison_prints_its_verdicts_and_draws_them(
+    results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare.show(results, tmp_path)
+    out = capsys.readouterr().out
+    assert "difference to bptt: 95% interval over seeds" in out
+    assert re.search(r"best +│ +3 │ +\+1\.9% \(\+1\.7 to \+2\.1\) │ worse", out)
+    assert any(path.stem.endswith("-difference") for path in tmp_path.glob("*.svg"))
+    compare.show(results, tmp_path, Terms("gate"), wide=True)
+    assert "difference to gate" not in capsys.readouterr().out  # two pairs
 
 
 def test_another_baseline_and_a_claim(
