@@ -48,8 +48,8 @@ def page(found: Found) -> str:
             "and the vanilla backend of the xlstm package.",
             _layers(found).rstrip("\n") or "No records yet.",
             "## Memory",
-            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, and "
-            "of the rules as a share of it (below 1: less).",
+            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, "
+            "and of the rules as a share of it (below 1: less).",
             _memory(found).rstrip("\n") or "No records yet.",
             "## Training end to end",
             "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
