@@ -25,8 +25,8 @@ class SLSTM(CellLayer):
     n are stored divided by ``exp(m)``; the stabilizer m follows the largest exponent, so that nothing overflows.
 
     The state is the tuple (h, c, n, m). A unit whose n is 0 starts: its m is not used, and its c must be 0. Inputs and
-    outputs have the forms of torch.nn.LSTM. Gates are in the order i, f, z, o; ``weight_hh_l0`` is (4H, H / heads), gate
-    after gate, and its columns are the units of the row's head.
+    outputs have the forms of torch.nn.LSTM. Gates are in the order i, f, z, o; ``weight_hh_l0`` is (4H, H / heads),
+    gate after gate, and its columns are the units of the row's head.
     Initial values are those of the xlstm package: W_ih normal with variance 2 / (5 I), W_hh zero, the bias of the
     forget gate from 5 down to -7 within every head (``"powerlaw_blockdependent"``, with the layer for the block), other
     biases zero.
