@@ -292,6 +292,12 @@ class Config:
             "train.compile must be null unless model.forward is sequential",
             self.train.compile,
         )
+        convolves = self.model.block == "xlstm" and self.model.convolution > 0
+        require(
+            not (convolves and self.data.batches == "sentences") or self.train.compile is None,
+            "train.compile must be null for an xlstm block with a convolution on data.batches=sentences",
+            self.train.compile,
+        )
 
     def to_yaml(self, encoding: str = "utf-8") -> str:
         """The recipe with every key as YAML text, which `recipe.parse` reads.
