@@ -292,10 +292,10 @@ class Config:
             "train.compile must be null unless model.forward is sequential",
             self.train.compile,
         )
-        convolves = self.model.block == "xlstm" and self.model.convolution > 0
         require(
-            not (convolves and self.data.batches == "sentences") or self.train.compile is None,
-            "train.compile must be null for an xlstm block with a convolution on data.batches=sentences",
+            self.data.batches != "sentences" or self.model.cell not in RECURRENT or self.train.compile is None,
+            f"train.compile must be null for data.batches=sentences with model.cell={self.model.cell}: torch.compile "
+            "cannot trace its packed rows",
             self.train.compile,
         )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statefeed.lm.config import Config, Data, Model, Train, UsageError
+from statefeed.lm.config import Model, UsageError
 from statefeed.lm.data.batches import IGNORED, Batch
 from statefeed.lm.model import LanguageModel, detach_states
 from statefeed.lm.model.blocks import CausalConvolution
@@ -177,11 +177,3 @@ def test_sampling_is_the_argmax_of_the_whole_text() -> None:
 def test_user_errors(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         Model(**options)  # type: ignore[arg-type]
-
-
-def test_packed_rows_of_a_convolution_are_not_compiled() -> None:
-    data, train = Data(corpus="ptb", path="ptb", tokens="word", batches="sentences"), Train(compile="default")
-    with pytest.raises(UsageError, match=r"train\.compile must be null for an xlstm block with a convolution on"):
-        Config(data, Model(cell="slstm", block="xlstm"), train)
-    Config(data, Model(cell="slstm", block="xlstm", convolution=0), train)
-    Config(Data(), Model(cell="slstm", block="xlstm"), train)
