@@ -28,7 +28,8 @@ struct LayerBackwardArgs {
   Rule rule;
   int64_t corrections;
   const T *gates, *aux, *y, *h0, *c0, *grad_y, *grad_final, *diagonal;
-  const T* w_hh_diag;  // jacobian: the diagonals of W_hh, (gates, hidden); with a projection W_hh and W_hr joined, as W_hh
+  // jacobian: the diagonals of W_hh, (gates, hidden); with a projection W_hh[gj, p] W_hr[p, j], in the shape of W_hh.
+  const T* w_hh_diag;
   T* carry;   // out: gradient of the initial state (batch, states)
   T* grad_x;  // out; null: not wanted
   T *grad_w_ih, *grad_w_hh, *grad_w_hr;

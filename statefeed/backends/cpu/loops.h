@@ -216,12 +216,11 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
     each_vector<T, Cell>(s, t, offset, rows, part, [](const ReverseRow<T>& row) { Cell::reverse(row); });
   };
   const bool exact = s.rule == Rule::exact;
+  const int64_t multiply_adds = range.batch * H * (Cell::gates * O / s.heads + (Cell::projects ? O : 0));
   Partition partition{.count = ranks, .by_rows = range.batch >= 2 * ranks && !range.batch_sizes};
   if (exact)
-    partition = partition_of_step(ranks, range,
-                                  {.tile_rows = max_rows<Plain<T>, N>,
-                                   .panels = panels,
-                                   .multiply_adds = range.batch * H * (Cell::gates * O / s.heads + (Cell::projects ? O : 0))});
+    partition = partition_of_step(
+        ranks, range, {.tile_rows = max_rows<Plain<T>, N>, .panels = panels, .multiply_adds = multiply_adds});
   // With a projection the exact rule computes the gradients of h and u step by step, before those of the gates.
   auto output_step = [&](int64_t offset, Range rows, Range part) {
     if constexpr (Cell::projects)

@@ -104,7 +104,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   if (rule == Rule::per_row)
     checks.optional("diagonal", diagonal, needs_diagonal, rules, {N, S});
   else if (rule == Rule::jacobian)
-    checks.optional("diagonal", diagonal, needs_diagonal, rules, {cell.projects ? G : cell.gates, cell.projects ? O : H});
+    checks.optional("diagonal", diagonal, needs_diagonal, rules,
+                    {cell.projects ? G : cell.gates, cell.projects ? O : H});
   else
     checks.optional("diagonal", diagonal, needs_diagonal, rules, {S});
   checks.that(corrections >= 0, "corrections must be at least 0, got ", corrections);

@@ -19,7 +19,12 @@ T* data(const OptionalTensor& tensor) {
 inline StepRange checked_range(const Checks& checks, int64_t rows, int64_t hidden, const Tensor& h0,
                                const OptionalTensor& batch_sizes) {
   checks.dims("h0", h0, 2);
-  StepRange range{.steps = 0, .batch = h0.size(0), .hidden = hidden, .output = h0.size(1), .rows = rows, .batch_sizes = nullptr};
+  StepRange range{.steps = 0,
+                  .batch = h0.size(0),
+                  .hidden = hidden,
+                  .output = h0.size(1),
+                  .rows = rows,
+                  .batch_sizes = nullptr};
   checks.tensor("h0", h0, {range.batch, range.output});
   if (!batch_sizes) {
     range.steps = range.batch ? rows / range.batch : 0;

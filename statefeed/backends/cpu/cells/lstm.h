@@ -1,4 +1,5 @@
-// The formulas of the LSTM, which its two kernels share. i, f, o = sigmoid(.), g = tanh(.) of x W_ih^T + h' W_hh^T;  c = f c' + i g;  h = o tanh(c)
+// The formulas of the LSTM, which its two kernels share.
+// i, f, o = sigmoid(.), g = tanh(.) of x W_ih^T + h' W_hh^T;  c = f c' + i g;  h = o tanh(c)
 #pragma once
 
 #include "loops.h"
@@ -64,7 +65,8 @@ struct Lstm {
   }
   static void reverse(const ReverseRow<T>& row) {
     const Local l = local(row);
-    const Vector<T> delta = row.at(row.grad_y) + row.at_state(row.carry, 0), gamma = row.at_state(row.carry, 1) + l.dh_dc * delta;
+    const Vector<T> delta = row.at(row.grad_y) + row.at_state(row.carry, 0),
+                    gamma = row.at_state(row.carry, 1) + l.dh_dc * delta;
     put_gate_grads(row, l, delta, gamma);
     Vector<T> D_h{}, D_c = l.f;
     if (row.has_diagonal()) D_h = row.at_state(row.diagonal, 0), D_c = row.at_state(row.diagonal, 1);

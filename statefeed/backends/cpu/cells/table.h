@@ -39,6 +39,7 @@ struct CellEntry {
 
 extern const CellEntry gru_cell, lstm_cell, lstm_projected_cell, rnn_tanh_cell, rnn_relu_cell;
 
-inline constexpr const CellEntry* cell_table[] = {&gru_cell, &lstm_cell, &lstm_projected_cell, &rnn_tanh_cell, &rnn_relu_cell};
+inline constexpr const CellEntry* cell_table[] = {&gru_cell, &lstm_cell, &lstm_projected_cell, &rnn_tanh_cell,
+                                                  &rnn_relu_cell};
 
 }  // namespace statefeed
