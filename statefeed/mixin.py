@@ -44,6 +44,8 @@ class FeedbackLayer(nn.Module):
     _newton: Newton | None = None
     newton_iterations: tuple[int, ...] = ()
     newton_sequential_steps: tuple[int, ...] = ()
+    newton_states: tuple[Tensor, ...] = ()
+    newton_guess: tuple[Tensor, ...] | None = None
 
     @property
     def feedback(self) -> Feedback:
@@ -74,7 +76,10 @@ class FeedbackLayer(nn.Module):
         """``"sequential"``, or a ``Newton`` for a forward pass that is parallel over time; settable at any time.
 
         After a call, ``newton_iterations`` has the number of iterations per layer and direction, and
-        ``newton_sequential_steps`` the number of steps that did not converge and ran sequentially.
+        ``newton_sequential_steps`` the number of steps that did not converge and ran sequentially. The iteration starts
+        from zeros, or from ``newton_guess``: one tensor (T, B, H), or packed rows (N, H), for every layer and
+        direction, which the next call uses and removes. With ``Newton(keep_states=True)`` the attribute
+        ``newton_states`` has these tensors after a call.
         """
         return "sequential" if self._newton is None else self._newton
 
@@ -107,7 +112,7 @@ class FeedbackLayer(nn.Module):
         )
 
     def _reset_forward_method(self) -> None:
-        for name in ("_newton", "newton_iterations", "newton_sequential_steps"):
+        for name in ("_newton", "newton_iterations", "newton_sequential_steps", "newton_states", "newton_guess"):
             self.__dict__.pop(name, None)
 
     @property

@@ -52,6 +52,8 @@ class Newton:
             5e-4 in TF32, 4e-3 in bfloat16). A defect below 4 times that epsilon, or 32 times in float32 and float64,
             that no longer decreases is accepted as rounding error.
         max_iterations: number of iterations after which the remaining steps run sequentially.
+        keep_states: whether the layer keeps h of every step in ``newton_states``, which can be given to a later call
+            on the same batch as ``newton_guess``.
 
     Raises:
         ValueError: the tolerance is not positive and finite, or max_iterations is not a positive integer.
@@ -69,6 +71,7 @@ class Newton:
 
     tolerance: float = 1e-4
     max_iterations: int = 100
+    keep_states: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.tolerance, bool) or not 0 < self.tolerance < float("inf"):
@@ -125,13 +128,39 @@ class Run:
 
     Attributes:
         settings: the settings of the module.
+        guess: h of every step from which the iteration starts, as ``states``; None for zeros.
         iterations: number of iterations.
         sequential_steps: number of steps that ran sequentially.
+        states: h of every step (N, H), if the settings say so.
     """
 
     settings: Newton
+    guess: Sequence[Tensor] | None = None
     iterations: list[int] = field(default_factory=list)
     sequential_steps: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+    def starts(self, problems: Sequence[Problem]) -> list[Tensor | None]:
+        """The estimates of h from which the directions of the next layer start, rows in the order of processing."""
+        if self.guess is None:
+            return [None] * len(problems)
+        given = self.guess[len(self.iterations) :]
+        rows = [g.detach().reshape(len(p.x), -1) for g, p in zip(given, problems, strict=False)]
+        return [p.layout.reverse(r) if p.reverse else r for r, p in zip(rows, problems, strict=True)]
+
+
+def check_guess(guess: Sequence[Tensor], expected: tuple[int, ...], count: int) -> None:
+    """Raise unless the estimates have the shape of h of every layer and direction.
+
+    Raises:
+        ValueError: the number of tensors or a shape differs.
+    """
+    shapes = [tuple(g.shape) for g in guess]
+    if shapes != [expected] * count:
+        raise ValueError(
+            f"newton_guess must have {count} tensors of shape {expected}, h of every step for every layer and "
+            f"direction as in newton_states, got {shapes}"
+        )
 
 
 def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward]:
@@ -154,20 +183,25 @@ def forward(problems: Sequence[Problem], backend: str, run: Run) -> list[Forward
         every 4 iterations. Memory: (2 G + 6) * H values per step.
     """
 
+    starts = iter(run.starts(problems))
+
     def one(problem: Problem, save: bool) -> Forward:
-        return _forward(problem, backend, run)
+        return _forward(problem, backend, run, next(starts))
 
     if problems[0].x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"a CUDA graph does {_UNSUPPORTED}")
     # float32 products on a GPU run in the precision of cuDNN's layers, as in the sequential forward pass.
     with torch.no_grad(), matmul_precision("") if problems[0].x.is_cuda else nullcontext():
-        return forward_in_order(one, problems, False)
+        found = forward_in_order(one, problems, False)
+    if run.settings.keep_states:
+        run.states += [done.y for done in found]
+    return found
 
 
-def _forward(problem: Problem, backend: str, run: Run) -> Forward:
+def _forward(problem: Problem, backend: str, run: Run, start: Tensor | None) -> Forward:
     layout = problem.layout
     system = _System(problem, run.settings.tolerance)
-    solved = system.solve(run.settings.max_iterations)
+    solved = system.solve(run.settings.max_iterations, None if start is None else layout.grid(start))
     run.iterations.append(solved.iterations)
     run.sequential_steps.append(layout.T - solved.steps)
     dtypes = _output_dtypes(problem, backend)
@@ -218,7 +252,7 @@ class _System:
         self.T, self.B, self.H = layout.T, layout.B, len(w_hh) // self.cell.gates
         self.initial = tuple(s.to(self.dtype) for s in problem.state)
         self.w_hh = w_hh.to(self.dtype)
-        self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, -1).mT
+        self.w_hh_products = w_hh.to(self.product_dtype)
         self.w_hr = None if w_hr is None else w_hr.to(self.product_dtype)
         self.on_gpu = problem.x.is_cuda
         spacing = self._spacing()
@@ -247,9 +281,10 @@ class _System:
         tf32 = self.on_gpu and self.product_dtype == torch.float32 and forward_precision() == "tf32"
         return 2.0**-10 if tf32 else torch.finfo(self.product_dtype).eps
 
-    def solve(self, max_iterations: int) -> _Solved:
-        """Iterate until every step has converged, there is no progress, or max_iterations is reached."""
-        h = self.initial[0].new_zeros(self.T, self.B, self.initial[0].shape[1])
+    def solve(self, max_iterations: int, start: Tensor | None) -> _Solved:
+        """Iterate from ``start``, (T, B, H) or zeros, until every step has converged or there is no progress."""
+        shape = (self.T, self.B, self.initial[0].shape[1])
+        h = self.initial[0].new_zeros(shape) if start is None else start.to(self.dtype)
         if not self.B:
             others = (s.new_zeros(self.T, self.B, s.shape[1]) for s in self.initial[1:])
             return _Solved((h, *others), self.T, 0)
@@ -287,10 +322,8 @@ class _System:
 
     def preactivations(self, h_prev: Tensor) -> Tensor:
         """The argument ``gates`` of ``Cell.newton_update``, (G, T * B, H)."""
-        rows = h_prev.flatten(0, 1).to(self.product_dtype).expand(self.cell.gates, -1, -1)
-        if self.product_dtype == self.dtype:
-            return torch.baddbmm(self.addend, rows, self.w_hh_gates)
-        return self.addend + torch.bmm(rows, self.w_hh_gates)
+        rows = h_prev.flatten(0, 1).to(self.product_dtype)
+        return self.cell.hidden_by_gate(self.addend, rows, self.w_hh_products)
 
 
 def _stalled(read: dict[int, float], iterations: int, factor: float) -> bool:
@@ -311,7 +344,7 @@ def _output_dtypes(problem: Problem, backend: str) -> tuple[torch.dtype, ...]:
     dtype = problem.weights[0].dtype
     if problem.compute_dtype is None or BACKENDS[backend].upcasts or dtype == torch.float64:
         return (dtype,) * len(problem.state)
-    if problem.x.is_cuda:
+    if problem.x.is_cuda and problem.cell.torch_forward is not None:
         return (problem.compute_dtype,) * len(problem.state)
     packed = problem.layout.batch_sizes is not None
     return problem.cell.autocast_dtypes(problem.compute_dtype, problem.state[-1].dtype, packed)

@@ -318,7 +318,8 @@ class RecurrentStack(FeedbackLayer):
                 'D[1] * delta[1], not the exact one (zero under "ft-bptt")'
             )
         count = 2 if self.bidirectional else 1
-        iteration = None if self._newton is None else newton.Run(self._newton)
+        iteration = None if self._newton is None else newton.Run(self._newton, self._take_guess(x))
+        shape = x.shape[:-1]
         finals: list[State] = []
         for layer, layer_weights in enumerate(weights):
             size = len(layer_weights) // count  # weights of one direction
@@ -338,9 +339,18 @@ class RecurrentStack(FeedbackLayer):
         if iteration is not None:
             self.newton_iterations = tuple(iteration.iterations)
             self.newton_sequential_steps = tuple(iteration.sequential_steps)
+            self.newton_states = tuple(h.detach().view(*shape, -1) for h in iteration.states)
         if len(finals) == 1:
             return x, tuple(s[None] for s in finals[0])
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+    def _take_guess(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The estimate given for this call, checked and removed."""
+        guess, self.newton_guess = self.newton_guess, None
+        if guess is not None:
+            width = self.feedback_cell.state_widths(self.hidden_size)[0]
+            newton.check_guess(guess, (*x.shape[:-1], width), self._feedback_rows)
+        return guess
 
 
 def _permute(state: State, order: Tensor | None) -> State:

@@ -1,4 +1,4 @@
-"""In-place conversion of a model's torch.nn RNN, GRU and LSTM layers to statefeed layers and back."""
+"""In-place conversion of a model's recurrent layers, torch.nn's and those of other packages, and back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from statefeed.conversions import conversion, converted
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.mixin import FeedbackLayer
 from statefeed.subclass import OURS, joined, torchs_class, unsupported_subclass
@@ -61,7 +62,7 @@ def swap(
     exclude: str | Iterable[str] = (),
     dry_run: bool = False,
 ) -> SwapReport:
-    """Convert every torch.nn.RNN, GRU and LSTM of a model to statefeed's layer, in place.
+    """Convert every torch.nn.RNN, GRU and LSTM of a model, and sLSTM cell of the xlstm package, in place.
 
     Only the class of the module objects changes. Parameters, names, hooks, the training flag, device, dtype and tied
     weights stay as they are, and an existing optimizer keeps working. A layer of a subclass that inherits ``forward``
@@ -102,7 +103,9 @@ def swap(
     rule = as_feedback("bptt" if feedback is None else feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     layers: dict[str, Any] = {
-        name: m for name, m in model.named_modules() if isinstance(m, (nn.RNNBase, FeedbackLayer))
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.RNNBase, FeedbackLayer)) or conversion(type(m)) is not None
     }
     _check_patterns("include", include, layers)
     _check_patterns("exclude", exclude, layers)
@@ -121,11 +124,7 @@ def swap(
             module.feedback = rule
             hook = _FirstCall(name, report._called)
             module.register_forward_pre_hook(hook)
-        # Our class prints its rule, but a dry run has torch's class, which does not.
-        base = torchs_class(type(module))
-        described = module.extra_repr() if base is None else base.extra_repr(module)
-        rule_shown = "" if base is None else f", feedback={str(rule)!r}"
-        report.swapped[name] = f"{type(module).__name__}({described}{rule_shown})"
+        report.swapped[name] = _described(module, rule)
     if not dry_run and not any(isinstance(m, FeedbackLayer) for m in model.modules()):
         warn(f"swap changed nothing: {report}")
     return report
@@ -172,7 +171,8 @@ def restore(model: nn.Module) -> nn.Module:
         module.remove_feedback()
         _remove_hooks(module)
         module.__class__ = plain  # type: ignore[assignment]
-        module.flatten_parameters()  # type: ignore[operator]
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
     return model
 
 
@@ -215,7 +215,18 @@ def _our_class(module: nn.Module) -> type[nn.Module]:
     kind = type(module)
     if isinstance(module, FeedbackLayer):
         return kind
+    if conversion(kind) is not None:
+        return converted(kind)
     return OURS[kind] if kind in OURS else joined(kind)
+
+
+def _described(module: nn.Module, rule: Feedback) -> str:
+    """The ``repr`` of a layer under a rule, also of one that a dry run has not converted."""
+    kind = type(module)
+    base = torchs_class(kind)
+    if base is not None:
+        return f"{kind.__name__}({base.extra_repr(module)}, feedback={str(rule)!r})"
+    return repr(module) if isinstance(module, FeedbackLayer) else f"{repr(module)[:-1]}, feedback={str(rule)!r})"
 
 
 def _reason_to_keep(
@@ -229,7 +240,10 @@ def _reason_to_keep(
         return module.unsupported_reason(rule)
     kind = type(module)
     reason = _changed_by_others(module, "swap")
-    if reason is None and kind not in OURS:
+    ours = conversion(kind)
+    if reason is None and ours is not None:
+        reason = ours.unsupported_module(module)
+    elif reason is None and kind not in OURS:
         reason = unsupported_subclass(module)
     if reason is not None:
         return reason

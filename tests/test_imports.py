@@ -27,7 +27,7 @@ LEVELS = [
     {"mixin", "paths"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
-    {"slstm"},
+    {"slstm", "conversions"},
     {"modules", "snapshot", "timing"},
     {"subclass"},
     {"alignment", "explain", "swap", "schedule"},

@@ -18,22 +18,26 @@ from statefeed.cells import CELLS
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 N, B, I, H, V = 6, 2, 4, 5, 7
-G = {"gru": 3, "lstm": 4, "rnn_tanh": 1, "rnn_relu": 1}
+G = {"gru": 3, "lstm": 4, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4, "slstm_exp": 4}
+S = {"lstm": 2, "slstm": 3, "slstm_exp": 3}  # parts of the state with gradients, where there are several
+C = {"lstm": 1, "slstm": 3, "slstm_exp": 3}  # parts besides h
+AUX = {"gru": 1, "lstm": 1, "slstm": 3, "slstm_exp": 2}
 
 
 def forward_arguments(cell: str = "gru") -> dict[str, Any]:
-    gates, states = G[cell], 2 if cell == "lstm" else 1
+    gates = G[cell]
     return {
         "cell": cell, "bf16": False, "x": torch.zeros(N, I), "w_ih": torch.zeros(gates * H, I),
         "w_hh": torch.zeros(gates * H, H), "b_ih": torch.zeros(gates * H),
         "b_hh": torch.zeros(gates * H), "h0": torch.zeros(B, H), "batch_sizes": None,
-        "gates": torch.zeros(N, gates * H) if gates > 1 else None, "aux": torch.zeros(N, H) if gates > 1 else None,
-        "y": torch.zeros(N, H), "c": torch.zeros(B, H) if states > 1 else None,
+        "gates": torch.zeros(N, gates * H) if gates > 1 else None,
+        "aux": torch.zeros(N, AUX[cell] * H) if cell in AUX else None,
+        "y": torch.zeros(N, H), "c": torch.zeros(B, C[cell] * H) if cell in C else None,
     }  # fmt: skip
 
 
 def backward_arguments(cell: str = "gru", rule: str = "stationary", corrections: int = 1) -> dict[str, Any]:
-    made, states = forward_arguments(cell), 2 if cell == "lstm" else 1
+    made, states = forward_arguments(cell), S.get(cell, 1)
     D = {"stationary": (states * H,), "per_row": (N, states * H), "jacobian": (G[cell], H)}.get(rule)
     shared = {name: made[name] for name in ("x", "w_ih", "w_hh", "gates", "aux", "y", "h0")}
     return {
@@ -48,7 +52,7 @@ def backward_arguments(cell: str = "gru", rule: str = "stationary", corrections:
 
 
 def jacobian_arguments(cell: str = "gru") -> dict[str, Any]:
-    made, states = forward_arguments(cell), 2 if cell == "lstm" else 1
+    made, states = forward_arguments(cell), S.get(cell, 1)
     return {
         "cell": cell, "gates": made["gates"], "aux": made["aux"], "y": made["y"], "h0": made["h0"], "c0": made["c"],
         "w_hh_diag": torch.zeros(G[cell], H), "batch_sizes": None, "sums": torch.zeros(states * H),
@@ -63,13 +67,20 @@ def head_arguments() -> dict[str, Any]:
     }  # fmt: skip
 
 
-OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
+OPERATORS: dict[str, Callable[..., dict[str, Any]]] = {
     "layer_forward": forward_arguments,
     "layer_backward": backward_arguments,
     "sum_jacobians": jacobian_arguments,
     "head_loss": head_arguments,
 }
-TENSORS = [(op, name) for op, make in OPERATORS.items() for name, v in make().items() if isinstance(v, Tensor)]
+# An operator, its arguments without the name (a cell or nothing), and one that is a tensor.
+TENSORS = [
+    (op, of, name)
+    for op, make in OPERATORS.items()
+    for of in ([()] if op == "head_loss" else [("gru",), ("slstm",)])
+    for name, v in make(*of).items()
+    if isinstance(v, Tensor)
+]
 
 
 def call(op: str, arguments: dict[str, Any]) -> None:
@@ -86,26 +97,28 @@ def test_right_arguments_are_accepted(cell: str) -> None:
     call("head_loss", head_arguments())
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
-def test_a_tensor_of_another_dtype_raises(op: str, name: str) -> None:
-    arguments = OPERATORS[op]()
+@pytest.mark.parametrize(("op", "of", "name"), TENSORS)
+def test_a_tensor_of_another_dtype_raises(op: str, of: tuple[str, ...], name: str) -> None:
+    arguments = OPERATORS[op](*of)
     arguments[name] = arguments[name].to(torch.bfloat16)
     with pytest.raises(RuntimeError, match=rf"{op}: .*(float32|float64|int64).*got.* bfloat16"):
         call(op, arguments)
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
-def test_a_tensor_of_another_shape_raises(op: str, name: str) -> None:
+@pytest.mark.parametrize(("op", "of", "name"), TENSORS)
+def test_a_tensor_of_another_shape_raises(op: str, of: tuple[str, ...], name: str) -> None:
     for change in (lambda t: torch.zeros(1, dtype=t.dtype), lambda t: t[..., :-1].contiguous(), lambda t: t[None]):
-        arguments = OPERATORS[op]()
+        arguments = OPERATORS[op](*of)
         arguments[name] = change(arguments[name])
         with pytest.raises(RuntimeError, match=rf"{op}: .*(shape|dimensions|multiple|add up|at least)"):
             call(op, arguments)
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in TENSORS if OPERATORS[op]()[name].dim() > 1])
-def test_a_strided_tensor_raises(op: str, name: str) -> None:
-    arguments = OPERATORS[op]()
+@pytest.mark.parametrize(
+    ("op", "of", "name"), [case for case in TENSORS if OPERATORS[case[0]](*case[1])[case[2]].dim() > 1]
+)
+def test_a_strided_tensor_raises(op: str, of: tuple[str, ...], name: str) -> None:
+    arguments = OPERATORS[op](*of)
     arguments[name] = torch.stack([arguments[name]] * 2, -1)[..., 0]
     with pytest.raises(RuntimeError, match=rf"{op}: {name} must be a contiguous .* got a strided"):
         call(op, arguments)
@@ -130,6 +143,13 @@ def test_a_missing_tensor_raises(op: str, name: str) -> None:
     [
         (forward_arguments, {"c": torch.zeros(B, H)}, "c must be None except for a cell with several states"),
         (lambda: forward_arguments("lstm"), {"c": None}, "c must be given"),
+        (lambda: forward_arguments("slstm"), {"c": torch.zeros(B, H)}, r"c must be .* of shape \(2, 15\)"),
+        (lambda: forward_arguments("slstm_exp"), {"aux": torch.zeros(N, 3 * H)}, r"aux must be .* of shape \(6, 10\)"),
+        (lambda: forward_arguments("slstm"), {"w_hh": torch.zeros(4 * H, 2)}, r"w_hh must be .* of shape \(20, 5\)"),
+        (lambda: forward_arguments("slstm"), {"w_hh": torch.zeros(4 * H, 0)}, r"w_hh must be .* of shape \(20, 5\)"),
+        (forward_arguments, {"w_hh": torch.zeros(3 * H, 1)}, r"w_hh must be .* of shape \(15, 5\)"),
+        (lambda: backward_arguments("slstm"), {"w_hh": torch.zeros(4 * H, 1)}, r"grad_w_hh must be .* \(20, 1\)"),
+        (lambda: backward_arguments("slstm"), {"diagonal": torch.zeros(4 * H)}, r"of shape \(15,\), got .* \(20,\)"),
         (lambda: forward_arguments("rnn_relu"), {"b_hh": None}, "b_hh must be given"),
         (lambda: forward_arguments("rnn_relu"), {"gates": torch.zeros(N, H)}, "gates must be None"),
         (forward_arguments, {"h0": torch.zeros(4, H)}, "multiple of the batch of h0, 4, got 6"),
@@ -179,10 +199,14 @@ def test_a_cell_without_a_kernel_is_unsupported(monkeypatch: pytest.MonkeyPatch)
     assert cpu.unsupported_reason(cell, tensors, False) == "the fused kernels have no cell 'mgu'"
 
 
-@pytest.mark.parametrize("size", ["gates", "shared_gates", "saved_values"])
-def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(CELLS["gru"]), size, 9)
-    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 4\)"):
+@pytest.mark.parametrize(
+    ("size", "value"), [("gates", 9), ("shared_gates", 9), ("constant_states", ("m",) * 9), ("saved_values", 9)]
+)
+def test_a_cell_whose_sizes_are_not_those_of_its_kernel_is_an_error(
+    size: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(CELLS["gru"]), size, value)
+    with pytest.raises(RuntimeError, match=r"'gru' has .*\b9\b.* kernel has \(3, 2, 1, 0, 4\)"):
         cpu.unsupported_reason(CELLS["gru"], [torch.zeros(1)] * 3, False)
 
 

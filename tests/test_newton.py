@@ -135,6 +135,53 @@ def test_iterations_do_not_grow_with_the_steps():
     assert max(took) <= min(took) + 2 < 20
 
 
+# Estimates of the caller ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "resets"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_the_states_of_the_same_batch_are_a_start(cell, form):
+    layer = make(cell, method=sf.Newton(1e-9, keep_states=True), num_layers=2, bidirectional=True)
+    layer.batch_first = form == "batch_first"
+    x = torch.randn(*((B, T) if layer.batch_first else (T, B)), I).double()
+    call = (pack_padded_sequence(x, torch.tensor([T, 9, 5])) if form == "packed" else x,)
+    options = {"resets": torch.rand(T, B) < 0.1} if form == "resets" else {}
+    expected = tensors(layer(*call, **options))
+    fewest, states = min(layer.newton_iterations), layer.newton_states
+    assert len(states) == 4
+    assert all(not s.requires_grad for s in states)
+
+    layer.newton_guess = states
+    found = tensors(layer(*call, **options))
+    assert max(layer.newton_iterations) <= 2 < fewest
+    assert max(map(largest, found, expected)) < 1e-7
+
+    # A wrong estimate costs iterations and changes no result; it was used up.
+    layer.newton_guess = [torch.randn_like(s) for s in states]
+    assert max(map(largest, tensors(layer(*call, **options)), expected)) < 1e-7
+    assert layer.newton_guess is None
+    assert min(layer.newton_iterations) > 2
+
+
+def test_states_are_kept_only_on_request():
+    layer = make("gru")
+    layer(torch.randn(T, B, I).double())
+    assert layer.newton_states == ()
+    layer.forward_method = sf.Newton(keep_states=True)
+    y, _ = layer(torch.randn(T, B, I).double())
+    assert torch.equal(layer.newton_states[0], y)
+    layer.forward_method = "sequential"
+    assert layer.newton_states == ()
+
+
+@pytest.mark.parametrize("guess", [[], [torch.zeros(T, B, H + 1)], [torch.zeros(T, B, H)] * 2])
+def test_an_estimate_of_another_shape_raises(guess):
+    layer = make("gru")
+    layer.newton_guess = guess
+    with pytest.raises(ValueError, match=r"newton_guess must have 1 tensors of shape \(40, 3, 8\)"):
+        layer(torch.randn(T, B, I).double())
+
+
 # Forms of input -------------------------------------------------------------------------------------------------------
 
 

@@ -45,10 +45,10 @@ class Problem(NamedTuple):
 
     Attributes:
         cell: the cell.
-        x: input rows (N, I).
+        x: input rows (N, I); without W_ih the preactivations (N, G*H), to which only the biases are added.
         state: initial state, (B, width) for every part.
         weights: w_ih (G*H, I), w_hh (G*H, P), if there are biases b_ih and b_hh (G*H,), and if the cell projects h
-            w_hr (P, H); otherwise P = H.
+            w_hr (P, H); otherwise P = H. w_ih is an empty vector (0,) if the cell has no W_ih.
         layout: positions of the rows in time.
         reverse: whether the direction runs from the last step to the first.
         compute_dtype: dtype of the products under autocast; None without autocast.
@@ -71,6 +71,11 @@ class Problem(NamedTuple):
     def sizes(self) -> tuple[int, ...]:
         """Width of every part of the state with a gradient; S is their sum."""
         return tuple(s.shape[1] for s in self.state[: self.cell.gradient_parts])
+
+
+def lacks_w_ih(tensors: Sequence[Tensor]) -> bool:
+    """Whether x, the initial states and the weights of a layer are those of a cell without W_ih."""
+    return any(t.dim() == 1 and not t.numel() for t in tensors)
 
 
 class Forward(NamedTuple):

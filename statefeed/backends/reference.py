@@ -80,7 +80,9 @@ def _loop(problem: Problem, save: bool) -> Forward:
 
 def _inputs(problem: Problem) -> Tensor:
     weights = problem.named_weights
-    return F.linear(problem.x, weights.w_ih, weights.b_ih)
+    if weights.w_ih.numel():
+        return F.linear(problem.x, weights.w_ih, weights.b_ih)
+    return problem.x if weights.b_ih is None else problem.x + weights.b_ih
 
 
 class _Linearized(NamedTuple):
@@ -132,7 +134,7 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
 
 def _other_parts(problem: Problem, initial: State, preactivations: Preactivations) -> State:
     """The parts of the state besides h after every step, if the forward pass did not save them."""
-    if problem.cell.torch_forward is not None or len(initial) == 1:
+    if type(problem.cell).recover_states is not Cell.recover_states or len(initial) == 1:
         return problem.cell.recover_states(preactivations, initial, problem.layout)
     return _loop(problem, True).saved
 
@@ -210,13 +212,15 @@ def _parameter_gradients(problem: Problem, done: Forward, delta: State, grad_pre
     same = d_hidden is d_inputs
     d_inputs = d_inputs.to(w_ih.dtype)
     d_hidden = d_inputs if same else d_hidden.to(w_hh.dtype)
-    d_weights = [(d_inputs.T @ x).to(w_ih.dtype), problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
+    has_w_ih = w_ih.numel() > 0
+    d_w_ih = (d_inputs.T @ x).to(w_ih.dtype) if has_w_ih else torch.empty_like(w_ih)
+    d_weights = [d_w_ih, problem.cell.grad_w_hh(d_hidden, h_prev, w_hh)]
     if b_ih is not None:
         d_weights += [d_inputs.sum(0), d_hidden.sum(0)]
     if w_hr is not None:
         d_weights.append((delta[0].to(w_hr.dtype).T @ problem.cell.unprojected(at).to(w_hr.dtype)).to(w_hr.dtype))
     return Gradients(
-        (d_inputs @ w_ih).to(x.dtype) if needs_x else None,
+        ((d_inputs @ w_ih) if has_w_ih else d_inputs).to(x.dtype) if needs_x else None,
         tuple(problem.layout.first(d).to(s.dtype) for d, s in zip(grad_prev, problem.state, strict=False)),
         tuple(d_weights),
     )

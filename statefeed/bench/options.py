@@ -6,7 +6,7 @@ import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import statefeed as sf
 
@@ -38,6 +38,8 @@ def option(default: V, help: str) -> V:
 class Options:
     """Options of every benchmark."""
 
+    fewest: ClassVar[int] = FEWEST_REPEATS
+
     repeats: int = option(
         9, "repetitions, at least 5; contenders are interleaved, and medians and spreads are over repetitions"
     )
@@ -47,10 +49,8 @@ class Options:
     output: str = option("bench.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
 
     def __post_init__(self) -> None:
-        if self.repeats < FEWEST_REPEATS:
-            raise OptionError(
-                f"repeats must be at least {FEWEST_REPEATS} for a median and a spread, got {self.repeats}"
-            )
+        if self.repeats < self.fewest:
+            raise OptionError(f"repeats must be at least {self.fewest} for a median and a spread, got {self.repeats}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads must be at least 1, got {self.threads}")
         if self.device == "cuda":

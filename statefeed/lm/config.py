@@ -13,7 +13,7 @@ from statefeed.lm.errors import require
 T = TypeVar("T")
 Identity: TypeAlias = Literal["task", "run", "place"]
 
-RECURRENT = ("rnn", "gru", "lstm")  # the cells that have a feedback rule
+RECURRENT = ("rnn", "gru", "lstm", "slstm")  # the cells that have a feedback rule
 
 
 def option(default: T, help: str, identity: Identity = "task") -> T:
@@ -98,7 +98,7 @@ class Data:
 class Model:
     """Embedding, blocks with one sequence layer each, head."""
 
-    cell: Literal["rnn", "gru", "lstm", "transformer", "s4d", "mingru"] = option(
+    cell: Literal["rnn", "gru", "lstm", "slstm", "transformer", "s4d", "mingru"] = option(
         "gru", "the sequence layer; rnn is a tanh RNN; transformer, s4d and mingru have exact gradients only"
     )
     feedback: float | str = option(
@@ -109,15 +109,17 @@ class Model:
     )
     layers: int = option(2, "number of blocks")
     width: int = option(256, "number of units of the embedding, of every state and of every block")
-    block: Literal["plain", "prenorm", "stacked"] = option(
+    block: Literal["plain", "prenorm", "stacked", "xlstm"] = option(
         "plain",
-        "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x)); stacked: rnn(x)",
+        "plain: x + rnn(x); prenorm: x + linear(rnn(norm(x))), then x + mlp(norm(x)); stacked: rnn(x); xlstm, for "
+        "slstm: x + group_norm(rnn(norm(x))) with a convolution, then x + gated_mlp(norm(x))",
     )
     dropout: float = option(0.0, "dropout probability after the embedding and after every sub-layer")
     uniform: float | None = option(
         None, "initial weights uniform in (-x, x); null for the default initialization of each layer"
     )
-    heads: int = option(8, "transformer only: attention heads")
+    heads: int = option(8, "transformer: attention heads; slstm: blocks of the recurrent weights")
+    convolution: int = option(4, "xlstm block only: tokens that the causal convolution covers; 0 for no convolution")
     window: int = option(256, "transformer only: number of tokens that a token attends to, including itself")
     modes: int = option(16, "s4d only: number of complex modes of every unit")
 
@@ -140,13 +142,12 @@ class Model:
             "model.uniform must be a positive number, or null",
             self.uniform,
         )
-        if self.cell == "transformer":
+        if self.cell in ("transformer", "slstm"):
             require(self.heads >= 1, "model.heads must be at least 1", self.heads)
-            require(
-                self.width % (2 * self.heads) == 0,
-                f"model.width must be a multiple of twice model.heads, {2 * self.heads}",
-                self.width,
-            )
+            words, unit = ("model.heads", self.heads) if self.cell == "slstm" else ("twice model.heads", 2 * self.heads)
+            require(self.width % unit == 0, f"model.width must be a multiple of {words}, {unit}", self.width)
+        require(self.block != "xlstm" or self.cell == "slstm", "model.cell must be slstm in an xlstm block", self.cell)
+        require(self.convolution >= 0, "model.convolution must be at least 0", self.convolution)
         require(self.window >= 1, "model.window must be at least 1", self.window)
         require(self.modes >= 1, "model.modes must be at least 1", self.modes)
 

@@ -87,3 +87,93 @@ def test_initial_values_are_the_packages(heads):
         found, cell = layer.to_xlstm(block), sLSTMCell(config)
         torch.testing.assert_close(found["R"], cell._recurrent_kernel_.detach())
         torch.testing.assert_close(found["b"], cell._bias_.detach())
+
+
+# Swapped in a stack of blocks -----------------------------------------------------------------------------------------
+
+
+def stack(dtype=torch.float64, heads=2, width=16):
+    """Two sLSTM blocks: norm, convolution, input maps per head, cell, norm over heads, gated MLP."""
+    layer = xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=heads, dtype="float32")
+    block = xlstm.sLSTMBlockConfig(slstm=layer, feedforward=xlstm.FeedForwardConfig(proj_factor=1.3, act_fn="gelu"))
+    config = xlstm.xLSTMBlockStackConfig(
+        slstm_block=block, context_length=32, num_blocks=2, embedding_dim=width, slstm_at="all"
+    )
+    made = xlstm.xLSTMBlockStack(config).to(dtype)
+    for name, weight in made.named_parameters():
+        if "_recurrent_kernel_" in name:
+            nn.init.normal_(weight, std=0.5)
+    return made
+
+
+def gradients(model, x):
+    model.zero_grad()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {"y": y.detach(), **{name: weight.grad.clone() for name, weight in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_swapped_cell_in_its_block(heads):
+    torch.manual_seed(0)
+    model, x = stack(heads=heads), torch.randn(3, 20, 16, dtype=torch.float64)
+    before, names = gradients(model, x), list(model.state_dict())
+    plain = type(model.blocks[0].xlstm.slstm_cell)
+    report = sf.swap(model)
+    assert list(report.swapped) == ["blocks.0.xlstm.slstm_cell", "blocks.1.xlstm.slstm_cell"]
+    cell = model.blocks[0].xlstm.slstm_cell
+    assert isinstance(cell, plain)
+    assert isinstance(cell, sf.FeedbackLayer)
+    assert "feedback='bptt'" in repr(cell)
+    torch.testing.assert_close(gradients(model, x), before, rtol=1e-9, atol=1e-10)
+    assert all(report.ran().values())
+
+    assert list(model.state_dict()) == names
+    other = stack(heads=heads)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), before["y"])
+
+    for rule in ("dsf", "gate"):
+        sf.swap(model, rule)
+        found = gradients(model, x)
+        torch.testing.assert_close(found["y"], before["y"])
+        assert any(not torch.allclose(found[name], before[name], rtol=1e-2) for name in found)
+    sf.swap(model, f"gate+{x.shape[1]}")
+    torch.testing.assert_close(gradients(model, x), before, rtol=1e-7, atol=1e-8)
+
+    outputs, state = [], None
+    for t in range(5):
+        y, state = model.step(x[:, t : t + 1], state=state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), model(x[:, :5]))
+    assert type(sf.restore(model).blocks[0].xlstm.slstm_cell) is plain
+    torch.testing.assert_close(gradients(model, x), before)
+
+
+def test_a_cell_that_statefeed_does_not_have_is_left():
+    config = sLSTMCellConfig(hidden_size=H, num_heads=2, backend="vanilla", function="lstm")
+    with pytest.warns(UserWarning, match="converts the function 'slstm' of the cell, got 'lstm'"):
+        sf.swap(nn.Sequential(sLSTMCell(config)))
+
+
+def test_training(compare):
+    """Next value of a noisy square wave."""
+    data = torch.sign(torch.sin(torch.arange(64.0).view(1, -1, 1) / 3 + torch.randn(16, 1, 1)))
+    data = data + 0.1 * torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
+
+    def fit(swapped):
+        model = nn.Sequential(nn.Linear(1, 16), stack(torch.float32), nn.Linear(16, 1))
+        if swapped:
+            sf.swap(model)
+        optimizer = torch.optim.Adam(model.parameters(), 0.003)
+        losses = []
+        for _ in range(20):
+            loss = nn.functional.mse_loss(model(data[:, :-1])[:, :, 0], data[:, 1:, 0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses, model
+
+    _, model = compare("xlstm", "two sLSTM blocks, 2 heads", "63x16x16", fit)
+    assert isinstance(model[1].blocks[0].xlstm.slstm_cell, sf.FeedbackLayer)

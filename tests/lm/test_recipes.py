@@ -88,6 +88,12 @@ PUBLISHED: dict[str, tuple[dict[str, dict[str, Any]], ...]] = {
     "wikitext2-transformer-4x248": (WIKITEXT, SMALLER, model("transformer", 4, 248), {"model": {"window": 256}}),
     "wikitext2-s4d-5x252": (WIKITEXT, SMALLER, model("s4d", 5, 252)),
     "wikitext2-mingru-4x256": (WIKITEXT, SMALLER, model("mingru", 4, 256)),
+    "wikitext2-slstm-3x256": (
+        WIKITEXT,
+        SMALLER,
+        model("slstm", 3, 256),
+        {"model": {"feedback": "gate+1", "block": "xlstm", "heads": 4, "convolution": 4}},
+    ),
     "ptb-lstm-zaremba-small": (
         ZAREMBA,
         {"model": {"width": 200, "uniform": 0.1, "dropout": 0.0}, "train": {"context": 20, "epochs": 13}},
@@ -97,14 +103,23 @@ PUBLISHED: dict[str, tuple[dict[str, dict[str, Any]], ...]] = {
         {"model": {"width": 650, "uniform": 0.05, "dropout": 0.5}, "train": {"context": 35, "epochs": 39}},
     ),
 }
+# On the documentation of the running Python, which needs no file.
+PYDOC = {"quickstart", "pydoc-slstm-2x256"}
 # One of each kind of batch and cell: they are scored again and sampled from as well.
-WRITING = {"ptb-gru-3x256", "ptb-lstm-zaremba-medium", "wikitext103-rnn-3x512"} | {
+WRITING = {"pydoc-slstm-2x256", "ptb-gru-3x256", "ptb-lstm-zaremba-medium", "wikitext103-rnn-3x512"} | {
     name for name in PUBLISHED if name.startswith("wikitext2")
 }
 
 
-def test_every_recipe_but_the_quickstart_is_a_published_one() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} - {"quickstart"} == PUBLISHED.keys()
+def test_every_recipe_with_a_corpus_of_its_own_is_a_published_one() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} - PYDOC == PUBLISHED.keys()
+
+
+def test_the_slstm_on_pydoc_differs_from_the_quickstart_in_its_model_only() -> None:
+    quick, slstm = (recipes.load(FOLDER / f"{name}.yaml") for name in ("quickstart", "pydoc-slstm-2x256"))
+    assert (slstm.data, slstm.train) == (quick.data, quick.train)
+    assert slstm.model == dataclasses.replace(quick.model, cell="slstm", feedback="gate+1", heads=4)
+    assert slstm.run.dir == "runs/pydoc-slstm-2x256"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -184,7 +199,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder.joinpath
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *sorted(PYDOC)])
 def test_a_recipe_trains_is_scored_and_writes(
     name: str,
     corpus: Callable[[str], Path],
@@ -194,8 +209,14 @@ def test_a_recipe_trains_is_scored_and_writes(
 ) -> None:
     monkeypatch.setattr(train, "SAMPLE", 3)  # of 150 tokens, which take longer than all the rest
     folder = tmp_path / "run"
+    text = [
+        "--data.corpus=text",
+        "--data.vocabulary=300",
+        "--data.test=0.2",
+        f"--data.path={corpus('wikitext')}/wiki.train.tokens",
+    ]
     small = [
-        f"--data.path={corpus(name.split('-')[0].rstrip('0123456789'))}",
+        *(text if name in PYDOC else [f"--data.path={corpus(name.split('-')[0].rstrip('0123456789'))}"]),
         "--model.width=16",
         "--train.steps=2",
         "--train.batch=3",
@@ -206,7 +227,7 @@ def test_a_recipe_trains_is_scored_and_writes(
     assert cli.main(["train", str(FOLDER / f"{name}.yaml"), *small]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} >= {"train", "valid"}
-    assert "has no test split" in capsys.readouterr().out
+    assert ("has no test split" in capsys.readouterr().out) == (name not in PYDOC)
     if name in WRITING:
         assert cli.main(["evaluate", str(folder)]) == 0
         valid = next(row for row in rows if row["split"] == "valid")

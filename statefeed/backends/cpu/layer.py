@@ -66,7 +66,7 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr = (
         None if w is None else x.new_empty(w.shape) for w in (w_ih, w_hh, b_ih, b_hh, w_hr)
     )
-    residual = empty(len(x), grad_final.shape[1], x) if rule.corrections else None
+    residual = empty(len(x), sum(problem.sizes), x) if rule.corrections else None
     torch.ops.statefeed.layer_backward.default(
         cell.name, rule.name, rule.corrections, problem.compute_dtype is not None, x, w_ih, w_hh,
         *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
@@ -99,7 +99,7 @@ def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
 
 
 def _contiguous(problem: Problem) -> Weights:
-    return Weights(*(None if w is None else w.contiguous() for w in problem.named_weights))
+    return Weights._make(None if w is None else w.contiguous() for w in problem.named_weights)
 
 
 def _empty_saved(problem: Problem) -> tuple[Tensor, Tensor]:

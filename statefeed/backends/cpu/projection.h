@@ -1,8 +1,8 @@
 // The output projection of a cell, h = u W_hr^T with h (output) and u (hidden): its steps forward and backward.
 //
 // forward    every step ends with the product u W_hr^T
-// backward   delta = grad_y + carry is a scan of its own, because under a diagonal nothing leads from c of a step to h of
-//            the step before; the gradient of u is delta W_hr, and the cell takes it in place of that of h
+// backward   delta = grad_y + carry is a scan of its own, because under a diagonal nothing leads from c of a step to h
+//            of the step before; the gradient of u is delta W_hr, and the cell takes it in place of that of h
 #pragma once
 
 #include <algorithm>

@@ -43,12 +43,13 @@ LayerArgs<T> layer_args(const CellEntry& cell, const StepRange& range, bool bf16
           .w_hr = data<T>(w_hr)};
 }
 
-// Gates, shared gates, states, and values saved per row and unit; nothing for a cell that has no kernel.
+// Gates, shared gates, states, constants among these, and values saved per row and unit; nothing for a cell that has no
+// kernel.
 std::vector<int64_t> cell_sizes(StringHandle cell_name) {
   const Name name(cell_name);
   for (const CellEntry* cell : cell_table)
     if (cell->name == name.view())
-      return {cell->gates, cell->shared_gates, cell->states + cell->constant_states,
+      return {cell->gates, cell->shared_gates, cell->states + cell->constant_states, cell->constant_states,
               cell->gates > 1 ? cell->gates + cell->aux_parts : 0};
   return {};
 }

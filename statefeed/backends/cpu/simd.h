@@ -1,4 +1,5 @@
-// Vectors of the widest register, and exp, sigmoid and tanh on them, accurate to a few units in the last place.
+// Vectors of the widest register, and functions of them: exp, sigmoid, its logarithm and tanh, accurate to a few units
+// in the last place.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +22,14 @@ struct Format;
 template <>
 struct Format<float> {
   typedef uint32_t Bits;
-  static constexpr int mantissa = 23, bias = 127, degree = 7;
+  static constexpr int mantissa = 23, bias = 127, degree = 7, log_terms = 7;
   static constexpr float round = 12582912.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440054690583e-4f;
   static constexpr float exp_limit = 87.0f;
 };
 template <>
 struct Format<double> {
   typedef uint64_t Bits;
-  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+  static constexpr int mantissa = 52, bias = 1023, degree = 13, log_terms = 16;
   static constexpr double round = 6755399441055744.0, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723e-6;
   static constexpr double exp_limit = 708.0;
 };
@@ -112,6 +113,22 @@ inline Vector<T> sigmoid(Vector<T> x) {
   Vector<T> power, fraction;
   split_exp<T>(-x, power, fraction);
   return static_cast<T>(1) / (static_cast<T>(1) + power + power * fraction);
+}
+
+template <class T, int K>
+inline Vector<T> log_series(Vector<T> square) {  // sum over j >= K of square^(j-K) / (2j + 1)
+  if constexpr (K + 1 == Format<T>::log_terms)
+    return splat(static_cast<T>(1.0 / (2 * K + 1)));
+  else
+    return static_cast<T>(1.0 / (2 * K + 1)) + square * log_series<T, K + 1>(square);
+}
+
+// min(x, 0) - log(1 + u) with u = exp(-|x|), and log(1 + u) = 2 (s + s^3 / 3 + s^5 / 5 + ...) with s = u / (2 + u), at
+// most 1/3.
+template <class T>
+inline Vector<T> log_sigmoid(Vector<T> x) {
+  const Vector<T> zero{}, u = exp<T>(x < zero ? x : -x), s = u / (u + static_cast<T>(2));
+  return (x < zero ? x : zero) - (s + s) * log_series<T, 0>(s * s);
 }
 
 // Through exp(2x) - 1, so that small arguments keep their relative accuracy.

@@ -17,6 +17,7 @@ from statefeed.backends.protocol import (
     Problem,
     Upstream,
     forward_in_order,
+    lacks_w_ih,
 )
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
@@ -29,6 +30,8 @@ def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> st
         return f"the Triton kernels take CUDA tensors, got {tensors[0].device.type}"
     if exact:
         return "on a GPU exact BPTT is torch's own, through cuDNN"
+    if lacks_w_ih(tensors):
+        return "the Triton kernels need W_ih, got preactivations"
     reason: str | None = native.unavailable("cuda")
     return reason or _unsupported_cell(cell)
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from statefeed.lm.compare import verdict_tables
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
 from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
+from statefeed.lm.run.metadata import where
 
 
 def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
@@ -48,7 +49,19 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
             "## Long memory",
             "Share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench recall`; "
             "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
-            (_recall(found).rstrip("\n") or "No records yet.") + "\n",
+            _recall(found).rstrip("\n") or "No records yet.",
+            "## State tracking",
+            "Parity of a bit string that is asked for after its last bit (`statefeed bench tracking`; guessing is "
+            "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
+            "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
+            "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
+            _tracking(found).rstrip("\n") or "No records yet.",
+            "## The adding problem",
+            "Squared error of the sum of two marked numbers of a long sequence (`statefeed bench adding`; guessing has "
+            "0.167). A seed has solved it where the error is at most 0.01. The rate of every cell and rule is the best "
+            "of a grid, with a seed that is not shown. A mean over the seeds that solved it is of their training steps "
+            "and of the processor seconds of these steps.",
+            (_adding(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 
@@ -181,19 +194,64 @@ def _recall(found: Found) -> str:
             rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
             body = []
             for (rule,), runs in rules:
-                accuracy = [r["accuracy"] for r in runs]
-                learnt = [r["learnt"] for r in runs if r["learnt"] is not None]
-                body.append(
-                    [
-                        f"`{rule}`",
-                        f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})",
-                        f"{len(learnt)} of {len(runs)}",
-                        f"{statistics.mean(learnt):,.0f}" if learnt else "-",
-                    ]
-                )
+                body.append([f"`{rule}`", _over_seeds(runs, "accuracy"), *_learnt(runs)])
             head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
             text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
+
+
+def _tracking(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "tracking", fewest=3).items():
+        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+            cases = sorted(_grouped(same, "cell", "variant").items(), key=lambda item: _sort_key(item[1]))
+            body = [
+                [
+                    f"{cell} `{rule}`",
+                    f"{runs[0]['lr']:g}",
+                    _over_seeds(runs, "accuracy"),
+                    _over_seeds(runs, "accuracy_twice"),
+                    *_learnt(runs),
+                ]
+                for (cell, rule), runs in cases
+            ]
+            head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
+            text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+    return text
+
+
+def _adding(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "adding", fewest=3).items():
+        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+            body = []
+            for (cell, rule), runs in sorted(_grouped(same, "cell", "variant").items()):
+                errors = [r["error"] for r in runs]
+                seconds = [r["cpu_seconds"] for r in runs if r["learnt"] is not None]
+                body.append(
+                    [
+                        f"{cell} `{rule}`",
+                        f"{runs[0]['lr']:g}",
+                        f"{statistics.median(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})",
+                        *_learnt(runs),
+                        f"{statistics.mean(seconds):.0f}" if seconds else "-",
+                    ]
+                )
+            head = ["cell, rule", "rate", "error, median of the seeds", "seeds that solved it", "at step", "seconds"]
+            text += f"{T} steps, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+    return text
+
+
+def _over_seeds(runs: Sequence[Record], key: str) -> str:
+    """The mean over the seeds and its range."""
+    values = [r[key] for r in runs]
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _learnt(runs: Sequence[Record]) -> list[str]:
+    """How many seeds learnt a task, and after how many steps on average."""
+    steps = [r["learnt"] for r in runs if r["learnt"] is not None]
+    return [f"{len(steps)} of {len(runs)}", f"{statistics.mean(steps):,.0f}" if steps else "-"]
 
 
 def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:

@@ -16,11 +16,17 @@ Record = dict[str, Any]  # of a benchmark
 StepTimes = dict[tuple[tuple[Any, ...], str], dict[str, float]]
 
 
-def measurements(found: Found, bench: str) -> dict[str, list[Record]]:
-    """The records of one benchmark by the heading of their table: machine, threads and torch; trials are left out."""
+def measurements(found: Found, bench: str, fewest: int = FEWEST_REPEATS) -> dict[str, list[Record]]:
+    """The records of one benchmark by the heading of their table: machine, threads and torch; trials are left out.
+
+    Args:
+        found: the records.
+        bench: the name of the benchmark.
+        fewest: the smallest number of repeats of a record that is not a trial.
+    """
     measured = defaultdict(list)
     for r in found.benchmarks:
-        if r["bench"] == bench and r["repeats"] >= FEWEST_REPEATS:
+        if r["bench"] == bench and r["repeats"] >= fewest:
             threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
             measured[f"{machine(r)}, {threads}, torch {r['versions']['torch']}"].append(r)
     return dict(sorted(measured.items()))
@@ -64,15 +70,6 @@ def place(record: Mapping[str, Any]) -> str:
         '9x2x4 packed'
     """
     return f"{record['T']}x{record['B']}x{record['H']} {kind(record)}".rstrip()
-
-
-def where(metadata: Mapping[str, Any]) -> str:
-    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
-    place = metadata.get("device", "cpu")
-    if place == "cpu":
-        place = re.sub(r", \d+ cores?, \w+$", "", metadata.get("machine") or "unknown machine")
-    threads = metadata.get("threads", "?")
-    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def step_key(result: Result) -> tuple[Any, ...]:

@@ -4,91 +4,16 @@ In a padded batch, recurrent layers and everything between them process packed r
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import statefeed as sf
 from statefeed.lm import config
 from statefeed.lm.data.batches import IGNORED, Batch, to_device
 from statefeed.lm.errors import UsageError
-from statefeed.lm.model import baselines, head
-
-State: TypeAlias = Any  # the state of one block: a tensor or a tuple of tensors, each (., B, .)
-
-
-def _layer(recipe: config.Model) -> nn.Module:
-    """The sequence layer of a block: (x (T, B, H), state) to (y (T, B, H), state); recurrent layers accept packed x."""
-    width = recipe.width
-    rule = sf.Schedule(recipe.feedback).at(0.0)
-
-    def recurrent(kind: type[sf.FeedbackLayer]) -> nn.Module:
-        layer = kind(width, width, feedback=rule)
-        layer.forward_method = recipe.forward
-        return layer
-
-    kinds: dict[str, Callable[[], nn.Module]] = {
-        "rnn": lambda: recurrent(sf.RNN),
-        "gru": lambda: recurrent(sf.GRU),
-        "lstm": lambda: recurrent(sf.LSTM),
-        "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
-        "s4d": lambda: baselines.S4D(width, recipe.modes),
-        "mingru": lambda: baselines.MinGRU(width),
-    }
-    return kinds[recipe.cell]()
-
-
-def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
-    """Run a layer on x, (T, B, H) or packed rows; returns outputs in the shape of x, and the final states."""
-    if packing is None:
-        y, state = layer(x, state)
-        return y, state
-    packed, state = layer(packing._replace(data=x), state)
-    return packed.data, state
-
-
-class StackedBlock(nn.Module):
-    """Block without a residual path: rnn(x)."""
-
-    def __init__(self, recipe: config.Model) -> None:
-        super().__init__()
-        self.rnn = _layer(recipe)
-        self.dropout = nn.Dropout(recipe.dropout)
-
-    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
-        y, state = _through(self.rnn, x, state, packing)
-        return self.dropout(y), state
-
-
-class PlainBlock(StackedBlock):
-    """Block with a residual path: x + rnn(x)."""
-
-    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
-        y, state = super().forward(x, state, packing)
-        return x + y, state
-
-
-class PreNormBlock(nn.Module):
-    """Pre-norm block: x + linear(rnn(norm(x))), then x + mlp(norm(x)) with 4 H hidden GELU units."""
-
-    def __init__(self, recipe: config.Model) -> None:
-        super().__init__()
-        width = recipe.width
-        self.rnn_norm = nn.LayerNorm(width)
-        self.rnn = _layer(recipe)
-        self.linear = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, 4 * width)  # the names of both are keys of saved weights
-        self.narrow = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(recipe.dropout)
-
-    def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
-        y, state = _through(self.rnn, self.rnn_norm(x), state, packing)
-        x = x + self.dropout(self.linear(y))
-        return x + self.dropout(self.narrow(F.gelu(self.widen(self.mlp_norm(x))))), state
+from statefeed.lm.model import head
+from statefeed.lm.model.blocks import BLOCKS, State
 
 
 class Loss(NamedTuple):
@@ -116,7 +41,7 @@ class LanguageModel(nn.Module):
     Weights are initialized from N(0, 0.02), biases with zero. The output projections of the L pre-norm blocks are
     divided by the square root of 2 L, their number of sub-layers. Norms and sequence layers use their own
     initialization. `model.uniform` replaces all of this. The keys of `state_dict` are those of the same model with
-    `torch.nn` layers.
+    `torch.nn` layers, where torch has the layer.
 
     Args:
         recipe: the model section of a recipe.
@@ -128,26 +53,25 @@ class LanguageModel(nn.Module):
 
     def __init__(self, recipe: config.Model, vocabulary: int) -> None:
         super().__init__()
-        block = {"plain": PlainBlock, "prenorm": PreNormBlock, "stacked": StackedBlock}[recipe.block]
+        block = BLOCKS[recipe.block]
         self._packs = recipe.cell in config.RECURRENT
         self.embedding = nn.Embedding(vocabulary, recipe.width)
         self.dropout = nn.Dropout(recipe.dropout)
         try:
-            self.blocks = nn.ModuleList([block(recipe) for _ in range(recipe.layers)])
+            blocks = [block(recipe) for _ in range(recipe.layers)]
         except ValueError as error:
             raise UsageError(f"{recipe.rule_keys}: {error}") from error
-        self.norm = nn.LayerNorm(recipe.width) if recipe.block == "prenorm" else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(recipe.width) if block.prenorm else nn.Identity()
         self.head = nn.Linear(recipe.width, vocabulary)
         if recipe.uniform is not None:
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -recipe.uniform, recipe.uniform)
         else:
-            for module in (self.embedding, *(part for block in self.blocks for part in block.children()), self.head):
+            for module in (self.embedding, *(part for block in blocks for part in block.children()), self.head):
                 _initialize(module)
-            for module in self.blocks:
-                if isinstance(module, PreNormBlock):
-                    for projection in (module.linear, module.narrow):
-                        projection.weight.data /= math.sqrt(2 * recipe.layers)
+            for projection in (part for block in blocks for part in block.residual_projections()):
+                projection.weight.data /= math.sqrt(2 * recipe.layers)
 
     def forward(self, tokens: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
         """Compute logits for a segment of text.

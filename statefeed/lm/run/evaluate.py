@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+import statefeed as sf
 from statefeed.lm.data.batches import Source
 from statefeed.lm.errors import require
 from statefeed.lm.model import LanguageModel
@@ -102,3 +103,9 @@ def score(model: LanguageModel, source: Source, size: int, group: Group | None =
     model.train(training)
     loss, tokens = group.all_reduce_sum(float(total), float(count))
     return Score(loss / tokens, int(tokens), source.tokens / size, time.perf_counter() - started)
+
+
+def newton_iterations(model: LanguageModel) -> dict[str, int]:
+    """Iterations of the forward pass in parallel over time in the last call, by layer; empty if it is sequential."""
+    layers = [module for module in model.modules() if isinstance(module, sf.FeedbackLayer)]
+    return {f"newton_iterations_{k}": n for k, layer in enumerate(layers) for n in layer.newton_iterations}

@@ -33,6 +33,7 @@ class Log:
             are removed from the file.
         board: folder of the same metrics for TensorBoard; None writes none.
         device: device of the run.
+        place: machine and threads of the run, for the figure.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Log:
         state: Mapping[str, Any] | None = None,
         board: Path | None = None,
         device: torch.device | None = None,
+        place: str = "",
     ) -> None:
+        self._place = place
         self._gpu = device is not None and device.type == "cuda"
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
         self._steps = steps
@@ -150,14 +153,15 @@ class Log:
             self._timer.reset()
         self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
 
-    def score(self, step: int, epoch: int, split: str, score: Score) -> None:
-        """Add the score of a split.
+    def score(self, step: int, epoch: int, split: str, score: Score, **more: float) -> None:
+        """Add the score of a split, and ``more`` about the same pass.
 
         Raises:
             Diverged: its perplexity is not finite.
         """
         _check_finite(score.loss, step)
-        self._row(step, epoch, split, score.loss, score.tokens / score.seconds, bits_per_byte=score.bits_per_byte)
+        speed = score.tokens / score.seconds
+        self._row(step, epoch, split, score.loss, speed, bits_per_byte=score.bits_per_byte, **more)
         if split == "valid":
             remaining = (time.perf_counter() - self._started) / step * (self._steps - step)
             self.print(
@@ -190,7 +194,7 @@ class Log:
 
     def draw(self, path: Path) -> None:
         """Plot the learning curves into a PNG file."""
-        curves.draw(self._curves, path)
+        curves.draw(self._curves, path, self._place)
 
     def _finite_losses(self, step: int) -> list[float]:
         """The losses since the last row; raises if training diverged."""

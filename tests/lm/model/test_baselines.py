@@ -13,8 +13,8 @@ from statefeed.lm.model import LanguageModel
 from statefeed.lm.model.baselines import S4D, Attention, MinGRU
 from statefeed.lm.run.generate import generate
 
-Cell = Literal["rnn", "gru", "lstm", "transformer", "s4d", "mingru"]
-CELLS = ("rnn", "gru", "lstm", "transformer", "s4d", "mingru")
+Cell = Literal["rnn", "gru", "lstm", "slstm", "transformer", "s4d", "mingru"]
+CELLS = ("rnn", "gru", "lstm", "slstm", "transformer", "s4d", "mingru")
 BASELINES = ("transformer", "s4d", "mingru")
 V, T, B, H = 19, 11, 3, 8
 

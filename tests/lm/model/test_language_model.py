@@ -14,7 +14,7 @@ V, T, B = 29, 7, 3
 
 
 @pytest.mark.parametrize("block", ["plain", "prenorm"])
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "slstm"])
 def test_a_text_read_in_two_segments_has_the_logits_of_one_call(cell: str, block: str) -> None:
     torch.manual_seed(0)
     model = LanguageModel(Model(cell=cell, block=block, width=8), V)  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ def test_a_text_read_in_two_segments_has_the_logits_of_one_call(cell: str, block
     torch.testing.assert_close(torch.cat([first, second]), whole)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "slstm"])
 def test_the_state_of_some_columns_is_reset(cell: str) -> None:
     model = LanguageModel(Model(cell=cell, width=8), V)  # type: ignore[arg-type]
     tokens = torch.randint(V, (T, B))
@@ -129,7 +129,7 @@ def test_the_rule_reaches_every_layer_and_changes_only_the_gradient() -> None:
         assert not torch.allclose(a, b, rtol=1e-3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "slstm"])
 @pytest.mark.parametrize("block", ["plain", "prenorm", "stacked"])
 def test_the_loss_of_padded_sentences_is_that_of_each_sentence(cell: str, block: str) -> None:
     """Neither the loss nor a gradient knows how far a column is filled up, nor with what."""

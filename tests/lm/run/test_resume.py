@@ -38,6 +38,7 @@ CASES = {
     ],
     "attention": ["--model.cell=transformer", "--model.feedback=bptt", "--model.window=8", "--model.heads=2"],
     "s4d": ["--model.cell=s4d", "--model.feedback=bptt", "--model.modes=4"],
+    "xlstm": ["--model.cell=slstm", "--model.block=xlstm", "--model.feedback=gate+1", "--model.heads=2"],
     "bfloat16": ["--train.precision=bfloat16", "--train.accumulate=2", "--train.alignment=true"],
 }
 

@@ -66,6 +66,18 @@ def test_metrics_have_one_row_per_step_and_one_per_score(run: Path) -> None:
     assert seconds == sorted(seconds)
 
 
+def test_a_validation_row_has_the_iterations_of_the_parallel_forward_pass(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, "--model.forward=newton", "--model.layers=2", f"--run.dir={folder}"]) == 0
+    for row in rows(folder):
+        found = [row.get(f"newton_iterations_{layer}") for layer in range(3)]
+        if row["split"] == "valid":
+            assert all(1 <= n <= 100 for n in found[:2])
+            assert found[2] is None
+        else:
+            assert found == [None, None, None]
+
+
 def test_it_learns(flags: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert cli.main(["train", *flags, "--train.steps=120", "--train.lr=0.01", f"--run.dir={folder}"]) == 0

@@ -37,9 +37,10 @@ struct CellEntry {
   const CellLoops<double>& loops(double) const { return double_loops; }
 };
 
-extern const CellEntry gru_cell, lstm_cell, lstm_projected_cell, rnn_tanh_cell, rnn_relu_cell;
+extern const CellEntry gru_cell, lstm_cell, lstm_projected_cell, rnn_tanh_cell, rnn_relu_cell, slstm_cell,
+    slstm_exp_cell;
 
-inline constexpr const CellEntry* cell_table[] = {&gru_cell, &lstm_cell, &lstm_projected_cell, &rnn_tanh_cell,
-                                                  &rnn_relu_cell};
+inline constexpr const CellEntry* cell_table[] = {&gru_cell,      &lstm_cell,  &lstm_projected_cell, &rnn_tanh_cell,
+                                                  &rnn_relu_cell, &slstm_cell, &slstm_exp_cell};
 
 }  // namespace statefeed

@@ -1,0 +1,259 @@
+"""``statefeed bench tracking``: state tracking, the parity of a bit string (accuracy, not speed).
+
+A model reads T bits, one a step, and the last output must be their parity. Credit must pass through all T steps, and a
+cell must change its state by every bit. Models are trained at length T. They are evaluated on strings of length T that
+training leaves out, and on strings of length 2T. Guessing has an accuracy of exactly 1/2 on both.
+
+GRU and sLSTM are trained under every rule; minGRU and S4D are linear in their state and have exact gradients only.
+The learning rate of every cell and rule is the best of a grid, by the accuracy on validation strings with a seed that
+the records do not use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import statefeed as sf
+from statefeed.bench.measure import machine_line
+from statefeed.bench.options import names, rules_of
+from statefeed.bench.tracking_options import BASELINES, CELLS
+from statefeed.bench.tracking_options import TrackingOptions as Options
+from statefeed.lm.model.baselines import S4D, MinGRU
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_BATCH, _MODES, _RATES, _TUNING_SEED = 64, 16, (1e-3, 3e-3, 1e-2), 0
+_EVALUATIONS, _LONG, _LEARNT = 40, 512, 0.9
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+class Model(nn.Module):
+    """Bits (T, B) -> logits of their parity, (B, 2)."""
+
+    def __init__(self, cell: str, rule: str, width: int) -> None:
+        super().__init__()
+        baselines: dict[str, Callable[[], nn.Module]] = {
+            "mingru": lambda: MinGRU(width),
+            "s4d": lambda: S4D(width, _MODES),
+        }
+        self.embedding = nn.Embedding(2, width)
+        self.layer = baselines[cell]() if cell in baselines else getattr(sf, cell.upper())(width, width, feedback=rule)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, bits: Tensor) -> Tensor:
+        y, _ = self.layer(self.embedding(bits))
+        parity: Tensor = self.head(y[-1])
+        return parity
+
+
+class Strings(NamedTuple):
+    """Bit strings by use, each (T, N); no two of length T are equal.
+
+    Attributes:
+        train: three quarters of all strings of length T.
+        valid: an eighth, for the choice of the learning rate.
+        held_out: an eighth, for the records.
+        twice: strings of length 2T, for the records.
+    """
+
+    train: Tensor
+    valid: Tensor
+    held_out: Tensor
+    twice: Tensor
+
+
+def strings(T: int, seed: int) -> Strings:
+    """The strings of a seed, the same for every cell, rule and rate.
+
+    Every set but the training set contains each string together with that of the opposite first bit, so that exactly
+    half of its parities are 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tails = torch.randperm(2 ** (T - 1), generator=generator)  # all bits but the first
+    eighth = len(tails) // 8
+    parts = torch.split(tails, [len(tails) - 2 * eighth, eighth, eighth])
+    codes = (torch.cat([2 * part, 2 * part + 1]) for part in parts)
+    train, valid, held_out = ((code >> torch.arange(T).unsqueeze(1)) & 1 for code in codes)
+    long = torch.randint(2, (2 * T, _LONG), generator=generator)
+    flipped = torch.cat([1 - long[:1], long[1:]])
+    return Strings(train, valid, held_out, torch.cat([long, flipped], 1))
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    cell: str
+    rule: str
+    seed: int
+    rate: float
+
+
+class Evaluation(NamedTuple):
+    """Accuracies after a training step."""
+
+    step: int
+    valid: float
+    held_out: float
+    twice: float
+
+
+def train(run: Run, options: Options) -> list[Evaluation]:
+    """Train a model and evaluate it, evenly spaced over training and after the last step.
+
+    Args:
+        run: what to train; equal seeds have equal strings, and equal cells equal initial weights.
+        options: length, width, steps and device.
+    """
+    torch.manual_seed(run.seed)
+    model = Model(run.cell, run.rule, options.width).to(options.device)
+    data = Strings(*(part.to(options.device) for part in strings(options.length, run.seed)))
+    generator = torch.Generator().manual_seed(run.seed)
+    optimizer = torch.optim.Adam(model.parameters(), run.rate)
+    evaluated = {max(1, options.steps * (k + 1) // _EVALUATIONS) for k in range(_EVALUATIONS)}
+    curve = []
+    for step in range(1, options.steps + 1):
+        drawn = torch.randint(data.train.shape[1], (_BATCH,), generator=generator).to(options.device)
+        bits = data.train.index_select(1, drawn)
+        optimizer.zero_grad()
+        F.cross_entropy(model(bits), bits.sum(0) % 2).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step in evaluated:
+            curve.append(Evaluation(step, *(accuracy(model, part) for part in data[1:])))
+    return curve
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], bits: Tensor) -> float:
+    """The fraction of correct parities of the strings ``bits`` (T, B)."""
+    return float((model(bits).argmax(-1) == bits.sum(0) % 2).float().mean())
+
+
+def best_rate(cell: str, rule: str, options: Options) -> tuple[float, dict[float, float]]:
+    """The learning rate with the highest validation accuracy, averaged over training: one that learns sooner is better.
+
+    Args:
+        cell: the cell.
+        rule: its rule.
+        options: length, width, steps and device.
+
+    Returns:
+        The rate, and the score of every rate of the grid.
+    """
+    scores = {
+        rate: statistics.mean(e.valid for e in train(Run(cell, rule, _TUNING_SEED, rate), options)) for rate in _RATES
+    }
+    return max(scores, key=lambda rate: scores[rate]), scores
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Train every cell under every rule that it supports, with every seed.
+
+    Args:
+        options: checked options.
+
+    Yields:
+        One record per cell, rule and seed; ``learnt`` is the first evaluated step with an accuracy of at least 0.9 on
+        strings of length 2T, or None.
+    """
+    if options.smoke:
+        options = dataclasses.replace(options, length=4, steps=4, width=8)
+    for cell in names("cells", options.cells, CELLS):
+        for rule in ["bptt"] if cell in BASELINES else rules_of(cell, options.rules):
+            rate, scores = best_rate(cell, rule, options)
+            for seed in range(1, options.rounds + 1):
+                curve = train(Run(cell, rule, seed, rate), options)
+                yield {
+                    "bench": "tracking",
+                    "cell": cell,
+                    "variant": rule,
+                    "seed": seed,
+                    "T": options.length,
+                    "H": options.width,
+                    "steps": options.steps,
+                    "lr": rate,
+                    "rates": scores,
+                    "device": options.device,
+                    "repeats": options.rounds,
+                    "accuracy": curve[-1].held_out,
+                    "accuracy_twice": curve[-1].twice,
+                    "learnt": next((e.step for e in curve if e.twice >= _LEARNT), None),
+                    "curve": [(e.step, e.held_out, e.twice) for e in curve],
+                }
+
+
+def by_case(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The records grouped by cell and rule."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["cell"], record["variant"]), []).append(record)
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row per cell and rule."""
+    from rich.table import Table
+
+    T = records[0]["T"]
+    result = Table(
+        title=f"parity of {T} bits, after {records[0]['steps']} steps of training",
+        caption="accuracy: mean over the seeds (min-max), guessing 0.5; learnt: step of the first 90 % at twice T",
+    )
+    for heading in ("cell", "rule"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("rate", "seeds", f"{T} bits, held out", f"{2 * T} bits", "learnt by", "learnt at step"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for (cell, rule), rows in by_case(records).items():
+        learnt = [r["learnt"] for r in rows if r["learnt"] is not None]
+        result.add_row(
+            cell,
+            rule,
+            f"{rows[0]['lr']:g}",
+            str(len(rows)),
+            *(_ranged([r[key] for r in rows]) for key in ("accuracy", "accuracy_twice")),
+            f"{len(learnt)} of {len(rows)}",
+            f"{statistics.mean(learnt):.0f}" if learnt else "-",
+        )
+    return result
+
+
+def _ranged(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """One panel per cell with one line per rule: accuracy at length 2T over training, mean over seeds."""
+    from matplotlib.figure import Figure
+
+    cells = list(dict.fromkeys(record["cell"] for record in records))
+    result = Figure(figsize=(4 * len(cells), 4), layout="constrained")
+    rules = list(dict.fromkeys(record["variant"] for record in records))
+    for axes, cell in zip(result.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
+        for (of, rule), rows in by_case(records).items():
+            if of == cell:
+                k = rules.index(rule)
+                twice = zip(*([accuracy for *_, accuracy in r["curve"]] for r in rows), strict=True)
+                axes.plot(
+                    [step for step, *_ in rows[0]["curve"]],
+                    [statistics.mean(values) for values in twice],
+                    "-" if k < 10 else "--",
+                    color=f"C{k % 10}",
+                    marker=_MARKERS[k % len(_MARKERS)],
+                    markevery=5,
+                    markersize=4,
+                    label=rule,
+                )
+        axes.set(title=cell, xlabel="training step", ylabel=f"accuracy, {2 * records[0]['T']} bits", ylim=(0.4, 1.02))
+        axes.legend(fontsize=7)
+    result.suptitle(f"{machine_line(records)}; means over the seeds", fontsize=9)
+    return result
