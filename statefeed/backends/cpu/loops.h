@@ -246,7 +246,8 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
   else
     each_step_reversed<T>(range, [&](int64_t t, int64_t offset) {
       const Range all{.begin = 0, .end = range.size(t)};
-      if constexpr (Cell::projects)
+      // The gradients of h of the last step; those of the step before follow from the product at the end of a step.
+      if (Cell::projects && t == range.steps - 1)
         worker.parallel_for(partition.count, [&](int64_t i) {
           output_step(offset, all, range_of(panels, i, partition.count));
         });
@@ -256,7 +257,9 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
         local(t, offset, all, {.begin = part.begin * N, .end = std::min(part.end * N, vectors)});
       });
       worker.parallel_for(partition.count, [&](int64_t i) {
-        add_dense_product<T, Cell>(s, offset, all, range_of(panels, i, partition.count));
+        const Range part = range_of(panels, i, partition.count);
+        add_dense_product<T, Cell>(s, offset, all, part);
+        if (t > 0) output_step(offset - range.size(t - 1), {.begin = 0, .end = range.size(t - 1)}, part);
       });
     });
 }

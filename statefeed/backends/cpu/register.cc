@@ -152,6 +152,7 @@ void sum_jacobians(StringHandle cell_name, const OptionalTensor& gates, const Op
   const Checks checks("sum_jacobians", y);
   checks.dims("y", y, 2);
   checks.dims("h0", h0, 2);
+  if (c0) checks.dims("c0", *c0, 2);
   const int64_t hidden = cell.projects && c0 ? c0->size(1) / cell.parts_of_c() : h0.size(1);
   const StepRange range = checked_range(checks, y.size(0), hidden, h0, batch_sizes);
   const int64_t N = range.rows, H = range.hidden;
