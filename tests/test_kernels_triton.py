@@ -14,7 +14,7 @@ import pytest
 import test_kernels_layer
 import torch
 from functorch.compile import make_boxed_func
-from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
+from test_kernels_layer import GATES, NAMES, ORACLE, compare_with_oracle
 from tolerances import MULTIPLE, SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -35,6 +35,7 @@ from statefeed.scan import chunks  # noqa: E402
 from statefeed.scan.triton import scan  # noqa: E402
 
 BACKEND = BACKENDS["triton"]
+CELLS = [cell for cell in test_kernels_layer.CELLS if cell in KERNELS]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Only the interpreter supports a replaced function of a kernel, and CPU tensors.
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only in Triton's interpreter")
