@@ -10,7 +10,7 @@ from statefeed.native.flop_table import register
 
 
 def _layer_forward(cell: str, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any) -> int:
-    return 2 * int(x[0] * (w_ih[0] * (w_ih[1] + w_hh[1]) + _projection(others[8:])))
+    return 2 * int(x[0] * (w_hh[0] * (_columns(w_ih) + w_hh[1]) + _projection(others[8:])))
 
 
 def _layer_backward(
@@ -23,8 +23,13 @@ def _layer_backward(
     needs_x, projection = others[10] is not None, _projection(others[16:])
     passes = 1 + corrections
     hidden = passes + (rule == "exact") + (passes if projection and rule == "jacobian" else 0)
-    inputs = w_ih[1] * (1 + needs_x)
-    return 2 * int(x[0] * (w_ih[0] * (inputs + w_hh[1] * hidden) + projection * (1 + passes)))
+    inputs = _columns(w_ih) * (1 + needs_x)
+    return 2 * int(x[0] * (w_hh[0] * (inputs + w_hh[1] * hidden) + projection * (1 + passes)))
+
+
+def _columns(w_ih: Any) -> Any:
+    """Columns of W_ih; zero if x are the preactivations."""
+    return w_ih[1] if len(w_ih) > 1 else 0
 
 
 def _projection(w_hr: Any) -> int:

@@ -182,7 +182,7 @@ def measure(task: Task, cell: str, rules: list[str], sizes: Sizes) -> dict[str, 
 
 
 def batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch; the state of a language model goes on from its end to the beginning."""
+    """Epoch after epoch; the state of a language model continues from its end to the beginning."""
     while True:
         yield from task.train
 

@@ -49,7 +49,7 @@ inline StepRange checked_range(const Checks& checks, int64_t rows, int64_t hidde
   return range;
 }
 
-// Shapes that follow from the cell and the input; rows and inputs as x has them.
+// Shapes that follow from the cell and the input; rows and inputs as x has them, no inputs without W_ih.
 struct Shapes {
   int64_t N, I, B, H, O, G, S;
   int64_t columns;  // of W_hh: the width of h, or the units of a head where it is block-diagonal
@@ -74,20 +74,28 @@ inline int64_t checked_columns(const Checks& checks, const CellEntry& cell, cons
   return cell.shared_gates == cell.gates && columns > 0 && hidden % columns == 0 ? columns : hidden;
 }
 
+// W_ih or its gradient: an empty vector if x are the preactivations.
+inline void check_w_ih(const Checks& checks, const char* name, const Tensor& w_ih, int64_t gates, int64_t inputs) {
+  if (inputs)
+    checks.tensor(name, w_ih, {gates, inputs});
+  else
+    checks.tensor(name, w_ih, {0});
+}
+
 inline Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr) {
   const Shapes shape{.N = range.rows,
-                     .I = x.size(1),
+                     .I = w_ih.dim() == 1 ? 0 : x.size(1),
                      .B = range.batch,
                      .H = range.hidden,
                      .O = range.output,
                      .G = cell.gates * range.hidden,
                      .S = cell.state_size(range),
                      .columns = checked_columns(checks, cell, range, w_hh)};
-  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ",
-              shape.H);
-  checks.tensor("x", x, {shape.N, shape.I});
-  checks.tensor("w_ih", w_ih, {shape.G, shape.I});
+  checks.that(shape.H > 0 && x.size(1) > 0, "expected at least one input and one hidden unit, got ", x.size(1),
+              " and ", shape.H);
+  checks.tensor("x", x, {shape.N, shape.I ? shape.I : shape.G});
+  check_w_ih(checks, "w_ih", w_ih, shape.G, shape.I);
   checks.tensor("w_hh", w_hh, {shape.G, shape.columns});
   checks.optional("w_hr", w_hr, {shape.O, shape.H});
   return shape;

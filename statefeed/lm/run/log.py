@@ -45,7 +45,7 @@ class Log:
         device: torch.device | None = None,
         place: str = "",
     ) -> None:
-        self._place = place
+        self._where = place
         self._gpu = device is not None and device.type == "cuda"
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
         self._steps = steps
@@ -194,7 +194,7 @@ class Log:
 
     def draw(self, path: Path) -> None:
         """Plot the learning curves into a PNG file."""
-        curves.draw(self._curves, path, self._place)
+        curves.draw(self._curves, path, self._where)
 
     def _finite_losses(self, step: int) -> list[float]:
         """The losses since the last row; raises if training diverged."""

@@ -79,10 +79,10 @@ def where(metadata: Mapping[str, Any]) -> str:
     parts = [metadata]
     for changed in metadata.get("continued") or []:
         parts.append({**parts[-1], **changed})
-    return ", then ".join(dict.fromkeys(map(_place, parts)))
+    return ", then ".join(dict.fromkeys(map(_machine_and_threads, parts)))
 
 
-def _place(metadata: Mapping[str, Any]) -> str:
+def _machine_and_threads(metadata: Mapping[str, Any]) -> str:
     place = metadata.get("device", "cpu")
     if place == "cpu":
         place = re.sub(r", \d+ cores?, \w+$", "", metadata.get("machine") or "unknown machine")

@@ -60,8 +60,8 @@ def test_every_committed_figure_is_shown_by_a_document() -> None:
 
 def test_without_records_there_is_no_number() -> None:
     text = markdown.page(Found())
-    assert text.count("No records yet.") == 7
-    for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D"):
+    assert text.count("No records yet.") == 8
+    for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D", "0.167", "0.01"):
         text = text.replace(stated, "")
     assert not re.search(r"\d", text)
 
@@ -174,7 +174,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert markdown.page(read([tmp_path])).count("No records yet.") == 7  # a trial is no measurement
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 8  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = markdown.page(read([tmp_path]))
@@ -260,7 +260,7 @@ def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
 
 
 def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:
-    record = {"bench": "tracking", "T": 10, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
+    record = {"bench": "tracking", "T": 10, "every": 5, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
     found = {
         ("mingru", "bptt"): [(0.5, 0.5, None), (0.6, 0.5, None)],
         ("gru", "gate"): [(1.0, 0.98, 700), (0.9, 0.5, None)],
@@ -272,11 +272,44 @@ def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path)
     ]
     (tmp_path / "tracking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown.page(read([tmp_path]))
-    assert "10 bits, 64 units, 4,000 steps of training; a CPU" in text
+    assert "10 bits, asked for after every 5; 64 units, 4,000 steps of training; a CPU" in text
     assert [line for line in text.splitlines() if "` | 0.003" in line] == [
         "| gru `gate` | 0.003 | 0.95 (0.90 to 1.00) | 0.74 (0.50 to 0.98) | 1 of 2 | 700 |",
         "| mingru `bptt` | 0.003 | 0.55 (0.50 to 0.60) | 0.50 (0.50 to 0.50) | 0 of 2 | - |",
     ]
+
+
+def test_an_slstm_has_a_row_for_each_of_its_baselines(tmp_path: Path) -> None:
+    record = {"bench": "layers", "implementation": "statefeed", "variant": "dsf", "cell": "slstm", **common()}
+    record |= {"T": 64, "B": 32, "H": 256, "dtype": "float32"}
+    ratios = {"torch.compile": {"median": 9.0}, "xlstm": {"median": 12.5}}
+    (tmp_path / "layers.jsonl").write_text(json.dumps({**record, "times_faster_than": ratios}) + "\n")
+    lines = markdown.page(read([tmp_path])).splitlines()
+    assert "| slstm 64x32x256 float32, compiled step | 9.00 |" in lines
+    assert "| slstm 64x32x256 float32, xlstm package | 12.50 |" in lines
+    assert "SLSTM" not in summary.summary(read([tmp_path]))
+
+
+def test_differences_in_the_documents_are_those_of_the_records() -> None:
+    """Every difference with an interval is one that measured.md has, and its verdict follows from the interval."""
+    measured = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    number = r"[+-][\d.]+"
+    words = re.compile(
+        rf"({number}% \(({number}) to ({number})\))(?::\s(not decided|better|worse|holds|does not hold))?"
+    )
+    pages = [README, ROOT / "results" / "README.md", ROOT / "docs" / "choosing.md", ROOT / "docs" / "when-not.md"]
+    found = 0
+    for line in (line for page in pages for line in page.read_text(encoding="utf-8").splitlines()):
+        for difference, low, high, verdict in words.findall(line):
+            found += 1
+            assert difference in measured, difference
+            percent = re.search(r"at most (\d+)% above", line)
+            limit = float(percent[1]) if percent and verdict in ("holds", "does not hold") else 0.0
+            above, below = float(low) > limit, float(high) < limit
+            expected = {"better": below, "holds": below, "worse": above, "does not hold": above}
+            assert expected.get(verdict, True), line
+            assert verdict != "not decided" or percent or not (above or below), line
+    assert found > 20
 
 
 def test_the_adding_problem_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:

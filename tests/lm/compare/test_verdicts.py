@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import figures, markdown, rates, student, summary, verdict_tables
+from statefeed.lm.compare import compare, figures, markdown, rates, student, summary, verdict_tables
 from statefeed.lm.compare.pairs import pair, program
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
@@ -254,19 +254,27 @@ def test_a_diverged_run_is_infinite_and_never_dropped() -> None:
 # Rates ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_is_chosen_on_shorter_runs_where_there_are_some() -> None:
-    """At full length 0.002 looks better; the grid of shorter runs says 0.001."""
-    short = {"steps": 50}
-    grid = [run("dsf", 1, [p], lr=lr, **short) for lr, p in ((5e-4, 95), (1e-3, 90), (2e-3, 99))]  # type: ignore[arg-type]
-    full = [*runs("dsf", [60, 60], lr=1e-3), *runs("dsf", [50, 50], lr=2e-3)]
+def test_a_rate_is_chosen_on_shorter_runs_unless_the_runs_themselves_have_several() -> None:
+    """The shorter runs say 0.001, at full length 0.002 is better."""
+    grid = [run("dsf", 1, [p], lr=lr, steps=50) for lr, p in ((5e-4, 95), (1e-3, 90), (2e-3, 99))]
+    full = runs("dsf", [60, 60], lr=1e-3)
     chosen = rates.choose(full, [*grid, *full])
     assert (chosen.chosen, chosen.steps, chosen.at_edge) == (1e-3, 50, False)
     assert chosen.describe() == "0.001 of 0.0005, 0.001, 0.002, chosen on runs of 50 steps"
-    alone = rates.choose(full, full)
+    for other in (
+        run("gate", 1, [1.0], lr=8e-3, steps=50),  # another rule
+        run("dsf", 1, [1.0], lr=8e-3, steps=200),  # a longer run
+        run("dsf", 1, [1.0], lr=8e-3, steps=50, outcome="unfinished"),
+    ):
+        assert rates.choose(full, [*grid, *full, other]) == chosen
+    one = run("dsf", 1, [1.0], lr=8e-3, steps=50, outcome="unfinished")
+    two = run("dsf", 1, [1.0], lr=8e-3, steps=60)  # a single rate is no grid
+    assert rates.choose(full, [*grid, *full, two]) == chosen
+    assert rates.choose(full, [one, two]).describe() == "0.001, the only one"
+    both = [*full, *runs("dsf", [50, 50], lr=2e-3)]
+    alone = rates.choose(both, [*grid, *both])
     assert (alone.chosen, alone.steps, alone.at_edge) == (2e-3, None, True)
     assert alone.describe() == "0.002 of 0.001, 0.002, chosen on these runs, AT THE EDGE"
-    for other in (run("gate", 1, [1.0], lr=8e-3, steps=50), run("dsf", 1, [1.0], lr=8e-3, steps=200)):
-        assert rates.choose(full, [*grid, *full, other]) == chosen  # another rule, a longer run
 
 
 def test_a_grid_whose_best_rate_was_not_run_says_so() -> None:
@@ -334,6 +342,18 @@ def test_the_table_fits_80_columns_and_says_what_was_left_out(
     assert "3 intervals of 95% each, not corrected for their number: about one in 20 misses the truth." in flat
 
 
+def test_a_comparison_prints_its_verdicts_and_draws_them(
+    results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare.show(results, tmp_path)
+    out = capsys.readouterr().out
+    assert "difference to bptt: 95% interval over seeds" in out
+    assert re.search(r"best +│ +3 │ +\+1\.9% \(\+1\.7 to \+2\.1\) │ worse", out)
+    assert any(path.stem.endswith("-difference") for path in tmp_path.glob("*.svg"))
+    compare.show(results, tmp_path, Terms("gate"), wide=True)
+    assert "difference to gate" not in capsys.readouterr().out  # two pairs
+
+
 def test_another_baseline_and_a_claim(
     results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,9 +382,12 @@ def test_one_seed_is_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "worse" not in (tmp_path / "r.html").read_text()
 
 
-def test_without_the_baseline_nothing_is_compared() -> None:
+def test_without_the_baseline_nothing_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_rules(runs("dsf", [50] * 3) + runs("gate", [50] * 3), Terms()) is None
     assert compare_rules(runs("bptt", [50] * 3), Terms()) is None
+    compare.show(runs("dsf", [50] * 3) + runs("gate", [50] * 3), tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no verdict without runs of the baseline bptt: name one of dsf, gate with --baseline" in out
 
 
 def test_the_page_the_documents_and_the_figure_say_the_same(results: list[Result], tmp_path: Path) -> None:
