@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import compare, figures, markdown, rates, student, summary, verdict_tables
+from statefeed.lm.compare import compare, figures, markdown_runs, rates, student, summary, verdict_tables
 from statefeed.lm.compare.pairs import pair, program
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
@@ -398,7 +398,7 @@ def test_the_page_the_documents_and_the_figure_say_the_same(results: list[Result
     words = f"{verdict_tables.describe(difference)}: {difference.verdict()}"
     assert words.endswith(": worse")
     assert words in page(Found(results), Terms())
-    text = markdown.verdicts(Found(results), Terms())
+    text = markdown_runs.verdicts(Found(results), Terms())
     assert words in text
     assert "| `bptt` | 0.001 |  | 60.0 |  |  |  |" in text
     target = tmp_path / "README.md"
