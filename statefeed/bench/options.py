@@ -175,7 +175,7 @@ def _check_rules(cells: str, rules: str, allowed: tuple[str, ...] = tuple(GATES)
 
 
 def check_projection(projection: int, cells: str, sizes: Sequence[Shape]) -> None:
-    """Raise unless an LSTM of every shape has such a projection; 0 is none."""
+    """Raise unless an LSTM of every shape has such a projection, or there is none (0)."""
     widest = min((shape.H for shape in sizes), default=projection + 1) - 1
     if not 0 <= projection <= widest:
         raise OptionError(f"projection must be 0 to {widest}, fewer units than the width, got {projection}")
@@ -205,7 +205,7 @@ class LayerOptions(Options):
     )
     layers: int = option(1, "layers of the stack")
     bidirectional: bool = option(False, "both directions")
-    projection: int = option(0, "proj_size of an lstm, below the width; 0 is none")
+    projection: int = option(0, "proj_size of an lstm, below the width; 0: no projection")
     packed: bool = option(
         False,
         "packed sequences of T / 2 to T steps, against torch.nn packed, and padded with the padding computed in vain",

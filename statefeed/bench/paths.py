@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--forms", default="padded", help=", ".join(FORMS))
     parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--shapes", default=SHAPES, help="steps x sequences x width, separated by commas")
-    parser.add_argument("--projection", type=int, default=0, help="proj_size, with --cells=lstm; 0 is none")
+    parser.add_argument("--projection", type=int, default=0, help="proj_size, with --cells=lstm; 0: no projection")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("paths.jsonl"), help="JSONL file, overwritten")

@@ -239,7 +239,7 @@ class Backward {
 
   void walk(Worker& worker) {
     parallel_for(worker, packed_w_ih, packed_w_hh, packed_shared, packed_separate);
-    projection.pack(worker);
+    projection.pack_weights(worker);
     for (int64_t correction = 0; correction <= s.corrections; ++correction) {
       worker.parallel_for(1, [&](int64_t) { std::copy(s.grad_final, s.grad_final + range.batch * S, s.carry); });
       for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {

@@ -99,7 +99,8 @@ def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
 
 
 def _contiguous(problem: Problem) -> Weights:
-    return Weights._make(None if w is None else w.contiguous() for w in problem.named_weights)
+    w_ih, w_hh, *others = problem.named_weights
+    return Weights(w_ih.contiguous(), w_hh.contiguous(), *(None if w is None else w.contiguous() for w in others))
 
 
 def _empty_saved(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ struct ProjectedBackward {
     return {.rows = rows, .units = H, .row_stride = H, .from = unprojected, .to = to};
   }
 
-  void pack(Worker& worker) const { parallel_for(worker, packed, packed_of_steps, packed_diagonal); }
+  void pack_weights(Worker& worker) const { parallel_for(worker, packed, packed_of_steps, packed_diagonal); }
 
   // The gradients of h and of u of a chunk; those of the exact rule are computed with its steps.
   void reverse_output(Worker& worker, const ReverseArgs<T>& args) const {

@@ -136,7 +136,7 @@ def _of_rows(kernel: Any, cell: Cell, gates: Tensor, saved: Tensor, dtype: torch
 
 
 @triton.jit
-def _place(N, H, LANES: tl.constexpr):
+def _row_and_unit(N, H, LANES: tl.constexpr):
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     return lane // H, lane % H, lane < tl.cast(N, tl.int64) * H
 
@@ -146,7 +146,7 @@ def _outputs(
     gates, saved, out, N, H, FACTORS: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr
 ):
     """u."""
-    row, unit, mask = _place(N, H, LANES)
+    row, unit, mask = _row_and_unit(N, H, LANES)
     tl.store(out + row * H + unit, OUTPUT(gates, saved, row, unit, H, mask, ACC), mask)
 
 
@@ -155,7 +155,7 @@ def _derivatives(
     gates, saved, out, N, H, FACTORS: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr
 ):
     """The derivatives of u by the pre-activations of four gates, of which the last acts on u and the others on c."""
-    row, unit, mask = _place(N, H, LANES)
+    row, unit, mask = _row_and_unit(N, H, LANES)
     none = tl.zeros_like(unit).to(ACC)
     k0, k1, k2, k3, _, _, du_dc, _, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
     at = out + row * (4 * H) + unit
@@ -170,7 +170,7 @@ def _direct_paths(
     gates, saved, out, N, H, FACTORS: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr
 ):
     """The direct path of c."""
-    row, unit, mask = _place(N, H, LANES)
+    row, unit, mask = _row_and_unit(N, H, LANES)
     none = tl.zeros_like(unit).to(ACC)
     _, _, _, _, _, direct_c, _, _, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
     tl.store(out + row * H + unit, direct_c, mask)

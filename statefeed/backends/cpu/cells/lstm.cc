@@ -1,4 +1,4 @@
-// LSTM: h = o tanh(c).
+// LSTM without a projection: the output of the cell is h = o tanh(c).
 // Each cell is a translation unit of its own so that the loops, most of the compile time, are compiled in parallel.
 #include "lstm.h"
 
