@@ -9,7 +9,7 @@ RECORDS, PAGE = ROOT / "results" / "packages" / "torchrecurrent", ROOT / "docs" 
 BEGIN = "<!-- From results/packages/torchrecurrent, written by `python -m interop.torchrecurrent_tasks --record`. -->"
 END = "<!-- Up to here. -->"
 HEAD = """
-| task | data | cell | T x B x H | batches | ms of its step | rule | times faster | score, its loop and the rule | processor |
+| task | data | cell | T x B x H | batches | ms of its step | rule | times faster | its score, ours | processor |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
