@@ -41,7 +41,7 @@ def read() -> list[dict[str, Any]]:
 
 
 def of(records: list[dict[str, Any]]) -> str:
-    """The table of some records, one row a rule; nothing where there are none."""
+    """The table of some records, one row for each rule; nothing where there are none."""
     rows = [row(record, rule) for record in records for rule in record["times_faster"]]
     return HEAD + "".join(rows) + "\n" if records else ""
 
