@@ -252,7 +252,7 @@ class _System:
         self.T, self.B, self.H = layout.T, layout.B, len(w_hh) // self.cell.gates
         self.initial = tuple(s.to(self.dtype) for s in problem.state)
         self.w_hh = w_hh.to(self.dtype)
-        self.w_hh_gates = w_hh.to(self.product_dtype).view(self.cell.gates, self.H, -1).mT
+        self.w_hh_products = w_hh.to(self.product_dtype)
         self.w_hr = None if w_hr is None else w_hr.to(self.product_dtype)
         self.on_gpu = problem.x.is_cuda
         spacing = self._spacing()
@@ -322,10 +322,8 @@ class _System:
 
     def preactivations(self, h_prev: Tensor) -> Tensor:
         """The argument ``gates`` of ``Cell.newton_update``, (G, T * B, H)."""
-        rows = h_prev.flatten(0, 1).to(self.product_dtype).expand(self.cell.gates, -1, -1)
-        if self.product_dtype == self.dtype:
-            return torch.baddbmm(self.addend, rows, self.w_hh_gates)
-        return self.addend + torch.bmm(rows, self.w_hh_gates)
+        rows = h_prev.flatten(0, 1).to(self.product_dtype)
+        return self.cell.hidden_by_gate(self.addend, rows, self.w_hh_products)
 
 
 def _stalled(read: dict[int, float], iterations: int, factor: float) -> bool:
@@ -346,7 +344,7 @@ def _output_dtypes(problem: Problem, backend: str) -> tuple[torch.dtype, ...]:
     dtype = problem.weights[0].dtype
     if problem.compute_dtype is None or BACKENDS[backend].upcasts or dtype == torch.float64:
         return (dtype,) * len(problem.state)
-    if problem.x.is_cuda:
+    if problem.x.is_cuda and problem.cell.torch_forward is not None:
         return (problem.compute_dtype,) * len(problem.state)
     packed = problem.layout.batch_sizes is not None
     return problem.cell.autocast_dtypes(problem.compute_dtype, problem.state[-1].dtype, packed)

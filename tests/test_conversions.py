@@ -6,12 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tolerances import assert_same
+from tolerances import assert_as_accurate, assert_same
 from torch import nn
 
 import statefeed as sf
+from statefeed import native
+from statefeed.backends import BACKENDS, Problem, Upstream
+from statefeed.cells import CELLS
 from statefeed.conversions import CONVERSIONS
 from statefeed.conversions.xlstm import XLSTMCell
+from statefeed.feedback import EXACT, KernelRule
+from statefeed.layout import Layout
 
 B, T, H, HEADS = 2, 5, 4, 2
 
@@ -53,6 +58,13 @@ class Cell(nn.Module):
         return f"Cell(hidden_size={H})"
 
 
+@pytest.fixture(params=["first", "reference"])
+def backend(request, monkeypatch):
+    """The first backend that supports the layer, or the reference."""
+    if request.param == "reference":
+        monkeypatch.delitem(BACKENDS, "cpu")
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(CONVERSIONS, f"{Cell.__module__}.Cell", XLSTMCell)
@@ -75,7 +87,7 @@ def results(module):
 
 
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "gate+1", "calibrated", "jacobian", f"0.5+{T}"])
-def test_a_swapped_cell_follows_its_rule_and_is_restored(rule):
+def test_a_swapped_cell_follows_its_rule_and_is_restored(rule, backend):
     module = cell()
     expected = results(module)
     report = sf.swap(module, rule)
@@ -130,3 +142,47 @@ def test_resumed_sequences_and_other_input_shapes():
     time_first = cell(input_shape="SBGNH")
     sf.swap(time_first)
     assert_same({"y": time_first(x.transpose(0, 1))[0]}, {"y": y})
+
+
+# Layers without W_ih --------------------------------------------------------------------------------------------------
+
+
+def of_a_backend(name, cell, rule, dtype, ragged, identity):
+    """Outputs and gradients of one layer whose x are the preactivations, or are multiplied by the identity."""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    G, sizes = CELLS[cell].gates * H, torch.tensor([3, 3, 2, 2, 1])
+    N = int(sizes.sum())
+    state = tuple(random(3, H).abs() + 0.5 for _ in CELLS[cell].states)
+    weights = (random(G, H // HEADS if "slstm" in cell else H), random(G), random(G))
+    layout = Layout(5, 3, sizes) if ragged else Layout(N, 1)
+    if not ragged:
+        state = tuple(s[:1] for s in state)
+    w_ih = torch.eye(G, dtype=dtype) if identity else torch.empty(0, dtype=dtype)
+    problem = Problem(CELLS[cell], random(N, G), state, (w_ih, *weights), layout, True)
+    backend = BACKENDS[name]
+    (done,) = backend.forward([problem], True)
+    upstream = Upstream(random(N, H), tuple(random(*s.shape) for s in state[: CELLS[cell].gradient_parts]))
+    found = backend.backward(problem, backend.recompute(problem, done), upstream, rule, True)
+    assert found.weights[0].shape == w_ih.shape
+    gradients = [found.x, *found.state, *found.weights[1:]]
+    return {str(n): value for n, value in enumerate([done.y, *done.final, *gradients])}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("rule", [EXACT, KernelRule("jacobian"), KernelRule("jacobian", None, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    # The reference runs torch's cells forward through torch, which has input weights.
+    [("reference", "slstm"), *(("cpu", cell) for cell in ("slstm", "slstm_exp", "lstm", "gru", "rnn_tanh"))],
+)
+def test_a_layer_without_input_weights_is_one_with_the_identity(name, cell, rule, ragged):
+    if name == "cpu" and native.unavailable("cpu"):
+        pytest.skip(native.unavailable("cpu"))
+    exact = of_a_backend(name, cell, rule, torch.float64, ragged, True)
+    assert_same(of_a_backend(name, cell, rule, torch.float64, ragged, False), exact)
+    single = (of_a_backend(name, cell, rule, torch.float32, ragged, identity) for identity in (False, True))
+    assert_as_accurate(*single, exact)

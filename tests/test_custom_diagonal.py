@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import statefeed as sf
+from statefeed.custom import block
 
 T, B, I, H = 6, 3, 4, 5
 
@@ -98,6 +99,42 @@ def test_it_is_a_scan_and_not_autograd_through_the_loop(name: str) -> None:
     layer.cell.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     gradients(layer)
     assert calls == [False] * T + [True]  # the loop without autograd, then all rows at once
+
+
+@pytest.mark.parametrize("elements", [1, 2 * B * H, 4 * B * (H + 2)])
+@pytest.mark.parametrize("rule", ["bptt", "jacobian", "dsf", "0.5", "0.5+1", "calibrated"])
+@pytest.mark.parametrize("name", CELLS)
+def test_blocks_of_steps_do_not_change_the_gradient(
+    name: str, rule: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gradients(make(name, rule))
+    monkeypatch.setattr(block, "ELEMENTS", elements)
+    for g, expected in zip(gradients(make(name, rule)), whole, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    layer = make("indrnn")
+    layer.cell.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    monkeypatch.setattr(block, "ELEMENTS", 4 * B * H)
+    gradients(layer)
+    assert rows == [B] * T + [2 * B, 4 * B]  # the loop, then the last block first
+
+
+def test_exploding_and_saturated_steps_have_the_gradient_of_autograd() -> None:
+    cell = IndRNNCell(1, 3)
+    with torch.no_grad():
+        cell.u.fill_(2.0)
+        cell.input.bias.zero_()
+    x = torch.cat([torch.zeros(600, 2, 1), torch.full((50, 2, 1), 100.0)])  # D = 2, then D = 0
+    found = []
+    for rule in ("bptt", "torch"):
+        layer = sf.Recurrent(cell, rule)
+        found.append(torch.autograd.grad(layer(x)[0][-20:].sum(), list(cell.parameters())))
+    for g, exact in zip(*found, strict=True):
+        assert exact.isfinite().all()
+        torch.testing.assert_close(g, exact)
 
 
 def test_a_wrong_promise_changes_the_gradient_and_is_detected() -> None:

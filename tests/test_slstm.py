@@ -13,12 +13,25 @@ from tolerances import DIFFERENT, SAME_BY_CANCELLATION, assert_different, assert
 from torch import nn
 
 import statefeed as sf
+from statefeed.backends import BACKENDS
+from statefeed.feedback import TimeVarying
 
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
 
 T, B, I, H = 6, 3, 3, 4
 CELLS = {"slstm": "sigmoid", "slstm_exp": "exponential"}
 RULES = ["bptt", "ft-bptt", "dsf", "log_spaced(9)", "0.5", "calibrated", "fitted", "gate", "jacobian"]
+
+
+@pytest.fixture(autouse=True, params=["first", "reference"])
+def backend(request, monkeypatch):
+    """The first backend that supports the layer, or the reference."""
+    if request.param == "reference":
+        monkeypatch.delitem(BACKENDS, "cpu")
+
+
+reference_only = pytest.mark.parametrize("backend", ["reference"], indirect=True)
+"""For the gradients of rules, in which the kernels are compared with the reference elsewhere."""
 
 
 def layer(cell, **options):
@@ -81,6 +94,7 @@ def of_the_oracle(name, corrections):
     return {"calibrated": lambda _, mean: mean}.get(name, name if fixed is None else fixed), corrections
 
 
+@reference_only
 @pytest.mark.parametrize("corrections", [0, 1])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -241,6 +255,52 @@ def test_passing_the_final_state_on_gives_the_gradient_of_the_whole_sequence(rul
     assert_same(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("form", ["dense", "lengths"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_forward_pass_in_parallel_over_time(cell, heads, form):
+    """States and gradients are those of the sequential pass; some units start, others continue."""
+    state, found = initial_state(2, started=True), []
+    state[1:3, :, 1, :2] = 0
+    state[3, :, 1, :2] = 3.0
+    lengths = {} if form == "dense" else {"lengths": torch.tensor([T, 2, T - 1])}
+    for method in ("sequential", sf.Newton(1e-13)):
+        made = layer(cell, num_heads=heads, bidirectional=True, feedback="gate+1")
+        made.forward_method = method
+        y, final = made(random(T, B, I, seed=2), tuple(state), **lengths)
+        (y.square().sum() + sum(s.square().sum() for s in final[:3])).backward()
+        found.append(
+            {"y": y, "final": torch.stack(final)} | {name: weight.grad for name, weight in made.named_parameters()}
+        )
+    assert made.newton_sequential_steps == (0, 0)
+    assert_same(found[1], found[0], SAME_BY_CANCELLATION)
+
+
+def test_a_parallel_pass_over_many_steps_does_not_lose_digits():
+    """m over 20,000 steps as a scan: forget gates far below 1, none of which may be rounded away."""
+    x = torch.randn(20_000, 1, I, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for method in ("sequential", "newton(1e-6)"):
+        made = layer("slstm", dtype=torch.float32)
+        nn.init.zeros_(made.weight_hh_l0)  # one iteration solves it
+        made.forward_method = method
+        with torch.no_grad():
+            outputs.append(made(x)[0])
+    assert_same({"y": outputs[1]}, {"y": outputs[0]}, 1e-5)
+
+
+def test_a_rule_that_reads_the_linearized_cell():
+    """Rows of D from outside the package, which "jacobian" has in the backends."""
+
+    class Rows(TimeVarying):
+        def rows(self, at):
+            return at.cell.jacobian_diagonal(at.at, at.w_hh)
+
+    state = initial_state(1, started=True)
+    found, expected = (of_the_layer(layer("slstm", num_heads=2, feedback=r), state) for r in (Rows(), "jacobian"))
+    assert_same(found, expected)
+
+
 def test_the_final_stabilizer_has_no_gradient_and_the_initial_one_a_zero():
     made, hx = layer("slstm"), [s.requires_grad_() for s in initial_state(1, started=True)]
     y, final = made(random(T, B, I, seed=2), tuple(hx))
@@ -332,8 +392,6 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"must have one value per unit of the state, 12 here"):
         sf.SLSTM(3, 4, feedback=torch.zeros(16))
     made = sf.SLSTM(3, 4, num_heads=2)
-    with pytest.raises(ValueError, match="newton_update"):
-        made.forward_method = "newton"
     with pytest.raises(ValueError, match="layer must be between 0 and 0, got 1"):
         made.to_xlstm(1)
     with pytest.raises(ValueError, match="reverse must be False"):

@@ -134,7 +134,7 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
 
 def _other_parts(problem: Problem, initial: State, preactivations: Preactivations) -> State:
     """The parts of the state besides h after every step, if the forward pass did not save them."""
-    if problem.cell.torch_forward is not None or len(initial) == 1:
+    if type(problem.cell).recover_states is not Cell.recover_states or len(initial) == 1:
         return problem.cell.recover_states(preactivations, initial, problem.layout)
     return _loop(problem, True).saved
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from statefeed.bench.adding_options import AddingOptions
 from statefeed.bench.forward_options import ForwardOptions
 from statefeed.bench.options import (
     LayerOptions,
@@ -34,6 +35,7 @@ _BENCHMARKS: dict[str, type[Options]] = {
     "training": TrainingOptions,
     "recall": RecallOptions,
     "tracking": TrackingOptions,
+    "adding": AddingOptions,
     "forward": ForwardOptions,
 }
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
@@ -59,8 +61,8 @@ def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) 
     """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
-        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall, tracking or forward, and its
-            flags.
+        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall, tracking, adding or forward,
+            and its flags.
         set_up_process: called before ``training``, which runs with the process settings of the trainer, baselines
             included. The others run in a process as users of the library have it: torch.nn as shipped, default
             denormals and allocator.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import statefeed as sf
 from statefeed.bench.forward_options import ForwardOptions as Options
-from statefeed.bench.measure import ParityError, Seconds, applied, clock, interleaved, spread, usual
+from statefeed.bench.measure import ParityError, Seconds, applied, clock, interleaved, machine_line, spread, usual
 from statefeed.bench.options import GATES, OptionError, names, numbers
 from statefeed.lm.config import UsageError
 from statefeed.lm.data import cache, corpora
@@ -253,4 +253,5 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
                 ax.plot(T, [r["iterations"] for r in line], style, color=f"C{k}", marker="o", label=label)
         ax.set(title=cell, xlabel="T", ylabel="iterations", xscale="log", ylim=(0, None))
         ax.legend(fontsize=6)
+    result.suptitle(f"{machine_line(records)}; iterations of one call", fontsize=9)
     return result

@@ -63,13 +63,13 @@ class Strings(NamedTuple):
         train: three quarters of all strings of length T.
         valid: an eighth, for the choice of the learning rate.
         held_out: an eighth, for the records.
-        twice: strings of length 2T, for the records.
+        long: strings of length 2T, for the records.
     """
 
     train: Tensor
     valid: Tensor
     held_out: Tensor
-    twice: Tensor
+    long: Tensor
 
 
 def strings(T: int, seed: int) -> Strings:
@@ -104,7 +104,7 @@ class Evaluation(NamedTuple):
     step: int
     valid: float
     held_out: float
-    twice: float
+    long: float
 
 
 def train(run: Run, options: Options) -> list[Evaluation]:
@@ -186,9 +186,9 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
                     "device": options.device,
                     "repeats": options.rounds,
                     "accuracy": curve[-1].held_out,
-                    "accuracy_twice": curve[-1].twice,
-                    "learnt": next((e.step for e in curve if e.twice >= _LEARNT), None),
-                    "curve": [(e.step, e.held_out, e.twice) for e in curve],
+                    "accuracy_twice": curve[-1].long,
+                    "learnt": next((e.step for e in curve if e.long >= _LEARNT), None),
+                    "curve": [(e.step, e.held_out, e.long) for e in curve],
                 }
 
 
@@ -242,10 +242,10 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
         for (of, rule), rows in by_case(records).items():
             if of == cell:
                 k = rules.index(rule)
-                twice = zip(*([accuracy for *_, accuracy in r["curve"]] for r in rows), strict=True)
+                long = zip(*([accuracy for *_, accuracy in r["curve"]] for r in rows), strict=True)
                 axes.plot(
                     [step for step, *_ in rows[0]["curve"]],
-                    [statistics.mean(values) for values in twice],
+                    [statistics.mean(values) for values in long],
                     "-" if k < 10 else "--",
                     color=f"C{k % 10}",
                     marker=_MARKERS[k % len(_MARKERS)],

@@ -23,6 +23,14 @@ class BlockDiagonalCell(Cell):
         hidden = products.permute(2, 0, 1, 3).flatten(1)
         return hidden if b_hh is None else hidden + b_hh
 
+    def hidden_by_gate(self, addend: Tensor, h: Tensor, w_hh: Tensor) -> Tensor:
+        w = self.blocks(w_hh)
+        _, heads, width, _ = w.shape
+        if heads == 1:
+            return super().hidden_by_gate(addend, h, w_hh)
+        products = h.view(-1, heads, width).transpose(0, 1) @ w.mT
+        return addend + products.transpose(1, 2).flatten(2)
+
     def grad_h(self, grad_hidden: Tensor, w_hh: Tensor) -> Tensor:
         w = self.blocks(w_hh)
         if w.shape[1] == 1:

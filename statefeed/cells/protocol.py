@@ -105,6 +105,13 @@ class Cell(ABC):
         """``hidden``, h' W_hh^T + b_hh, of rows (N, H)."""
         return F.linear(h, w_hh, b_hh)
 
+    def hidden_by_gate(self, addend: Tensor, h: Tensor, w_hh: Tensor) -> Tensor:
+        """``addend`` (G, N, H) plus h' W_hh^T by gate, in the dtype of ``addend``; h and w_hh may have a lower one."""
+        rows, w = h.expand(self.gates, -1, -1), w_hh.view(self.gates, -1, w_hh.shape[1]).mT
+        if h.dtype == addend.dtype:
+            return torch.baddbmm(addend, rows, w)
+        return addend + torch.bmm(rows, w)
+
     def grad_h(self, grad_hidden: Tensor, w_hh: Tensor) -> Tensor:
         """The gradient that ``hidden_product`` passes to h', (N, H)."""
         return grad_hidden.to(w_hh.dtype) @ w_hh
@@ -195,9 +202,9 @@ class Cell(ABC):
         return (scan(0, a, after[0] - a * h_prev),)
 
     def recover_states(self, preactivations: Preactivations, initial: State, layout: Layout) -> State:
-        """Recompute the parts of the state besides h after every step, which torch's layer does not return.
+        """Recompute the parts of the state besides h after every step, which a forward pass may not save.
 
-        Needed only by cells with a ``torch_forward`` and more than one part.
+        A cell with several parts overrides it if it has a ``torch_forward``, or to avoid another loop over ``step``.
         """
         return ()
 

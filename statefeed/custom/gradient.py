@@ -1,13 +1,13 @@
-"""Gradient of a feedback rule for a user's cell: one batched VJP of the cell over all T*B rows, and a scan."""
+"""Gradient of a feedback rule for a user's cell: a scan over time, and VJPs of the cell over the rows of many steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from statefeed.custom.block import Block, Saved, joined, ranges
 from statefeed.custom.steps import Steps
 from statefeed.feedback import Context, Feedback, KernelRule, Learned, LearnedState, Linearization
 from statefeed.layout import shift_left
@@ -22,13 +22,22 @@ class Call(NamedTuple):
     feedback: Feedback
     learned: LearnedState | None
     diagonal_jacobian: bool
+    scan_method: str
     names: tuple[str, ...]  # names of the parameters
     parts: int  # tensors of the state
     compute_dtype: torch.dtype | None
 
-    def autocast(self, inputs: Tensor) -> torch.autocast:
+    def saved(self, inputs: Tensor, *rest: Tensor) -> Saved:
+        """The saved tensors in their places: inputs, states, initial state, parameters."""
         device = inputs.device.type if torch.amp.is_autocast_available(inputs.device.type) else "cpu"
-        return torch.autocast(device, self.compute_dtype, self.compute_dtype is not None)
+        return Saved(
+            self.steps,
+            inputs,
+            rest[: self.parts],
+            rest[self.parts : 2 * self.parts],
+            dict(zip(self.names, rest[2 * self.parts :], strict=True)),
+            torch.autocast(device, self.compute_dtype, self.compute_dtype is not None),
+        )
 
 
 class Custom(torch.autograd.Function):
@@ -47,54 +56,27 @@ class Custom(torch.autograd.Function):
         if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         call: Call = ctx.call
-        inputs, *saved = ctx.saved_tensors
-        parts = call.parts
-        states, initial, parameters = saved[:parts], saved[parts : 2 * parts], saved[2 * parts :]
-        T, B = inputs.shape[:2]
-        widths = [s.shape[-1] for s in states]
-        needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2 + parts :]]
-
-        before = [
-            torch.cat([s0[None], s[:-1]]).flatten(0, 1).requires_grad_() for s, s0 in zip(states, initial, strict=True)
-        ]
-        leaves = [t.detach().requires_grad_(n) for t, n in zip((inputs.flatten(0, 1), *parameters), needs, strict=True)]
-        with torch.enable_grad(), call.autocast(inputs):
-            named = dict(zip(call.names, leaves[1:], strict=True))
-            after = torch.cat(call.steps.step(leaves[0], tuple(before), named), -1)
-
-        def vjp(delta: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
-            """Gradients of some leaves; None for one that the cell does not use."""
-            rows = delta.flatten(0, 1).to(after.dtype)
-            return torch.autograd.grad(after, wanted, rows, retain_graph=True, allow_unused=True)
-
-        def jacobian_product(delta: Tensor) -> Tensor:
-            """J^T delta, (T, B, S)."""
-            grads = [torch.zeros_like(s) if g is None else g for g, s in zip(vjp(delta, before), before, strict=True)]
-            return torch.cat(grads, -1).reshape(T, B, sum(widths))
-
-        e = torch.cat([grads[0], *(torch.zeros_like(s) for s in states[1:])], -1)
-        e[-1] += torch.cat(grads[1:], -1)
-        diagonal, learned = call.feedback.diagonal, call.learned
-        if isinstance(diagonal, Learned) and learned is not None and e.numel() and diagonal.wants_exact(learned):
-            with call.autocast(inputs):
-                delta, grad_prev = _exact(call.steps, inputs, before, e)
-            diagonal.fit(learned, [delta], [grad_prev])
-        else:
-            D = _diagonal(call, e, jacobian_product)
-            D_next = D if D.dim() == 1 else shift_left(D)
-            residual = torch.zeros_like(e)
-            delta = diagonal_scan(e, D_next, reverse=True)
-            for _ in range(call.feedback.corrections):
-                residual = jacobian_product(delta) - D * delta
-                delta = diagonal_scan(e + shift_left(residual), D_next, reverse=True)
-            grad_prev = D * delta + residual
-
-        d_initial = torch.split(grad_prev[0], widths, -1)
-        needed = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
-        found = iter(vjp(delta, needed) if needed else ())
-        d_inputs, *d_parameters = [next(found) if n else None for n in needs]
-        d_inputs = None if d_inputs is None else d_inputs.reshape(inputs.shape)
-        return None, d_inputs, *d_initial, *d_parameters
+        saved = call.saved(*ctx.saved_tensors)
+        needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2 + call.parts :]]
+        # Corrections and learned rules need the products of all steps before the next scan or the first.
+        whole = call.feedback.corrections > 0 or call.feedback.learned or torch.compiler.is_compiling()
+        d_inputs: list[Tensor] = []
+        d_parameters: list[Tensor | None] = [None] * len(saved.parameters)
+        after: _Solved | None = None  # the block that follows in time
+        for start, stop in ranges(saved, whole):
+            block = Block(saved, start, stop, needs)
+            e = joined([grads[0][start:stop], *(torch.zeros_like(s[start:stop]) for s in saved.states[1:])])
+            if stop == len(saved.inputs):
+                e = torch.cat([e[:-1], e[-1:] + joined(grads[1:])])
+            solved = _fitted(call, saved, e) or _solve(call, block, e, after)
+            found_inputs, *found = block.gradients(solved.delta)
+            d_inputs += [] if found_inputs is None else [found_inputs]
+            d_parameters = [_sum(total, more) for total, more in zip(d_parameters, found, strict=True)]
+            after = solved
+        assert after is not None
+        d_initial = torch.split(after.grad_prev, [s.shape[-1] for s in saved.states], -1)
+        d_all = None if not d_inputs else d_inputs[0] if len(d_inputs) == 1 else torch.cat(d_inputs[::-1])
+        return None, d_all, *d_initial, *d_parameters
 
 
 class EagerCustom(Custom):
@@ -105,13 +87,42 @@ class EagerCustom(Custom):
         raise RuntimeError(no_forward_mode(None))
 
 
-def _diagonal(call: Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor]) -> Tensor:
-    """D, (S,) if stationary, else (T, B, S)."""
+class _Solved(NamedTuple):
+    """The gradients of the states of a block.
+
+    Attributes:
+        delta: of every state, (steps, B, S).
+        grad_prev: of the state before the block, (B, S).
+        factor: D of the first step, (S,) or (B, S).
+    """
+
+    delta: Tensor
+    grad_prev: Tensor
+    factor: Tensor
+
+
+def _solve(call: Call, block: Block, e: Tensor, after: _Solved | None) -> _Solved:
+    """The state gradients of a block under a rule; ``after`` is the block that follows in time."""
+    D = _diagonal(call, block, e)
+    D_next = D if D.dim() == 1 else shift_left(D) if after is None else torch.cat([D[1:], after.factor[None]])
+    later = None if after is None else after.delta[0]
+    delta = diagonal_scan(e, D_next, reverse=True, initial=later, method=call.scan_method)
+    residual = torch.zeros_like(e[:1])
+    for _ in range(call.feedback.corrections):
+        residual = block.state_gradient(delta) - D * delta
+        delta = diagonal_scan(e + shift_left(residual), D_next, reverse=True, method=call.scan_method)
+    factor = D if D.dim() == 1 else D[0]
+    return _Solved(delta, factor * delta[0] + residual[0], factor)
+
+
+def _diagonal(call: Call, block: Block, e: Tensor) -> Tensor:
+    """D, (S,) if stationary, else (steps, B, S)."""
 
     def estimate() -> Tensor:
-        # Of a diagonal Jacobian any signs give the exact diagonal: no random numbers are needed.
-        signs = torch.ones_like(e) if call.diagonal_jacobian else torch.randint_like(e, 2) * 2 - 1
-        return signs * jacobian_product(signs)
+        if call.diagonal_jacobian:  # exact for any signs, so for ones
+            return block.state_gradient(torch.ones_like(e[:1, :1, :1]).expand_as(e))
+        signs = torch.randint_like(e, 2) * 2 - 1
+        return signs * block.state_gradient(signs)
 
     def linearize() -> Linearization:
         raise ValueError(
@@ -135,15 +146,31 @@ def _diagonal(call: Call, e: Tensor, jacobian_product: Callable[[Tensor], Tensor
     return rule.diagonal.to(e.dtype)
 
 
-def _exact(steps: Steps, inputs: Tensor, before: list[Tensor], e: Tensor) -> tuple[Tensor, Tensor]:
+def _fitted(call: Call, saved: Saved, e: Tensor) -> _Solved | None:
+    """The exact state gradients, from which a learned rule fits its diagonal; None if it does not want them now."""
+    diagonal, learned = call.feedback.diagonal, call.learned
+    if not isinstance(diagonal, Learned) or learned is None or not e.numel() or not diagonal.wants_exact(learned):
+        return None
+    with saved.autocast:
+        delta, grad_prev = _exact(saved, e)
+    diagonal.fit(learned, [delta], [grad_prev])
+    return _Solved(delta, grad_prev[0], learned.diagonal)
+
+
+def _exact(saved: Saved, e: Tensor) -> tuple[Tensor, Tensor]:
     """Sequential BPTT: the exact gradient of every state and of the state before it, both (T, B, S)."""
-    T, B = inputs.shape[:2]
+    T = len(e)
+    before = saved.before(0, T)
     delta, grad_prev = torch.empty_like(e), torch.zeros_like(e)
     for t in reversed(range(T)):
         delta[t] = e[t] + (grad_prev[t + 1] if t + 1 < T else 0.0)
-        state = tuple(s.detach()[t * B : (t + 1) * B].requires_grad_() for s in before)
+        state = tuple(s[t].detach().requires_grad_() for s in before)
         with torch.enable_grad():
-            after = torch.cat(steps.step(inputs[t], state), -1)
+            after = joined(saved.steps.step(saved.inputs[t], state))
         found = torch.autograd.grad(after, state, delta[t].to(after.dtype), materialize_grads=True)
-        grad_prev[t] = torch.cat(found, -1)
+        grad_prev[t] = joined(found)
     return delta, grad_prev
+
+
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None else total if more is None else total + more

@@ -60,8 +60,9 @@ class Recurrent(FeedbackLayer):
         torch._dynamo.exc.TorchDynamoException: in a call, a step that ``torch.compile`` cannot compile as one graph.
 
     Cost: forward, T calls of the cell without autograd; backward, one call over T*B rows and one VJP, plus one VJP per
-        correction and one for an estimate of diag(J). Under ``"bptt"`` autograd through the loop, except for a diagonal
-        Jacobian.
+        correction and one for an estimate of diag(J). On a CPU, without corrections and learned rules, both run in
+        blocks of steps with about a million elements of the state, which bounds the memory of the backward pass. Under
+        ``"bptt"`` autograd through the loop, except for a diagonal Jacobian.
 
     Example:
         >>> import torch
@@ -205,14 +206,18 @@ class Recurrent(FeedbackLayer):
                 raise ValueError(complex_reason(self._feedback, tensor.dtype))
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(NO_TRANSFORM_OF_A_STEP)
+        exact = self._feedback.exact
         call = Call(
-            steps,
-            _JACOBIAN if self._feedback.exact else self._rules[0],
-            self.learned_state(0, x.device),
-            self.diagonal_jacobian,
-            tuple(named),
-            len(initial),
-            autocast_dtype(x),
+            steps=steps,
+            feedback=_JACOBIAN if exact else self._rules[0],
+            learned=self.learned_state(0, x.device),
+            diagonal_jacobian=self.diagonal_jacobian,
+            # A prefix sum multiplies the factors of many steps first: where units explode and others saturate it has
+            # infinity times zero, and BPTT has not.
+            scan_method="sequential" if exact else "auto",
+            names=tuple(named),
+            parts=len(initial),
+            compute_dtype=autocast_dtype(x),
         )
         function = Custom if torch.compiler.is_compiling() else EagerCustom
         y, *final = function.apply(call, steps.inputs(x), *initial, *named.values())  # type: ignore[no-untyped-call]

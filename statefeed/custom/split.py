@@ -60,7 +60,7 @@ def _rnn_step(cell: nn.RNNCell, inputs: Tensor, h: Tensor) -> Tensor:
 def _lstm_step(cell: nn.LSTMCell, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     h, c = state
     i, f, g, o = torch.addmm(inputs, h, cell.weight_hh.t()).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # promotes under autocast, as addcmul does not
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
@@ -70,10 +70,12 @@ def _project_gru(cell: nn.GRUCell, x: Tensor) -> Tensor:
 
 def _gru_step(cell: nn.GRUCell, inputs: Tensor, h: Tensor) -> Tensor:
     hidden = F.linear(h, cell.weight_hh, cell.bias_hh)
-    gates = 2 * cell.hidden_size  # columns of r and z
-    r, z = torch.sigmoid(inputs[:, :gates] + hidden[:, :gates]).chunk(2, -1)
-    n = torch.tanh(inputs[:, gates:] + r * hidden[:, gates:])
-    return n + z * (h - n)
+    x_r, x_z, x_n = inputs.chunk(3, -1)
+    h_r, h_z, h_n = hidden.chunk(3, -1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(torch.addcmul(x_n, r, h_n))
+    # Under autocast the state may have another dtype, which lerp does not take.
+    return torch.lerp(n, h, z) if n.dtype == h.dtype else n + z * (h - n)
 
 
 _METHODS = SplitCell(_project_by_method, _step_by_method)

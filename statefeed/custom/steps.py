@@ -82,11 +82,14 @@ class Steps(NamedTuple):
 
     def _checked(self, after: Any, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
         """The state that a cell returned, as a tuple."""
-        states = (after,) if isinstance(after, Tensor) else after
-        if isinstance(states, (tuple, list)) and [getattr(s, "shape", None) for s in states] == shapes:
-            return tuple(states)
+        if isinstance(after, Tensor):  # first: it is called at every step
+            if len(shapes) == 1 and after.shape == shapes[0]:
+                return (after,)
+            after = (after,)
+        elif isinstance(after, (tuple, list)) and [getattr(s, "shape", None) for s in after] == shapes:
+            return tuple(after)
         expected = [tuple(shape) for shape in shapes]
-        got = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in states or ()]
+        got = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in after or ()]
         raise ValueError(
             f"{type(self.cell).__name__} must return only its next state, with the shapes {expected}, got "
             f"{got or type(after).__name__}"

@@ -10,7 +10,7 @@ from statefeed.native.flop_table import register
 
 
 def _layer_forward(cell: str, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any) -> int:
-    return 2 * int(x[0] * w_ih[0] * (w_ih[1] + w_hh[1]))
+    return 2 * int(x[0] * w_hh[0] * (_columns(w_ih) + w_hh[1]))
 
 
 def _layer_backward(
@@ -18,7 +18,12 @@ def _layer_backward(
 ) -> int:
     """The gradients of both weights and of x; one product more per correction, and for exact BPTT."""
     needs_x = others[-6] is not None
-    return 2 * int(x[0] * w_ih[0] * (w_ih[1] * (1 + needs_x) + w_hh[1] * (1 + corrections + (rule == "exact"))))
+    return 2 * int(x[0] * w_hh[0] * (_columns(w_ih) * (1 + needs_x) + w_hh[1] * (1 + corrections + (rule == "exact"))))
+
+
+def _columns(w_ih: Any) -> Any:
+    """Columns of W_ih; zero if x are the preactivations."""
+    return w_ih[1] if len(w_ih) > 1 else 0
 
 
 def _head_loss(bf16: bool, x: Any, w: Any, *others: Any, **_: Any) -> int:

@@ -104,6 +104,8 @@ def _solve(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: 
 
             return triton.scan(x, a, initial, reverse)
         method = "prefix"
+    if method == "sequential":
+        return sequential.scan(x, a, initial, reverse)
     if not reverse:
         return METHODS[method](x, a, initial)
     return METHODS[method](x.flip(0), a if a.dim() == 1 else a.flip(0), initial).flip(0)

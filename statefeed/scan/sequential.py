@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 
-def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
+def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool = False) -> Tensor:
     """Run the recurrence one step at a time.
 
     Args:
         x: (T, ..., S).
         a: (S,) or the shape of x.
         initial: y[-1], the shape of x[0], or None for zero.
+        reverse: from the last step to the first; ``initial`` is y[T].
 
     Returns:
         y, the shape of x.
@@ -20,10 +21,10 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     steps = [a] * len(x) if a.dim() == 1 else list(a)
     state = initial
-    for t, step in enumerate(steps):
+    for t in reversed(range(len(x))) if reverse else range(len(x)):
         if state is None:
             y[t] = x[t]
         else:
-            torch.addcmul(x[t], step, state, out=y[t])
+            torch.addcmul(x[t], steps[t], state, out=y[t])
         state = y[t]
     return y

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import statefeed as sf
 from statefeed.lm.run import provenance
 
-collect_ignore = ["environments.py", "picture.py"]  # scripts
+collect_ignore = ["environments.py", "picture.py", "torchrecurrent_tasks.py"]  # scripts
 
 _WARM_UP = 2  # steps of a fit that are not timed
 
@@ -94,24 +94,24 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def record(package: str, **fields: Any) -> None:
     """Append a line to the file that `make interop` names; without one, print it."""
-    versions = {name: version(name) for name in (package, "torch")} | {"statefeed": sf.__version__}
-    line = json.dumps(
-        {
-            "package": package,
-            **fields,
-            "versions": versions,
-            **provenance.commit(),
-            "cpu": provenance.processor(),
-            "threads": torch.get_num_threads(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }
-    )
+    line = json.dumps({"package": package, **fields, **provenance_of(package)})
     file = os.environ.get("STATEFEED_INTEROP_RECORDS")
     if file is None:
         print(line)
         return
     with Path(file).open("a", encoding="utf-8") as out:
         out.write(line + "\n")
+
+
+def provenance_of(package: str) -> dict[str, Any]:
+    """Versions, commit, processor, threads and date of a record."""
+    return {
+        "versions": {name: version(name) for name in (package, "torch")} | {"statefeed": sf.__version__},
+        **provenance.commit(),
+        "cpu": provenance.processor(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def losses_of(*bases: type) -> Any:

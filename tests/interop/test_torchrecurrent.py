@@ -1,5 +1,7 @@
 """torchrecurrent: every cell that takes (x, state) runs unmodified in Recurrent, with the gradients of its own loop."""
 
+import gzip
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ import statefeed as sf
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 torchrecurrent = pytest.importorskip("torchrecurrent", reason="run `make interop`")
+
+from interop import torchrecurrent_tasks  # noqa: E402 - it imports the package
 
 T, B, I, H = 5, 3, 4, 6
 CELLS = sorted(name for name in torchrecurrent.__all__ if name.endswith("Cell"))
@@ -113,3 +117,64 @@ def test_a_cell_with_a_separate_output_raises(name):
     x = torch.randn(T, B, cell.input_size, dtype=torch.float64)
     with pytest.raises(ValueError, match="must return only its next state"):
         layer_outputs(recurrent(cell, widths), x, states)
+
+
+# Cells whose units depend on themselves only.
+DIAGONAL = ["BRCell", "IndRNNCell", "TRNNCell"]
+
+
+def has_diagonal_jacobian(name):
+    cell, widths = make(name)
+    x, states = data(widths)
+    layer, state = recurrent(cell, widths, diagonal_jacobian=True), states[0] if len(states) == 1 else tuple(states)
+    try:
+        layer.check(x, state)
+    except ValueError as error:
+        return "has no diagonal Jacobian" not in str(error)
+    return True
+
+
+def test_the_cells_with_a_diagonal_jacobian():
+    assert [name for name in STATE_CELLS if has_diagonal_jacobian(name)] == DIAGONAL
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_a_diagonal_cell_is_exact_in_one_scan(name):
+    assert max(differences(name, "bptt", diagonal_jacobian=True)) < 1e-9
+
+
+@pytest.mark.parametrize("name", [name for name in STATE_CELLS if name not in DIAGONAL])
+def test_a_wrong_promise_of_a_diagonal_jacobian_changes_the_gradients(name):
+    assert max(differences(name, "bptt", diagonal_jacobian=True)) > 1e-6
+
+
+# The package's tasks ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["penn_treebank", "sequential_mnist"])
+def task(request, tmp_path):
+    """A small task of its kind, through the package's own loader."""
+    generator = torch.Generator().manual_seed(0)
+    if request.param == "penn_treebank":
+        for split, lines in (("train", 200), ("valid", 40)):
+            words = torch.randint(0, 20, (lines, 8), generator=generator)
+            text = "\n".join(" ".join(f"w{word}" for word in line) for line in words.tolist())
+            (tmp_path / f"ptb.{split}.txt").write_text(text)
+    else:
+        for split, images in (("train", 128), ("t10k", 10)):
+            for name, values in (
+                ("images-idx3", torch.randint(0, 256, (images, 28, 28), generator=generator)),
+                ("labels-idx1", torch.randint(0, 10, (images,), generator=generator)),
+            ):
+                sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+                content = bytes([0, 0, 8, values.dim()]) + sizes + values.to(torch.uint8).numpy().tobytes()
+                (tmp_path / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    return torchrecurrent_tasks.TASKS[request.param](tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["MGU", "IndRNN", "PeepholeLSTM"])
+def test_its_tasks_train_with_recurrent_in_place_of_its_loop(task, cell):
+    record = torchrecurrent_tasks.measure(task, cell, ["bptt", "dsf"], torchrecurrent_tasks.Sizes(8, 2, 2))
+    assert record["losses"]["bptt"] == pytest.approx(record["losses"]["torchrecurrent"], rel=1e-4)
+    assert record["scores"]["bptt"] == pytest.approx(record["scores"]["torchrecurrent"], rel=1e-3)
+    assert record["times_faster"].keys() == {"bptt", "dsf"}

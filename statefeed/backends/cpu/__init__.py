@@ -19,7 +19,6 @@ from statefeed.backends.protocol import (
     Upstream,
     backward_in_order,
     forward_in_order,
-    lacks_w_ih,
 )
 from statefeed.cells.protocol import Cell
 from statefeed.feedback.protocol import KernelRule
@@ -37,8 +36,6 @@ def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> st
             return f"under autocast the fused kernels take float32 weights, got {sorted(map(str, dtypes))}"
     elif x.dtype not in (torch.float32, torch.float64) or dtypes != {x.dtype}:
         return f"the fused kernels take float32 or float64 throughout, got {sorted(map(str, {x.dtype, *dtypes}))}"
-    if lacks_w_ih(tensors):
-        return "the fused kernels need W_ih, got preactivations"
     reason: str | None = native.unavailable("cpu")
     sizes = cell.gates, cell.shared_gates, len(cell.states), len(cell.constant_states), cell.saved_values
     return reason or _cell_reason(cell.name, *sizes)
@@ -51,8 +48,8 @@ def _cell_reason(name: str, *sizes: int) -> str | None:
         return f"the fused kernels have no cell {name!r}"
     if found != sizes:
         raise RuntimeError(
-            f"the cell {name!r} has (gates, shared gates, states, constant states, saved values) = {sizes}, but its CPU "
-            f"kernel has {found}: change one to match the other"
+            f"the cell {name!r} has (gates, shared gates, states, constant states, saved values) = {sizes}, but its "
+            f"CPU kernel has {found}: change one to match the other"
         )
     return None
 

@@ -47,6 +47,24 @@ inline StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
 
+// to (rows, units) = from (+ bias), rows of other strides: the product with W_ih and its gradient where there is none.
+// A null `to` is no work.
+template <class T>
+struct RowCopies {
+  static constexpr int64_t block = 16;
+  int64_t rows, units, from_stride, to_stride;
+  const T* from;
+  const T* bias = nullptr;
+  T* to = nullptr;
+
+  int64_t items() const { return to ? panel_count(rows, block) : 0; }
+  void run(int64_t item) const {
+    for (int64_t row = item * block; row < std::min(rows, (item + 1) * block); ++row)
+      for (int64_t u = 0; u < units; ++u)
+        to[row * to_stride + u] = from[row * from_stride + u] + (bias ? bias[u] : T(0));
+  }
+};
+
 // The states before the steps of a chunk, in the same order as the rows of its gradients. They are in y, one step
 // earlier, except before the first step and where sequences end: there a step has fewer rows than the previous one.
 template <class T>

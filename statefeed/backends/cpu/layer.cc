@@ -28,7 +28,7 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
   const int64_t H = layer.range.hidden, I = layer.inputs, G = cell.gates * H, A = cell.aux_parts * H;
   const int64_t head_units = H / layer.heads;
   const auto packed_w_ih = with_memory<P, Tag::input_weights>(
-      {.w = layer.w_ih, .gates = 1, .units = G, .depth = I, .vectors = bulk_vectors, .by_columns = false});
+      {.w = layer.w_ih, .gates = 1, .units = G, .depth = I, .vectors = bulk_vectors, .by_columns = false}, I > 0);
   const auto packed_w_hh = with_memory<P, Tag::hidden_weights>({.w = layer.w_hh,
                                                                 .gates = cell.gates,
                                                                 .units = head_units,
@@ -63,8 +63,15 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
                                       .a = layer.x + chunk.first_row * I,
                                       .packed = packed_w_ih.to,
                                       .bias = bias,
-                                      .out = args.gates,
-                                      .add = false});
+                                      .out = I ? args.gates : nullptr,
+                                      .add = false},
+                   RowCopies<T>{.rows = chunk.rows,
+                                .units = G,
+                                .from_stride = G,
+                                .to_stride = G,
+                                .from = layer.x + chunk.first_row * G,
+                                .bias = bias,
+                                .to = I ? nullptr : args.gates});
       forward(worker, args);
       first_h = args.y + (chunk.rows - args.range.size(chunk.steps - 1)) * H;
     }
@@ -90,7 +97,8 @@ class Backward {
   T* separate_grads = separate ? gate_grads + G : nullptr;
   T* states_before = workspace<T, Tag::states_before>(most * H);
   const PackedWeights<P> packed_w_ih = with_memory<P, Tag::input_weights>(
-      {.w = s.layer.w_ih, .gates = 1, .units = I, .depth = G, .vectors = bulk_vectors, .by_columns = true}, s.grad_x);
+      {.w = s.layer.w_ih, .gates = 1, .units = I, .depth = G, .vectors = bulk_vectors, .by_columns = true},
+      s.grad_x && I);
   // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT
   // are float32 in any case.
   const PackedWeights<Plain<T>> packed_w_hh =
@@ -210,7 +218,13 @@ class Backward {
                             .out_stride = I,
                             .a = gate_grads,
                             .packed = packed_w_ih.to,
-                            .out = s.grad_x ? s.grad_x + row * I : nullptr});
+                            .out = s.grad_x && I ? s.grad_x + row * I : nullptr},
+                 RowCopies<T>{.rows = rows,
+                              .units = G,
+                              .from_stride = stride,
+                              .to_stride = G,
+                              .from = gate_grads,
+                              .to = s.grad_x && !I ? s.grad_x + row * G : nullptr});
     parallel_for(worker, product(x, all_grads, grad_w_ih), product(h, shared_grads, grad_w_hh),
                  product(h, separate_rows, grad_w_hh + shared));
   }

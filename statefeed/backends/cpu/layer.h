@@ -10,7 +10,8 @@ template <class T>
 struct LayerArgs {
   const CellEntry* cell;
   StepRange range;
-  int64_t inputs, heads;
+  int64_t inputs;  // columns of W_ih; 0 if there is none, and x are the preactivations
+  int64_t heads;
   bool bf16;  // products of operands converted to bfloat16
   const T *x, *w_ih, *w_hh;
 };

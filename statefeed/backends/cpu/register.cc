@@ -34,7 +34,7 @@ LayerArgs<T> layer_args(const CellEntry& cell, const StepRange& range, bool bf16
                         const Tensor& w_hh) {
   return {.cell = &cell,
           .range = range,
-          .inputs = x.size(1),
+          .inputs = w_ih.dim() == 1 ? 0 : x.size(1),
           .heads = range.hidden / w_hh.size(1),
           .bf16 = bf16,
           .x = data<T>(x),
@@ -108,8 +108,8 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
   checks.that(corrections >= 0, "corrections must be at least 0, got ", corrections);
   checks.that(rule != Rule::exact || corrections == 0, "the rule exact takes no corrections, got ", corrections);
   checks.tensor("carry", carry, {B, S});
-  checks.optional("grad_x", grad_x, {N, I});
-  checks.tensor("grad_w_ih", grad_w_ih, {G, I});
+  checks.optional("grad_x", grad_x, {N, x.size(1)});
+  check_w_ih(checks, "grad_w_ih", grad_w_ih, G, I);
   checks.tensor("grad_w_hh", grad_w_hh, {G, head_units});
   checks.optional("grad_b_ih", grad_b_ih, {G});
   checks.optional("grad_b_hh", grad_b_hh, grad_b_ih.has_value(), "with grad_b_ih", {G});

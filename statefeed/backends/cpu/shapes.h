@@ -44,7 +44,7 @@ inline StepRange checked_range(const Checks& checks, int64_t rows, const Tensor&
   return range;
 }
 
-// Shapes that follow from the cell and the input; rows and inputs as x has them.
+// Shapes that follow from the cell and the input; rows and inputs as x has them, no inputs without W_ih.
 struct Shapes {
   int64_t N, I, B, H, G, S;
   int64_t head_units;  // columns of W_hh, which is block-diagonal if they are fewer than H
@@ -57,19 +57,27 @@ inline int64_t checked_head_units(const Checks& checks, const CellEntry& cell, i
   return cell.shared_gates == cell.gates && columns > 0 && hidden % columns == 0 ? columns : hidden;
 }
 
+// W_ih or its gradient: an empty vector if x are the preactivations.
+inline void check_w_ih(const Checks& checks, const char* name, const Tensor& w_ih, int64_t gates, int64_t inputs) {
+  if (inputs)
+    checks.tensor(name, w_ih, {gates, inputs});
+  else
+    checks.tensor(name, w_ih, {0});
+}
+
 inline Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
                             const Tensor& w_ih, const Tensor& w_hh) {
   const Shapes shape{.N = range.rows,
-                     .I = x.size(1),
+                     .I = w_ih.dim() == 1 ? 0 : x.size(1),
                      .B = range.batch,
                      .H = range.hidden,
                      .G = cell.gates * range.hidden,
                      .S = cell.states * range.hidden,
                      .head_units = checked_head_units(checks, cell, range.hidden, w_hh)};
-  checks.that(shape.H > 0 && shape.I > 0, "expected at least one input and one hidden unit, got ", shape.I, " and ",
-              shape.H);
-  checks.tensor("x", x, {shape.N, shape.I});
-  checks.tensor("w_ih", w_ih, {shape.G, shape.I});
+  checks.that(shape.H > 0 && x.size(1) > 0, "expected at least one input and one hidden unit, got ", x.size(1),
+              " and ", shape.H);
+  checks.tensor("x", x, {shape.N, shape.I ? shape.I : shape.G});
+  check_w_ih(checks, "w_ih", w_ih, shape.G, shape.I);
   checks.tensor("w_hh", w_hh, {shape.G, shape.head_units});
   return shape;
 }

@@ -102,7 +102,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
 
         found, asked = read(paths), terms(values.baseline, values.within)
         if values.markdown is not None:
-            output.write_text(markdown.page(found, asked), encoding="utf-8")
+            output.write_text(markdown.page(found), encoding="utf-8")
         elif values.summary is not None:
             summary.update_summary(output, found)
         elif values.verdicts is not None:

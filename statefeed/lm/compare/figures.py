@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from statefeed.lm.compare.difference_figure import differences
-from statefeed.lm.compare.measurements import StepTimes, step_key, where
+from statefeed.lm.compare.measurements import StepTimes, step_key
 from statefeed.lm.compare.panel import curve, legend, panel, places, points
 from statefeed.lm.compare.rates import at_best_rate
 from statefeed.lm.compare.results import Result
@@ -18,6 +18,7 @@ from statefeed.lm.compare.styles import Style, styles
 from statefeed.lm.compare.tasks import best_scores, by_rule, setting, size, split, tasks, valid_runs
 from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms
 from statefeed.lm.config import RECURRENT
+from statefeed.lm.run.metadata import where
 
 # A rule whose best perplexity is more than this many times the lowest is off the scale, and its name says so: the axis
 # shows how the others differ.

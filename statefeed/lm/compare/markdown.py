@@ -11,19 +11,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from statefeed.lm.compare import verdict_tables
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table, where
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
-from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
+from statefeed.lm.compare.verdicts import Terms, compare_rules
+from statefeed.lm.run.metadata import where
+
+_BASELINES = ("bptt", "ft-bptt")
 
 
-def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
+def page(found: Found) -> str:
     """The text of docs/measured.md.
 
     Args:
         found: the runs and the records of benchmarks.
-        terms: what is asked of the differences between rules.
     """
     return "\n\n".join(
         [
@@ -34,13 +36,17 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
             "Bold: on the frontier, where no other rule is both faster and better.",
             _tasks(found).rstrip("\n") or "No records yet.",
             "## Differences between rules",
-            "Every rule at its own best learning rate, over pairs of runs of one seed and one program; "
-            "[the rule of the verdicts](training.md#verdicts).",
-            verdicts(found, terms).rstrip("\n") or "No records yet.",
+            "Every rule at its own best learning rate, over pairs of runs of one seed and one program, against the two "
+            "baselines of the paper; [the rule of the verdicts](training.md#verdicts).",
+            "".join(verdicts(found, Terms(rule)) for rule in _BASELINES).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower).",
             _layers(found).rstrip("\n") or "No records yet.",
+            "## Memory",
+            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, and "
+            "of the rules as a share of it (below 1: less).",
+            _memory(found).rstrip("\n") or "No records yet.",
             "## Training end to end",
             "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
             "and than `torch.nn` at its best setting in the same loop.",
@@ -54,7 +60,13 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
             "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
             "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
             "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
-            (_tracking(found).rstrip("\n") or "No records yet.") + "\n",
+            _tracking(found).rstrip("\n") or "No records yet.",
+            "## The adding problem",
+            "Squared error of the sum of two marked numbers of a long sequence (`statefeed bench adding`; guessing has "
+            "0.167). A seed has solved it where the error is at most 0.01. The rate of every cell and rule is the best "
+            "of a grid, with a seed that is not shown. A mean over the seeds that solved it is of their training steps "
+            "and of the processor seconds of these steps.",
+            (_adding(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 
@@ -133,7 +145,13 @@ def verdicts(found: Found, terms: Terms) -> str:
         notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
         text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
     if few:
-        text += "".join([f"These have {verdict_tables.TOO_FEW}:\n\n", *(f"- {title}\n" for title in few), "\n"])
+        text += "".join(
+            [
+                f"Compared with {terms.baseline}, these have {verdict_tables.TOO_FEW}:\n\n",
+                *(f"- {title}\n" for title in few),
+                "\n",
+            ]
+        )
     return text
 
 
@@ -153,6 +171,27 @@ def _layers(found: Found) -> str:
             [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
         ]
         text += f"{heading}.\n\n{table(['cell, T x B x H', *(f'`{rule}`' for rule in rules)], body)}\n"
+    return text
+
+
+def _memory(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "memory").items():
+        cases: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in records:
+            name = r["variant"] if r["implementation"] == "statefeed" else r["implementation"]
+            cases[f"{r['cell']} {place(r)} {r['dtype']}"][name] = r["peak_bytes"]["median"]
+        rules = list(dict.fromkeys(r["variant"] for r in records if r["implementation"] == "statefeed"))
+        body = [
+            [
+                case,
+                f"{peaks['torch.nn'] / 2**20:.1f}",
+                *(f"{peaks[rule] / peaks['torch.nn']:.2f}" if rule in peaks else "" for rule in rules),
+            ]
+            for case, peaks in cases.items()
+        ]
+        head = ["cell, T x B x H", "`torch.nn`, MiB", *(f"`{rule}`" for rule in rules)]
+        text += f"{heading}.\n\n{table(head, body)}\n"
     return text
 
 
@@ -210,6 +249,28 @@ def _tracking(found: Found) -> str:
             ]
             head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
             text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+    return text
+
+
+def _adding(found: Found) -> str:
+    text = ""
+    for heading, records in measurements(found, "adding", fewest=3).items():
+        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+            body = []
+            for (cell, rule), runs in sorted(_grouped(same, "cell", "variant").items()):
+                errors = [r["error"] for r in runs]
+                seconds = [r["cpu_seconds"] for r in runs if r["learnt"] is not None]
+                body.append(
+                    [
+                        f"{cell} `{rule}`",
+                        f"{runs[0]['lr']:g}",
+                        f"{statistics.median(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})",
+                        *_learnt(runs),
+                        f"{statistics.mean(seconds):.0f}" if seconds else "-",
+                    ]
+                )
+            head = ["cell, rule", "rate", "error, median of the seeds", "seeds that solved it", "at step", "seconds"]
+            text += f"{T} steps, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
     return text
 
 

@@ -72,15 +72,6 @@ def place(record: Mapping[str, Any]) -> str:
     return f"{record['T']}x{record['B']}x{record['H']} {kind(record)}".rstrip()
 
 
-def where(metadata: Mapping[str, Any]) -> str:
-    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device."""
-    place = metadata.get("device", "cpu")
-    if place == "cpu":
-        place = re.sub(r", \d+ cores?, \w+$", "", metadata.get("machine") or "unknown machine")
-    threads = metadata.get("threads", "?")
-    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
-
-
 def step_key(result: Result) -> tuple[Any, ...]:
     """What the time of a step depends on, as `step_times` has it."""
     keys = ("model.cell", "model.layers", "model.width", "train.batch", "train.context", "train.precision")

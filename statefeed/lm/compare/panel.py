@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from statefeed.lm.compare.measurements import where
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.styles import Style
+from statefeed.lm.run.metadata import where
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
 # The names of more rules than these stand below the panel, where they cover nothing.

@@ -56,23 +56,24 @@ class Grid(NamedTuple):
 def choose(runs: Sequence[Result], every: Sequence[Result] = ()) -> Grid:
     """The grid of a rule's rates and the chosen one: that with the lowest mean of the best validation perplexities.
 
-    The grid with the most rates counts, among shorter runs of the same rule and training; without one, that of the runs
-    themselves. Rates are compared over the seeds that all of them have, if there are such seeds.
+    The runs themselves decide if they have several rates, since one that is best after a third of the steps may be too
+    high for all of them; else shorter runs of the same rule and training, the grid with the most rates. Rates are
+    compared over the seeds that all of them have, if there are such seeds.
 
     Args:
         runs: all runs of one rule and task.
         every: runs of any task, in which shorter ones are looked for.
     """
     own = _scores(runs)
-    shorter = [result for result in every if _is_shorter(result, runs[0])]
-    grids = [
-        (_scores(group), _steps(group[0])) for group in split(shorter, lambda result: str(setting(result))).values()
-    ]
-    scores, steps = max(grids, key=lambda grid: (len(grid[0]), grid[1]), default=(own, None))
-    if len(scores) < 2:
-        scores, steps = own, None
+    scores, steps = own, None
+    if len(own) == 1:
+        shorter = [result for result in every if _is_shorter(result, runs[0])]
+        for group in split(shorter, lambda result: str(setting(result))).values():
+            found = _scores(group)
+            if len(found) > 1 and (len(found), _steps(group[0])) > (len(scores), steps or 0):
+                scores, steps = found, _steps(group[0])
     chosen = min(scores, key=scores.__getitem__)
-    return Grid(scores, chosen if chosen in own else min(own, key=own.__getitem__), steps)
+    return Grid(scores, chosen if chosen in own else min(own), steps)
 
 
 def at_best_rate(runs: Sequence[Result]) -> list[Result]:

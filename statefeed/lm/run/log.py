@@ -33,6 +33,7 @@ class Log:
             are removed from the file.
         board: folder of the same metrics for TensorBoard; None writes none.
         device: device of the run.
+        place: machine and threads of the run, for the figure.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Log:
         state: Mapping[str, Any] | None = None,
         board: Path | None = None,
         device: torch.device | None = None,
+        place: str = "",
     ) -> None:
+        self._where = place
         self._gpu = device is not None and device.type == "cuda"
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "valid": [], "test": [], "alignment": []}
         self._steps = steps
@@ -191,7 +194,7 @@ class Log:
 
     def draw(self, path: Path) -> None:
         """Plot the learning curves into a PNG file."""
-        curves.draw(self._curves, path)
+        curves.draw(self._curves, path, self._where)
 
     def _finite_losses(self, step: int) -> list[float]:
         """The losses since the last row; raises if training diverged."""

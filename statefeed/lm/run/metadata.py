@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ from statefeed.lm.run.files import CHECKPOINTS, RECORD
 from statefeed.lm.run.schema import validate
 
 # Keys that every record must have; it may have others.
-_SCHEMA = {"splits": {...: {"sha256": str}}, "steps_per_epoch": int, "parameters": int, "continued": ([{}], None)}
+_SCHEMA = {
+    "splits": {...: {"sha256": str}},
+    "steps_per_epoch": int,
+    "parameters": int,
+    "continued": ([{}], None),
+    "paths": ([{}], None),
+}
 
 
 def environment(group: Group) -> dict[str, Any]:
@@ -57,6 +65,46 @@ def write(folder: Path, metadata: dict[str, Any]) -> None:
 def update(folder: Path, **metadata: Any) -> None:
     """Add keys to the record of a run."""
     write(folder, {**read(folder), **metadata})
+
+
+def where(metadata: Mapping[str, Any]) -> str:
+    """The processor and threads of a run, as benchmarks name theirs; on a GPU the device.
+
+    A run that was resumed elsewhere names both.
+
+    >>> here = {"machine": "a CPU, 2 cores, Linux", "threads": 1}
+    >>> where(here), where({**here, "continued": [{"step": 7, "threads": 2}]})
+    ('a CPU, 1 thread', 'a CPU, 1 thread, then a CPU, 2 threads')
+    """
+    parts = [metadata]
+    for changed in metadata.get("continued") or []:
+        parts.append({**parts[-1], **changed})
+    return ", then ".join(dict.fromkeys(map(_machine_and_threads, parts)))
+
+
+def _machine_and_threads(metadata: Mapping[str, Any]) -> str:
+    place = metadata.get("device", "cpu")
+    if place == "cpu":
+        place = re.sub(r", \d+ cores?, \w+$", "", metadata.get("machine") or "unknown machine")
+    threads = metadata.get("threads", "?")
+    return f"{place}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def record_paths(folder: Path, step: int, paths: list[dict[str, Any]]) -> None:
+    """Add which kernels run the layers: under "paths", or under "continued" where a resumed run takes other ones.
+
+    Args:
+        folder: the run folder.
+        step: step of the checkpoint, 0 at the start.
+        paths: as ``kernel_paths`` returns them.
+    """
+    found = read(folder)
+    continued = found.get("continued") or []
+    before = next((part["paths"] for part in (*reversed(continued), found) if "paths" in part), None)
+    if step == 0:
+        update(folder, paths=paths)
+    elif paths != before:
+        update(folder, continued=[*continued, {"step": step, "paths": paths}])
 
 
 def mark_checkpointed(folder: Path) -> bool:

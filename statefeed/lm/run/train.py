@@ -30,6 +30,7 @@ from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
 from statefeed.lm.run.kernel_loading import load_kernels
+from statefeed.lm.run.kernel_paths import kernel_paths
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
 from statefeed.lm.run.log import Log
@@ -83,6 +84,7 @@ def train(config: Config, resume: bool = False) -> None:
                     metadata.resume(folder, checkpoints.step, group)
                     changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
+        place = metadata.where(metadata.read(folder)) if writes else ""
         remedy = f"; resume with `{program()} train --resume --run.dir={shlex.quote(str(folder))}`"
 
         def saved() -> str:
@@ -93,7 +95,7 @@ def train(config: Config, resume: bool = False) -> None:
 
         with (
             describe_failure(saved, lambda: remedy if exists() else ""),
-            Log(path if writes else None, setup.steps, log_state, board, group.device) as log,
+            Log(path if writes else None, setup.steps, log_state, board, group.device, place) as log,
         ):
             for sentence in corrupt:
                 log.print(f"{sentence}; resuming from {checkpoints}")
@@ -103,6 +105,9 @@ def train(config: Config, resume: bool = False) -> None:
                 if changes.extended is not None:
                     log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
             load_kernels(group.device, log)
+            if writes:
+                paths = kernel_paths(setup.model, config, next(setup.source.epoch(0)), group)
+                metadata.record_paths(folder, checkpoints.step, paths)
             try:
                 optimize(setup, config, log, best, checkpoints, group, states, signals)
                 if writes:

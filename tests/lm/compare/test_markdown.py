@@ -60,8 +60,8 @@ def test_every_committed_figure_is_shown_by_a_document() -> None:
 
 def test_without_records_there_is_no_number() -> None:
     text = markdown.page(Found())
-    assert text.count("No records yet.") == 6
-    for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D"):
+    assert text.count("No records yet.") == 8
+    for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D", "0.167", "0.01"):
         text = text.replace(stated, "")
     assert not re.search(r"\d", text)
 
@@ -174,7 +174,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert markdown.page(read([tmp_path])).count("No records yet.") == 6  # a trial is no measurement
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 8  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = markdown.page(read([tmp_path]))
@@ -276,4 +276,46 @@ def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path)
     assert [line for line in text.splitlines() if "` | 0.003" in line] == [
         "| gru `gate` | 0.003 | 0.95 (0.90 to 1.00) | 0.74 (0.50 to 0.98) | 1 of 2 | 700 |",
         "| mingru `bptt` | 0.003 | 0.55 (0.50 to 0.60) | 0.50 (0.50 to 0.50) | 0 of 2 | - |",
+    ]
+
+
+def test_differences_in_the_documents_are_those_of_the_records() -> None:
+    """Every difference with an interval is one that measured.md has, and its verdict follows from the interval."""
+    measured = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    number = r"[+-][\d.]+"
+    words = re.compile(
+        rf"({number}% \(({number}) to ({number})\))(?::\s(not decided|better|worse|holds|does not hold))?"
+    )
+    pages = [README, ROOT / "results" / "README.md", ROOT / "docs" / "choosing.md", ROOT / "docs" / "when-not.md"]
+    found = 0
+    for line in (line for page in pages for line in page.read_text(encoding="utf-8").splitlines()):
+        for difference, low, high, verdict in words.findall(line):
+            found += 1
+            assert difference in measured, difference
+            percent = re.search(r"at most (\d+)% above", line)
+            limit = float(percent[1]) if percent and verdict in ("holds", "does not hold") else 0.0
+            above, below = float(low) > limit, float(high) < limit
+            expected = {"better": below, "holds": below, "worse": above, "does not hold": above}
+            assert expected.get(verdict, True), line
+            assert verdict != "not decided" or percent or not (above or below), line
+    assert found > 20
+
+
+def test_the_adding_problem_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:
+    record = {"bench": "adding", "T": 200, "H": 64, "steps": 1500, "lr": 0.002, **common(), "repeats": 3}
+    found = {
+        ("lstm", "dsf"): [(0.2, None, None), (0.1, None, None), (0.16, None, None)],
+        ("gru", "log_spaced(200)@0.6/bptt"): [(0.001, 700, 20.0), (0.002, 900, 24.0), (0.05, None, None)],
+    }
+    lines = [
+        {**record, "cell": cell, "variant": rule, "error": error, "learnt": step, "cpu_seconds": seconds}
+        for (cell, rule), runs in found.items()
+        for error, step, seconds in runs
+    ]
+    (tmp_path / "adding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = markdown.page(read([tmp_path]))
+    assert "200 steps, 64 units, 1,500 steps of training; a CPU" in text
+    assert [line for line in text.splitlines() if "` | 0.002" in line] == [
+        "| gru `log_spaced(200)@0.6/bptt` | 0.002 | 0.0020 (0.0010 to 0.0500) | 2 of 3 | 800 | 22 |",
+        "| lstm `dsf` | 0.002 | 0.1600 (0.1000 to 0.2000) | 0 of 3 | - | - |",
     ]

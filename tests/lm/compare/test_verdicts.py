@@ -254,19 +254,27 @@ def test_a_diverged_run_is_infinite_and_never_dropped() -> None:
 # Rates ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_is_chosen_on_shorter_runs_where_there_are_some() -> None:
-    """At full length 0.002 looks better; the grid of shorter runs says 0.001."""
-    short = {"steps": 50}
-    grid = [run("dsf", 1, [p], lr=lr, **short) for lr, p in ((5e-4, 95), (1e-3, 90), (2e-3, 99))]  # type: ignore[arg-type]
-    full = [*runs("dsf", [60, 60], lr=1e-3), *runs("dsf", [50, 50], lr=2e-3)]
+def test_a_rate_is_chosen_on_shorter_runs_unless_the_runs_themselves_have_several() -> None:
+    """The shorter runs say 0.001, at full length 0.002 is better."""
+    grid = [run("dsf", 1, [p], lr=lr, steps=50) for lr, p in ((5e-4, 95), (1e-3, 90), (2e-3, 99))]
+    full = runs("dsf", [60, 60], lr=1e-3)
     chosen = rates.choose(full, [*grid, *full])
     assert (chosen.chosen, chosen.steps, chosen.at_edge) == (1e-3, 50, False)
     assert chosen.describe() == "0.001 of 0.0005, 0.001, 0.002, chosen on runs of 50 steps"
-    alone = rates.choose(full, full)
+    for other in (
+        run("gate", 1, [1.0], lr=8e-3, steps=50),  # another rule
+        run("dsf", 1, [1.0], lr=8e-3, steps=200),  # a longer run
+        run("dsf", 1, [1.0], lr=8e-3, steps=50, outcome="unfinished"),
+    ):
+        assert rates.choose(full, [*grid, *full, other]) == chosen
+    one = run("dsf", 1, [1.0], lr=8e-3, steps=50, outcome="unfinished")
+    two = run("dsf", 1, [1.0], lr=8e-3, steps=60)  # a single rate is no grid
+    assert rates.choose(full, [*grid, *full, two]) == chosen
+    assert rates.choose(full, [one, two]).describe() == "0.001, the only one"
+    both = [*full, *runs("dsf", [50, 50], lr=2e-3)]
+    alone = rates.choose(both, [*grid, *both])
     assert (alone.chosen, alone.steps, alone.at_edge) == (2e-3, None, True)
     assert alone.describe() == "0.002 of 0.001, 0.002, chosen on these runs, AT THE EDGE"
-    for other in (run("gate", 1, [1.0], lr=8e-3, steps=50), run("dsf", 1, [1.0], lr=8e-3, steps=200)):
-        assert rates.choose(full, [*grid, *full, other]) == chosen  # another rule, a longer run
 
 
 def test_a_grid_whose_best_rate_was_not_run_says_so() -> None:

@@ -75,9 +75,9 @@ def test_a_run_ends_with_commands_that_work_and_its_picture(
     monkeypatch.chdir(tmp_path)
     drawn, draw = [], curves.draw
 
-    def counted(rows: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    def counted(rows: dict[str, list[tuple[int, float]]], path: Path, place: str) -> None:
         drawn.append((len(rows["valid"]), len(rows["test"])))
-        draw(rows, path)
+        draw(rows, path, place)
 
     monkeypatch.setattr(curves, "draw", counted)
     assert cli.main(["train", *flags, "--run.dir=a run"]) == 0
