@@ -39,7 +39,10 @@ def forward(problem: Problem, save: bool) -> Forward:
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, *(biases or (None, None)), h0,
         layout.batch_sizes, *(saved or (None, None)), y, c,
     )  # fmt: skip
-    return Forward(y, (layout.last(y, h0), *_parts(c, H)), saved)
+    others = _parts(c, H)
+    if len(others) > 1:  # copies, because autograd does not let users modify one of several views in place
+        others = tuple(part.clone() for part in others)
+    return Forward(y, (layout.last(y, h0), *others), saved)
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
