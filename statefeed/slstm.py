@@ -24,8 +24,9 @@ class SLSTM(CellLayer):
     ``pre = x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh`` with block-diagonal W_hh (Beck et al., arXiv 2405.04517). c and
     n are stored divided by ``exp(m)``; the stabilizer m follows the largest exponent, so that nothing overflows.
 
-    The state is the tuple (h, c, n, m). Inputs and outputs have the forms of torch.nn.LSTM. Gates are in the order
-    i, f, z, o; ``weight_hh_l0`` is (4H, H / heads), gate after gate, and its columns are the units of the row's head.
+    The state is the tuple (h, c, n, m). A unit whose n is 0 starts: its m is not used, and its c must be 0. Inputs and
+    outputs have the forms of torch.nn.LSTM. Gates are in the order i, f, z, o; ``weight_hh_l0`` is (4H, H / heads),
+    gate after gate, and its columns are the units of the row's head.
     Initial values are those of the xlstm package: W_ih normal with variance 2 / (5 I), W_hh zero, the bias of the
     forget gate from 5 down to -7 within every head (``"powerlaw_blockdependent"``, with the layer for the block), other
     biases zero.
@@ -54,7 +55,8 @@ class SLSTM(CellLayer):
             support, such as ``"torch"``.
 
     Cost: 2 * B * 4H * H / heads flops per step forward for the recurrent product; backward O(H) per step for the
-        states, and three matrix products over all steps at once.
+        states, and three matrix products over all steps at once. On a GPU the reference backend runs: the forward pass
+        and the backward pass of ``"bptt"`` are loops over time, that of the other rules is not.
 
     Example:
         >>> import torch

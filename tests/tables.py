@@ -1,10 +1,11 @@
-"""The tables of cells, rules, backends and recipe sections, restored after a test that adds to them."""
+"""The tables of cells, rules, backends, conversions and recipe sections, restored after a test that adds to them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from statefeed.backends import BACKENDS
 from statefeed.cells import CELLS
+from statefeed.conversions import CONVERSIONS
 from statefeed.feedback import DIAGONALS
 from statefeed.lm.config import SECTIONS
 
@@ -12,7 +13,7 @@ from statefeed.lm.config import SECTIONS
 @contextmanager
 def restored() -> Iterator[None]:
     """After the block the tables have the members, and the order, that they had before it."""
-    before = [(table, dict(table)) for table in (CELLS, DIAGONALS, BACKENDS, SECTIONS)]
+    before = [(table, dict(table)) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, SECTIONS)]
     try:
         yield
     finally:

@@ -419,7 +419,7 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
         (["scan", "--device=tpu"], "device"),
         (["recall", "--delay=0"], "delay must be at least 1"),
         (["recall", "--rules=fast"], "feedback must be"),
-        (["tracking", "--length=30"], "length must be 4 to 20"),
+        (["tracking", "--length=20"], "length must be a multiple of every, 6, got 20"),
     ],
 )
 def test_a_user_error_prints_one_line(flags, sentence, capsys, tmp_path, monkeypatch):

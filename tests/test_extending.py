@@ -23,6 +23,7 @@ from statefeed.backends import BACKENDS, choose
 from statefeed.cell_layer import CellLayer
 from statefeed.cells import CELLS, Cell
 from statefeed.cells.protocol import w_hh_diagonal
+from statefeed.conversions import CONVERSIONS
 from statefeed.feedback import DIAGONALS
 from statefeed.lm import config, identity, recipe
 from statefeed.lm.errors import UsageError
@@ -579,6 +580,25 @@ def test_the_new_backend_computes_what_the_reference_does(page):
         assert_same(found, of_the_layer(made))
 
 
+@pytest.mark.parametrize("rule", ["bptt", "jacobian+7", "dsf"])
+def test_a_converted_loop_has_the_gradient_of_its_rule(page, rule):
+    torch.manual_seed(0)
+    found, x = {}, torch.randn(7, 2, 4)
+    module = page["LoopRNN"](4)
+    for name in ("loop", rule):
+        module.zero_grad()
+        with tables.restored():
+            CONVERSIONS[f"{type(module).__module__}.LoopRNN"] = page["ConvertedRNN"]
+            if name == rule:
+                sf.swap(module, rule)
+        module(x).square().sum().backward()
+        found[name] = {"maps": module.maps.grad.clone()}
+    if rule == "dsf":
+        assert_different(found[rule], found["loop"])
+    else:
+        assert_same(found[rule], found["loop"], 1e-5)
+
+
 def test_the_new_recipe_option_is_a_flag_and_a_key_that_is_checked(page, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("train:\n  smoothing: 0.25\n")
@@ -598,10 +618,11 @@ def test_the_page_prints_what_its_comments_say(page):
 
 
 def test_the_tables_are_restored():
-    before = [list(table) for table in (CELLS, DIAGONALS, BACKENDS, config.SECTIONS)]
+    before = [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)]
     with tables.restored():
         run_blocks("extending")
         assert {"mgu"} <= set(CELLS)
         assert {"halves", "latest", "damped"} <= set(DIAGONALS)
         assert next(iter(BACKENDS)) == "counting"
-    assert [list(table) for table in (CELLS, DIAGONALS, BACKENDS, config.SECTIONS)] == before
+        assert any("LoopRNN" in name for name in CONVERSIONS)
+    assert [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)] == before

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import statefeed as sf
 from statefeed.bench.measure import NO_ONEDNN, ONEDNN_MATMUL, Seconds, Setting, applied, clock, usual
-from statefeed.bench.options import GATES, Shape
+from statefeed.bench.options import LAYER_GATES, SLSTM_HEADS, Shape
 from statefeed.bench.published import published
+from statefeed.bench.slstm_rivals import Loop, Package, missing_package
 
 PADDED = "torch.nn padded"
 
@@ -97,10 +98,11 @@ class Case(NamedTuple):
     def flops(self) -> float:
         """Of the products that every method needs: forward x W_ih and h W_hh, backward dW_ih, dW_hh and dx."""
         H, products = self.shape.H, 0
+        fed = H // SLSTM_HEADS if self.cell == "slstm" else H  # units that one unit reads from the step before
         for layer in range(self.layers):
             width = H if layer == 0 else H * self.directions
-            products += (3 * width + 2 * H if self.training else width + H) * self.directions
-        return 2.0 * self.rows * GATES[self.cell] * H * products
+            products += (3 * width + 2 * fed if self.training else width + fed) * self.directions
+        return 2.0 * self.rows * LAYER_GATES[self.cell] * H * products
 
     def data(self, steps: int | None = None, padded: bool = False) -> Input:
         """Input and output gradient, unit normal.
@@ -123,22 +125,36 @@ class Case(NamedTuple):
             return Input(pad_packed_sequence(rows)[0].requires_grad_(), pad_packed_sequence(grad_rows)[0])
         return Input(rows.data.requires_grad_(), grad_rows.data, rows.batch_sizes)
 
-    def layer(self, package: Any, **feedback: str) -> nn.RNNBase:
-        """The cell's layer of torch.nn or statefeed, always with the same weights."""
+    def layer(self, package: Any, **feedback: str) -> Any:
+        """The cell's layer of torch.nn or statefeed, always with the same weights; for slstm that of statefeed."""
         torch.manual_seed(0)
-        kind = getattr(package, self.cell.upper())
         H = self.shape.H
-        layer: nn.RNNBase = kind(
-            H, H, self.layers, bidirectional=self.bidirectional, device=self.device, dtype=self.leaf_dtype, **feedback
-        )
-        return layer
+        options: dict[str, Any] = {
+            "bidirectional": self.bidirectional,
+            "device": self.device,
+            "dtype": self.leaf_dtype,
+            **feedback,
+        }
+        if self.cell == "slstm":
+            slstm = sf.SLSTM(H, H, self.layers, num_heads=SLSTM_HEADS, **options)
+            for name, weight in slstm.named_parameters():
+                if name.startswith("weight_hh"):  # which is zero at first
+                    nn.init.normal_(weight, std=H**-0.5)
+            return slstm
+        return getattr(package, self.cell.upper())(H, H, self.layers, **options)
+
+    def truth(self) -> Any:
+        """The layer in float64, exact by autograd: torch.nn's, or for slstm a loop over its step."""
+        layer = self.layer(nn).double()
+        return Loop(layer, compiled=False) if isinstance(layer, sf.SLSTM) else layer
 
 
 class Contender(NamedTuple):
     """One way to run a layer.
 
     Attributes:
-        implementation: ``"torch.nn"``, ``"torch.nn padded"``, ``"published"`` or ``"statefeed"``.
+        implementation: ``"torch.nn"``, ``"torch.nn padded"``, ``"published"`` or ``"statefeed"``; for slstm
+            ``"torch.compile"`` or ``"xlstm"`` in the place of the first three.
         variant: torch.nn's setting, or the rule.
         layer: the module with the parameters.
         forward: what the layer is called with -> outputs and final state.
@@ -149,7 +165,7 @@ class Contender(NamedTuple):
 
     implementation: str
     variant: str
-    layer: nn.RNNBase
+    layer: Any
     forward: Callable[[Any], tuple[Any, Any]]
     setting: Setting
     autocast: bool
@@ -193,15 +209,36 @@ def contenders(case: Case, rules: Sequence[str], tried: Sequence[Setting]) -> li
     """torch.nn under every setting, and the published procedure and statefeed's rules under the first setting.
 
     For bfloat16, torch.nn runs under autocast and also in float32 under every setting. For packed sequences it runs
-    packed and padded. The published procedure is there for training one layer of one direction on dense input.
+    packed and padded. The published procedure is there for training one layer of one direction on dense input. An
+    sLSTM has other rivals than torch.nn and the published procedure.
 
     Args:
         case: the comparison.
         rules: rules of statefeed.
         tried: settings of torch, the common one first.
     """
+    first, autocast = tried[0], case.dtype == "bfloat16"
+    result = _slstm_rivals(case, first, autocast) if case.cell == "slstm" else _torch_rivals(case, tried, autocast)
+    for rule in rules:
+        layer = case.layer(sf, feedback=rule)
+        result.append(Contender("statefeed", rule, layer, layer, first, autocast, case.training))
+    return result
+
+
+def _slstm_rivals(case: Case, setting: Setting, autocast: bool) -> list[Contender]:
+    """A loop over a compiled step, and the xlstm package if it is installed."""
+    layer = case.layer(sf)
+    loop = Loop(layer, compiled=True)
+    result = [Contender("torch.compile", "step", loop, loop, setting, autocast, case.training)]
+    if missing_package() is None:
+        package = Package(layer)
+        result.append(Contender("xlstm", "vanilla", package, package, setting, autocast, case.training))
+    return result
+
+
+def _torch_rivals(case: Case, tried: Sequence[Setting], autocast: bool) -> list[Contender]:
+    """torch.nn under every setting, and the published procedure."""
     plain, first = case.layer(nn), tried[0]
-    autocast = case.dtype == "bfloat16"
     result = []
     for rival in ("torch.nn", PADDED) if case.packed else ("torch.nn",):
         result.append(Contender(rival, first.name, plain, plain, first, autocast, case.training))
@@ -215,9 +252,6 @@ def contenders(case: Case, rules: Sequence[str], tried: Sequence[Setting]) -> li
                 result.append(Contender(rival, setting.name, plain, plain, setting, False, case.training))
     if case.training and not case.packed and case.layers == case.directions == 1:
         result.append(Contender("published", "dsf", plain, lambda x: published(plain, x), first, autocast))
-    for rule in rules:
-        layer = case.layer(sf, feedback=rule)
-        result.append(Contender("statefeed", rule, layer, layer, first, autocast, case.training))
     return result
 
 

@@ -1,7 +1,8 @@
-"""``statefeed bench layers``: a stack of layers, in training or forward alone, against torch.nn."""
+"""``statefeed bench layers``: a stack of layers, in training or forward alone, against torch.nn or other rivals."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ import statefeed as sf
 from statefeed.bench.case import PADDED, Case, Contender, Input, contenders, settings_for
 from statefeed.bench.layers_output import figure, table
 from statefeed.bench.measure import float32_settings, interleaved, matmul_rates, spread
-from statefeed.bench.options import DTYPES, GATES, PASSES, Shape, names, rules_of, shapes
+from statefeed.bench.options import DTYPES, LAYER_GATES, PASSES, Shape, names, rules_of, shapes
 from statefeed.bench.options import LayerOptions as Options
 from statefeed.bench.parity import check_parity
+from statefeed.bench.slstm_rivals import missing_package
 from statefeed.busy import OtherLoad
 
 __all__ = ["Case", "Options", "check_parity", "compare", "contenders", "figure", "run", "table"]
@@ -44,10 +46,12 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             kind == "training",
         )
         for kind in names("pass", options.pass_, PASSES)
-        for cell in names("cells", options.cells, tuple(GATES))
+        for cell in names("cells", options.cells, tuple(LAYER_GATES))
         for dtype in names("dtypes", options.dtypes, DTYPES[options.device])
         for shape in sizes
     ]
+    if any(case.cell == "slstm" for case in cases) and (reason := missing_package()):
+        print(f"layers: no rows of the xlstm package: {reason}", file=sys.stderr)
     settings = float32_settings(options.device)
     plans = [(case, contenders(case, rules_for(case, options.rules), settings_for(case, settings))) for case in cases]
     parity = [check_parity(case, entries) for case, entries in plans]
@@ -82,7 +86,7 @@ def compare(
 
     Args:
         case: the comparison.
-        entries: its contenders, torch.nn as shipped first.
+        entries: its contenders, torch.nn as shipped first if the cell is one of torch's.
         rounds: repetitions.
         rates: product rates of this machine, from ``matmul_rates``.
     """
@@ -99,9 +103,12 @@ def compare(
         own = (entry.name for entry in entries if entry.implementation == implementation)
         return min(own, key=lambda name: spread(total[name])["median"])
 
-    best = best_of("torch.nn")
-    baselines = {"torch.nn as shipped": entries[0].name, "torch.nn at its best": best}
     present = {entry.implementation for entry in entries}
+    best, baselines = None, {}
+    if "torch.nn" in present:
+        best = best_of("torch.nn")
+        baselines = {"torch.nn as shipped": entries[0].name, "torch.nn at its best": best}
+    baselines |= {name: best_of(name) for name in ("torch.compile", "xlstm") if name in present}
     if PADDED in present:
         baselines[PADDED] = best_of(PADDED)
     if "published" in present:
@@ -141,7 +148,7 @@ def compare(
                 label: spread([b / m for b, m in zip(total[name], times, strict=True)])
                 for label, name in baselines.items()
             },
-            "torch_nn_best": best.removeprefix("torch.nn "),
+            "torch_nn_best": best and best.removeprefix("torch.nn "),
             "limit_ms": limit,
             "part_of_limit": limit / spread(times)["median"],
             "matmul": rate,

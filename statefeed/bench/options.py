@@ -14,6 +14,8 @@ V = TypeVar("V")
 
 FEWEST_REPEATS = 5
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+LAYER_GATES = GATES | {"slstm": 4}  # the cells of `layers`; torch has no sLSTM
+SLSTM_HEADS = 4
 # By device; tf32 is float32 with products in TF32 (10 bits of mantissa) by cuBLAS and cuDNN.
 DTYPES = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("float32", "float64", "tf32", "bfloat16")}
 TRAINING_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16")}
@@ -161,9 +163,9 @@ def rules_of(cell: str, rules: str) -> list[str]:
     return result
 
 
-def _check_rules(cells: str, rules: str) -> None:
+def _check_rules(cells: str, rules: str, allowed: tuple[str, ...] = tuple(GATES)) -> None:
     """Raise unless every cell supports one of the rules."""
-    for cell in names("cells", cells, tuple(GATES)):
+    for cell in names("cells", cells, allowed):
         if not rules_of(cell, rules):
             raise OptionError(f"rules must include one that an {cell} supports, got {rules!r}: it has no gate")
 
@@ -175,7 +177,10 @@ def _check_rules(cells: str, rules: str) -> None:
 class LayerOptions(Options):
     """A stack of layers, forward and backward or forward alone: cell by rule by shape by dtype."""
 
-    cells: str = option("rnn,gru,lstm", "among rnn (tanh), gru and lstm, separated by commas")
+    cells: str = option(
+        "rnn,gru,lstm",
+        "among rnn (tanh), gru, lstm and slstm, separated by commas; slstm has 4 heads, and other rivals than torch.nn",
+    )
     rules: str = option(
         "bptt,dsf,gate,jacobian,gate+1",
         "feedback rules, separated by commas; gate is skipped for an rnn, which has no gate",
@@ -209,7 +214,12 @@ class LayerOptions(Options):
             raise OptionError(f"layers must be at least 1, got {self.layers}")
         if self.packed and any(shape.T < 2 for shape in shapes(self.shape_list)):
             raise OptionError(f"packed shapes must have at least 2 steps, got {self.shape_list}")
-        _check_rules(self.cells, self.rules)
+        cells = names("cells", self.cells, tuple(LAYER_GATES))
+        if "slstm" in cells and (self.layers > 1 or self.bidirectional or self.packed):
+            raise OptionError("slstm is measured as one layer of one direction on dense input: omit it, or these flags")
+        if "slstm" in cells and any(shape.H % SLSTM_HEADS for shape in shapes(self.shape_list)):
+            raise OptionError(f"the widths of slstm must be multiples of {SLSTM_HEADS}, got {self.shape_list}")
+        _check_rules(self.cells, self.rules, tuple(LAYER_GATES))
 
     @property
     def shape_list(self) -> str:

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statefeed.backends import choose
 from statefeed.cells import CELLS, Cell
 from statefeed.conversions.protocol import ConvertedLayer
-from statefeed.layout import Layout
-from statefeed.recurrence import Direction, recurrence
 
 # Settings of the package's CUDA kernels that change the function or its gradient, with the values that do not.
 _PLAIN = {"gradient_recurrent_cut": False, "gradient_recurrent_clipval": None, "forward_clipval": None}
@@ -52,8 +49,8 @@ class XLSTMCell(ConvertedLayer):
         return CELLS["slstm"]
 
     @property
-    def _state_size(self) -> int:
-        return 3 * int(self.config.hidden_size)
+    def feedback_units(self) -> int:
+        return int(self.config.hidden_size)
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Run the cell over a sequence; arguments and results are those of the package's cell.
@@ -72,18 +69,15 @@ class XLSTMCell(ConvertedLayer):
         Raises:
             ValueError: the input does not have 4H features.
         """
-        H = int(self.config.hidden_size)
+        H = self.feedback_units
         if input.shape[-1] != 4 * H:
             raise ValueError(f"the input must have 4 * hidden_size = {4 * H} features, got {tuple(input.shape)}")
         x = input if self.config.input_shape == "SBGNH" else input.transpose(0, 1)
-        T, B = x.shape[:2]
-        states = tuple(x.new_zeros(4, B, H) if state is None else state)
+        states = tuple(x.new_zeros(4, x.shape[1], H) if state is None else state)
         w_hh, b_ih = self._weights()
         # Without W_ih, x is the preactivation; the package has one bias.
         weights = (w_hh.new_empty(0), w_hh, b_ih, torch.zeros_like(b_ih))
-        direction = Direction(states, weights, self._rules[0], self.learned_state(0, x.device))
-        backend = choose(self.feedback_cell, (x, *states, *weights), self._feedback.exact).name
-        y, (final,) = recurrence(self.feedback_cell, backend, x, Layout(T, B), [direction])
+        y, final = self.feedback_run(x, states, weights)
         output, last = self._permute_output(y), torch.stack(final)  # type: ignore[operator]
         if torch.is_autocast_enabled("cuda"):
             return output, last

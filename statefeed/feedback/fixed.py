@@ -104,9 +104,10 @@ class Given(Stationary):
         if self.values.shape in ((size,), (rows, size)):
             return None
         per_layer = "" if cell is None else f", or a row of them for every layer and direction, {rows} here"
-        lstm = "" if cell is None else " (an LSTM counts h and c)"
+        parts = () if cell is None else cell.states[: cell.gradient_parts]
+        counted = f" ({cell.name.upper()}: {', '.join(parts)} joined)" if cell is not None and len(parts) > 1 else ""
         return (
-            f"the feedback diagonal must have one value per unit of the state, {size} here{lstm}{per_layer}, got "
+            f"the feedback diagonal must have one value per unit of the state, {size} here{counted}{per_layer}, got "
             f"{tuple(self.values.shape)}"
         )
 

@@ -16,7 +16,7 @@ from statefeed.feedback.protocol import Context, KernelRule, Linearization, Time
 
 @dataclass(frozen=True)
 class Gate(TimeVarying):
-    """Diagonal of the direct path: z[t] of a GRU, f[t] on c and 0 on h of an LSTM."""
+    """Diagonal of the direct path: z[t] of a GRU, f[t] on c (SLSTM: c and n) and 0 on h of an LSTM."""
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         if cell is None:

@@ -44,7 +44,8 @@ class Feedback:
             - ``"torch"``: exact, through torch's own layer in every case, which supports double backward and
               ``torch.func.jacrev`` as torch.nn does.
             - ``"ft-bptt"`` or ``0.0``: D = 0, fully truncated.
-            - ``"dsf"``: linspace(0, 1, S), fixed; for an LSTM over the concatenated states (h, c), S = 2H.
+            - ``"dsf"``: linspace(0, 1, S), fixed; for an LSTM over the concatenated states (h, c), S = 2H,
+              for an SLSTM over (h, c, n), S = 3H.
             - ``"ramp(cap)"`` and ``"log_spaced(longest)"``: see ``Feedback.ramp`` and ``Feedback.log_spaced``.
             - a float, or a tensor of shape (S,): that diagonal, fixed. A tensor (L * directions, S) has one row per
               layer and direction, like ``layer.diagonal`` of the next two rules.
@@ -52,7 +53,8 @@ class Feedback:
             - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1] for every unit, where g is the exact
               state gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training, the first and then every
               50th backward pass is exact BPTT and updates the fit.
-            - ``"gate"``: the direct path, z[t] of a GRU, f[t] on c and 0 on h of an LSTM; an RNN has none.
+            - ``"gate"``: the direct path, z[t] of a GRU, f[t] on c and 0 on h of an LSTM, f[t] on c and n of
+              an SLSTM; an RNN has none.
             - ``"jacobian"``: diag(J[t]).
 
             A string may end in the suffix ``+k``: ``"gate+1"``. The table of rules is ``statefeed.feedback.DIAGONALS``.

@@ -79,6 +79,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
         default=None,
         help="update the verdicts in this Markdown file instead of the page",
     )
+    flags.add_argument("--records", type=str | None, default=None, help="write the runs into this new JSONL file, too")
     flags.add_argument("--baseline", type=str, default="bptt", help=_BASELINE)
     flags.add_argument("--within", type=float | None, default=None, help=_WITHIN)
     values = recipes.parse(flags, arguments)
@@ -92,11 +93,18 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
         f"the page must not replace an input file or have the suffix {', '.join(_REPORTED)}",
         output,
     )
+    records = None if values.records is None else recipes.expand(values.records)
+    require(
+        records is None or (records.suffix == ".jsonl" and records.parent.is_dir() and not records.exists()),
+        "--records must name a new .jsonl file in an existing folder",
+        records,
+    )
     require(folder is None or folder.is_dir() or not folder.exists(), "--figures must name a folder", folder)
 
     def work() -> None:
         from statefeed.lm.compare import figures, markdown, page, summary, terminal
         from statefeed.lm.compare.measurements import step_times
+        from statefeed.lm.compare.results import to_line
         from statefeed.lm.compare.sources import read
         from statefeed.lm.compare.verdicts import terms
 
@@ -113,6 +121,9 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
         written = [f"{output}: {len(found.results)} runs, {len(found.benchmarks)} records of benchmarks"]
         if folder is not None:
             written += figures.save(figures.draw(found.results, step_times(found)), folder)
+        if records is not None:
+            records.write_text("".join(map(to_line, found.results)), encoding="utf-8")
+            written.append(str(records))
         print("\n".join(written))
 
     return work

@@ -4,21 +4,20 @@ Runs of one task are compared with one another, whichever machine made them: it 
 rounding does. Times are those of one machine each. With no record there is no number.
 """
 
-import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from statefeed.lm.compare import verdict_tables
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, step_key, step_times, table
-from statefeed.lm.compare.results import Result
+from statefeed.lm.compare.markdown_runs import frontiers, verdicts
+from statefeed.lm.compare.measurements import PTB, Record, measurements, place, table
 from statefeed.lm.compare.sources import Found
-from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
-from statefeed.lm.compare.verdicts import Terms, compare_rules
-from statefeed.lm.run.metadata import where
+from statefeed.lm.compare.verdicts import Terms
 
 _BASELINES = ("bptt", "ft-bptt")
+
+# The baselines of the layers, and what a row says about them.
+_LAYER_BASELINES = {"torch.nn at its best": "", "torch.compile": ", compiled step", "xlstm": ", xlstm package"}
 
 
 def page(found: Found) -> str:
@@ -34,18 +33,19 @@ def page(found: Found) -> str:
             "## Perplexity and time",
             "Validation perplexity by rule, and time per step where `statefeed bench training` has taken it in turns. "
             "Bold: on the frontier, where no other rule is both faster and better.",
-            _tasks(found).rstrip("\n") or "No records yet.",
+            frontiers(found).rstrip("\n") or "No records yet.",
             "## Differences between rules",
             "Every rule at its own best learning rate, over pairs of runs of one seed and one program, against the two "
             "baselines of the paper; [the rule of the verdicts](training.md#verdicts).",
             "".join(verdicts(found, Terms(rule)) for rule in _BASELINES).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
-            "(below 1: slower).",
+            "(below 1: slower). torch has no sLSTM: its baselines are a loop over a step compiled by torch.compile, "
+            "and the vanilla backend of the xlstm package.",
             _layers(found).rstrip("\n") or "No records yet.",
             "## Memory",
-            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, and "
-            "of the rules as a share of it (below 1: less).",
+            "Growth of the peak memory of a process in one forward and backward pass of a layer: of `torch.nn` in MiB, "
+            "and of the rules as a share of it (below 1: less).",
             _memory(found).rstrip("\n") or "No records yet.",
             "## Training end to end",
             "A GRU of 256 units on sentences of words: times faster than the published procedure in the same dtype, "
@@ -56,10 +56,11 @@ def page(found: Found) -> str:
             "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
             _recall(found).rstrip("\n") or "No records yet.",
             "## State tracking",
-            "Parity of a bit string that is asked for after its last bit (`statefeed bench tracking`; guessing is "
-            "right for 0.5), on strings that training left out and on strings of twice the trained length. A seed has "
-            "learnt it where nine in ten of the long strings were right. The rate of every cell and rule was chosen on "
-            "other strings, with a seed that is not shown. minGRU and S4D have exact gradients only.",
+            "Parity of a bit string that is asked for after every few bits (`statefeed bench tracking`; guessing is "
+            "right for 0.5): the last output on strings of the trained length and of twice that length, none of which "
+            "was trained on. A seed has learnt it where nine in ten of the long strings were right. The rate of every "
+            "cell and rule was chosen on other strings, with a seed that is not shown. minGRU and S4D have exact "
+            "gradients only.",
             _tracking(found).rstrip("\n") or "No records yet.",
             "## The adding problem",
             "Squared error of the sum of two marked numbers of a long sequence (`statefeed bench adding`; guessing has "
@@ -71,101 +72,16 @@ def page(found: Found) -> str:
     )
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
-def _tasks(found: Found) -> str:
-    """For every task one table: rule, seeds, perplexity, and the times of a step that the benchmark has measured."""
-    finished = [result for result in found.results if result.outcome == "finished" and result.valid]
-    times, text = step_times(found), ""
-    for titled in split(finished, _title).values():
-        parts = list(split(titled, lambda result: json.dumps(setting(result), sort_keys=True)).values())
-        differing = differing_keys([setting(part[0]) for part in parts])
-        for part in parts:
-            places = sorted({where(result.metadata) for result in part})
-            more = "".join(f", {key}={setting(part[0]).get(key)}" for key in differing)
-            torch = " and ".join(dict.fromkeys(str(result.metadata.get("torch")) for result in part))
-            key = step_key(part[0])
-            measured = {place: times[key, place] for place in places if (key, place) in times}
-            text += f"{_title(part[0])}; {'; '.join(places)}; torch {torch}{more}.\n\n{_frontier(part, measured)}\n"
-    return text
-
-
-def _title(result: Result) -> str:
-    """A task in words, without the keys in which it may differ from others of the same title."""
-    corpus = result.metadata.get("corpus") or result.get("data.corpus")
-    steps, epochs, precision = (result.get(f"train.{key}") for key in ("steps", "epochs", "precision"))
-    length = f"{steps} steps" if steps else f"{epochs} epochs"
-    length += f" in {precision}" if precision != "float32" else ""
-    return (
-        f"**{corpus}, {result.get('data.tokens')} tokens, {size(result)}**, {length}, "
-        f"{result.get('train.batch')} x {result.get('train.context')} tokens a step"
-    )
-
-
-def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:
-    """One row per rule: seeds, mean of the best validation perplexities, their range, and time per step.
-
-    Args:
-        results: of one task.
-        times: milliseconds by rule, by place.
-    """
-    scores = {label: [r.best for r in group if r.best is not None] for label, group in by_rule(results).items()}
-    rules = {label: group[0].rule for label, group in by_rule(results).items()}
-    means = {label: statistics.mean(values) for label, values in scores.items()}
-    body = []
-    for label, mean in sorted(means.items(), key=lambda item: item[1]):
-        values, rule = scores[label], rules[label]
-        spread = f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
-        row = [f"`{rule}`{label.removeprefix(rule)}", str(len(values)), spread]
-        for took in times.values():
-            ms = took.get(rule)
-            if ms is None:
-                row.append("")
-                continue
-            rivals = [(means[other], took[rules[other]]) for other in means if rules[other] in took]
-            dominated = any(p <= mean and t <= ms and (p, t) != (mean, ms) for p, t in rivals)
-            row.append(f"{ms:.0f}" if dominated else f"**{ms:.0f}**")
-        body.append(row)
-    return table(["rule", "seeds", "best validation perplexity", *(f"ms per step, {place}" for place in times)], body)
-
-
-def verdicts(found: Found, terms: Terms) -> str:
-    """For every task with enough pairs a table of the differences to the baseline; the other tasks in one sentence."""
-    text, few = "", []
-    for title, same in tasks(found.results).items():
-        compared = compare_rules(same, terms, found.results)
-        if compared is None:
-            continue
-        if not compared.decidable:
-            few.append(title)
-            continue
-        headings, rows = verdict_tables.table(compared)
-        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
-        notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
-        text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
-    if few:
-        text += "".join(
-            [
-                f"Compared with {terms.baseline}, these have {verdict_tables.TOO_FEW}:\n\n",
-                *(f"- {title}\n" for title in few),
-                "\n",
-            ]
-        )
-    return text
-
-
-# Benchmarks ----------------------------------------------------------------------------------------------------------
-
-
 def _layers(found: Found) -> str:
     text = ""
     for heading, records in measurements(found, "layers").items():
         cases: dict[str, dict[str, float]] = defaultdict(dict)
         for r in records:
             if r["implementation"] == "statefeed":
-                case = f"{r['cell']} {place(r)} {r['dtype']}"
-                cases[case][r["variant"]] = r["times_faster_than"]["torch.nn at its best"]["median"]
+                for baseline, named in _LAYER_BASELINES.items():
+                    if baseline in r["times_faster_than"]:
+                        case = f"{r['cell']} {place(r)} {r['dtype']}{named}"
+                        cases[case][r["variant"]] = r["times_faster_than"][baseline]["median"]
         rules = list(dict.fromkeys(rule for case in cases.values() for rule in case))
         body = [
             [case, *(f"{times[rule]:.2f}" if rule in times else "" for rule in rules)] for case, times in cases.items()
@@ -235,7 +151,7 @@ def _recall(found: Found) -> str:
 def _tracking(found: Found) -> str:
     text = ""
     for heading, records in measurements(found, "tracking", fewest=3).items():
-        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
+        for (T, every, H, steps), same in _grouped(records, "T", "every", "H", "steps").items():
             cases = sorted(_grouped(same, "cell", "variant").items(), key=lambda item: _sort_key(item[1]))
             body = [
                 [
@@ -248,7 +164,8 @@ def _tracking(found: Found) -> str:
                 for (cell, rule), runs in cases
             ]
             head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
-            text += f"{T} bits, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
+            task = f"{T} bits, asked for after every {every}; {H} units, {steps:,} steps of training"
+            text += f"{task}; {heading}.\n\n{table(head, body)}\n"
     return text
 
 

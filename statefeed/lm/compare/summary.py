@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from statefeed.lm.compare import markdown
+from statefeed.lm.compare import markdown_runs
 from statefeed.lm.compare.measurements import PTB, Record, instructions, kind, machine, measurements, newest, table
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.verdicts import Terms
@@ -29,7 +29,7 @@ def update_verdicts(path: Path, found: Found, terms: Terms) -> None:
     Raises:
         UsageError: when the file has no such marks.
     """
-    _update(path, VERDICTS, markdown.verdicts(found, terms), "--verdicts")
+    _update(path, VERDICTS, markdown_runs.verdicts(found, terms), "--verdicts")
 
 
 def _update(path: Path, mark: str, new: str, flag: str) -> None:

@@ -24,7 +24,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     rivals = {rule: at_best_rate(rules[rule]) for rule in ("ft-bptt", "bptt", "torch") if rule in rules}
     tested = any(result.test is not None for result in results)
     headings = ["rule", "valid perplexity", "rate", "seeds", *(["test perplexity"] if tested else [])]
-    headings += ["forward ms", "backward ms", "step ms", "peak MiB"]
+    headings += ["forward ms", "backward ms", "step ms", "tokens/s", "peak MiB"]
     headings += [f"{what} to {rule}" for rule in rivals for what in ("epochs", "seconds")]
     headings += ["cosine with BPTT", "norm ratio"]
     rows = []
@@ -38,6 +38,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             _mean([result.ms.get("forward") for result in group], ".1f"),
             _mean([result.ms.get("backward") for result in group], ".1f"),
             _mean([result.step_ms for result in group], ".1f"),
+            _mean([result.tokens_per_s for result in group], ",.0f"),
             _mean([result.peak_bytes / 2**20 if result.peak_bytes else None for result in group], ",.0f"),
         ]
         for rival in rivals.values():

@@ -63,6 +63,10 @@ def print_verdicts(results: Sequence[Result], terms: Terms, wide: bool = False) 
     for title, same in tasks(results).items():
         found = compare_rules(same, terms, results)
         if found is None:
+            rules = {result.rule for result in same}
+            if len(rules) > 1:
+                named = f"name one of {', '.join(sorted(rules))} with --baseline"
+                console.print(f"{title}: no verdict without runs of the baseline {terms.baseline}: {named}")
             continue
         if found.decidable:
             _print(console, title, found, wide)

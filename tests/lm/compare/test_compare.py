@@ -320,6 +320,8 @@ def test_an_interrupted_comparison_is_resumed(
             ["--feedback=dsf", "--model.feedback=dsf"],
             "statefeed compare takes --feedback and --out, got --model.feedback",
         ),
+        (["--feedback=dsf", "--baseline=dfs"], "--baseline dfs: feedback must be"),
+        (["--feedback=dsf", "--within=-1"], "--within must be a number of percent from 0 to 1,000, got -1"),
         (["--feedback=dsf", "--run.dir=x"], "statefeed compare takes --feedback and --out, got --run.dir"),
         (["--feedback=dsf", "--train.learning=1"], "unknown key train.learning"),
         (["nowhere.yaml", "--feedback=dsf"], "the recipe nowhere.yaml does not exist"),
@@ -390,7 +392,7 @@ def test_the_table_counts_seed_by_seed() -> None:
     # Best of the seeds 44 and 38: mean 41, standard deviation 6 / sqrt(2).
     assert dsf["valid perplexity"] == "41.00 ± 4.24"
     assert (dsf["forward ms"], dsf["backward ms"], dsf["step ms"]) == ("11.0", "21.0", "38.0")
-    assert dsf["peak MiB"] == "100"
+    assert (dsf["tokens/s"], dsf["peak MiB"]) == ("100", "100")
     # ft-bptt ends with 50 and 70: reached at the evaluations 3 and 2, after 1.5 and 1 epochs, 15 and 10 seconds.
     assert (dsf["epochs to ft-bptt"], dsf["seconds to ft-bptt"]) == ("1.2", "12.5")
     # bptt ends with 40 and 39: never with the first seed, at the third evaluation with the second.

@@ -260,7 +260,7 @@ def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
 
 
 def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path) -> None:
-    record = {"bench": "tracking", "T": 10, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
+    record = {"bench": "tracking", "T": 10, "every": 5, "H": 64, "steps": 4000, "lr": 0.003, **common(), "repeats": 3}
     found = {
         ("mingru", "bptt"): [(0.5, 0.5, None), (0.6, 0.5, None)],
         ("gru", "gate"): [(1.0, 0.98, 700), (0.9, 0.5, None)],
@@ -272,11 +272,22 @@ def test_state_tracking_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: Path)
     ]
     (tmp_path / "tracking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown.page(read([tmp_path]))
-    assert "10 bits, 64 units, 4,000 steps of training; a CPU" in text
+    assert "10 bits, asked for after every 5; 64 units, 4,000 steps of training; a CPU" in text
     assert [line for line in text.splitlines() if "` | 0.003" in line] == [
         "| gru `gate` | 0.003 | 0.95 (0.90 to 1.00) | 0.74 (0.50 to 0.98) | 1 of 2 | 700 |",
         "| mingru `bptt` | 0.003 | 0.55 (0.50 to 0.60) | 0.50 (0.50 to 0.50) | 0 of 2 | - |",
     ]
+
+
+def test_an_slstm_has_a_row_for_each_of_its_baselines(tmp_path: Path) -> None:
+    record = {"bench": "layers", "implementation": "statefeed", "variant": "dsf", "cell": "slstm", **common()}
+    record |= {"T": 64, "B": 32, "H": 256, "dtype": "float32"}
+    ratios = {"torch.compile": {"median": 9.0}, "xlstm": {"median": 12.5}}
+    (tmp_path / "layers.jsonl").write_text(json.dumps({**record, "times_faster_than": ratios}) + "\n")
+    lines = markdown.page(read([tmp_path])).splitlines()
+    assert "| slstm 64x32x256 float32, compiled step | 9.00 |" in lines
+    assert "| slstm 64x32x256 float32, xlstm package | 12.50 |" in lines
+    assert "SLSTM" not in summary.summary(read([tmp_path]))
 
 
 def test_differences_in_the_documents_are_those_of_the_records() -> None:

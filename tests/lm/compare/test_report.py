@@ -103,6 +103,17 @@ def test_it_reads_runs_comparisons_and_benchmarks_in_nested_folders(page: Path, 
     assert len(read([tmp_path]).results) == 2
 
 
+def test_runs_are_written_as_records(run: Path, compared: list[Result], tmp_path: Path) -> None:
+    (tmp_path / "compare.jsonl").write_text("".join(map(results.to_line, compared)))
+    arguments = ["report", str(run), str(tmp_path / "compare.jsonl"), "-o", str(tmp_path / "report.html")]
+    assert cli.main([*arguments, f"--records={tmp_path / 'all.jsonl'}"]) == 0
+    assert read([tmp_path / "all.jsonl"]).results == [read_run(run), *compared]
+    for name in ("all.jsonl", "compare.jsonl", "new.txt", "nowhere/new.jsonl"):  # and no record is replaced
+        before = {path: path.read_text() for path in tmp_path.glob("*.jsonl")}
+        assert cli.main([*arguments, f"--records={tmp_path / name}"]) == 2
+        assert {path: path.read_text() for path in tmp_path.glob("*.jsonl")} == before
+
+
 def test_a_result_is_equal_after_writing_and_reading(compared: list[Result]) -> None:
     assert [from_line(to_line(one)) for one in compared] == compared
 

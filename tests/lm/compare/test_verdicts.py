@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import figures, markdown, rates, student, summary, verdict_tables
+from statefeed.lm.compare import compare, figures, markdown_runs, rates, student, summary, verdict_tables
 from statefeed.lm.compare.pairs import pair, program
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
@@ -342,6 +342,18 @@ def test_the_table_fits_80_columns_and_says_what_was_left_out(
     assert "3 intervals of 95% each, not corrected for their number: about one in 20 misses the truth." in flat
 
 
+def test_a_comparison_prints_its_verdicts_and_draws_them(
+    results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare.show(results, tmp_path)
+    out = capsys.readouterr().out
+    assert "difference to bptt: 95% interval over seeds" in out
+    assert re.search(r"best +│ +3 │ +\+1\.9% \(\+1\.7 to \+2\.1\) │ worse", out)
+    assert any(path.stem.endswith("-difference") for path in tmp_path.glob("*.svg"))
+    compare.show(results, tmp_path, Terms("gate"), wide=True)
+    assert "difference to gate" not in capsys.readouterr().out  # two pairs
+
+
 def test_another_baseline_and_a_claim(
     results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,9 +382,12 @@ def test_one_seed_is_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "worse" not in (tmp_path / "r.html").read_text()
 
 
-def test_without_the_baseline_nothing_is_compared() -> None:
+def test_without_the_baseline_nothing_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_rules(runs("dsf", [50] * 3) + runs("gate", [50] * 3), Terms()) is None
     assert compare_rules(runs("bptt", [50] * 3), Terms()) is None
+    compare.show(runs("dsf", [50] * 3) + runs("gate", [50] * 3), tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no verdict without runs of the baseline bptt: name one of dsf, gate with --baseline" in out
 
 
 def test_the_page_the_documents_and_the_figure_say_the_same(results: list[Result], tmp_path: Path) -> None:
@@ -383,7 +398,7 @@ def test_the_page_the_documents_and_the_figure_say_the_same(results: list[Result
     words = f"{verdict_tables.describe(difference)}: {difference.verdict()}"
     assert words.endswith(": worse")
     assert words in page(Found(results), Terms())
-    text = markdown.verdicts(Found(results), Terms())
+    text = markdown_runs.verdicts(Found(results), Terms())
     assert words in text
     assert "| `bptt` | 0.001 |  | 60.0 |  |  |  |" in text
     target = tmp_path / "README.md"
