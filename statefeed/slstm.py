@@ -162,7 +162,7 @@ class SLSTM(CellLayer):
         Gradient: none.
 
         Raises:
-            ValueError: there is no such layer or direction.
+            ValueError: there is no such layer or direction, or the forget gate is exponential.
 
         Example:
             >>> weights = SLSTM(3, 8, num_heads=2).to_xlstm()
@@ -191,7 +191,8 @@ class SLSTM(CellLayer):
             This layer.
 
         Raises:
-            ValueError: a missing key, a wrong shape, or a b that is not zero for a layer without biases.
+            ValueError: a missing key, a wrong shape, a b that is not zero for a layer without biases, or an exponential
+                forget gate.
 
         Example:
             >>> import torch
@@ -221,6 +222,11 @@ class SLSTM(CellLayer):
 
     def _of(self, layer: int, reverse: bool) -> list[Any]:
         """The weights of one layer and direction."""
+        if self.forget_gate != "sigmoid":
+            raise ValueError(
+                f'the cell of the xlstm package has a sigmoid forget gate, got forget_gate="{self.forget_gate}": use '
+                "state_dict instead"
+            )
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be between 0 and {self.num_layers - 1}, got {layer}")
         if reverse and not self.bidirectional:

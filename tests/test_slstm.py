@@ -393,6 +393,8 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"must have one value per unit of the state, 12 here"):
         sf.SLSTM(3, 4, feedback=torch.zeros(16))
     made = sf.SLSTM(3, 4, num_heads=2)
+    with pytest.raises(ValueError, match='a sigmoid forget gate, got forget_gate="exponential"'):
+        sf.SLSTM(3, 4, forget_gate="exponential").to_xlstm()
     with pytest.raises(ValueError, match="layer must be between 0 and 0, got 1"):
         made.to_xlstm(1)
     with pytest.raises(ValueError, match="reverse must be False"):

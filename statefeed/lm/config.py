@@ -115,9 +115,7 @@ class Model:
         "slstm: x + group_norm(rnn(norm(x))) with a convolution, then x + gated_mlp(norm(x))",
     )
     dropout: float = option(0.0, "dropout probability after the embedding and after every sub-layer")
-    uniform: float | None = option(
-        None, "initial weights uniform in (-x, x); null for the default initialization of each layer"
-    )
+    uniform: float | None = option(None, "initial weights uniform in (-x, x); null for the default of each layer")
     heads: int = option(8, "transformer: attention heads; slstm: blocks of the recurrent weights")
     convolution: int = option(4, "xlstm block only: tokens that the causal convolution covers; 0 for no convolution")
     window: int = option(256, "transformer only: number of tokens that a token attends to, including itself")
