@@ -39,7 +39,10 @@ def forward(problem: Problem, save: bool) -> Forward:
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, b_ih, b_hh, h0,
         layout.batch_sizes, *(saved or (None, None)), y, c, w_hr,
     )  # fmt: skip
-    return Forward(y, (layout.last(y, h0), *_parts(c, [s.shape[1] for s in problem.state[1:]])), saved)
+    others = _parts(c, [s.shape[1] for s in problem.state[1:]])
+    if len(others) > 1:  # copies, because autograd does not let users modify one of several views in place
+        others = tuple(part.clone() for part in others)
+    return Forward(y, (layout.last(y, h0), *others), saved)
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:

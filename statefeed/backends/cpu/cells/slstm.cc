@@ -23,7 +23,8 @@ struct Slstm {
                     z = tanh<T>(row.preactivation(2) + row.hidden_product(2)),
                     o = sigmoid<T>(row.preactivation(3) + row.hidden_product(3)), previous_n = row.at(row.c, n);
     // One of i and f is 1, and the other the exponential of minus the distance of the two logarithms.
-    const Vector<T> log_f = exponential_f ? pre_f : log_sigmoid<T>(pre_f), previous = log_f + row.at(row.c, m),
+    Vector<T> slope = one;  // of log_f
+    const Vector<T> log_f = exponential_f ? pre_f : log_sigmoid<T>(pre_f, slope), previous = log_f + row.at(row.c, m),
                     distance = previous - pre_i, smaller = exp<T>(distance < zero ? distance : -distance);
     const auto previous_is_larger = distance >= zero, from_previous = previous_is_larger & (previous_n != zero);
     const Vector<T> i = from_previous ? smaller : one, f = previous_is_larger ? one : smaller,
@@ -36,7 +37,7 @@ struct Slstm {
     row.save_gate(0, i), row.save_gate(1, f), row.save_gate(2, z), row.save_gate(3, o);
     row.put(row.aux, cell_state, c);
     row.put(row.aux, normalizer, n);
-    if (!exponential_f) row.put(row.aux, sigmoid<T>(-pre_f), 2);
+    if (!exponential_f) row.put(row.aux, slope, 2);
   }
 
   struct Local {
