@@ -79,55 +79,70 @@ void run(const Task& task) {
 }
 
 template <class P>
-void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns) {
-  const Matrix a = normal(rows, depth), w = normal(units, depth), bias = normal(1, units), start = normal(rows, units);
-  PackedWeights<P> weights{
-      .w = w.data(), .gates = 1, .units = units, .depth = depth, .vectors = bulk_vectors, .by_columns = columns};
+void inputs_by_weights(int64_t rows, int64_t depth, int64_t units, bool columns, int64_t blocks = 1) {
+  const int64_t all_depth = blocks * depth, all_units = blocks * units;
+  const Matrix a = normal(rows, all_depth), w = normal(all_units, depth), bias = normal(1, all_units),
+               start = normal(rows, all_units);
+  PackedWeights<P> weights{.w = w.data(),
+                           .gates = 1,
+                           .units = units,
+                           .depth = depth,
+                           .vectors = bulk_vectors,
+                           .by_columns = columns,
+                           .blocks = blocks};
   weights.to = poisoned<typename P::packed_t, Tag::input_weights>(weights.size());
   run(weights);
   poisoned<typename P::packed_t, Tag::packed_rows>((rows + 32) * (depth + 64));
-  auto left = [&](int64_t i, int64_t k) { return a[i * depth + k]; };
-  auto right = [&](int64_t k, int64_t j) { return columns ? w[k * units + j] : w[j * depth + k]; };
-  Matrix out = nothing(rows * units);
+  auto left = [&](int64_t i, int64_t k) { return a[i * all_depth + k]; };
+  auto right = [&](int64_t k, int64_t j) {  // zero outside the blocks
+    return k / depth != j / units ? 0.0f : columns ? w[k * units + j % units] : w[j * depth + k % depth];
+  };
+  Matrix out = nothing(rows * all_units);
   auto multiply = [&](const float* row, bool add) {
     run(Product<P>{.rows = rows,
                    .depth = depth,
                    .units = units,
-                   .a_stride = depth,
-                   .out_stride = units,
+                   .a_stride = all_depth,
+                   .out_stride = all_units,
                    .a = a.data(),
                    .packed = weights.to,
                    .bias = row,
                    .out = out.data(),
-                   .add = add});
+                   .add = add,
+                   .blocks = blocks});
   };
   multiply(nullptr, false);
-  check(columns ? "product with columns" : "product", rows, depth, units, out, left, right);
+  check(columns ? "product with columns" : "product", rows, all_depth, all_units, out, left, right);
   multiply(bias.data(), false);
-  for (int64_t i = 0; i < rows * units; ++i) out[i] -= bias[i % units];
-  check("product and a bias", rows, depth, units, out, left, right);
+  for (int64_t i = 0; i < rows * all_units; ++i) out[i] -= bias[i % all_units];
+  check("product and a bias", rows, all_depth, all_units, out, left, right);
   out = start;
   multiply(nullptr, true);
-  for (int64_t i = 0; i < rows * units; ++i) out[i] -= start[i];
-  check("product added", rows, depth, units, out, left, right);
+  for (int64_t i = 0; i < rows * all_units; ++i) out[i] -= start[i];
+  check("product added", rows, all_depth, all_units, out, left, right);
 }
 
 template <class P>
-void rows_by_rows(int64_t units, int64_t rows, int64_t inputs) {
-  const Matrix d = normal(rows, units), x = normal(rows, inputs);
-  Matrix transposed = nothing(inputs * units), out = nothing(units * inputs);
-  RowTiles<P> left{.rows = rows, .units = inputs, .from = x.data()};
-  RowPanels<P> right{.rows = rows, .units = units, .row_stride = units, .from = d.data()};
+void rows_by_rows(int64_t units, int64_t rows, int64_t inputs, int64_t heads = 1, int64_t gates = 1) {
+  const int64_t blocks = gates * heads, all_units = blocks * units;
+  const Matrix d = normal(rows, all_units), x = normal(rows, heads * inputs);
+  Matrix transposed = nothing(inputs * all_units), out = nothing(all_units * inputs);
+  RowTiles<P> left{.rows = rows, .units = inputs, .from = x.data(), .blocks = heads};
+  RowPanels<P> right{.rows = rows, .units = units, .row_stride = all_units, .from = d.data(), .blocks = blocks};
   left.to = poisoned<typename P::packed_t, Tag::inputs>(left.size());
   right.to = poisoned<typename P::packed_t, Tag::panels>(right.size());
   run(left);
   run(right);
-  run(RowProducts<P>{.left = left, .right = right, .out = transposed.data(), .out_stride = units, .add = false});
+  run(RowProducts<P>{.left = left, .right = right, .out = transposed.data(), .out_stride = all_units, .add = false});
   run(Transpose<float>{
-      .units = units, .inputs = inputs, .stride = units, .from = transposed.data(), .out = out.data()});
-  check(
-      "product of rows", units, rows, inputs, out, [&](int64_t i, int64_t k) { return d[k * units + i]; },
-      [&](int64_t k, int64_t j) { return x[k * inputs + j]; });
+      .units = all_units, .inputs = inputs, .stride = all_units, .from = transposed.data(), .out = out.data()});
+  for (int64_t block = 0; block < blocks; ++block) {
+    const auto first = out.begin() + block * units * inputs;
+    check(
+        "product of rows", units, rows, inputs, Matrix(first, first + units * inputs),
+        [&](int64_t i, int64_t k) { return d[k * all_units + block * units + i]; },
+        [&](int64_t k, int64_t j) { return x[(k * heads + block % heads) * inputs + j]; });
+  }
 }
 
 // One tile as a step takes it: N gates of a vector of units.
@@ -181,6 +196,11 @@ int main() {
     for (int64_t units : {1, 15, 17, 33, 129})
       for (int64_t rows : {1, 2, 31, 33, 383, 385, 800})
         for (int64_t inputs : {1, 17, 33}) rows_by_rows<P>(units, rows, inputs);
+    for (int64_t rows : {1, 17, 70})
+      for (int64_t units : {1, 5, 32, 35}) {  // heads of a layer
+        for (bool columns : {false, true}) inputs_by_weights<P>(rows, units, units, columns, 3);
+        rows_by_rows<P>(units, rows, units, 3, 2);
+      }
   }
   std::printf("%d wrong, %ld products, %ld held\n", failures, static_cast<long>(amx_products),
               static_cast<long>(amx_held));

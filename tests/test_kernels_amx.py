@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_head import SHAPES, arguments
+from test_kernels_head import SHAPES as HEAD_SHAPES
+from test_kernels_head import arguments
 from test_kernels_layer import CELLS, Case
+from test_kernels_slstm import RULES
+from test_kernels_slstm import SHAPES as SLSTM_SHAPES
+from test_kernels_slstm import Case as SlstmCase
 from tolerances import largest_error
 from torch import Tensor
 
@@ -170,7 +174,12 @@ def answers() -> dict[str, Tensor]:
                     for key, value in case.run(rule, corrections, bf16=True).items():
                         found[f"{cell} {B}x{I}x{H} {name}+{corrections}, {threads} threads: {key}"] = value
             found |= {f"{cell} packed, {threads} threads: {key}": v for key, v in packed(cell).items()}
-        for shape in SHAPES:
+        for shape in SLSTM_SHAPES:
+            case = SlstmCase("slstm", *shape, dtype=torch.float32)
+            for rule in RULES:
+                name = f"slstm {shape} {rule}, {threads} threads"
+                found |= {f"{name}: {key}": value for key, value in case.run(rule, bf16=True).items()}
+        for shape in HEAD_SHAPES:
             losses, grads = head.losses_and_gradients(*arguments(*shape), bf16=True)
             for key, value in {"losses": losses, **grads._asdict()}.items():
                 found[f"head {shape}, {threads} threads: {key}"] = value.clone()

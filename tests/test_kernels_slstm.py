@@ -308,6 +308,16 @@ def test_the_same_call_gives_the_same_bits(rule: str, bf16: bool) -> None:
         torch.testing.assert_close(results(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_final_states_are_modified_in_place_like_those_of_an_lstm(B: int) -> None:
+    layer = sf.SLSTM(3, 8, num_heads=2)
+    y, state = layer(torch.randn(5, B, 3))
+    for part in state:
+        part.mul_(0.5)
+    assert torch.equal(state[0][0], y[-1].detach() / 2)
+    (y.sum() + sum(part.sum() for part in state[:3])).backward()
+
+
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0)])
 def test_empty_inputs(T: int, B: int) -> None:
     case = Case("slstm", T, B, 2, 6, 2)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import statefeed as sf
 from statefeed.lm.run import provenance
 
-collect_ignore = ["environments.py", "picture.py", "torchrecurrent_tasks.py"]  # scripts
+collect_ignore = ["environments.py", "picture.py", "torchrecurrent_table.py", "torchrecurrent_tasks.py"]  # scripts
 
 _WARM_UP = 2  # steps of a fit that are not timed
 

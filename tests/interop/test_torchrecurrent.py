@@ -10,7 +10,7 @@ import statefeed as sf
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 torchrecurrent = pytest.importorskip("torchrecurrent", reason="run `make interop`")
 
-from interop import torchrecurrent_tasks  # noqa: E402 - it imports the package
+from interop import torchrecurrent_table, torchrecurrent_tasks  # noqa: E402 - it imports the package
 
 T, B, I, H = 5, 3, 4, 6
 CELLS = sorted(name for name in torchrecurrent.__all__ if name.endswith("Cell"))
@@ -178,3 +178,32 @@ def test_its_tasks_train_with_recurrent_in_place_of_its_loop(task, cell):
     assert record["losses"]["bptt"] == pytest.approx(record["losses"]["torchrecurrent"], rel=1e-4)
     assert record["scores"]["bptt"] == pytest.approx(record["scores"]["torchrecurrent"], rel=1e-3)
     assert record["times_faster"].keys() == {"bptt", "dsf"}
+
+
+def test_the_newest_record_of_a_task_is_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchrecurrent_table, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(torchrecurrent_table, "PAGE", tmp_path / "page.md")
+    marks = f"{torchrecurrent_table.BEGIN}\n{torchrecurrent_table.END}"
+    torchrecurrent_table.PAGE.write_text(f"above\n{marks}\nbelow\n")
+
+    spread = {"median": 2.0, "min": 1.0, "max": 3.0}
+    for score in (0.1, 0.3):
+        record = {
+            "package": "torchrecurrent",
+            "task": "sequential_mnist",
+            "data": "digits",
+            "model": "MGU",
+            "cpu": "Zen",
+            "shape": "784x64x8",
+            "batches": 5,
+            "score": "accuracy",
+            "scores": {"torchrecurrent": 0.2, "dsf": score},
+            "step_ms": {"torchrecurrent": spread, "dsf": spread},
+            "times_faster": {"dsf": spread},
+        }
+        torchrecurrent_table.append("machine", record)
+    page = torchrecurrent_table.PAGE.read_text()
+    assert page.startswith("above\n")
+    assert page.endswith("below\n")
+    assert "| `dsf` | 2.00 (1.00 to 3.00) | accuracy 0.2, 0.3 | Zen |" in page
+    assert page.count("sequential_mnist") == 1

@@ -9,7 +9,8 @@ The package has the loaders of both tasks and its layers, and no program that tr
 adding problem: recurrent layer and linear head, trained with Adam.
 
 All contenders start from the same weights and take a step on each batch in turns. A record has the time of a step and
-the score on the validation or test split.
+the score on the validation or test split. ``--record MACHINE`` appends it to results/packages/torchrecurrent and writes
+the table in docs/custom-cells.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 from torchrecurrent import benchmarks
 
 import statefeed as sf
+from interop import torchrecurrent_table
 from interop.conftest import provenance_of, spread
 
 DIAGONAL = ("BR", "IndRNN", "TRNN")
@@ -202,7 +204,9 @@ def main(words: list[str]) -> int:
     flags.add_argument("--hidden", type=int, default=128)
     flags.add_argument("--batches", type=int, default=300)
     flags.add_argument("--score-batches", type=int, default=1_000_000, help="batches of the score; all if left out")
-    flags.add_argument("--output", type=Path, help="JSONL file, appended to; printed if left out")
+    flags.add_argument(
+        "--record", metavar="MACHINE", help="append to results/packages/torchrecurrent, and write the table"
+    )
     flags.add_argument("--data-name", help="name of the data in the record; the folder's if left out")
     values = flags.parse_args(words)
     torch.set_num_threads(1)
@@ -210,11 +214,9 @@ def main(words: list[str]) -> int:
     for cell in values.cells.split(","):
         found = measure(task, cell, values.rules.split(","), Sizes(values.hidden, values.batches, values.score_batches))
         record = {**found, "data": values.data_name or values.data.name, **provenance_of(THEIRS)}
-        line = json.dumps(record)
-        print(line, flush=True)
-        if values.output is not None:
-            with values.output.open("a", encoding="utf-8") as lines:
-                lines.write(line + "\n")
+        print(json.dumps(record), flush=True)
+        if values.record is not None:
+            torchrecurrent_table.append(values.record, record)
     return 0
 
 

@@ -124,10 +124,11 @@ inline Vector<T> log_series(Vector<T> square) {  // sum over j >= K of square^(j
 }
 
 // min(x, 0) - log(1 + u) with u = exp(-|x|), and log(1 + u) = 2 (s + s^3 / 3 + s^5 / 5 + ...) with s = u / (2 + u), at
-// most 1/3.
+// most 1/3. `slope` becomes its derivative, sigmoid(-x).
 template <class T>
-inline Vector<T> log_sigmoid(Vector<T> x) {
-  const Vector<T> zero{}, u = exp<T>(x < zero ? x : -x), s = u / (u + static_cast<T>(2));
+inline Vector<T> log_sigmoid(Vector<T> x, Vector<T>& slope) {
+  const Vector<T> zero{}, one = splat(T(1)), u = exp<T>(x < zero ? x : -x), s = u / (u + T(2));
+  slope = (x < zero ? one : u) / (one + u);
   return (x < zero ? x : zero) - (s + s) * log_series<T, 0>(s * s);
 }
 
