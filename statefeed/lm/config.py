@@ -292,12 +292,6 @@ class Config:
             "train.compile must be null unless model.forward is sequential",
             self.train.compile,
         )
-        require(
-            self.data.batches != "sentences" or self.model.cell not in RECURRENT or self.train.compile is None,
-            f"train.compile must be null for data.batches=sentences with model.cell={self.model.cell}: torch.compile "
-            "cannot trace its packed rows",
-            self.train.compile,
-        )
 
     def to_yaml(self, encoding: str = "utf-8") -> str:
         """The recipe with every key as YAML text, which `recipe.parse` reads.

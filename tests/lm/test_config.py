@@ -153,16 +153,6 @@ def test_attention_heads_must_fit_the_width() -> None:
         Model(cell="transformer", feedback="bptt", heads=0)
 
 
-def test_packed_rows_are_not_compiled() -> None:
-    data, train = Data(corpus="ptb", path="ptb", tokens="word", batches="sentences"), Train(compile="default")
-    with pytest.raises(
-        UsageError, match=r"train\.compile must be null for data\.batches=sentences with model\.cell=gru"
-    ):
-        Config(data, Model(), train)
-    Config(data, Model(cell="s4d", feedback="bptt"), train)
-    Config(Data(), Model(), train)
-
-
 def test_a_recipe_overrides_its_base(tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "common.yaml").write_text("train: {lr: 1.0, steps: 7}\nmodel: {width: 8}\n")
