@@ -77,8 +77,8 @@ def check_recipe(config: Config, group: Group) -> None:
     )
     require(
         config.data.batches != "sentences" or config.model.cell not in RECURRENT or recipe.compile is None,
-        f"train.compile must be null for data.batches=sentences with model.cell={config.model.cell}: torch.compile cannot "
-        "trace its packed rows",
+        f"train.compile must be null for data.batches=sentences with model.cell={config.model.cell}: torch.compile "
+        "cannot trace its packed rows",
         recipe.compile,
     )
     try:
