@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from statefeed.custom import Recurrent
 from statefeed.feedback import Feedback, Learned
 from statefeed.mixin import FeedbackLayer
+from statefeed.model_argument import check_model
 from statefeed.snapshot import untouched
 from statefeed.stack import RecurrentStack
 
@@ -114,6 +115,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Gradient: none; ``.grad`` is not changed.
 
     Raises:
+        TypeError: the first argument is not a module, or ``loss_fn`` is not a function.
         ValueError: the model has no statefeed layer that the gradient passes through, no parameter that requires grad
             and that the loss depends on, or sharded parameters; or ``lags`` is negative.
 
@@ -133,6 +135,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
         >>> [round(at.norm_ratio, 3) for at in result.lags[""].agreement]
         [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    check_model(model, "alignment(model, loss_fn, batch)")
+    _check_loss_fn(loss_fn, batch, "alignment(model, loss_fn, batch)")
     if lags < 0:
         raise ValueError(f"lags must be 0 or more, got {lags}")
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, FeedbackLayer)}
@@ -197,6 +201,7 @@ class Monitor:
     Gradient: none.
 
     Raises:
+        TypeError: ``loss_fn`` is not a function.
         ValueError: ``every`` below 1.
 
     Cost: the cost of ``alignment`` at every measurement, none at other steps.
@@ -216,6 +221,7 @@ class Monitor:
     def __init__(
         self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, every: int = 500, lags: int = 0
     ) -> None:
+        _check_loss_fn(loss_fn, batch, "Monitor(loss_fn, batch), and the monitor with (model, step)")
         if every < 1:
             raise ValueError(f"every must be 1 step or more, got {every}")
         self.loss_fn, self.batch, self.every, self.lags = loss_fn, batch, every, lags
@@ -231,11 +237,19 @@ class Monitor:
         Returns:
             The values to log; empty between measurements and if the rule of every layer is exact.
         """
+        check_model(model, "the monitor with (model, step)")
         rules = [m.feedback for m in model.modules() if isinstance(m, FeedbackLayer)]
         if step % self.every or (rules and all(rule.exact for rule in rules)):
             return {}
         self.history.append((step, alignment(model, self.loss_fn, self.batch, self.lags)))
         return self.history[-1][1].numbers()
+
+
+def _check_loss_fn(loss_fn: object, batch: object, call: str) -> None:
+    """Raise for arguments in another order; a loss may be a module, but a batch is never a function."""
+    if not callable(loss_fn) or (isinstance(loss_fn, nn.Module) and callable(batch)):
+        kind = type(loss_fn).__name__
+        raise TypeError(f"loss_fn must be a function of the model and the batch, got {kind}: call {call}")
 
 
 def _sharded(model: nn.Module) -> str | None:

@@ -35,6 +35,19 @@ class OtherLoad:
         return min(max(0.0, others), float(os.cpu_count() or 1))
 
 
+def is_busy(processors: float | None) -> bool:
+    """Whether others used so much that times cannot be compared; False where that is not known.
+
+    Args:
+        processors: what ``OtherLoad.processors`` returned.
+
+    Example:
+        >>> is_busy(0.0), is_busy(1.5), is_busy(None)
+        (False, True, False)
+    """
+    return processors is not None and processors > _BUSY_ABOVE
+
+
 def describe(processors: float | None) -> str:
     """Whether the machine was busy, in words.
 
@@ -47,7 +60,7 @@ def describe(processors: float | None) -> str:
     """
     if processors is None:
         return "not known whether it was busy"
-    state = "busy" if processors > _BUSY_ABOVE else "quiet"
+    state = "busy" if is_busy(processors) else "quiet"
     advice = "; measure again when it is quiet" if state == "busy" else ""
     return f"{state}: other processes used {processors:.1f} of {os.cpu_count()} processors{advice}"
 

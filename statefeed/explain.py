@@ -17,6 +17,7 @@ from statefeed.timing import Timing, time_rules
 
 # Matrix products relative to exact BPTT above which a rule is not expected to be faster.
 _TOO_MANY_PRODUCTS = 1.5
+_TORCHS_PATH = "torch.nn's own path"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Explanation:
         bptt_flops: flops of the matrix products of torch.nn's backward pass.
         backward_steps: sequentially dependent products of the backward pass; T * L for exact BPTT.
         kept_bytes: bytes saved for the backward pass, including outputs; None if torch.nn's own path runs.
-        warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT; else None.
+        warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT, or why the
+            times allow no conclusion; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
         torch_seconds: time of a forward and backward pass of torch.nn's own layer; None unless ``timed``, and None for
             a cell that torch lacks.
@@ -41,7 +43,6 @@ class Explanation:
             and ``times_faster`` than the last one as (median, least, largest). Empty unless ``timed``.
         other_load: processors that other processes used meanwhile; None unless ``timed``, and where the system does not
             say.
-            a cell that is not in torch.
         iterations: iterations of ``forward_method`` "newton" in the last call of the layer, per layer and direction;
             empty before the first call, and for a sequential forward pass.
         sequential_steps: number of steps of that call that did not converge and ran sequentially, in the same form.
@@ -119,7 +120,7 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     Gradient: none.
 
     Raises:
-        TypeError: the layer is not a statefeed layer.
+        TypeError: the layer is not a statefeed layer, or x is not a tensor.
         ValueError: x has no steps or rows, or its features are not ``input_size``.
 
     Cost: none, except building the kernels at their first use; with ``timed``, six passes under each of the rules.
@@ -135,8 +136,11 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     if not isinstance(layer, RecurrentStack):
         kind = type(layer)
         raise TypeError(
-            f"explain takes a statefeed RNN, GRU, LSTM or CellLayer, got {kind.__module__}.{kind.__qualname__}"
+            f"explain takes a statefeed RNN, GRU, LSTM or CellLayer, got {kind.__module__}.{kind.__qualname__}: pass "
+            "one layer of the model, such as model.rnn, after sf.swap(model)"
         )
+    if not isinstance(x, (Tensor, PackedSequence)):
+        raise TypeError(f"x must be an input of the layer, a tensor or PackedSequence, got {type(x).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
     if not data.numel() or data.shape[-1] != layer.input_size:
         raise ValueError(
@@ -168,9 +172,16 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         reason = _reason(layer, tensors)
     in_torch = cell.torch_forward is not None
     if rule.exact and reason is not None and in_torch:
-        path = "torch.nn's own path"
         result = Explanation(
-            str(rule), path, path, reason, inputs + hidden + projection, bptt, bptt, T * layer.num_layers, None
+            str(rule),
+            _TORCHS_PATH,
+            _TORCHS_PATH,
+            reason,
+            inputs + hidden + projection,
+            bptt,
+            bptt,
+            T * layer.num_layers,
+            None,
         )
         return _timed(result, layer, x) if timed else result
     found = _description(backend, cell, data, rule.exact)
@@ -248,13 +259,12 @@ def _slower_forward(x: Tensor) -> str | None:
 def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequence) -> Explanation:
     timings = time_rules(layer, x)
     seconds = {timing.rule: timing.seconds for timing in timings.rules}
-    ours, exact = seconds[result.rule], seconds.get("bptt", seconds[timings.rules[-1].rule])
-    torchs = seconds.get("torch")
-    slower = None
-    if torchs is not None and ours > torchs and result.rule != "torch":
-        slower = f"slower than torch.nn here, {ours / torchs:.2f} times its time"
-    elif ours > exact and not layer.feedback.exact:
-        slower = f'slower than "bptt" here, which is exact: {ours / exact:.2f} times its time'
     return replace(
-        result, seconds=ours, torch_seconds=torchs, timings=timings.rules, other_load=timings.other_load, warning=slower
+        result,
+        seconds=seconds[result.rule],
+        torch_seconds=seconds.get("torch"),
+        timings=timings.rules,
+        other_load=timings.other_load,
+        # On torch.nn's own path both times are of the same kernels.
+        warning=None if result.backward == _TORCHS_PATH else timings.conclusion(layer.feedback.exact),
     )

@@ -6,6 +6,8 @@ from torch import nn
 
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.mixin import FeedbackLayer
+from statefeed.model_argument import check_model
+from statefeed.user_warning import warn
 
 
 class Schedule:
@@ -37,6 +39,8 @@ class Schedule:
         'gate+1'
     """
 
+    _warned = False  # that a model has no statefeed layer
+
     def __init__(self, spelling: FeedbackLike) -> None:
         stages: list[tuple[float, Feedback]] = []
         if isinstance(spelling, str) and ("@" in spelling or "/" in spelling):
@@ -64,7 +68,14 @@ class Schedule:
 
         Returns:
             The rule of the stage that contains the fraction.
+
+        Raises:
+            ValueError: the fraction is not between 0 and 1.
         """
+        if not 0 <= fraction <= 1:
+            raise ValueError(
+                f"fraction must be the completed part of training, between 0 and 1, got {fraction}: pass step / steps"
+            )
         return next((rule for until, rule in self.stages if fraction < until), self.stages[-1][1])
 
     def apply(self, model: nn.Module, fraction: float) -> bool:
@@ -78,11 +89,21 @@ class Schedule:
             Whether the rule of a layer changed.
 
         Raises:
-            ValueError: a layer does not support the rule; then no layer is changed.
+            TypeError: the first argument is not a module.
+            ValueError: the fraction is not between 0 and 1, or a layer does not support the rule; then no layer is
+                changed.
+
+        Warns:
+            UserWarning: the model has no statefeed layer; once per schedule.
         """
+        check_model(model, "apply(model, step / steps)")
         rule = self.at(fraction)
         # Compare by identity first: a comparison by value copies a diagonal from the GPU.
-        layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.feedback is not rule]
+        every_layer = [m for m in model.modules() if isinstance(m, FeedbackLayer)]
+        if not every_layer and not self._warned:
+            self._warned = True
+            warn("the model has no statefeed layer: call sf.swap(model) first")
+        layers = [m for m in every_layer if m.feedback is not rule]
         for layer in layers:
             reason = layer.unsupported_reason(rule)
             if reason is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from statefeed.conversions import conversion, converted
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.mixin import FeedbackLayer
+from statefeed.model_argument import SWAP_IS_IN_PLACE, check_model
 from statefeed.subclass import OURS, joined, torchs_class, unsupported_subclass
 from statefeed.user_warning import warn
 
@@ -46,6 +47,17 @@ class SwapReport:
             Module name -> whether the layer was called.
         """
         return {name: name in self._called for name in self.swapped}
+
+    # The report is not the model: what is done with the result in ``model = sf.swap(model)``.
+    def __getattr__(self, name: str) -> NoReturn:
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message if name.startswith("_") else f"{message}: {SWAP_IS_IN_PLACE}")
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(f"the report is not callable: {SWAP_IS_IN_PLACE}")
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise TypeError(f"the report has no items: {SWAP_IS_IN_PLACE}")
 
     def __str__(self) -> str:
         groups = {"swapped": self.swapped, "kept": self.kept, "outside": self.outside}
@@ -85,6 +97,7 @@ def swap(
     Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
+        TypeError: the first argument is not a module.
         ValueError: an unknown rule, or a pattern that matches no recurrent layer.
 
     Warns:
@@ -100,6 +113,7 @@ def swap(
         >>> print(restore(model)[0])
         GRU(2, 3)
     """
+    check_model(model, "swap(model, feedback)")
     rule = as_feedback("bptt" if feedback is None else feedback)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     layers: dict[str, Any] = {
@@ -113,7 +127,8 @@ def swap(
     for name, module in layers.items():
         reason = _reason_to_keep(name, module, rule, include, exclude)
         if reason is None and feedback is None and isinstance(module, FeedbackLayer):
-            reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}"
+            exact = "" if module.feedback.exact else '; feedback="bptt" makes it exact'
+            reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}{exact}"
         if reason is not None:
             report.kept[name] = reason
             continue
@@ -142,6 +157,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Gradient: exact from the next forward pass on.
 
+    Raises:
+        TypeError: the argument is not a module.
+
     Warns:
         UserWarning: for every statefeed layer that could not be restored, with the reason.
 
@@ -153,6 +171,7 @@ def restore(model: nn.Module) -> nn.Module:
         >>> type(restore(sf.GRU(2, 3))) is nn.GRU
         True
     """
+    check_model(model, "restore(model)")
     for name, module in model.named_modules():
         if not isinstance(module, FeedbackLayer):
             continue

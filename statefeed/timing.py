@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from statefeed.busy import OtherLoad
+from statefeed.busy import OtherLoad, describe, is_busy
 from statefeed.feedback import Feedback
 from statefeed.stack import RecurrentStack
 
@@ -41,10 +41,37 @@ class Timings(NamedTuple):
     Attributes:
         rules: in the order of the runs, the layer's own rule first and the baseline last.
         other_load: processors that other processes used meanwhile; None where that is not known.
+        faster_than_bptt: the layer's own rule compared with ``"bptt"``, in the form of ``times_faster``.
     """
 
     rules: tuple[Timing, ...]
     other_load: float | None
+    faster_than_bptt: tuple[float, float, float]
+
+    def conclusion(self, exact: bool) -> str | None:
+        """What the times say against the layer's own rule.
+
+        Args:
+            exact: whether the rule is exact; otherwise it is compared with ``"bptt"`` too.
+
+        Returns:
+            That the rule is slower, or why the times allow no conclusion; None if it is faster.
+        """
+        own, baseline = self.rules[0], self.rules[-1].rule
+        compared = {"torch.nn": own.times_faster} if baseline == "torch" and own.rule != "torch" else {}
+        if not exact:
+            compared['"bptt", which is exact'] = self.faster_than_bptt
+        if not compared:
+            return None
+        again = "no conclusion can be drawn: measure again on a quiet machine"
+        if is_busy(self.other_load):
+            return f"{describe(self.other_load).partition(';')[0]}; {again}"
+        for name, (median, least, largest) in compared.items():
+            if largest < 1:
+                return f"slower than {name}, here: {1 / median:.2f} times its time"
+            if least <= 1:
+                return f"{least:.2f} to {largest:.2f} times faster than {name}; {again}"
+        return None
 
 
 def time_rules(layer: RecurrentStack, x: Tensor | PackedSequence) -> Timings:
@@ -76,11 +103,17 @@ def time_rules(layer: RecurrentStack, x: Tensor | PackedSequence) -> Timings:
                 took = seconds_of(module, x)
                 if repeat:
                     seconds[name].append(took)
-    found = []
-    for name, own in seconds.items():
-        ratios = [base / took for base, took in zip(seconds[baseline], own, strict=True)]
-        found.append(Timing(name, statistics.median(own), (statistics.median(ratios), min(ratios), max(ratios))))
-    return Timings(tuple(found), load.processors())
+    found = tuple(
+        Timing(name, statistics.median(own), _times_faster(seconds[baseline], own)) for name, own in seconds.items()
+    )
+    bptt = seconds.get("bptt", seconds[baseline])  # an exact rule other than "bptt" is the baseline
+    return Timings(found, load.processors(), _times_faster(bptt, seconds[str(layer.feedback)]))
+
+
+def _times_faster(than: list[float], own: list[float]) -> tuple[float, float, float]:
+    """Median, least and largest ratio over the turns."""
+    ratios = [other / took for other, took in zip(than, own, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def seconds_of(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:

@@ -87,7 +87,9 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
             return
         self._last_step = trainer.global_step
         if self.schedule is not None:
-            self.schedule.apply(pl_module, trainer.global_step / trainer.estimated_stepping_batches)
+            # With several optimizers global_step counts the steps of each.
+            fraction = trainer.global_step / trainer.estimated_stepping_batches
+            self.schedule.apply(pl_module, min(fraction, 1.0))
         if self.monitor is not None:
             pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
 

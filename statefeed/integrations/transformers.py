@@ -67,7 +67,7 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.schedule is not None:
-            self.schedule.apply(model, state.global_step / state.max_steps)
+            self.schedule.apply(model, min(state.global_step / state.max_steps, 1.0))
         if self.monitor is not None:
             numbers = self.monitor(model, state.global_step)
             if numbers:

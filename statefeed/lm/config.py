@@ -102,7 +102,7 @@ class Model:
         "gru", "the sequence layer; rnn is a tanh RNN; transformer, s4d and mingru have exact gradients only"
     )
     feedback: float | str = option(
-        "dsf", "feedback rule of the backward pass: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
+        "bptt", "feedback rule of the backward pass: bptt (exact), ft-bptt, dsf, gate+1, ...", identity="run"
     )
     forward: str = option(
         "sequential", "sequential; newton or newton(tolerance): forward in parallel over time", identity="run"
@@ -276,7 +276,7 @@ class Config:
     """A whole recipe.
 
     >>> Config().model.feedback
-    'dsf'
+    'bptt'
     >>> print(Config(train=Train(steps=7)).to_yaml().split("train:")[1].splitlines()[2])
       steps: 7
     """

@@ -12,10 +12,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from statefeed.lm import migration
+from statefeed.lm import migration, shipped
 from statefeed.lm.config import SECTIONS, Config
 from statefeed.lm.errors import UsageError
-from statefeed.lm.yaml_file import load_yaml
+from statefeed.lm.yaml_file import BASE, load_yaml
 
 CONFIG, RECORD = "config.yaml", "record.json"  # files of a run folder
 _OTHER_NAMES = {  # names of keys in other programs, for suggestions
@@ -39,7 +39,6 @@ _OTHER_NAMES = {  # names of keys in other programs, for suggestions
     "out_dir": "dir",
     "output_dir": "dir",
 }
-BASE = "base"  # the key of a recipe that names the file whose values it changes
 
 
 def parser(prog: str) -> ArgumentParser:
@@ -134,7 +133,7 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     if not isinstance(base, str):
         raise UsageError(f"{BASE} of {path} must name a YAML file, got {base!r}")
     base_path = Path(path).parent / base
-    values = _sections(base_path)
+    values = _sections(base_path, path)
     if BASE in values:
         raise UsageError(f"{base_path} is the base of {path} and must not have a base itself, got {values[BASE]!r}")
     return {section: {**values.get(section, {}), **sections.get(section, {})} for section in {**values, **sections}}
@@ -190,12 +189,12 @@ def _version(record: Path) -> object:
     return found.get("statefeed") if isinstance(found, dict) else None
 
 
-def _sections(path: str | Path) -> dict[str, Any]:
-    """The sections of one file, with checked and current keys."""
+def _sections(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
+    """The sections of one file, with checked and current keys; ``name`` is the recipe of which the file is the base."""
     try:
         found = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"the recipe {path} does not exist") from None
+        raise UsageError(f"the recipe {path} does not exist{shipped.hint(name or path)}") from None
     except IsADirectoryError:
         raise UsageError(f"the recipe {path} must be a YAML file, got a folder") from None
     except UnicodeDecodeError as error:

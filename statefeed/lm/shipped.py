@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from statefeed.lm.errors import UsageError
-from statefeed.lm.recipe import BASE
-from statefeed.lm.yaml_file import load_yaml
+from statefeed.lm.yaml_file import BASE, load_yaml
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -27,6 +26,15 @@ def titles() -> dict[str, str]:
     """The first line of every recipe, by name."""
     found = sorted(folder().glob("*.yaml"), key=lambda path: path.stem)
     return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in found}
+
+
+def hint(path: str | Path) -> str:
+    """What to add to the message that a recipe is missing: how to copy it, if the package has one of that name."""
+    name = Path(path).name.removesuffix(".yaml")
+    try:
+        return f"; `statefeed recipes {name}` copies it" if name in titles() else ""
+    except UsageError:
+        return ""
 
 
 def copy(names: Sequence[str], target: Path) -> list[Path]:

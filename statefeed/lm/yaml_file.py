@@ -7,6 +7,7 @@ import yaml
 
 from statefeed.lm.config import SECTIONS
 
+BASE = "base"  # the key of a recipe that names the file whose values it changes
 _TEXT, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
 
 

@@ -14,6 +14,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from statefeed.native.compile import FLAGS, VARIANTS, compile_library, compiler,
 from statefeed.user_warning import warn
 
 PREBUILT = Path(__file__).parent / "prebuilt"
+NOTICE_DELAY = 2.0  # seconds
+NOTICE = "statefeed: compiling the CPU kernels, once per machine, about 20 seconds of one core"
 
 
 def load() -> str:
@@ -69,8 +72,26 @@ def compiled_library() -> Path:
     if not _usable(target):
         with _locked(cache / "lock"):
             if not _usable(target):
-                compile_library(target, Path(torch.__file__).parent, machine_flags())
+                with _notice():
+                    compile_library(target, Path(torch.__file__).parent, machine_flags())
     return target
+
+
+@contextlib.contextmanager
+def _notice() -> Iterator[None]:
+    """Say on stderr what takes so long, once the block has run for ``NOTICE_DELAY`` seconds."""
+    timer = threading.Timer(NOTICE_DELAY, _print_notice)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _print_notice() -> None:
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr
+        print(NOTICE, file=sys.stderr, flush=True)
 
 
 def _usable(library: Path) -> bool:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import statefeed as sf
 from statefeed.lm import identity
-from statefeed.lm.config import RECURRENT, Config, Train
+from statefeed.lm.config import RECURRENT, Config
 from statefeed.lm.data import batches, cache, corpora, tokens
 from statefeed.lm.data.batches import Source
 from statefeed.lm.data.corpora import Corpus
@@ -50,15 +50,17 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def describe(self, recipe: Train, group: Group) -> str:
-        """One line about the corpus, the model, the number of steps and the device."""
+    def describe(self, config: Config, group: Group) -> str:
+        """One line about the corpus, the model, the number of steps, the device and the feedback rule."""
+        recipe, model = config.train, config.model
         processes = f", {group.size} processes ({recipe.parallel})" if group.size > 1 else ""
+        rule = f", feedback {model.feedback}" if model.cell in RECURRENT else ""
         amounts = ", ".join(f"{len(found):,} {split}" for split, found in self.ids.items())
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return (
             f"{self.corpus.name}: {amounts} tokens of {self.tokenizer.size:,} types; {parameters:,} parameters; "
             f"{self.steps:,} steps of {recipe.batch} x {recipe.context} tokens on "
-            f"{device_metadata(group.device)['device']}{processes}"
+            f"{device_metadata(group.device)['device']}{processes}{rule}"
         )
 
 
@@ -144,6 +146,8 @@ def prepare(config: Config, resume: bool, group: Group) -> Setup:
 
 def _apply_rules(model: LanguageModel, config: Config) -> None:
     """Apply every rule of a schedule once, ending with the first, so that the tensors of learned rules exist."""
+    if config.model.cell not in RECURRENT:
+        return
     rules = sf.Schedule(config.model.feedback)
     for fraction in (*(until for until, _ in rules.stages), 0.0):
         rules.apply(model, fraction)

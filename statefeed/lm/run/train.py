@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import statefeed as sf
+from statefeed import native as kernels
 from statefeed.lm import recipe as recipes
-from statefeed.lm.config import Config, Train
+from statefeed.lm.config import RECURRENT, Config, Train
 from statefeed.lm.data import batches
 from statefeed.lm.data.batches import IGNORED, Batch, Source, to_device
 from statefeed.lm.errors import CorruptFile, Diverged, Interrupted
@@ -29,7 +30,6 @@ from statefeed.lm.run.evaluate import is_scored, newton_iterations, score
 from statefeed.lm.run.failures import describe_failure
 from statefeed.lm.run.files import BOARD, CHECKPOINTS, CONFIG, CURVES, METRICS
 from statefeed.lm.run.generate import generate
-from statefeed.lm.run.kernel_loading import load_kernels
 from statefeed.lm.run.kernel_paths import kernel_paths
 from statefeed.lm.run.learning_rate import learning_rate
 from statefeed.lm.run.lock import lock
@@ -99,12 +99,13 @@ def train(config: Config, resume: bool = False) -> None:
         ):
             for sentence in corrupt:
                 log.print(f"{sentence}; resuming from {checkpoints}")
-            log.print(setup.describe(config.train, group))
+            log.print(setup.describe(config, group))
             if changes is not None:
                 log.print(f"resuming after step {checkpoints.step:,}")
                 if changes.extended is not None:
                     log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
-            load_kernels(group.device, log)
+            if group.device.type == "cpu":  # those of a GPU are compiled one by one when they are launched
+                kernels.available()  # compiled before the first step, which is timed
             if writes:
                 paths = kernel_paths(setup.model, config, next(setup.source.epoch(0)), group)
                 metadata.record_paths(folder, checkpoints.step, paths)
@@ -150,7 +151,8 @@ def optimize(
     """
     recipe, source, steps = config.train, setup.source, setup.steps
     model, optimizer, scaler = setup.model, setup.optimizer, setup.scaler
-    rules, keeps_states = sf.Schedule(config.model.feedback), config.data.batches == "stream"
+    rules = sf.Schedule(config.model.feedback) if config.model.cell in RECURRENT else None
+    keeps_states = config.data.batches == "stream"
     autocast = autocast_context(recipe.precision, group.device)
     first, marked = checkpoints.step + 1, False
     parts = group.columns(recipe.batch, recipe.accumulate)
@@ -162,7 +164,8 @@ def optimize(
             keep_mask = to_device(seed_step(recipe, step, columns, group.rank), group.device)
             counted = int((batch.targets != IGNORED).sum())
             divisor = counted if recipe.loss == "mean" else columns
-            rules.apply(model, (step - 1) / steps)
+            if rules is not None:
+                rules.apply(model, (step - 1) / steps)
             optimizer.zero_grad()
             nats = torch.zeros((), device=group.device)
             log.time_phase("data")
