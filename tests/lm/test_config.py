@@ -81,7 +81,10 @@ def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
         ("--train.decay_every=0", "train.decay_every must be at least 1, got 0"),
         ("--train.eval_batch=0", "train.eval_batch must be at least 1, got 0"),
         ("--data.batches=sentences", "data.batches=sentences needs data.tokens=word with data.eos=true"),
-        ("--model.cell=s4d", "model.feedback must be bptt where model.cell is s4d, whose gradient is always exact"),
+        (
+            "--model.cell=s4d --model.feedback=dsf",
+            "model.feedback must be bptt where model.cell is s4d, whose gradient is always exact",
+        ),
         ("--model.cell=mingru --model.feedback=bptt --model.forward=newton", "model.forward must be sequential where"),
         ("--model.forward=newton --train.compile=default", "train.compile must be null unless model.forward is"),
         ("--model.uniform=0", "model.uniform must be a positive number, or null, got 0.0"),

@@ -48,7 +48,7 @@ def test_the_device_is_in_the_record_and_the_first_line(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", *flags, "--train.device=cpu", f"--run.dir={tmp_path / 'run'}"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].endswith("12 steps of 4 x 16 tokens on cpu")
+    assert capsys.readouterr().out.splitlines()[0].endswith("12 steps of 4 x 16 tokens on cpu, feedback bptt")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (record["device"], record["processes"]) == ("cpu", 1)
 

@@ -87,7 +87,7 @@ def test_two_processes_have_the_losses_of_one_and_resume_exactly(
     for process in runs.values():
         code, out, err = finished(process)
         assert code == 0, err
-    assert f" on cpu, 2 processes ({'fsdp' if FSDP in kind else 'ddp'})\n" in out
+    assert f" on cpu, 2 processes ({'fsdp' if FSDP in kind else 'ddp'}), feedback " in out
     assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-3 if "--train.precision=bfloat16" in kind else SAME_LOSS)
     assert_same_files(tmp_path / "two", tmp_path / "one")
 

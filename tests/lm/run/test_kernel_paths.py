@@ -71,8 +71,8 @@ def test_a_run_records_them_at_its_start_and_again_where_they_change(
 ) -> None:
     record = metadata.read(run)
     assert [(entry["layer"], entry["rule"]) for entry in record["paths"]] == [
-        ("blocks.0.rnn", "dsf"),
-        ("blocks.1.rnn", "dsf"),
+        ("blocks.0.rnn", "bptt"),
+        ("blocks.1.rnn", "bptt"),
     ]
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
