@@ -80,14 +80,15 @@ def monitor(every: int) -> sf.Monitor:
 class LightningTrainer:
     """Calls the hooks in the order of lightning.pytorch.Trainer, two batches an optimizer step."""
 
-    def __init__(self, steps: float, callback: Any) -> None:
+    def __init__(self, steps: float, callback: Any, optimizers: int = 1) -> None:
         self.estimated_stepping_batches, self.callback, self.global_step = steps, callback, 0
+        self.optimizers = optimizers  # a step of each counts
 
     def fit(self, model: Model) -> list[list[str]]:
         self.callback.on_fit_start(self, model)
         seen = []
         for batch in range(8):
-            self.global_step = batch // 2
+            self.global_step = batch // 2 * self.optimizers
             self.callback.on_train_batch_start(self, model, None, batch)
             seen.append(rules(model))
         return seen
@@ -130,6 +131,11 @@ def test_lightning_schedule_and_monitor_count_optimizer_steps(load: Any) -> None
     assert [bool(numbers) for numbers in model.logged] == [True, False, True, False]
     with pytest.raises(ValueError, match="max_steps or max_epochs"):
         LightningTrainer(float("inf"), callback).fit(Model())
+
+
+def test_a_schedule_stays_at_its_end(load: Any) -> None:
+    callback = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian")
+    assert LightningTrainer(4, callback, 2).fit(Model()) == [["dsf", "dsf"]] * 2 + [["jacobian", "jacobian"]] * 6
 
 
 def test_transformers_swaps_schedules_and_logs(load: Any) -> None:

@@ -58,7 +58,16 @@ USER_ERRORS = {
     "unknown key": (["train", "--train.stepz=5"], "unknown key train.stepz: did you mean train.steps?"),
     "wrong type": (["train", "--train.steps=many"], "train.steps must be a whole number or null, got many"),
     "out of range": (["train", "--train.lr=-1"], "train.lr must be a positive number, got -1.0"),
-    "missing recipe": (["train", "nowhere.yaml"], "the recipe nowhere.yaml does not exist"),
+    "missing recipe": (["train", "nowhere.yaml"], "the recipe nowhere.yaml does not exist\n"),
+    "recipe not copied": (
+        ["train", "recipes/quickstart.yaml"],
+        "the recipe recipes/quickstart.yaml does not exist; `statefeed recipes quickstart` copies it\n",
+    ),
+    "recipe of a comparison not copied": (
+        ["compare", "ptb-gru-3x256.yaml", "--feedback=dsf"],
+        "the recipe ptb-gru-3x256.yaml does not exist; `statefeed recipes ptb-gru-3x256` copies it\n",
+    ),
+    "corpus of a recipe not copied": (["corpora", "quickstart"], "; `statefeed recipes quickstart` copies it\n"),
     "recipe is a folder": (["train", "."], "the recipe . must be a YAML file, got a folder"),
     "recipe is a run": (["train", "{run}"], "char is the folder of a run: resume it with --resume"),
     "no run to resume": (["train", "nowhere", "--resume"], "there is no run folder or recipe nowhere to resume"),

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from statefeed.lm import config
+import statefeed as sf
+from statefeed.lm import cli, config
 from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Config, Data, Model, Train, UsageError
 
@@ -147,6 +148,26 @@ def test_a_wrong_recipe_raises(tmp_path: Path, content: bytes, sentence: str) ->
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml does not exist"):
         recipes.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_recipe_without_the_file_of_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "ptb-gru-3x256.yaml"
+    path.write_text("base: base/ptb.yaml\n")
+    with pytest.raises(UsageError, match=r"ptb\.yaml does not exist; `statefeed recipes ptb-gru-3x256` copies it$"):
+        recipes.read(path)
+
+
+def test_the_default_rule_is_that_of_the_library_and_help_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Config().model.feedback == str(sf.GRU(1, 1).feedback) == "bptt"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gate+1, ... (type: float | str, default: bptt)" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_names_its_rule(path: Path) -> None:
+    assert "feedback" in recipes.read(path)["model"]
 
 
 def test_attention_heads_must_fit_the_width() -> None:

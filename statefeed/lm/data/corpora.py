@@ -21,7 +21,7 @@ KINDS = {  # values of data.corpus
     "it, ptb.test.txt in the folder data.path",
     "wikitext": "WikiText-2 or WikiText-103, CC BY-SA: wiki.train.tokens, wiki.valid.tokens and, if you have it, "
     "wiki.test.tokens, or the .raw ones, in the folder data.path; data.path=hub:wikitext-2-v1 fetches them with the "
-    "extra statefeed[datasets]",
+    "extra datasets",
     "text": "your own UTF-8 text in data.path: a file, a folder of files, or a folder whose files name their splits "
     "(train, valid, test)",
 }
@@ -201,7 +201,8 @@ def _hub(name: str) -> Corpus:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UsageError(
-            f"data.path=hub:{name} needs the package datasets, which is not installed: pip install statefeed[datasets]"
+            f"data.path=hub:{name} needs the package datasets, which is not installed: "
+            'pip install "statefeed[datasets]"'
         ) from None
     notify(f"reading {name} from the Hugging Face Hub, or from its local cache")
     try:

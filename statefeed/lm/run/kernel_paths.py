@@ -29,6 +29,8 @@ def kernel_paths(model: LanguageModel, config: Config, batch: Batch, group: Grou
     """
     modules = model.named_modules()
     layers: dict[str, Any] = {name: module for name, module in modules if isinstance(module, sf.FeedbackLayer)}
+    if not layers:
+        return []
     part = group.columns(batch.inputs.shape[1], config.train.accumulate)[0]
     part_batch = shard_batch(batch, part)
     rules, found = sf.Schedule(config.model.feedback), list[dict[str, Any]]()

@@ -9,7 +9,7 @@ from conftest import metrics
 
 from statefeed.lm import cli
 from statefeed.lm.config import UsageError
-from statefeed.lm.run import device, setup, tensor_file
+from statefeed.lm.run import device, kernel_paths, setup, tensor_file
 from statefeed.lm.run import train as training
 from statefeed.lm.run.log import Log
 
@@ -65,7 +65,7 @@ def test_float16_scales_the_loss_and_resumes_with_its_scale(
 ) -> None:
     """On the CPU, where it is refused otherwise; its products may be as they like, its scale is what counts."""
     autocast = torch.autocast("cpu", torch.bfloat16)
-    for module in (training, setup):
+    for module in (training, setup, kernel_paths):
         monkeypatch.setattr(module, "autocast_context", lambda precision, where: autocast)
     made = torch.amp.GradScaler
 
