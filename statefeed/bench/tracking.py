@@ -75,7 +75,7 @@ def strings(T: int, generator: torch.Generator) -> Strings:
     """Each string together with that of the opposite first bit, so that exactly half of the parities are 1."""
 
     def paired(length: int) -> Tensor:
-        bits = torch.randint(2, (length, _STRINGS // 2), generator=generator)
+        bits = torch.randint(2, (length, _STRINGS // 2), generator=generator, device=generator.device)
         return torch.cat([bits, torch.cat([1 - bits[:1], bits[1:]])], 1)
 
     return Strings(paired(T), paired(T), paired(2 * T))
@@ -114,7 +114,8 @@ def train(run: Run, options: Options) -> list[Evaluation]:
     evaluated = {max(1, options.steps * (k + 1) // _EVALUATIONS) for k in range(_EVALUATIONS)}
     curve = []
     for step in range(1, options.steps + 1):
-        bits = torch.randint(2, (options.length, _BATCH), generator=generator).to(options.device)
+        drawn = torch.randint(2, (options.length, _BATCH), generator=generator, device=generator.device)
+        bits = drawn.to(options.device)
         asked = slice(options.every - 1, None, options.every)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(bits)[asked].flatten(0, 1), parity(bits)[asked].flatten())

@@ -27,6 +27,8 @@ _BENCHMARK = {
     **dict.fromkeys(MAIN, (_SPREAD, None)),
 }
 
+_READ_ELSEWHERE = ("paths", "custom")  # records of statefeed.bench.paths and statefeed.bench.custom
+
 
 @dataclass
 class Found:
@@ -98,8 +100,8 @@ def _file(path: Path) -> Found:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = validate(json.loads(line), {})
-            if "stage" in record or "package" in record or record.get("bench") == "paths":
-                continue  # of statefeed/bench/gpu.sh, other people's packages and statefeed.bench.paths: read elsewhere
+            if "stage" in record or "package" in record or record.get("bench") in _READ_ELSEWHERE:
+                continue  # "stage": statefeed/bench/gpu.sh; "package": other people's packages
             if "bench" in record:
                 found.benchmarks.append(_benchmark_record(migration.benchmark(record)))
             else:

@@ -123,8 +123,9 @@ class CausalConvolution(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 1, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
-        self.bias = nn.Parameter(torch.empty(width).uniform_(-(kernel**-0.5), kernel**-0.5))
+        bound = kernel**-0.5
+        self.weight = nn.Parameter(torch.empty(width, 1, kernel, device="cpu").uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(width, device="cpu").uniform_(-bound, bound))
 
     def forward(self, x: Tensor, state: Tensor | None, packing: PackedSequence | None) -> tuple[Tensor, Tensor]:
         """Outputs in the shape of x, (T, B, H) or packed rows, and the state after the last token of each column."""
