@@ -249,9 +249,8 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
       const Range all{.begin = 0, .end = range.size(t)};
       // The gradients of h of the last step; those of the step before follow from the product at the end of a step.
       if (Cell::projects && t == range.steps - 1)
-        worker.parallel_for(partition.count, [&](int64_t i) {
-          output_step(offset, all, range_of(panels, i, partition.count));
-        });
+        worker.parallel_for(partition.count,
+                            [&](int64_t i) { output_step(offset, all, range_of(panels, i, partition.count)); });
       worker.parallel_for(partition.count, [&](int64_t i) {
         const Range part = range_of(pairs, i, partition.count);
         unproject_step(offset, all, part);
