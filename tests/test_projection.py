@@ -103,6 +103,16 @@ def test_explain_counts_the_products(rule):
     assert found.backward_flops == backward.get_total_flops()
 
 
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
+def test_the_table_of_paths_has_projected_layers():
+    """oneDNN does not run them, so that torch's own layer is faster for a few short sequences alone."""
+    layer = sf.LSTM(64, 64, proj_size=32)
+    for shape, in_torch in (((1, 16, 64), True), ((3, 1, 64), True), ((8, 16, 64), False), ((64, 32, 64), False)):
+        found = sf.explain(layer, torch.zeros(shape))
+        assert ("torch.nn" in found.forward) == in_torch
+        assert "oneDNN" not in found.why
+
+
 def test_swap_and_restore_keep_the_weights():
     model = nn.Sequential(nn.LSTM(4, 6, proj_size=2))
     before = copy.deepcopy(model.state_dict())
