@@ -150,12 +150,14 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         T = data.shape[1 if layer.batch_first and data.dim() == 3 else 0]
     cell = layer.feedback_cell
     H, G, directions = layer.hidden_size, cell.gates, 2 if layer.bidirectional else 1
+    of_h = cell.state_widths(H, getattr(layer, "proj_size", 0))[0]
+    projection = 2 * rows * H * of_h * directions * layer.num_layers if cell.projects else 0
     hidden = 2 * rows * layer.get_parameter("weight_hh_l0").numel() * directions * layer.num_layers
-    widths = [layer.input_size, *[H * directions] * (layer.num_layers - 1)]
+    widths = [layer.input_size, *[of_h * directions] * (layer.num_layers - 1)]
     inputs = sum(2 * rows * width * G * H * directions for width in widths)
 
     rule = layer.feedback
-    bptt = 2 * inputs + 2 * hidden
+    bptt = 2 * inputs + 2 * hidden + 2 * projection
     tensors = (data, *layer.parameters())
     method = layer.forward_method
     sequential = method == "sequential"
@@ -167,26 +169,29 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     in_torch = cell.torch_forward is not None
     if rule.exact and reason is not None and in_torch:
         path = "torch.nn's own path"
-        result = Explanation(str(rule), path, path, reason, inputs + hidden, bptt, bptt, T * layer.num_layers, None)
+        result = Explanation(
+            str(rule), path, path, reason, inputs + hidden + projection, bptt, bptt, T * layer.num_layers, None
+        )
         return _timed(result, layer, x) if timed else result
     found = _description(backend, cell, data, rule.exact)
-    saved_values = rows * H * directions * layer.num_layers + sum(rows * width for width in widths)
-    backward = 2 * inputs + hidden + (rule.corrections + rule.exact) * hidden
+    saved_values = rows * of_h * directions * layer.num_layers + sum(rows * width for width in widths)
+    passes = 1 + rule.corrections
+    backward = 2 * inputs + (passes + rule.exact) * hidden + (1 + passes) * projection
     dependent = T if rule.exact else 1 + rule.corrections
     if found.saves_gates:
         saved_values += rows * H * cell.saved_values * directions * layer.num_layers
     if found.recomputes_gates:
         backward += inputs + hidden
-    warning = (
-        None if rule.exact else _expected_slower(T, dependent, (inputs + hidden + backward) / (inputs + hidden + bptt))
-    )
-    forward, forward_flops = found.forward, inputs + hidden
+    forward, forward_flops = found.forward, inputs + hidden + projection
+    products = (forward_flops + backward) / (forward_flops + bptt)
+    warning = None if rule.exact else _expected_slower(T, dependent, products)
     if not sequential:
         forward = (
             f"{method}, one product over all steps and one scan per iteration; without convergence {found.forward}"
         )
-        each = hidden // layer._feedback_rows
-        forward_flops = inputs + (each * sum(layer.newton_iterations) if layer.newton_iterations else hidden)
+        each = (hidden + projection) // layer._feedback_rows
+        done = each * sum(layer.newton_iterations) if layer.newton_iterations else hidden + projection
+        forward_flops = inputs + done
         warning = _slower_forward(data) or warning
     result = Explanation(
         rule=str(rule),

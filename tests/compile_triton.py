@@ -47,36 +47,39 @@ def compiled(kernel, *args, grid, warmup, **constants):
 
 JITFunction.run = compiled
 operators = torch.ops.statefeed
-whole, GATES = chunks.steps, {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+whole, GATES = chunks.steps, {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4, "lstm_projected": 4}
 
 
 def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, reverse=False):
     """One backward pass on small tensors; only torch's products are computed."""
     chunks.steps = (lambda *_: 2) if chunked else whole
-    T, B, states = 4, 2, 2 if cell == "lstm" else 1
+    T, B, P = 4, 2, H // 2 if cell == "lstm_projected" else H
+    widths = (P, H) if cell.startswith("lstm") else (P,)
     sizes = torch.tensor([2, 2, 1, 1]) if packed else None
-    x, y, e = (torch.zeros(6 if packed else T * B, H, dtype=dtype) for _ in range(3))
-    state = tuple(torch.zeros(B, H, dtype=dtype) for _ in range(states))
-    weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (H,), (), ())]
+    x, y, e = (torch.zeros(6 if packed else T * B, width, dtype=dtype) for width in (H, P, P))
+    state = tuple(torch.zeros(B, width, dtype=dtype) for width in widths)
+    weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (P,), (), ())]
+    weights += [torch.zeros(P, H, dtype=dtype)] if P < H else []
     offsets = None if sizes is None else torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     saved = operators.triton_recompute(cell, x, y, state, weights, offsets, reverse, "ieee")
     if rule == "jacobian":
         operators.triton_mean_jacobian(cell, *saved, y, weights[1], B, offsets)
-    D = {"stationary": torch.zeros(states * H), "per_row": torch.zeros(saved[0].shape[0], states * H)}.get(rule)
+    S = sum(widths)
+    D = {"stationary": torch.zeros(S), "per_row": torch.zeros(saved[0].shape[0], S)}.get(rule)
     operators.triton_backward(
         cell, rule, *saved, x, y, state, weights, [e, *state], D, offsets, corrections, reverse, True, "ieee"
     )
 
 
 for cell in GATES:
-    for rule in RULES if cell in ("gru", "lstm") else ("stationary", "jacobian"):
+    for rule in RULES if GATES[cell] > 1 else ("stationary", "jacobian"):
         backward(cell, rule, torch.float32, reverse=rule == "per_row")
-for cell in ("rnn_tanh", "gru", "lstm"):
+for cell in ("rnn_tanh", "gru", "lstm", "lstm_projected"):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         backward(cell, "jacobian", dtype)
     backward(cell, "jacobian", torch.bfloat16, packed=False, chunked=False, H=3)
     backward(cell, "stationary", torch.bfloat16, packed=False, H=26)
-for cell in ("gru", "lstm"):
+for cell in ("gru", "lstm", "lstm_projected"):
     backward(cell, "direct", torch.float32, corrections=2, packed=False)
 for dtype in (torch.float32, torch.float64):
     chunks.steps = lambda *_: 2

@@ -1,11 +1,12 @@
 """Reference gradients: every rule from its equations, in float64 loops independent of the package.
 
 Letters as in the package: T time, B batch, I input, H hidden, S state width. A state s is h, or for the LSTM (h, c)
-joined, so S = H or 2H; for the sLSTM it is (h, c, n, m), S = 4H, of which m is a constant for the gradient: its entries
-of J and D are zero. states[0] is the initial state and states[t + 1] the state after step t. Step t is the transition
-into states[t + 1], and J[t], D[t], F[t] belong to that transition. e[t] is the gradient that reaches the state after
-step t from outside the recurrence. Cells are "tanh" and "relu" (RNN), "gru", "lstm", "slstm" and
-"slstm_exp" (with an exponential forget gate); weights are a dictionary with torch's names without their layer suffix.
+joined, so S = H or 2H, and P + H where h is projected to P units; for the sLSTM it is (h, c, n, m), S = 4H, of which m
+is a constant for the gradient: its entries of J and D are zero. states[0] is the initial state and states[t + 1] the
+state after step t. Step t is the transition into states[t + 1], and J[t], D[t], F[t] belong to that transition. e[t] is
+the gradient that reaches the state after step t from outside the recurrence. Cells are "tanh" and "relu" (RNN), "gru",
+"lstm", "lstm_projected", "slstm" and "slstm_exp" (with an exponential forget gate); weights are a dictionary with
+torch's names without their layer suffix.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ Weights = dict[str, Tensor]
 
 def hidden_size(cell: str, w: Weights) -> int:
     """H."""
-    return len(w["weight_hh"]) // (4 if cell.startswith("slstm") else {"gru": 3, "lstm": 4}.get(cell, 1))
+    return len(w["weight_hh"]) // (
+        4 if cell.startswith("slstm") else {"gru": 3, "lstm": 4, "lstm_projected": 4}.get(cell, 1)
+    )
 
 
 # One step of one row --------------------------------------------------------------------------------------------------
@@ -59,11 +62,12 @@ def step(cell: str, w: Weights, x: Tensor, s: Tensor) -> Tensor:
     if cell == "gru":
         _, z, n = gates(cell, w, x, s)
         return (1 - z) * n + z * s
-    if cell == "lstm":
-        h, c = s.chunk(2)
+    if cell.startswith("lstm"):
+        h, c = s[: w["weight_hh"].shape[1]], s[w["weight_hh"].shape[1] :]
         i, f, g, o = gates(cell, w, x, h)
         c = f * c + i * g
-        return torch.cat((o * torch.tanh(c), c))
+        h = o * torch.tanh(c)
+        return torch.cat((w["weight_hr"] @ h if "weight_hr" in w else h, c))
     if cell.startswith("slstm"):
         _, c, n, _ = s.chunk(4)
         i, f, z, o, m = slstm_gates(cell, w, x, s)
@@ -107,7 +111,8 @@ def diagonals(cell: str, w: Weights, x: Tensor, states: Tensor, diagonal: str | 
         if cell == "gru":
             diagonal = every[..., width : 2 * width]
         else:
-            diagonal = torch.cat((torch.zeros_like(after[..., :width]), every[..., width : 2 * width]), -1)
+            f = every.chunk(4, -1)[1]
+            diagonal = torch.cat((torch.zeros_like(after[..., :width]), f), -1)
     diagonal = torch.as_tensor(diagonal, dtype=after.dtype)
     if cell.startswith("slstm"):  # m has no gradient
         S = 3 * hidden_size(cell, w)
@@ -125,11 +130,12 @@ def feedbacks(cell: str, w: Weights, x: Tensor, states: Tensor, D: Tensor) -> Te
         o = vmap(vmap(lambda row, s: slstm_gates(cell, w, row, s)[3]))(x, states[:-1])
         F[..., :H, H : 2 * H] = torch.diag_embed(o / n * D[..., H : 2 * H])
         F[..., :H, 2 * H : 3 * H] = torch.diag_embed(-o * c / n**2 * D[..., 2 * H : 3 * H])
-    if cell == "lstm":
+    if cell.startswith("lstm"):
         width = w["weight_hh"].shape[1]
         c = states[1:, :, width:]
         o = vmap(vmap(lambda row, s: gates(cell, w, row, s[:width])[3]))(x, states[:-1])
-        F[..., :width, width:] = torch.diag_embed(o * (1 - torch.tanh(c) ** 2) * D[..., width:])
+        through_c = torch.diag_embed(o * (1 - torch.tanh(c) ** 2) * D[..., width:])
+        F[..., :width, width:] = w["weight_hr"] @ through_c if "weight_hr" in w else through_c
     return F
 
 
@@ -273,7 +279,8 @@ def network(
     """
     directions = ["", "_reverse"] if "weight_ih_l0_reverse" in parameters else [""]
     suffixes = [f"_l{n}{d}" for n in range(len(initial) // len(directions)) for d in directions]
-    width = hidden_size(cell, weights_of(parameters, "_l0"))
+    of_first = weights_of(parameters, "_l0")
+    width = len(of_first["weight_hr"]) if "weight_hr" in of_first else hidden_size(cell, of_first)  # of h
 
     def in_time_order(suffix: str, value: Tensor) -> Tensor:
         return value.flip(0) if suffix.endswith("_reverse") else value

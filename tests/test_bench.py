@@ -150,6 +150,7 @@ KINDS = {
     "stacked": {"layers": 2, "bidirectional": True},
     "packed and stacked": {"layers": 2, "bidirectional": True, "packed": True},
     "forward": {"training": False, "packed": True},
+    "projected": {"projection": 5, "layers": 2, "bidirectional": True},
 }
 
 

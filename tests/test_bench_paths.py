@@ -33,6 +33,18 @@ def test_every_form_is_written_as_a_record(tmp_path, capsys, monkeypatch):
     assert f"of {len(records)} cases are slower" in capsys.readouterr().out
 
 
+def test_a_projection_is_measured_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "SECONDS", 0.0)
+    output = tmp_path / "paths.jsonl"
+    flags = ["--cells=lstm", "--projection=3", "--dtypes=float32", "--passes=training", "--shapes=30x2x8"]
+    paths.main([*flags, "--repeats=5", f"--output={output}"])
+    (record,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert record["projection"] == 3
+    assert "kernels" in record["path"]
+    case = paths.Case("lstm", "float32", "padded", "training", Shape(30, 2, 8), 3)
+    assert case.layer(torch.nn.LSTM).weight_hr_l0.shape == (3, 8)
+
+
 @pytest.mark.parametrize(("ours", "slower"), [(1.0, False), (1.01, False), (1.2, True)])
 def test_slower_means_both_by_ratio_and_by_time(ours, slower, monkeypatch):
     turns = {"torch.nn as shipped": [(1e-3,)] * 5, "bptt": [(ours * 1e-3,)] * 5, "kernels": [(2e-3,)] * 5}
@@ -44,7 +56,17 @@ def test_slower_means_both_by_ratio_and_by_time(ours, slower, monkeypatch):
     assert not paths.measure(case, 5)["slower"]
 
 
-@pytest.mark.parametrize("flags", [["--cells=mgu"], ["--repeats=1"], ["--shapes=5x5"], ["--forms=ragged"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cells=mgu"],
+        ["--repeats=1"],
+        ["--shapes=5x5"],
+        ["--forms=ragged"],
+        ["--projection=2"],
+        ["--cells=lstm", "--projection=8", "--shapes=5x5x8"],
+    ],
+)
 def test_invalid_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as error:
         paths.main(flags)

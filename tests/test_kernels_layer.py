@@ -24,10 +24,15 @@ from statefeed.native.memory import empty
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
-CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm"]
-ORACLE = {"rnn_tanh": "tanh", "rnn_relu": "relu", "gru": "gru", "lstm": "lstm"}
-NAMES = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-GATES = {"gru": 3, "lstm": 4}
+CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "lstm_projected"]
+ORACLE = {"rnn_tanh": "tanh", "rnn_relu": "relu", "gru": "gru", "lstm": "lstm", "lstm_projected": "lstm_projected"}
+NAMES = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
+GATES = {"gru": 3, "lstm": 4, "lstm_projected": 4}
+
+
+def widths(cell: str, H: int) -> tuple[int, ...]:
+    """Widths of the parts of the state; a projected h has about a third of the units."""
+    return {"lstm": (H, H), "lstm_projected": ((H + 2) // 3, H)}.get(cell, (H,))
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -56,11 +61,13 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=make, dtype=torch.float64)
 
-        G, self.cell, self.states = GATES.get(cell, 1), cell, 2 if cell == "lstm" else 1
-        self.x, self.state = normal(T, B, I), tuple(normal(B, H) for _ in range(self.states))
-        shapes = [(G * H, I), (G * H, H), (G * H,), (G * H,)][: 4 if bias else 2]
-        self.weights = [normal(*shape) / H**0.5 for shape in shapes]
-        self.e, self.final_e = normal(T, B, H), tuple(normal(B, H) for _ in range(self.states))
+        G, self.cell, parts = GATES.get(cell, 1), cell, widths(cell, H)
+        self.states, P = len(parts), parts[0]
+        self.x, self.state = normal(T, B, I), tuple(normal(B, width) for width in parts)
+        shapes = dict(zip(NAMES, [(G * H, I), (G * H, P), (G * H,), (G * H,), (P, H)], strict=True))
+        self.names = [name for name in NAMES if (bias or "bias" not in name) and (P < H or name != "weight_hr")]
+        self.weights = [normal(*shapes[name]) / H**0.5 for name in self.names]
+        self.e, self.final_e = normal(T, B, P), tuple(normal(B, width) for width in parts)
         self.cast(dtype)
 
     def cast(self, dtype: torch.dtype) -> "Case":
@@ -72,7 +79,7 @@ class Case:
     def named(
         self, y: Tensor, final: tuple[Tensor, ...], x: Tensor, state: tuple[Tensor, ...], w: list[Tensor]
     ) -> dict[str, Tensor]:
-        values = {"y": y, "x": x, **dict(zip(NAMES, w, strict=False))}
+        values = {"y": y, "x": x, **dict(zip(self.names, w, strict=True))}
         values |= {f"final {i}": v for i, v in enumerate(final)} | {f"initial {i}": v for i, v in enumerate(state)}
         return values
 
@@ -80,7 +87,8 @@ class Case:
         leaves = [v.detach().clone().requires_grad_() for v in (self.x, *self.state, *self.weights)]
         x, state, weights = leaves[0], leaves[1 : 1 + self.states], leaves[1 + self.states :]
         hx = [s[None] for s in state] if self.states == 2 else state[0][None]
-        y, *final = getattr(torch._VF, self.cell)(x, hx, weights, len(weights) > 2, 1, 0.0, False, False, False)
+        run, biased = getattr(torch._VF, self.cell.removesuffix("_projected")), "bias_ih" in self.names
+        y, *final = run(x, hx, weights, biased, 1, 0.0, False, False, False)
         final = [f[0] for f in final]
         d = torch.autograd.grad([y, *final], leaves, [self.e, *self.final_e])
         return self.named(
@@ -121,7 +129,7 @@ class Case:
     def alone(self, b: int, length: int) -> "Case":
         """A case with one sequence of the batch."""
         case = object.__new__(Case)
-        case.cell, case.states, case.weights = self.cell, self.states, self.weights
+        case.cell, case.states, case.weights, case.names = self.cell, self.states, self.weights, self.names
         case.x, case.e = self.x[:length, b : b + 1], self.e[:length, b : b + 1]
         case.state, case.final_e = (tuple(v[b : b + 1] for v in p) for p in (self.state, self.final_e))
         return case
@@ -130,7 +138,7 @@ class Case:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
     ("T", "B", "I", "H"),
-    [(1, 1, 1, 1), (3, 2, 17, 3), (17, 3, 2, 127), (2, 127, 3, 17), (127, 17, 17, 2), (3, 40, 127, 64)],
+    [(1, 1, 1, 2), (3, 2, 17, 3), (17, 3, 2, 127), (2, 127, 3, 17), (127, 17, 17, 2), (3, 40, 127, 64), (3, 6, 1, 200)],
 )
 @pytest.mark.usefixtures("threads")
 def test_exact_backward_is_as_accurate_as_torch(cell: str, T: int, B: int, I: int, H: int) -> None:
@@ -146,7 +154,7 @@ def test_exact_backward_is_as_accurate_as_torch(cell: str, T: int, B: int, I: in
 @pytest.mark.usefixtures("threads")
 def test_as_many_corrections_as_steps_are_exact(cell: str, diagonal: str) -> None:
     case = Case(cell, 9, 3, 5, 17, torch.float64)
-    rule = torch.linspace(-0.1, 0.2, 17 * case.states) if diagonal == "stationary" else diagonal
+    rule = torch.linspace(-0.1, 0.2, sum(widths(cell, 17))) if diagonal == "stationary" else diagonal
     assert_same(case.run(rule, 9), case.exact(), SAME_BY_CANCELLATION)
 
 
@@ -158,17 +166,20 @@ def test_every_rule_follows_its_equations(cell: str, diagonal: str, corrections:
     compare_with_oracle(Case(cell, 5, 2, 2, 3, torch.float64, bias), diagonal, corrections)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm_projected", "rnn_tanh"])
 @pytest.mark.usefixtures("threads")
 def test_a_sequence_of_several_chunks_follows_the_equations(cell: str) -> None:
     compare_with_oracle(Case(cell, 41, 20, 1, 2, torch.float64), "dsf", 1)
+    if cell == "lstm_projected":
+        compare_with_oracle(Case(cell, 41, 20, 1, 2, torch.float64), "jacobian", 1)
 
 
 def expected_of(case: Case, diagonal: str | Tensor, corrections: int) -> dict[str, Tensor]:
     """The gradients of the oracle; ``diagonal`` in the form of the oracle."""
-    w = dict(zip(NAMES, case.weights, strict=False))
+    w = dict(zip(case.names, case.weights, strict=True))
     # The oracle takes one gradient per state and step; add that of the final state to the last step.
-    e = torch.cat([case.e, torch.zeros_like(case.e)], -1)[..., : case.states * case.e.shape[-1]].clone()
+    S = sum(s.shape[-1] for s in case.state)
+    e = torch.nn.functional.pad(case.e, (0, S - case.e.shape[-1]))
     e[-1] += torch.cat(case.final_e, -1)
     return oracles.layer_gradients(ORACLE[case.cell], w, case.x, torch.cat(case.state, -1), e, (diagonal, corrections))
 
@@ -181,7 +192,7 @@ def comparable(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]
 def compare_with_oracle(case: Case, diagonal: str, corrections: int) -> None:
     if diagonal == "gate" and case.cell.startswith("rnn"):
         pytest.skip("an RNN has no gate")
-    S = case.states * case.weights[1].shape[1]
+    S = sum(s.shape[-1] for s in case.state)
     expected = expected_of(case, diagonal, corrections)
     rule = {"dsf": torch.linspace(0, 1, S, dtype=torch.float64), "gate": "direct"}.get(diagonal, diagonal)
     assert_same(comparable(case, case.run(rule, corrections), expected), expected, SAME_BY_CANCELLATION)
@@ -189,7 +200,7 @@ def compare_with_oracle(case: Case, diagonal: str, corrections: int) -> None:
 
 def rows_of_D(case: Case) -> Tensor:
     """A diagonal that differs at every step, row and unit: (T, B, S)."""
-    shape = (*case.e.shape[:2], case.states * case.e.shape[2])
+    shape = (*case.e.shape[:2], sum(s.shape[-1] for s in case.state))
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -213,7 +224,7 @@ def test_a_diagonal_per_row_follows_its_equations_where_sequences_end(cell: str,
     D = rows_of_D(case)
     found = case.run_packed(lengths, D, corrections)
     each = [expected_of(case.alone(b, n), D[:n, b : b + 1], corrections) for b, n in enumerate(lengths)]
-    expected = {name: sum(one[name] for one in each) for name in NAMES}
+    expected = {name: sum(one[name] for one in each) for name in case.names}
     expected["x"] = pack_sequence([one["x"][:, 0] for one in each]).data
     expected["initial"] = torch.cat([one["initial"] for one in each])
     assert_same(comparable(case, found, expected), expected, SAME_BY_CANCELLATION)
@@ -225,7 +236,7 @@ def test_a_diagonal_per_row_follows_its_equations_where_sequences_end(cell: str,
 @pytest.mark.usefixtures("threads")
 def test_a_diagonal_per_row_in_several_chunks_is_the_stationary_one(cell: str) -> None:
     case = Case(cell, 60, 17, 5, 19, torch.float32)
-    D = torch.linspace(0, 0.9, 19 * case.states)
+    D = torch.linspace(0, 0.9, sum(widths(cell, 19)))
     expected, found = case.run(D, 1), case.run(D.expand(60, 17, -1), 1)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -233,7 +244,7 @@ def test_a_diagonal_per_row_in_several_chunks_is_the_stationary_one(cell: str) -
 @pytest.mark.parametrize("cell", CELLS)
 def test_mean_jacobian(cell: str) -> None:
     case = Case(cell, 6, 3, 2, 5, torch.float64)
-    w = dict(zip(NAMES, case.weights, strict=False))
+    w = dict(zip(case.names, case.weights, strict=True))
     states = oracles.run(ORACLE[cell], w, case.x, torch.cat(case.state, -1))
     expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
     assert_same({"mean": cpu.mean_jacobian(case.problem(), case.forward())}, {"mean": expected})
@@ -245,7 +256,7 @@ def test_mean_jacobian(cell: str) -> None:
 def test_packed_rows_are_their_sequences(cell: str, diagonal: str) -> None:
     lengths, H = [200, 90, 90, 3, 1], 6
     case = Case(cell, 200, 5, 4, H, torch.float64)
-    rule = torch.linspace(0, 0.9, H * case.states, dtype=torch.float64) if diagonal == "stationary" else diagonal
+    rule = torch.linspace(0, 0.9, sum(widths(cell, H)), dtype=torch.float64) if diagonal == "stationary" else diagonal
     k = 1 if diagonal == "direct" else 0
     found = case.run_packed(lengths, rule, k)
     each = [case.alone(b, n).run(rule, k) for b, n in enumerate(lengths)]
@@ -263,10 +274,11 @@ def test_packed_rows_are_their_sequences(cell: str, diagonal: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0)])
 def test_empty_inputs(cell: str, T: int, B: int) -> None:
-    found = Case(cell, T, B, 2, 3, torch.float32).run("direct", 1)
-    assert found["y"].shape == (T, B, 3)
-    assert all(not found[name].any() for name in NAMES)
-    assert found["final 0"].shape == (B, 3)
+    case, P = Case(cell, T, B, 2, 3, torch.float32), widths(cell, 3)[0]
+    found = case.run("direct", 1)
+    assert found["y"].shape == (T, B, P)
+    assert all(not found[name].any() for name in case.names)
+    assert found["final 0"].shape == (B, P)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -387,12 +399,15 @@ def test_late_threads_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "jacobian+1"])
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "LSTM with a projection"])
 @pytest.mark.usefixtures("threads")
 def test_the_same_call_gives_the_same_bits(name: str, rule: str, bf16: bool) -> None:
     """Also where torch is asked for deterministic algorithms, which fills new memory with NaN."""
     torch.manual_seed(0)
-    layer, x, e = getattr(sf, name)(32, 64, feedback=rule), torch.randn(60, 16, 32), torch.randn(60, 16, 64)
+    kind, _, projected = name.partition(" ")
+    options = {"proj_size": 24} if projected else {}
+    layer, x = getattr(sf, kind)(32, 64, feedback=rule, **options), torch.randn(60, 16, 32)
+    e = torch.randn(60, 16, options.get("proj_size", 64))
 
     def results() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -404,7 +419,7 @@ def test_the_same_call_gives_the_same_bits(name: str, rule: str, bf16: bool) -> 
         return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
     expected = results()
-    assert len(expected) == 6
+    assert len(expected) == (7 if projected else 6)
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(3):

@@ -18,44 +18,58 @@ from statefeed.cells import CELLS
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
 
 N, B, I, H, V = 6, 2, 4, 5, 7
-G = {"gru": 3, "lstm": 4, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4, "slstm_exp": 4}
-S = {"lstm": 2, "slstm": 3, "slstm_exp": 3}  # parts of the state with gradients, where there are several
-C = {"lstm": 1, "slstm": 3, "slstm_exp": 3}  # parts besides h
-AUX = {"gru": 1, "lstm": 1, "slstm": 3, "slstm_exp": 2}
+G = {"gru": 3, "lstm": 4, "lstm_projected": 4, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4, "slstm_exp": 4}
+S = {
+    "lstm": 2,
+    "lstm_projected": 2,
+    "slstm": 3,
+    "slstm_exp": 3,
+}  # parts of the state with gradients, where there are several
+C = {"lstm": 1, "lstm_projected": 1, "slstm": 3, "slstm_exp": 3}  # parts besides h
+AUX = {"gru": 1, "lstm": 1, "lstm_projected": 1, "slstm": 3, "slstm_exp": 2}
+P = {"lstm_projected": 2}  # width of a projected h
 
 
 def forward_arguments(cell: str = "gru") -> dict[str, Any]:
     gates = G[cell]
     return {
         "cell": cell, "bf16": False, "x": torch.zeros(N, I), "w_ih": torch.zeros(gates * H, I),
-        "w_hh": torch.zeros(gates * H, H), "b_ih": torch.zeros(gates * H),
-        "b_hh": torch.zeros(gates * H), "h0": torch.zeros(B, H), "batch_sizes": None,
+        "w_hh": torch.zeros(gates * H, P.get(cell, H)), "b_ih": torch.zeros(gates * H),
+        "b_hh": torch.zeros(gates * H), "h0": torch.zeros(B, P.get(cell, H)), "batch_sizes": None,
         "gates": torch.zeros(N, gates * H) if gates > 1 else None,
         "aux": torch.zeros(N, AUX[cell] * H) if cell in AUX else None,
-        "y": torch.zeros(N, H), "c": torch.zeros(B, C[cell] * H) if cell in C else None,
+        "y": torch.zeros(N, P.get(cell, H)), "c": torch.zeros(B, C[cell] * H) if cell in C else None,
+        "w_hr": torch.zeros(P[cell], H) if cell in P else None,
     }  # fmt: skip
 
 
+def state_width(cell: str) -> int:
+    return P.get(cell, H) + (S.get(cell, 1) - 1) * H
+
+
 def backward_arguments(cell: str = "gru", rule: str = "stationary", corrections: int = 1) -> dict[str, Any]:
-    made, states = forward_arguments(cell), S.get(cell, 1)
-    D = {"stationary": (states * H,), "per_row": (N, states * H), "jacobian": (G[cell], H)}.get(rule)
-    shared = {name: made[name] for name in ("x", "w_ih", "w_hh", "gates", "aux", "y", "h0")}
+    made, width = forward_arguments(cell), state_width(cell)
+    recurrent = (G[cell] * H, P[cell]) if cell in P else (G[cell], H)
+    D = {"stationary": (width,), "per_row": (N, width), "jacobian": recurrent}.get(rule)
+    shared = {name: made[name] for name in ("x", "w_ih", "w_hh", "gates", "aux", "y", "h0", "w_hr")}
     return {
         "cell": cell, "rule": rule, "corrections": corrections, "bf16": False, **shared, "c0": made["c"],
-        "grad_y": torch.zeros(N, H), "grad_final": torch.zeros(B, states * H),
-        "diagonal": None if D is None else torch.zeros(D), "batch_sizes": None, "carry": torch.zeros(B, states * H),
+        "grad_y": torch.zeros_like(made["y"]), "grad_final": torch.zeros(B, width),
+        "diagonal": None if D is None else torch.zeros(D), "batch_sizes": None, "carry": torch.zeros(B, width),
         "grad_x": torch.zeros(N, I), "grad_w_ih": torch.zeros_like(made["w_ih"]),
         "grad_w_hh": torch.zeros_like(made["w_hh"]), "grad_b_ih": torch.zeros(G[cell] * H),
         "grad_b_hh": torch.zeros(G[cell] * H),
-        "residual": torch.zeros(N, states * H) if corrections else None,
+        "residual": torch.zeros(N, width) if corrections else None,
+        "grad_w_hr": torch.zeros_like(made["w_hr"]) if cell in P else None,
     }  # fmt: skip
 
 
 def jacobian_arguments(cell: str = "gru") -> dict[str, Any]:
-    made, states = forward_arguments(cell), S.get(cell, 1)
+    made, of_output = forward_arguments(cell), (G[cell] if cell in P else 1) * H
     return {
         "cell": cell, "gates": made["gates"], "aux": made["aux"], "y": made["y"], "h0": made["h0"], "c0": made["c"],
-        "w_hh_diag": torch.zeros(G[cell], H), "batch_sizes": None, "sums": torch.zeros(states * H),
+        "w_hh_diag": None if cell in P else torch.zeros(G[cell], H), "batch_sizes": None,
+        "sums": torch.zeros(of_output + (S.get(cell, 1) - 1) * H),
     }  # fmt: skip
 
 
@@ -77,7 +91,7 @@ OPERATORS: dict[str, Callable[..., dict[str, Any]]] = {
 TENSORS = [
     (op, of, name)
     for op, make in OPERATORS.items()
-    for of in ([()] if op == "head_loss" else [("gru",), ("slstm",)])
+    for of in ([()] if op == "head_loss" else [("gru",), ("slstm",), ("lstm_projected",)])
     for name, v in make(*of).items()
     if isinstance(v, Tensor)
 ]
@@ -175,7 +189,9 @@ def test_contradictory_arguments_raise(make: Callable[[], dict[str, Any]], chang
 
 @pytest.mark.parametrize("op", ["layer_forward", "layer_backward", "sum_jacobians"])
 def test_an_unknown_cell_raises_and_known_names_are_listed(op: str) -> None:
-    with pytest.raises(RuntimeError, match="the cell 'mgu': expected one of gru, lstm, rnn_tanh, rnn_relu"):
+    with pytest.raises(
+        RuntimeError, match="the cell 'mgu': expected one of gru, lstm, lstm_projected, rnn_tanh, rnn_relu"
+    ):
         call(op, OPERATORS[op]() | {"cell": "mgu"})
 
 

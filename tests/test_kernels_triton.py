@@ -14,7 +14,7 @@ import pytest
 import test_kernels_layer
 import torch
 from functorch.compile import make_boxed_func
-from test_kernels_layer import CELLS, GATES, NAMES, ORACLE, compare_with_oracle
+from test_kernels_layer import GATES, ORACLE, compare_with_oracle, widths
 from tolerances import MULTIPLE, SAME_BY_CANCELLATION, assert_as_accurate, assert_different, assert_same, error
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -35,6 +35,7 @@ from statefeed.scan import chunks  # noqa: E402
 from statefeed.scan.triton import scan  # noqa: E402
 
 BACKEND = BACKENDS["triton"]
+CELLS = [cell for cell in test_kernels_layer.CELLS if cell in KERNELS]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Only the interpreter supports a replaced function of a kernel, and CPU tensors.
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="only in Triton's interpreter")
@@ -117,7 +118,7 @@ def rules_of(cell: str) -> list[str]:
 
 
 def ramp(case: Case) -> Tensor:
-    return torch.linspace(0, 1, case.states * case.weights[1].shape[1], dtype=torch.float64)
+    return torch.linspace(0, 1, sum(s.shape[-1] for s in case.state), dtype=torch.float64)
 
 
 # The backward pass ----------------------------------------------------------------------------------------------------
@@ -141,9 +142,13 @@ def test_every_rule_follows_its_equations(cell: str, corrections: int, bias: boo
 @pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_a_diagonal_per_row_follows_its_equations(cell: str, corrections: int, reverse: bool) -> None:
     case = Case(cell, 5, 2, 2, 3, torch.float64)
-    D = torch.rand(5, 2, 3 * case.states, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    w, order = dict(zip(NAMES, case.weights, strict=False)), (lambda rows: rows.flip(0)) if reverse else (lambda r: r)
-    e = torch.cat([order(case.e), torch.zeros_like(case.e)], -1)[..., : 3 * case.states].clone()
+    S = sum(widths(cell, 3))
+    D = torch.rand(5, 2, S, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w, order = (
+        dict(zip(case.names, case.weights, strict=True)),
+        (lambda rows: rows.flip(0)) if reverse else (lambda r: r),
+    )
+    e = torch.nn.functional.pad(order(case.e), (0, S - case.e.shape[-1]))
     e[-1] += torch.cat(case.final_e, -1)
     initial = torch.cat(case.state, -1)
     expected = oracles.layer_gradients(ORACLE[cell], w, order(case.x), initial, e, (order(D), corrections))
@@ -184,7 +189,7 @@ def test_a_zero_carry_stays_zero_in_a_chunk_whose_product_overflows(cell: str, m
     case = Case(cell, 7, 2, 2, 3, torch.float32)
     # Two steps of a chunk multiply to infinity; no step before the last one that is processed has a gradient.
     case.e[1:], case.final_e = 0, tuple(torch.zeros_like(v) for v in case.final_e)
-    D = torch.full((3 * case.states,), 1e20)
+    D = torch.full((sum(widths(cell, 3)),), 1e20)
     found = case.run(D)
     monkeypatch.setattr(chunks, "steps", lambda T, *_: T)
     expected = case.run(D)
@@ -197,13 +202,13 @@ def test_a_zero_carry_stays_zero_in_a_chunk_whose_product_overflows(cell: str, m
 def test_as_many_corrections_as_steps_are_exact(cell: str) -> None:
     for rule in rules_of(cell):
         case = Case(cell, 4, 3, 2, 17, torch.float64)
-        D = torch.linspace(-0.1, 0.2, 17 * case.states, dtype=torch.float64) if rule == "dsf" else rule
+        D = torch.linspace(-0.1, 0.2, sum(widths(cell, 17)), dtype=torch.float64) if rule == "dsf" else rule
         assert_same(case.run(D, 4), case.exact(), SAME_BY_CANCELLATION)
 
 
 @pytest.mark.parametrize(
     ("cell", "T", "B", "I", "H"),
-    [(cell, *sizes) for cell in CELLS for sizes in [(1, 1, 1, 1), (3, 2, 17, 3), (17, 3, 2, 127), (2, 127, 3, 17)]]
+    [(cell, *sizes) for cell in CELLS for sizes in [(1, 1, 1, 2), (3, 2, 17, 3), (17, 3, 2, 127), (2, 127, 3, 17)]]
     + [("gru", 127, 3, 17, 2)],
 )
 def test_float32_is_as_accurate_as_the_pytorch_path(cell: str, T: int, B: int, I: int, H: int) -> None:
@@ -243,7 +248,7 @@ def test_packed_rows_are_their_sequences(cell: str) -> None:
         case.x, case.e = x[:n, b : b + 1], e[:n, b : b + 1]
         case.state, case.final_e = (tuple(s[b : b + 1] for s in part) for part in (state, final_e))
         alone.append(case.run(rule, k))
-    expected = {name: sum(a[name] for a in alone) for name in NAMES}
+    expected = {name: sum(a[name] for a in alone) for name in case.names}
     expected |= {name: pack_sequence([a[name][:, 0] for a in alone]).data for name in ("x", "y")}
     ends = [f"{which} {i}" for which in ("final", "initial") for i in range(case.states)]
     expected |= {name: torch.cat([a[name] for a in alone]) for name in ends}
@@ -252,7 +257,7 @@ def test_packed_rows_are_their_sequences(cell: str) -> None:
     assert_same(case.run(rule, k, packed.batch_sizes), expected, SAME_BY_CANCELLATION)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm_projected"])
 def test_strided_inputs(cell: str) -> None:
     case = Case(cell, 3, 3, 4, 7, torch.float64)
     expected = case.run("gate", 1)
@@ -278,10 +283,11 @@ def test_a_rule_that_the_kernels_cannot_read_raises(rule: str | Tensor, message:
 
 
 def test_an_empty_batch() -> None:
-    found = Case("lstm", 4, 0, 2, 3, torch.float32).run("gate", 1)
+    case = Case("lstm", 4, 0, 2, 3, torch.float32)
+    found = case.run("gate", 1)
     assert found["x"].shape == (4, 0, 2)
     assert found["initial 1"].shape == (0, 3)
-    assert all(not found[name].any() for name in NAMES)
+    assert all(not found[name].any() for name in case.names)
 
 
 def test_nan_reaches_the_gradients_of_its_sequence_only() -> None:
@@ -296,7 +302,7 @@ def test_nan_reaches_the_gradients_of_its_sequence_only() -> None:
 @pytest.mark.usefixtures("chunking", "nan_in_new_memory")
 def test_mean_jacobian(cell: str) -> None:
     case = Case(cell, 5, 3, 2, 5, torch.float64)
-    w = dict(zip(NAMES, case.weights, strict=False))
+    w = dict(zip(case.names, case.weights, strict=True))
     states = oracles.run(ORACLE[cell], w, case.x, torch.cat(case.state, -1))
     expected = oracles.jacobians(ORACLE[cell], w, case.x, states).diagonal(dim1=-2, dim2=-1).mean((0, 1))
     problem, *_ = case.problem()
@@ -370,7 +376,7 @@ def test_the_comparison_of_scans_rejects_wrong_recurrences() -> None:
 @pytest.mark.usefixtures("chunking")
 def test_an_lstms_cell_states_are_recovered() -> None:
     case = Case("lstm", 5, 3, 2, 4, torch.float64)
-    w = dict(zip(NAMES, case.weights, strict=False))
+    w = dict(zip(case.names, case.weights, strict=True))
     states = oracles.run("lstm", w, case.x, torch.cat(case.state, -1))
     problem, *_ = case.problem()
     found = BACKEND.recompute(problem, BACKEND.forward([problem], True)[0]).saved[2]
@@ -473,7 +479,7 @@ def test_operators_pass_opcheck(cell: str) -> None:
     torch.library.opcheck(operators.triton_recompute.default, inputs)
     saved = operators.triton_recompute(*inputs)
     torch.library.opcheck(operators.triton_mean_jacobian.default, (cell, *saved, y, weights[1], 2, None))
-    D = torch.zeros(4 * case.states, device=DEVICE)
+    D = torch.zeros(sum(widths(cell, 4)), device=DEVICE)
     torch.library.opcheck(
         operators.triton_backward.default,
         (cell, "stationary", *saved, x, y, state, weights, [e, *state], D, None, 1, False, True, "ieee"),

@@ -20,18 +20,25 @@ import statefeed as sf
 
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
 
-CELLS = ["tanh", "relu", "gru", "lstm"]
+CELLS = ["tanh", "relu", "gru", "lstm", "lstm_projected"]
 DIAGONALS = ["ft-bptt", "dsf", "0.5", "calibrated", "gate", "jacobian"]
 EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=80)
 FEWER = settings(EXAMPLES, max_examples=40)
+
+
+def widths(cell, H):
+    """Widths of the parts of the state."""
+    return {"lstm": (H, H), "lstm_projected": (H // 2, H)}.get(cell, (H,))
 
 
 def layer(cell, torchs=False, feedback="dsf", **options):
     """A layer of ours or of torch's; the same seed gives both the same weights."""
     torch.manual_seed(0)
     package = nn if torchs else sf
-    cls = {"gru": package.GRU, "lstm": package.LSTM}.get(cell, package.RNN)
+    cls = {"gru": package.GRU, "lstm": package.LSTM, "lstm_projected": package.LSTM}.get(cell, package.RNN)
     options = {"input_size": 3, "hidden_size": 4} | options
+    if cell == "lstm_projected":
+        options = {"proj_size": widths(cell, options["hidden_size"])[0]} | options
     options |= {"nonlinearity": cell} if cls is package.RNN else {}
     made = cls(**options, **({} if torchs else {"feedback": feedback}))
     for weight in made.parameters():
@@ -72,7 +79,7 @@ def forms(draw, dtypes=(torch.float64,)):
     layers, two_ways = draw(st.integers(1, 3)), draw(st.booleans())
     options = {
         "input_size": draw(st.integers(1, 4)),
-        "hidden_size": draw(st.integers(1, 5)),
+        "hidden_size": draw(st.integers(2 if cell == "lstm_projected" else 1, 5)),
         "num_layers": layers,
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
@@ -88,10 +95,10 @@ def forms(draw, dtypes=(torch.float64,)):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(options["dtype"])
 
     shape = (T,) if form == "unbatched" else (batch, T) if options["batch_first"] else (T, batch)
-    states = (layers * (1 + two_ways), *(() if form == "unbatched" else (batch,)), options["hidden_size"])
+    states = (layers * (1 + two_ways), *(() if form == "unbatched" else (batch,)))
     call = {"x": random(*shape, options["input_size"])}
     if draw(st.booleans()):
-        call["hx"] = [random(*states) for _ in range(2 if cell == "lstm" else 1)]
+        call["hx"] = [random(*states, width) for width in widths(cell, options["hidden_size"])]
     if form in ("sorted", "unsorted"):
         lengths = draw(st.lists(st.integers(1, T), min_size=batch, max_size=batch))
         call["lengths"] = sorted(lengths, reverse=True) if form == "sorted" else lengths
@@ -137,7 +144,7 @@ def arguments(made, x, hx=None, lengths=None, enforce_sorted=True):
 @given(forms(), st.sampled_from(DIAGONALS))
 def test_as_many_corrections_as_steps_are_bptt_in_every_form(form, name):
     cell, options, call, T = form
-    assume(name != "gate" or cell in ("gru", "lstm"))
+    assume(name != "gate" or cell not in ("tanh", "relu"))
     theirs = layer(cell, torchs=True, **options)
     ours = layer(cell, feedback=f"{name}+{T}", **options)
     assert_same(run(ours, **call)[2], run(theirs, **call)[2], SAME_BY_CANCELLATION)
@@ -165,10 +172,11 @@ def test_as_many_corrections_as_steps_are_as_accurate_as_bptt_in_float32(form, n
 def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, corrections):
     """Layers, directions and packing: every sequence alone through the oracle, whatever it shares its batch with."""
     cell, options, call, T = form
-    assume(name != "gate" or cell in ("gru", "lstm"))
+    assume(name != "gate" or cell not in ("tanh", "relu"))
     options |= {"dropout": 0.0, "hidden_size": max(options["hidden_size"], 2)}
     if "hx" in call:
-        call["hx"] = [torch.randn(*s.shape[:-1], options["hidden_size"], dtype=torch.float64) for s in call["hx"]]
+        shapes = [(*call["hx"][0].shape[:-1], width) for width in widths(cell, options["hidden_size"])]
+        call["hx"] = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     ours = layer(cell, feedback=sf.Feedback(name, corrections=corrections), **options)
     answer, _, found = run(ours, **call)
 
@@ -213,7 +221,7 @@ def test_every_rule_has_the_gradient_of_its_equations_in_every_form(form, name, 
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_diagonal_may_have_a_row_for_every_layer_and_direction(cell):
     made = layer(cell, num_layers=2, bidirectional=True, dtype=torch.float64)
-    x, width = torch.randn(5, 1, 3, dtype=torch.float64), 8 if cell == "lstm" else 4
+    x, width = torch.randn(5, 1, 3, dtype=torch.float64), sum(widths(cell, 4))
     rows = torch.rand(4, width, dtype=torch.float64)
     made.feedback = rows
     answer, _, found = run(made, x)
@@ -281,7 +289,8 @@ WRONG = {
 def test_errors_are_those_of_torch(cell, wrong):
     def state(*shape, **options):
         zeros = torch.zeros(*shape, **options)
-        return (zeros, zeros) if cell == "lstm" else zeros
+        h = zeros[..., :-2] if cell == "lstm_projected" else zeros
+        return (h, zeros) if cell.startswith("lstm") else zeros
 
     call = WRONG[wrong](state)
     with pytest.raises(Exception, match=r".+") as theirs:
@@ -425,7 +434,7 @@ def saved(made):
 @pytest.mark.parametrize("rule", ["dsf", "calibrated+1", "torch", "tensor"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_copy_computes_the_same_and_is_independent(cell, rule, again):
-    rule = torch.linspace(0, 0.8, 8 if cell == "lstm" else 4) if rule == "tensor" else rule
+    rule = torch.linspace(0, 0.8, sum(widths(cell, 4))) if rule == "tensor" else rule
     made = layer(cell, feedback=rule, num_layers=2)
     x = torch.randn(5, 2, 3)
     run(made, x)
@@ -553,7 +562,7 @@ def test_a_checkpointed_call_has_the_same_gradient(cell, rule):
 def test_strided_inputs(cell):
     made = layer(cell, dtype=torch.float64)
     x = torch.randn(10, 4, 6, dtype=torch.float64)[::2, ::2, ::2]
-    hx = [torch.randn(1, 4, 8, dtype=torch.float64)[:, ::2, ::2] for _ in range(2 if cell == "lstm" else 1)]
+    hx = [torch.randn(1, 4, 2 * width, dtype=torch.float64)[:, ::2, ::2] for width in widths(cell, 4)]
     found = run_as_is(made, x, hx)
     expected = run_as_is(made, x.contiguous(), [h.contiguous() for h in hx])
     assert_same(found, expected)

@@ -6,15 +6,26 @@ import torch
 from tolerances import DIFFERENT, SAME_BY_CANCELLATION, assert_different, assert_same, error
 from torch import nn
 
-CELLS = ["tanh", "relu", "gru", "lstm"]
+CELLS = ["tanh", "relu", "gru", "lstm", "lstm_projected"]
 DIAGONALS = ["dsf", "gate", "jacobian", 0.0, -0.7, "given"]
-T, B, I, H = 6, 2, 3, 4
+T, B, I, H, P = 6, 2, 3, 4, 2
+
+
+def widths(cell):
+    """Widths of the parts of the state."""
+    return {"lstm": (H, H), "lstm_projected": (P, H)}.get(cell, (H,))
+
+
+def parted(cell, state):
+    """A state in the form of torch's layers."""
+    return tuple(p.contiguous() for p in state.split(widths(cell), -1)) if len(widths(cell)) > 1 else state
 
 
 def layer(cell, **options):
     """The torch.nn layer of a cell in float64, with weights large enough that every term of J matters."""
     torch.manual_seed(0)
-    kind = {"gru": nn.GRU, "lstm": nn.LSTM}.get(cell)
+    kind = {"gru": nn.GRU, "lstm": nn.LSTM, "lstm_projected": nn.LSTM}.get(cell)
+    options |= {"proj_size": P} if cell == "lstm_projected" else {}
     made = kind(I, H, dtype=torch.float64, **options) if kind else nn.RNN(I, H, 1, cell, dtype=torch.float64, **options)
     for weight in made.parameters():
         nn.init.normal_(weight, std=0.6)
@@ -25,15 +36,14 @@ def problem(cell):
     """Weights, inputs, an initial state, and a gradient from outside for every state (for c, at the last step only)."""
     weights = oracles.weights_of(dict(layer(cell).state_dict()), "_l0")
     torch.manual_seed(1)
-    S = 2 * H if cell == "lstm" else H
+    S = sum(widths(cell))
     x, initial, e = (torch.randn(*shape, dtype=torch.float64) for shape in ((T, B, I), (B, S), (T, B, S)))
-    e[:-1, :, H:] = 0
+    e[:-1, :, widths(cell)[0] :] = 0
     return weights, x, initial, e
 
 
 def diagonal(cell, name):
-    S = 2 * H if cell == "lstm" else H
-    return torch.linspace(-0.9, 1.1, S, dtype=torch.float64) if name == "given" else name
+    return torch.linspace(-0.9, 1.1, sum(widths(cell)), dtype=torch.float64) if name == "given" else name
 
 
 def autograd(cell):
@@ -42,11 +52,10 @@ def autograd(cell):
     made = layer(cell)
     x.requires_grad_()
     initial.requires_grad_()
-    parts = initial.unsqueeze(0).chunk(2, -1) if cell == "lstm" else initial.unsqueeze(0)
-    y, last = made(x, tuple(p.contiguous() for p in parts) if cell == "lstm" else parts)
-    loss = (y * e[..., :H]).sum()
-    if cell == "lstm":
-        loss = loss + (last[1][0] * e[-1, :, H:]).sum()
+    y, last = made(x, parted(cell, initial.unsqueeze(0)))
+    loss = (y * e[..., : y.shape[-1]]).sum()
+    if cell.startswith("lstm"):
+        loss = loss + (last[1][0] * e[-1, :, y.shape[-1] :]).sum()
     loss.backward()
     found = {name.removesuffix("_l0"): value.grad for name, value in made.named_parameters()}
     return {**found, "x": x.grad, "initial": initial.grad}
@@ -56,11 +65,9 @@ def autograd(cell):
 def test_forward_is_torchs(cell):
     weights, x, initial, _ = problem(cell)
     states = oracles.run(cell, weights, x, initial)
-    parts = initial.unsqueeze(0)
-    hx = tuple(p.contiguous() for p in parts.chunk(2, -1)) if cell == "lstm" else parts
-    y, last = layer(cell)(x, hx)
-    last = torch.cat(last, -1) if cell == "lstm" else last
-    assert_same({"y": states[1:, :, :H], "last": states[-1:]}, {"y": y, "last": last})
+    y, last = layer(cell)(x, parted(cell, initial.unsqueeze(0)))
+    last = torch.cat(last, -1) if cell.startswith("lstm") else last
+    assert_same({"y": states[1:, :, : widths(cell)[0]], "last": states[-1:]}, {"y": y, "last": last})
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -68,10 +75,15 @@ def test_jacobians_are_those_of_torchs_cells(cell):
     weights, x, initial, _ = problem(cell)
     states = oracles.run(cell, weights, x, initial)
     made = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}.get(cell)
-    one = made(I, H, dtype=torch.float64) if made else nn.RNNCell(I, H, nonlinearity=cell, dtype=torch.float64)
-    one.load_state_dict(weights)
+    if cell == "lstm_projected":  # torch has no such cell
+        one = layer(cell)
+    else:
+        one = made(I, H, dtype=torch.float64) if made else nn.RNNCell(I, H, nonlinearity=cell, dtype=torch.float64)
+        one.load_state_dict(weights)
 
     def after(row, s):
+        if cell == "lstm_projected":
+            return torch.cat([v[0] for v in one(row[None], tuple(p[None] for p in s.split((P, H))))[1]])
         if cell == "lstm":
             return torch.cat(one(row, s.chunk(2, -1)), -1)
         return one(row, s)
@@ -126,7 +138,7 @@ def test_diagonal_of_the_jacobian_has_the_published_formulas(cell):
     weights, x, initial, _ = problem(cell)
     states = oracles.run(cell, weights, x, initial)
     found = oracles.diagonals(cell, weights, x, states, "jacobian")
-    h, after, W = states[:-1, :, :H], states[1:], weights["weight_hh"]
+    h, after, W = states[:-1, :, : widths(cell)[0]], states[1:], weights["weight_hh"]
     if cell == "gru":
         input_part = (x @ weights["weight_ih"].T + weights["bias_ih"]).chunk(3, -1)
         hidden_part = (h @ W.T + weights["bias_hh"]).chunk(3, -1)
@@ -138,14 +150,26 @@ def test_diagonal_of_the_jacobian_has_the_published_formulas(cell):
         n = torch.tanh(input_part[2] + r * q)
         d_r, d_z, d_n = (block.diagonal() for block in W.chunk(3))
         expected = z + (h - n) * z * (1 - z) * d_z + (1 - z) * (1 - n**2) * (r * d_n + q * r * (1 - r) * d_r)
-    elif cell == "lstm":
+    elif cell.startswith("lstm"):
         a = x @ weights["weight_ih"].T + weights["bias_ih"] + h @ W.T + weights["bias_hh"]
         i, f, g, o = (torch.tanh(v) if n == 2 else torch.sigmoid(v) for n, v in enumerate(a.chunk(4, -1)))
-        c, c_after = states[:-1, :, H:], after[..., H:]
-        d_i, d_f, d_g, d_o = (block.diagonal() for block in W.chunk(4))
-        through_c = c * f * (1 - f) * d_f + g * i * (1 - i) * d_i + i * (1 - g**2) * d_g
+        c, c_after = states[:-1, :, -H:], after[..., -H:]
         t = torch.tanh(c_after)
-        expected = torch.cat((t * o * (1 - o) * d_o + o * (1 - t**2) * through_c, f), -1)
+        if cell == "lstm":
+            d_i, d_f, d_g, d_o = (block.diagonal() for block in W.chunk(4))
+            through_c = c * f * (1 - f) * d_f + g * i * (1 - i) * d_i + i * (1 - g**2) * d_g
+            expected = torch.cat((t * o * (1 - o) * d_o + o * (1 - t**2) * through_c, f), -1)
+        else:
+            of_gates = [g * i * (1 - i), c * f * (1 - f), i * (1 - g**2)]
+            of_gates = [o * (1 - t**2) * d for d in of_gates] + [t * o * (1 - o)]
+            at_h = [
+                sum(
+                    (d * weights["weight_hr"][p] * block[:, p]).sum(-1)
+                    for d, block in zip(of_gates, W.chunk(4), strict=True)
+                )
+                for p in range(P)
+            ]
+            expected = torch.cat((torch.stack(at_h, -1), f), -1)
     else:
         expected = (1 - after**2 if cell == "tanh" else (after > 0).double()) * W.diagonal()
     assert_same({"D": found}, {"D": expected})
@@ -153,7 +177,7 @@ def test_diagonal_of_the_jacobian_has_the_published_formulas(cell):
 
 def test_gate_is_the_direct_path():
     """Where W_hh = 0, the gate is all of the Jacobian's diagonal (in the LSTM, of its c)."""
-    for cell in ("gru", "lstm"):
+    for cell in ("gru", "lstm", "lstm_projected"):
         weights, x, initial, _ = problem(cell)
         weights["weight_hh"] = torch.zeros_like(weights["weight_hh"])
         states = oracles.run(cell, weights, x, initial)
@@ -195,8 +219,8 @@ def weight_transposed(monkeypatch):
     right = oracles.jacobians
 
     def wrong(cell, w, x, states):
-        blocks = torch.cat([block.T for block in w["weight_hh"].split(H)])
-        return right(cell, {**w, "weight_hh": blocks}, x, states)
+        blocks = [block.T.reshape(block.shape) for block in w["weight_hh"].split(H)]
+        return right(cell, {**w, "weight_hh": torch.cat(blocks)}, x, states)
 
     monkeypatch.setattr(oracles, "jacobians", wrong)
 
@@ -214,6 +238,16 @@ def halves_swapped(monkeypatch):
     monkeypatch.setattr(oracles, "diagonals", lambda *given: right(*given).roll(right(*given).shape[-1] // 2, -1))
 
 
+def projection_forgotten(monkeypatch):
+    """Only the first units of o tanh(c) taken for the projected h, in J alone."""
+    right = oracles.jacobians
+
+    def wrong(cell, w, x, states):
+        return right(cell, {**w, "weight_hr": torch.eye(*w["weight_hr"].shape, dtype=x.dtype)}, x, states)
+
+    monkeypatch.setattr(oracles, "jacobians", wrong)
+
+
 def gradient_at_c_fed_to_h(monkeypatch):
     """Only the gradient from outside is fed back on c, not the whole gradient at c."""
     monkeypatch.setattr(oracles, "feedbacks", lambda cell, w, x, states, D: torch.diag_embed(D))
@@ -228,14 +262,17 @@ PLANTS = [
     step_late,
     halves_swapped,
     gradient_at_c_fed_to_h,
+    projection_forgotten,
 ]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_feedback_oracle_rejects_planted_errors(cell, plant, monkeypatch):
-    if plant is gradient_at_c_fed_to_h and cell != "lstm":
+    if plant is gradient_at_c_fed_to_h and not cell.startswith("lstm"):
         return  # only the LSTM has a c
+    if plant is projection_forgotten and cell != "lstm_projected":
+        return
     weights, x, initial, e = problem(cell)
     rule = ("jacobian" if plant is step_late else "dsf", 1)
     right = oracles.layer_gradients(cell, weights, x, initial, e, rule)
@@ -279,15 +316,15 @@ def test_network_oracle_is_autograd_on_packed_sequences(cell, bidirectional):
     made = layer(cell, bidirectional=bidirectional, **{} if cell in ("tanh", "relu") else {"num_layers": 2})
     places = (1 if cell in ("tanh", "relu") else 2) * (1 + bidirectional)
     sequences = [torch.randn(n, I, dtype=torch.float64, requires_grad=True) for n in (2, 4, 1)]
-    parts = 2 if cell == "lstm" else 1
-    initial = torch.randn(places, 3, parts * H, dtype=torch.float64, requires_grad=True)
+    initial = torch.randn(places, 3, sum(widths(cell)), dtype=torch.float64, requires_grad=True)
     final_gradients = torch.randn_like(initial).detach()
-    output_gradients = [torch.randn(len(x), H * (1 + bidirectional), dtype=torch.float64) for x in sequences]
+    output_gradients = [
+        torch.randn(len(x), widths(cell)[0] * (1 + bidirectional), dtype=torch.float64) for x in sequences
+    ]
 
     packed = nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
-    hx = tuple(p.contiguous() for p in initial.chunk(2, -1)) if cell == "lstm" else initial
-    y, last = made(packed, hx)
-    y, last = nn.utils.rnn.unpack_sequence(y), torch.cat(last, -1) if cell == "lstm" else last
+    y, last = made(packed, parted(cell, initial))
+    y, last = nn.utils.rnn.unpack_sequence(y), torch.cat(last, -1) if cell.startswith("lstm") else last
     loss = sum((a * b).sum() for a, b in zip(y, output_gradients, strict=True)) + (last * final_gradients).sum()
     loss.backward()
 

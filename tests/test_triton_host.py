@@ -18,7 +18,7 @@ from statefeed.backends.triton import backward as backward_module
 from statefeed.backends.triton import cudnn, host, precision, recompute
 from statefeed.backends.triton.cells import CELLS as KERNELS
 from statefeed.backends.triton.rules import RULES
-from statefeed.cells import CELLS
+from statefeed.cells import CELLS as TABLE
 from statefeed.feedback import KernelRule
 from statefeed.layout import Layout
 from statefeed.native import triton_probe
@@ -57,18 +57,21 @@ class NoHostData(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+CELLS = {name: TABLE[name] for name in KERNELS}
+
+
 def problem(cell: str, device: str, packed: bool = False, reverse: bool = False) -> tuple[Problem, Upstream]:
     this, N = CELLS[cell], 6 if packed else 8
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device)
 
-    states = len(this.states)
+    P = 2 if this.projects else 8
     layout = Layout(4, 2, torch.tensor([2, 2, 1, 1]) if packed else None)
-    state = tuple(zeros(2, 8) for _ in range(states))
-    weights = tuple(zeros(this.gates * 8, *columns) for columns in ((3,), (8,), (), ()))
+    state = tuple(zeros(2, width) for width in this.state_widths(8, P))
+    weights = tuple(zeros(*shape) for shape in this.weight_shapes(3, 8, P).values())
     found = Problem(this, zeros(N, 3), state, weights, layout, reverse)
-    return found, Upstream(zeros(N, 8), tuple(zeros(2, 8) for _ in range(states)))
+    return found, Upstream(zeros(N, P), tuple(torch.zeros_like(s) for s in state))
 
 
 @contextmanager
@@ -89,7 +92,7 @@ def implementations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def one_step(cell: str, rule: str, corrections: int, packed: bool, reverse: bool) -> Callable[[], Any]:
     """Forward and backward of one layer on meta tensors."""
     p, upstream = problem(cell, "meta", packed, reverse)
-    S, N = 8 * len(p.state), len(p.x)
+    S, N = sum(p.sizes), len(p.x)
     shape = {"stationary": (S,), "per_row": (N, S)}.get(rule)
     D = None if shape is None else torch.zeros(shape, device="meta")
     p.layout.offsets(p.x.device)  # of a packed batch, copied once for all layers and passes
@@ -109,10 +112,11 @@ def test_no_pass_waits_for_the_device(cell: str, rule: str, monkeypatch: pytest.
     def outputs(x: Tensor, *rest: Any) -> Any:  # cuDNN's, dense or packed
         packed = torch.is_tensor(rest[0]) and rest[0].dtype == torch.int64
         hx, bidirectional = rest[packed], rest[-1 if packed else -2]
-        states = hx if cell == "lstm" else [hx]
-        return x.new_empty((*x.shape[:-1], 16 if bidirectional else 8)), *(s.new_empty(s.shape) for s in states)
+        states = [hx] if torch.is_tensor(hx) else hx
+        width = states[0].shape[-1] * (2 if bidirectional else 1)
+        return x.new_empty((*x.shape[:-1], width)), *(s.new_empty(s.shape) for s in states)
 
-    monkeypatch.setattr(torch._VF, cell, outputs)
+    monkeypatch.setattr(torch._VF, CELLS[cell].torch_forward, outputs)
     monkeypatch.setattr(chunks, "steps", lambda *_: 2)
     for corrections, packed, reverse in ((0, False, False), (1, True, True), (1, False, True), (0, True, False)):
         run = one_step(cell, rule, corrections, packed, reverse)
@@ -276,12 +280,13 @@ def test_a_probe_launches_a_kernel_and_names_the_cause_of_a_failure(monkeypatch:
 
 
 def test_cells_have_the_sizes_of_their_python_cells() -> None:
-    assert set(KERNELS) <= set(CELLS)
+    assert set(KERNELS) <= set(TABLE)
     for name, cell in CELLS.items():
         kernels = KERNELS[name]
         assert (kernels.states, kernels.gates, kernels.shared_gates) == (
             len(cell.states), cell.gates, cell.shared_gates,
         )  # fmt: skip
+        assert kernels.projects == cell.projects
 
 
 def test_the_time_of_python_can_be_measured() -> None:

@@ -36,13 +36,13 @@ def flatten_weights(cell: Cell, weights: Sequence[Tensor], directions: int) -> N
 
     Args:
         cell: cell of the layer.
-        weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
+        weights: in the order of ``Problem.weights``, of the first direction, then of the second.
         directions: 1 or 2.
     """
     if weights[0].is_cuda:
         from statefeed.backends.triton import cudnn
 
-        cudnn.flatten(cell.name, weights, directions)
+        cudnn.flatten(cell.torch_forward or cell.name, weights, directions)
 
 
 def unsupported_reasons(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> dict[str, str]:

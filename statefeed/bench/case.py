@@ -52,10 +52,12 @@ class Case(NamedTuple):
     bidirectional: bool = False
     packed: bool = False
     training: bool = True
+    projection: int = 0
 
     def __str__(self) -> str:
         parts = [self.cell, str(self.shape), self.dtype]
         parts += [f"{self.layers} layers"] if self.layers > 1 else []
+        parts += [f"projection {self.projection}"] if self.projection else []
         parts += [
             word
             for word, on in (
@@ -70,6 +72,11 @@ class Case(NamedTuple):
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    @property
+    def output_width(self) -> int:
+        """Of one direction."""
+        return self.projection or self.shape.H
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -96,13 +103,17 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the products that every method needs: forward x W_ih and h W_hh, backward dW_ih, dW_hh and dx."""
-        H, products = self.shape.H, 0
-        fed = H // SLSTM_HEADS if self.cell == "slstm" else H  # units that one unit reads from the step before
+        """Of the products that every method needs: forward x W_ih and h W_hh, backward dW_ih, dW_hh and dx.
+
+        With a projection u W_hr, and backward dW_hr and the gradient of u.
+        """
+        H, P, products = self.shape.H, self.output_width, 0
+        fed = H // SLSTM_HEADS if self.cell == "slstm" else P  # units that one unit reads from the step before
         for layer in range(self.layers):
-            width = H if layer == 0 else H * self.directions
+            width = H if layer == 0 else P * self.directions
             products += (3 * width + 2 * fed if self.training else width + fed) * self.directions
-        return 2.0 * self.rows * LAYER_GATES[self.cell] * H * products
+        projection = self.projection * (3 if self.training else 1) * self.layers * self.directions
+        return 2.0 * self.rows * H * (LAYER_GATES[self.cell] * products + projection)
 
     def data(self, steps: int | None = None, padded: bool = False) -> Input:
         """Input and output gradient, unit normal.
@@ -114,7 +125,7 @@ class Case(NamedTuple):
         torch.manual_seed(1)
         T, B, H = self.shape
         T = steps or T
-        width = H * self.directions
+        width = self.output_width * self.directions
         x = torch.randn(T, B, H, device=self.device).to(self.leaf_dtype)
         grad = torch.randn(T, B, width, device=self.device).to(self.leaf_dtype)
         if not self.packed:
@@ -133,6 +144,7 @@ class Case(NamedTuple):
             "bidirectional": self.bidirectional,
             "device": self.device,
             "dtype": self.leaf_dtype,
+            **({"proj_size": self.projection} if self.projection else {}),
             **feedback,
         }
         if self.cell == "slstm":
@@ -243,14 +255,15 @@ def _torch_rivals(case: Case, tried: Sequence[Setting], autocast: bool) -> list[
     for rival in ("torch.nn", PADDED) if case.packed else ("torch.nn",):
         result.append(Contender(rival, first.name, plain, plain, first, autocast, case.training))
         for setting in tried:
-            if setting == NO_ONEDNN and (case.cell != "lstm" or (case.packed and rival != PADDED)):
-                continue  # torch.nn's RNN and GRU do not use oneDNN, nor does its LSTM for packed sequences
+            packed = case.packed and rival != PADDED
+            if setting == NO_ONEDNN and (case.cell != "lstm" or packed or case.projection):
+                continue  # torch.nn's RNN and GRU do not use oneDNN, nor does its LSTM if packed or projected
             if autocast:
                 name = f"float32 {setting.name}"
                 result.append(Contender(rival, name, plain, plain, setting, False, case.training))
             elif setting != first:
                 result.append(Contender(rival, setting.name, plain, plain, setting, False, case.training))
-    if case.training and not case.packed and case.layers == case.directions == 1:
+    if case.training and not case.packed and case.layers == case.directions == 1 and not case.projection:
         result.append(Contender("published", "dsf", plain, lambda x: published(plain, x), first, autocast))
     return result
 

@@ -44,6 +44,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             options.bidirectional,
             options.packed,
             kind == "training",
+            options.projection,
         )
         for kind in names("pass", options.pass_, PASSES)
         for cell in names("cells", options.cells, tuple(LAYER_GATES))
@@ -139,6 +140,7 @@ def compare(
             "pass": "training" if case.training else "forward",
             "layers": case.layers,
             "bidirectional": case.bidirectional,
+            "projection": case.projection,
             "packed": case.packed,
             "rows": case.rows,
             "repeats": rounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeVar
@@ -173,6 +174,15 @@ def _check_rules(cells: str, rules: str, allowed: tuple[str, ...] = tuple(GATES)
 # Rules are checked last: they need torch, and other errors are answered without it.
 
 
+def check_projection(projection: int, cells: str, sizes: Sequence[Shape]) -> None:
+    """Raise unless an LSTM of every shape has such a projection, or there is none (0)."""
+    widest = min((shape.H for shape in sizes), default=projection + 1) - 1
+    if not 0 <= projection <= widest:
+        raise OptionError(f"projection must be 0 to {widest}, fewer units than the width, got {projection}")
+    if projection and cells != "lstm":
+        raise OptionError(f"projection needs cells=lstm, because only an lstm projects its output, got cells={cells}")
+
+
 @dataclass(frozen=True)
 class LayerOptions(Options):
     """A stack of layers, forward and backward or forward alone: cell by rule by shape by dtype."""
@@ -195,6 +205,7 @@ class LayerOptions(Options):
     )
     layers: int = option(1, "layers of the stack")
     bidirectional: bool = option(False, "both directions")
+    projection: int = option(0, "proj_size of an lstm, below the width; 0: no projection")
     packed: bool = option(
         False,
         "packed sequences of T / 2 to T steps, against torch.nn packed, and padded with the padding computed in vain",
@@ -212,6 +223,7 @@ class LayerOptions(Options):
         names("pass", self.pass_, PASSES)
         if self.layers < 1:
             raise OptionError(f"layers must be at least 1, got {self.layers}")
+        check_projection(self.projection, self.cells, [] if self.smoke else shapes(self.shape_list))
         if self.packed and any(shape.T < 2 for shape in shapes(self.shape_list)):
             raise OptionError(f"packed shapes must have at least 2 steps, got {self.shape_list}")
         cells = names("cells", self.cells, tuple(LAYER_GATES))

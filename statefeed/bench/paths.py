@@ -27,7 +27,7 @@ from statefeed.bench.measure import (
     interleaved,
     spread,
 )
-from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, names, shapes
+from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, check_projection, names, shapes
 
 CELLS = ("rnn", "gru", "lstm")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -52,6 +52,7 @@ class Case(NamedTuple):
     form: str
     work: str
     shape: Shape
+    projection: int = 0
 
     def input(self) -> Tensor | PackedSequence:
         """Unit normal; lengths of a packed batch fall from T to T / 2."""
@@ -71,7 +72,8 @@ class Case(NamedTuple):
         """A layer of some class, always with the same weights."""
         torch.manual_seed(0)
         layers, both = 2 if self.form == "stacked" else 1, self.form == "bidirectional"
-        made: nn.RNNBase = kind(self.shape.H, self.shape.H, layers, bidirectional=both, dtype=self.parameters)
+        H, projection = self.shape.H, {"proj_size": self.projection} if self.projection else {}
+        made: nn.RNNBase = kind(H, H, layers, bidirectional=both, dtype=self.parameters, **projection)
         return made
 
 
@@ -81,7 +83,7 @@ def contenders(case: Case) -> dict[str, Callable[[], Seconds]]:
     plain, ours = getattr(nn, name), getattr(sf, name)
     kernels = type(f"Kernels{name}", (ours,), {"is_faster_in_torch": lambda self, input: False})
     settings = float32_settings("cpu") if case.dtype == "float32" else [SHIPPED]
-    tried = [s for s in settings if s != NO_ONEDNN or case.cell == "lstm"]
+    tried = [s for s in settings if s != NO_ONEDNN or (case.cell == "lstm" and not case.projection)]
     x = case.input()
     found = {f"torch.nn {s.name}": _runner(case, case.layer(plain), x, s) for s in tried}
     return {
@@ -143,6 +145,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "T": T,
         "B": B,
         "H": H,
+        "projection": case.projection,
         "repeats": rounds,
         "path": found.forward,
         "why": found.why,
@@ -178,6 +181,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--forms", default="padded", help=", ".join(FORMS))
     parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--shapes", default=SHAPES, help="steps x sequences x width, separated by commas")
+    parser.add_argument("--projection", type=int, default=0, help="proj_size, with --cells=lstm; 0: no projection")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("paths.jsonl"), help="JSONL file, overwritten")
@@ -185,8 +189,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if flags.repeats < FEWEST_REPEATS or flags.threads < 1:
             raise OptionError(f"repeats must be at least {FEWEST_REPEATS}, and threads at least 1")
+        check_projection(flags.projection, flags.cells, shapes(flags.shapes))
         cases = [
-            Case(cell, dtype, form, work, shape)
+            Case(cell, dtype, form, work, shape, flags.projection)
             for cell in names("cells", flags.cells, CELLS)
             for dtype in names("dtypes", flags.dtypes, DTYPES)
             for form in names("forms", flags.forms, FORMS)

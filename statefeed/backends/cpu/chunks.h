@@ -43,6 +43,7 @@ inline StepRange range_of_chunk(const StepRange& range, const Chunk& chunk) {
   return {.steps = chunk.steps,
           .batch = chunk.batch,
           .hidden = range.hidden,
+          .output = range.output,
           .rows = chunk.rows,
           .batch_sizes = range.batch_sizes ? range.batch_sizes + chunk.first_step : nullptr};
 }
@@ -79,12 +80,19 @@ struct StatesBefore {
   const T* rows() const { return in_y() ? first : copy; }
   int64_t items() const { return in_y() ? 0 : 1; }
   void run(int64_t) const {
-    const int64_t H = range.hidden;
-    T* to = std::copy(first, first + chunk.batch * H, copy);
-    const T* from = y + chunk.first_row * H;
-    for (int64_t t = chunk.first_step + 1; t < chunk.first_step + chunk.steps; from += range.size(t - 1) * H, ++t)
-      to = std::copy(from, from + range.size(t) * H, to);
+    const int64_t O = range.output;
+    T* to = std::copy(first, first + chunk.batch * O, copy);
+    const T* from = y + chunk.first_row * O;
+    for (int64_t t = chunk.first_step + 1; t < chunk.first_step + chunk.steps; from += range.size(t - 1) * O, ++t)
+      to = std::copy(from, from + range.size(t) * O, to);
   }
 };
+
+// The same weights with memory to pack them into, if they are needed.
+template <ProductTraits P, Tag tag>
+PackedWeights<P> with_memory(PackedWeights<P> weights, bool wanted = true) {
+  weights.to = wanted ? workspace<typename P::packed_t, tag>(weights.size()) : nullptr;
+  return weights;
+}
 
 }  // namespace statefeed

@@ -13,7 +13,7 @@ struct LayerArgs {
   int64_t inputs;  // columns of W_ih; 0 if there is none, and x are the preactivations
   int64_t heads;
   bool bf16;  // products of operands converted to bfloat16
-  const T *x, *w_ih, *w_hh;
+  const T *x, *w_ih, *w_hh, *w_hr;  // w_hr: null without a projection
 };
 
 template <class T>
@@ -28,12 +28,14 @@ struct LayerBackwardArgs {
   LayerArgs<T> layer;
   Rule rule;
   int64_t corrections;
-  const T *gates, *aux, *y, *h0, *c0, *grad_y, *grad_final, *diagonal, *w_hh_diag;
-  T* carry;   // out: gradient of the initial state (batch, states * hidden)
+  const T *gates, *aux, *y, *h0, *c0, *grad_y, *grad_final, *diagonal;
+  // jacobian: the diagonals of W_hh, (gates, hidden); with a projection W_hh[gj, p] W_hr[p, j], in the shape of W_hh.
+  const T* w_hh_diag;
+  T* carry;   // out: gradient of the initial state (batch, states)
   T* grad_x;  // out; null: not wanted
-  T *grad_w_ih, *grad_w_hh;
+  T *grad_w_ih, *grad_w_hh, *grad_w_hr;
   T *grad_b_ih, *grad_b_hh;  // out; null without biases
-  T* residual;               // (rows, states * hidden); null without corrections
+  T* residual;               // (rows, states); null without corrections
 };
 
 template <class T>

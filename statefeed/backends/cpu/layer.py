@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream
+from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream, Weights
+from statefeed.cells.protocol import projected_w_hh
 from statefeed.feedback.protocol import KernelRule
 from statefeed.native.memory import empty
 
@@ -28,18 +29,17 @@ def forward(problem: Problem, save: bool) -> Forward:
     Cost: two products over all rows; ``cell.saved_values`` values per row and unit are saved.
     """
     cell, layout = problem.cell, problem.layout
-    w_ih, w_hh, *biases = (w.contiguous() for w in problem.weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr = _contiguous(problem)
     x = problem.x.contiguous()
     h0, c0 = _initial(problem)
-    N, H = x.shape[0], h0.shape[1]
-    y = x.new_empty(N, H)
+    y = x.new_empty(len(x), h0.shape[1])
     c = c0.clone() if c0 is not None else None
     saved = _empty_saved(problem) if save and cell.saved_values else ()
     torch.ops.statefeed.layer_forward.default(
-        cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, *(biases or (None, None)), h0,
-        layout.batch_sizes, *(saved or (None, None)), y, c,
+        cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, b_ih, b_hh, h0,
+        layout.batch_sizes, *(saved or (None, None)), y, c, w_hr,
     )  # fmt: skip
-    others = _parts(c, H)
+    others = _parts(c, [s.shape[1] for s in problem.state[1:]])
     if len(others) > 1:  # copies, because autograd does not let users modify one of several views in place
         others = tuple(part.clone() for part in others)
     return Forward(y, (layout.last(y, h0), *others), saved)
@@ -58,26 +58,27 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     Cost: three products over all rows, one more per correction or for ``"exact"``; S values per row with corrections.
     """
     cell, dtype = problem.cell, done.y.dtype
-    w_ih, w_hh, *biases = (w.contiguous() for w in problem.weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr = _contiguous(problem)
     x = problem.x.contiguous()
     h0, c0 = _initial(problem)
-    H = h0.shape[1]
-    D = _w_hh_diagonals(problem) if rule.name == "jacobian" else rule.diagonal
+    D = _recurrent_weights(problem) if rule.name == "jacobian" else rule.diagonal
     final = [g.to(dtype) for g in upstream.final]
     grad_final = torch.cat(final, 1) if len(final) > 1 else final[0].contiguous()
     carry = torch.empty_like(grad_final)
     grad_x = torch.empty_like(x) if needs_x else None
-    grad_w_ih, grad_w_hh = x.new_empty(w_ih.shape), x.new_empty(w_hh.shape)
-    grad_biases = [torch.empty_like(b) for b in biases]
+    grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr = (
+        None if w is None else x.new_empty(w.shape) for w in (w_ih, w_hh, b_ih, b_hh, w_hr)
+    )
     residual = empty(len(x), sum(problem.sizes), x) if rule.corrections else None
     torch.ops.statefeed.layer_backward.default(
         cell.name, rule.name, rule.corrections, problem.compute_dtype is not None, x, w_ih, w_hh,
         *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
         upstream.y.to(dtype).contiguous(), grad_final, None if D is None else D.to(dtype).contiguous(),
-        problem.layout.batch_sizes, carry, grad_x, grad_w_ih, grad_w_hh,
-        *(grad_biases or (None, None)), residual,
+        problem.layout.batch_sizes, carry, grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh,
+        residual, w_hr, grad_w_hr,
     )  # fmt: skip
-    return Gradients(grad_x, _parts(carry, H), (grad_w_ih, grad_w_hh, *grad_biases))
+    found = (grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr)
+    return Gradients(grad_x, _parts(carry, problem.sizes), tuple(g for g in found if g is not None))
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
@@ -86,17 +87,29 @@ def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
     Cost: one pass over the saved values.
     """
     h0, c0 = _initial(problem)
-    sums = done.y.new_zeros(sum(problem.sizes))
+    cell, others = problem.cell, sum(problem.sizes[1:])
+    # A projected h has sum_gj du_j/dpre_gj W[gj, p]: the mean of the derivatives, then the product with W.
+    of_output = len(problem.weights[1]) if cell.projects else h0.shape[1]
+    sums = done.y.new_zeros(of_output + others)
     torch.ops.statefeed.sum_jacobians(
-        problem.cell.name, *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
-        _w_hh_diagonals(problem), problem.layout.batch_sizes, sums,
+        cell.name, *(done.saved or (None, None)), done.y.contiguous(), h0, c0,
+        None if cell.projects else _recurrent_weights(problem), problem.layout.batch_sizes, sums,
     )  # fmt: skip
-    return sums / len(done.y)
+    mean = sums / len(done.y)
+    if not cell.projects:
+        return mean
+    return torch.cat([mean[:of_output] @ _recurrent_weights(problem), mean[of_output:]])
+
+
+def _contiguous(problem: Problem) -> Weights:
+    w_ih, w_hh, *others = problem.named_weights
+    return Weights(w_ih.contiguous(), w_hh.contiguous(), *(None if w is None else w.contiguous() for w in others))
 
 
 def _empty_saved(problem: Problem) -> tuple[Tensor, Tensor]:
     """Memory for the gates, and for what the cell saves besides them."""
-    cell, (N, H) = problem.cell, (len(problem.x), problem.state[0].shape[1])
+    cell, N = problem.cell, len(problem.x)
+    H = len(problem.weights[1]) // cell.gates
     return empty(N, cell.gates * H, problem.x), empty(N, (cell.saved_values - cell.gates) * H, problem.x)
 
 
@@ -112,14 +125,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
     return parts[0].contiguous() if parts else None
 
 
-def _parts(joined: Tensor | None, H: int) -> tuple[Tensor, ...]:
+def _parts(joined: Tensor | None, widths: Sequence[int]) -> tuple[Tensor, ...]:
     if joined is None:
         return ()
-    return torch.split(joined, H, 1) if joined.shape[1] > H else (joined,)
+    return torch.split(joined, list(widths), 1) if len(widths) > 1 else (joined,)
 
 
-def _w_hh_diagonals(problem: Problem) -> Tensor:
-    """The weight from every unit to itself, per gate: (G, H). W_hh has one square block for every gate and head."""
+def _recurrent_weights(problem: Problem) -> Tensor:
+    """The weight from every unit to itself, per gate: (G, H). W_hh has one square block for every gate and head.
+
+    With a projection, ``projected_w_hh``.
+    """
+    weights = problem.named_weights
+    if weights.w_hr is not None:
+        return projected_w_hh(weights.w_hh, weights.w_hr).contiguous()
     w_hh, H = problem.weights[1], problem.state[0].shape[1]
     columns = w_hh.shape[1]
     return w_hh.reshape(-1, columns, columns).diagonal(dim1=1, dim2=2).reshape(-1, H).contiguous()

@@ -15,12 +15,17 @@ T* data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// The steps of a layer with initial state h0 (batch, hidden) over `rows` rows.
-inline StepRange checked_range(const Checks& checks, int64_t rows, const Tensor& h0,
+// The steps of a layer with initial state h0 (batch, output) over `rows` rows.
+inline StepRange checked_range(const Checks& checks, int64_t rows, int64_t hidden, const Tensor& h0,
                                const OptionalTensor& batch_sizes) {
   checks.dims("h0", h0, 2);
-  StepRange range{.steps = 0, .batch = h0.size(0), .hidden = h0.size(1), .rows = rows, .batch_sizes = nullptr};
-  checks.tensor("h0", h0, {range.batch, range.hidden});
+  StepRange range{.steps = 0,
+                  .batch = h0.size(0),
+                  .hidden = hidden,
+                  .output = h0.size(1),
+                  .rows = rows,
+                  .batch_sizes = nullptr};
+  checks.tensor("h0", h0, {range.batch, range.output});
   if (!batch_sizes) {
     range.steps = range.batch ? rows / range.batch : 0;
     checks.that(range.steps * range.batch == rows, "expected rows that are a multiple of the batch of h0, ",
@@ -46,14 +51,26 @@ inline StepRange checked_range(const Checks& checks, int64_t rows, const Tensor&
 
 // Shapes that follow from the cell and the input; rows and inputs as x has them, no inputs without W_ih.
 struct Shapes {
-  int64_t N, I, B, H, G, S;
-  int64_t head_units;  // columns of W_hh, which is block-diagonal if they are fewer than H
+  int64_t N, I, B, H, O, G, S;
+  int64_t columns;  // of W_hh: the width of h, or the units of a head where it is block-diagonal
 };
 
+// H: the width of h, or with a projection the columns of W_hr.
+inline int64_t checked_hidden(const Checks& checks, const CellEntry& cell, const Tensor& h0,
+                              const OptionalTensor& w_hr) {
+  checks.that(w_hr.has_value() == cell.projects, "w_hr must be given for a cell with a projection and no other, got ",
+              w_hr ? "a tensor" : "None");
+  checks.dims("h0", h0, 2);
+  if (w_hr) checks.dims("w_hr", *w_hr, 2);
+  return w_hr ? w_hr->size(1) : h0.size(1);
+}
+
 // Units per head: the columns of W_hh if they divide the units, which takes gates with one gradient each.
-inline int64_t checked_head_units(const Checks& checks, const CellEntry& cell, int64_t hidden, const Tensor& w_hh) {
+inline int64_t checked_columns(const Checks& checks, const CellEntry& cell, const StepRange& range,
+                               const Tensor& w_hh) {
   checks.dims("w_hh", w_hh, 2);
-  const int64_t columns = w_hh.size(1);
+  if (cell.projects) return range.output;
+  const int64_t columns = w_hh.size(1), hidden = range.hidden;
   return cell.shared_gates == cell.gates && columns > 0 && hidden % columns == 0 ? columns : hidden;
 }
 
@@ -66,19 +83,21 @@ inline void check_w_ih(const Checks& checks, const char* name, const Tensor& w_i
 }
 
 inline Shapes checked_input(const Checks& checks, const CellEntry& cell, const StepRange& range, const Tensor& x,
-                            const Tensor& w_ih, const Tensor& w_hh) {
+                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr) {
   const Shapes shape{.N = range.rows,
                      .I = w_ih.dim() == 1 ? 0 : x.size(1),
                      .B = range.batch,
                      .H = range.hidden,
+                     .O = range.output,
                      .G = cell.gates * range.hidden,
-                     .S = cell.states * range.hidden,
-                     .head_units = checked_head_units(checks, cell, range.hidden, w_hh)};
+                     .S = cell.state_size(range),
+                     .columns = checked_columns(checks, cell, range, w_hh)};
   checks.that(shape.H > 0 && x.size(1) > 0, "expected at least one input and one hidden unit, got ", x.size(1),
               " and ", shape.H);
   checks.tensor("x", x, {shape.N, shape.I ? shape.I : shape.G});
   check_w_ih(checks, "w_ih", w_ih, shape.G, shape.I);
-  checks.tensor("w_hh", w_hh, {shape.G, shape.head_units});
+  checks.tensor("w_hh", w_hh, {shape.G, shape.columns});
+  checks.optional("w_hr", w_hr, {shape.O, shape.H});
   return shape;
 }
 

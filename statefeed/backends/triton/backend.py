@@ -16,10 +16,11 @@ from statefeed.backends.protocol import (
     Gradients,
     Problem,
     Upstream,
+    Weights,
     forward_in_order,
     lacks_w_ih,
 )
-from statefeed.cells.protocol import Cell
+from statefeed.cells.protocol import Cell, projected_w_hh
 from statefeed.feedback.protocol import KernelRule
 
 # Triton is imported when a CUDA tensor is used, never with the package.
@@ -64,7 +65,7 @@ def _forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
     layout, H = first.layout, first.state[0].shape[1]
     weights = cudnn.cast_weights([w for p in problems for w in p.weights], directions, first.compute_dtype)
     y, final = cudnn.layer(
-        first.cell.name,
+        first.cell.torch_forward or first.cell.name,
         layout.grid(first.x) if layout.batch_sizes is None else first.x,
         layout.batch_sizes,
         [
@@ -117,23 +118,27 @@ def recompute(problem: Problem, done: Forward) -> Forward:
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
-    *saved, offsets, _, weights = done.saved
+    *saved, offsets, _, cast = done.saved
+    weights = Weights.of(cast)
+    w_hh = projected_w_hh(weights.w_hh, weights.w_hr)
     mean: Tensor = torch.ops.statefeed.triton_mean_jacobian(
-        problem.cell.name, *saved, done.y, weights[1], problem.layout.B, offsets
+        problem.cell.name, *saved, done.y, w_hh, problem.layout.B, offsets
     )
     return mean
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:
     *saved, offsets, precision, cast = done.saved
-    weights = (*cast[:2], *problem.weights[2:])  # the gradients of biases are float32 sums
+    named, cast_named = problem.named_weights, Weights.of(cast)
+    # The gradients of biases are float32 sums.
+    weights = [w for w in cast_named._replace(b_ih=named.b_ih, b_hh=named.b_hh) if w is not None]
     grads: list[Any] = [upstream.y, *upstream.final]
     d_x, *rest = torch.ops.statefeed.triton_backward(
         problem.cell.name, rule.name, *saved, problem.x, done.y, problem.state, weights, grads, rule.diagonal,
         offsets, rule.corrections, problem.reverse, needs_x, precision,
     )  # fmt: skip
-    state, found = rest[: len(problem.state)], rest[2 : 2 + len(weights)]
-    d_weights = tuple(g.to(w.dtype) for g, w in zip(found, problem.weights, strict=True))
+    state = rest[: len(problem.state)]
+    d_weights = tuple(g.to(w.dtype) for g, w in zip(rest[2:], named, strict=True) if w is not None)
     return Gradients(d_x if needs_x else None, tuple(state), d_weights)
 
 

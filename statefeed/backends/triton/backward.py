@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from statefeed.backends.protocol import Weights
 from statefeed.backends.triton import reverse as kernels
 from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.gather import Columns, columns
+from statefeed.backends.triton.launches import Reverse
 from statefeed.backends.triton.precision import matmul_precision
+from statefeed.backends.triton.projection import OfProjection, ProjectedReverse, mean_projected
 from statefeed.backends.triton.rules import RULES
 from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of, steps_of
 from statefeed.scan import chunks
@@ -29,10 +32,15 @@ def mean_jacobian(
 ) -> Tensor:
     """The mean of diag(J[t]) over all rows, (S,) in float32 or float64; arguments as for ``recompute``.
 
+    ``w_hh`` is ``projected_w_hh`` if the cell projects h.
+
     Cost: one pass over the gates.
     """
     this, H, N = CELLS[cell], y.shape[-1], len(inputs)
     dtype = torch.promote_types(y.dtype, torch.float32)
+    if this.projects:
+        with device_of(y), torch.no_grad():
+            return mean_projected(this, gates, saved, w_hh.to(dtype))
     state = adjacent(y) if this.gates == 1 else inputs[:, inputs.shape[1] - columns(0, H, y.dtype).width :]
     T = steps_of(N, B, offsets)
     with device_of(y):
@@ -77,27 +85,34 @@ def backward(
         needs_x: whether to compute the gradient of x.
 
     Returns:
-        The gradients of x, h, c, w_ih, w_hh, b_ih and b_hh, in the dtypes of these tensors; empty if the argument does
-        not exist.
+        The gradients of x, h, c, w_ih, w_hh, b_ih, b_hh and w_hr, in the dtypes of these tensors; empty if the argument
+        does not exist.
 
     Gradient: none; this function computes gradients.
 
     Raises:
         ValueError: an unknown rule, or a diagonal of the wrong shape.
 
-    Cost: three products over all rows and one more per correction. The pass over time reads e and the gates, with
-        chunks those that the diagonal depends on twice, and writes the gradients at the gates.
+    Cost: three products over all rows and one more per correction; if h is projected, that with w_hr in every pass, its
+        gradient, and under ``"jacobian"`` the product of ``diagonal_of_h``. The pass over time reads e and the gates,
+        with chunks those that the diagonal depends on twice, and writes the gradients at the gates.
     """
-    this, size = CELLS[cell], sizes_of(x, state[0], offsets)
+    this, size, named = CELLS[cell], sizes_of(x, state, offsets), Weights.of(weights)
     H, where = size.H, columns_of(this, size, y.dtype)
-    w_ih, w_hh = (w.to(y.dtype) for w in weights[:2])
+    w_ih, w_hh = named.w_ih.to(y.dtype), named.w_hh.to(y.dtype)
     h, diagonal = where.h(inputs), _checked_diagonal(rule, diagonal, size, this)
     with device_of(y), matmul_precision(precision):
         d, d_candidate = (gates, saved if this.shared_gates < this.gates else None) if this.gates > 1 else (None, None)
         if corrections or d is None:
             d = inputs.new_empty((size.N, this.gates * H))
             d_candidate = None if d_candidate is None else torch.empty_like(d_candidate)
-        launch = _Reverse(this, rule, size, offsets, reverse, gates, saved, adjacent(y) if this.gates == 1 else h)
+        launch: Reverse | ProjectedReverse
+        if named.w_hr is None:
+            reads = (gates, saved, adjacent(y) if this.gates == 1 else h)
+            launch = Reverse(this, rule, size, offsets, reverse, *reads)
+        else:
+            of_h = OfProjection(w_hh, named.w_hr.to(y.dtype), diagonal)
+            launch = ProjectedReverse(this, rule, size, offsets, reverse, gates, saved, h, of_h)
         initial = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in state]
         fixed = (w_hh, diagonal, None if grads[0] is None else adjacent(grads[0]), grads[1:], initial)
 
@@ -106,17 +121,17 @@ def backward(
         hidden = [(d if d_candidate is None else d[:, :shared], w_hh[:shared])]
         if d_candidate is not None:
             hidden.append((d_candidate, w_hh[shared:]))
-        residual = launch.accumulator((size.N, this.states * H)) if corrections else d[:0]
-        into = residual[:, :H]
+        residual = launch.residual() if corrections else ()
+        into = residual[0][:, : size.O] if corrections else d[:0]
         for k in range(corrections):
-            launch(*fixed, residual if k else None, residual, d, d_candidate, None)
+            launch(*fixed, residual if k else (), residual, d, d_candidate, None)
             for part, w in hidden:
                 if into.dtype == part.dtype:
                     into.addmm_(part, w)
                 else:
                     into += part @ w
-        sums = launch.accumulator((launch.grid[1] * size.B, this.sums, H)) if len(weights) > 2 else None
-        launch(*fixed, residual if corrections else None, None, d, d_candidate, sums)
+        sums = launch.accumulator((launch.grid[1] * size.B, this.sums, H)) if named.b_ih is not None else None
+        launch(*fixed, residual, (), d, d_candidate, sums)
 
         if this.gates == 1:
             d_ih, d_hh = d.T @ x.to(y.dtype), d.T @ h
@@ -130,12 +145,15 @@ def backward(
             b_ih = total[: this.gates].flatten()
             b_hh = torch.cat([total[:2], total[3:]]).flatten() if this.shared_gates < this.gates else b_ih.clone()
             biases = (b_ih, b_hh)
-    return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases
+        d_hr = x.new_empty(0)
+        if isinstance(launch, ProjectedReverse) and named.w_hr is not None:
+            d_hr = (launch.delta.T @ launch.output).to(named.w_hr.dtype)
+    return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases, d_hr
 
 
 def _checked_diagonal(rule: str, diagonal: Tensor | None, size: Sizes, cell: Cell) -> Tensor | None:
     """D, contiguous and with checked shape; the kernels do not check it."""
-    S = cell.states * size.H
+    S = size.O + (cell.states - 1) * size.H
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(RULES)
     shapes |= {"stationary": (S,), "per_row": (size.N, S)}
     if rule not in shapes:
@@ -166,63 +184,3 @@ def _weight_gradients(
         torch.mm(d.T, x, out=d_ih)
         torch.mm(d[:, :shared].T, h, out=d_hh[:shared])
     return d_ih, d_hh
-
-
-class _Reverse:
-    """The launches of one pass over time, with the arguments that all passes of a rule share."""
-
-    def __init__(
-        self,
-        cell: Cell,
-        rule: str,
-        size: Sizes,
-        offsets: Tensor | None,
-        reverse: bool,
-        gates: Tensor,
-        saved: Tensor,
-        state: Tensor,
-    ) -> None:
-        self.cell, self.size, self.offsets = cell, size, offsets
-        self.reads = (gates, saved, state, state.stride(0))
-        self.dtype = torch.promote_types(state.dtype, torch.float32)
-        self.device = state.device
-        lanes, self.length, self.grid = chunks.launch(size.T, size.B * size.H, state)
-        self.state = state
-        self.constants = {
-            **cell.constants, "RULE": rule, "REVERSE": reverse, "ACC": chunks.accumulator(self.dtype), "LANES": lanes,
-        }  # fmt: skip
-
-    def accumulator(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def __call__(
-        self,
-        w_hh: Tensor,
-        diagonal: Tensor | None,
-        e: Tensor | None,
-        final_e: Sequence[Tensor | None],
-        initial: list[Tensor],
-        residual: Tensor | None,
-        next_residual: Tensor | None,
-        d: Tensor,
-        d_candidate: Tensor | None,
-        sums: Tensor | None,
-    ) -> None:
-        """One pass; reads ``residual`` of the previous pass and writes the direct part of ``next_residual``."""
-        T, B, N, _, H = self.size
-        if not N:
-            return
-        final_h, final_c = (*(None if g is None else g.contiguous() for g in final_e), None)[:2]
-        reads = (
-            *self.reads, w_hh.contiguous(), diagonal, self.offsets, e, 0 if e is None else e.stride(0),
-        )  # fmt: skip
-        sizes = (T, B, H, self.length)
-        constants = {**self.constants, "PAIRS": chunks.pairs(H, self.state, e)}
-        summary = None
-        if self.grid[1] > 1:
-            summary = self.accumulator((self.grid[1], 5 if self.cell.states == 2 else 2, B * H))
-            kernels.summarize[self.grid](*reads, residual, summary, *sizes, **constants)
-        kernels.run[self.grid](
-            *reads, final_h, final_c, residual, summary, next_residual, d, d_candidate, sums,
-            initial[0], initial[1] if len(initial) > 1 else None, *sizes, **constants,
-        )  # fmt: skip

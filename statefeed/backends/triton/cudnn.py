@@ -1,7 +1,8 @@
 """Forward pass of one layer with all directions in one cuDNN call, and the memory layout of its weights.
 
-cuDNN reads the weights of a layer from one buffer: W_ih and W_hh of every direction, then b_ih and b_hh of every
-direction. torch copies weights in another layout into such a buffer at every call, with a warning.
+cuDNN reads the weights of a layer from one buffer: W_ih, W_hh and, with a projection, W_hr of every direction, then
+b_ih and b_hh of every direction. torch copies weights in another layout into such a buffer at every call, with a
+warning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from statefeed.backends.protocol import Weights
 
 # cudnnRNNMode_t; torch's own table exists only in builds with cuDNN.
 _MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
@@ -33,7 +36,7 @@ def layer(
         x: (T, B, I), or packed rows (N, I) with ``batch_sizes``.
         batch_sizes: rows of every step, int64 on the CPU, as in PackedSequence; None if x is dense.
         state: h, for an LSTM h and c, each (directions, B, H).
-        weights: w_ih, w_hh and, if there are biases, b_ih and b_hh of the first direction, then of the second.
+        weights: in the order of ``Problem.weights``, of the first direction, then of the second.
         directions: 1 or 2.
         dtype: dtype to which x and states are cast, as autocast does, and weights that do not have it (float64 is not
             cast); None for no cast.
@@ -108,14 +111,19 @@ def in_one_buffer(weights: Sequence[Tensor], directions: int) -> bool:
 
 def _buffer_size(weights: Sequence[Tensor], directions: int) -> int:
     """Elements of cuDNN's buffer, which holds biases even if there are none."""
-    without_biases = len(weights) == 2 * directions
-    return sum(w.numel() for w in weights) + (2 * sum(len(w) for w in weights[::2]) if without_biases else 0)
+    per = len(weights) // directions
+    return sum(w.numel() for w in weights) + (0 if _biased(weights, directions) else 2 * sum(map(len, weights[::per])))
 
 
 def _cudnn_order(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
     per = len(weights) // directions
-    matrices = [w for d in range(directions) for w in weights[d * per : d * per + 2]]
-    return matrices + [w for d in range(directions) for w in weights[d * per + 2 : (d + 1) * per]]
+    each = [Weights.of(weights[d * per : (d + 1) * per]) for d in range(directions)]
+    matrices = [w for named in each for w in (named.w_ih, named.w_hh, named.w_hr) if w is not None]
+    return matrices + [b for named in each for b in (named.b_ih, named.b_hh) if b is not None]
+
+
+def _biased(weights: Sequence[Tensor], directions: int) -> bool:
+    return Weights.of(weights[: len(weights) // directions]).b_ih is not None
 
 
 def uses_cudnn(weight: Tensor) -> bool:
@@ -124,10 +132,12 @@ def uses_cudnn(weight: Tensor) -> bool:
 
 
 def _flatten(cell: str, weights: list[Tensor], directions: int) -> None:
-    per, H = len(weights) // directions, weights[1].shape[1]
+    per = len(weights) // directions
+    projection = Weights.of(weights[:per]).w_hr
+    P, H = (0, weights[1].shape[1]) if projection is None else projection.shape
     with torch.no_grad(), _on_device(weights[0]):
         torch._cudnn_rnn_flatten_weight(
-            weights, per, weights[0].shape[1], _MODES[cell], H, 0, 1, False, directions == 2
+            weights, per, weights[0].shape[1], _MODES[cell], H, P, 1, False, directions == 2
         )  # fmt: skip
 
 
@@ -150,7 +160,7 @@ def _call(
     weights: Sequence[Tensor],
     directions: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    run, biased, bidirectional = getattr(torch._VF, cell), len(weights) > 2 * directions, directions == 2
+    run, biased, bidirectional = getattr(torch._VF, cell), _biased(weights, directions), directions == 2
     hx: Any = [s.contiguous() for s in state] if len(state) > 1 else state[0].contiguous()
     if batch_sizes is None:
         y, *final = run(x, hx, weights, biased, 1, 0.0, False, bidirectional, False)

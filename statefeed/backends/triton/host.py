@@ -40,10 +40,13 @@ def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> C
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device)
 
-    x, y, e = zeros(T * B, H), zeros(T * B, H), zeros(T * B, H)
-    state = [zeros(B, H) for _ in range(this.states)]
-    weights = [zeros(this.gates * H, *columns) for columns in ((H,), (H,), (), ())]
-    D = {"stationary": zeros(this.states * H), "per_row": zeros(T * B, this.states * H)}.get(rule)
+    P = H // 2 if this.projects else H
+    x, y, e = zeros(T * B, H), zeros(T * B, P), zeros(T * B, P)
+    state = [zeros(B, P), *(zeros(B, H) for _ in range(this.states - 1))]
+    weights = [zeros(this.gates * H, *columns) for columns in ((H,), (P,), (), ())]
+    weights += [zeros(P, H)] if this.projects else []
+    S = P + (this.states - 1) * H
+    D = {"stationary": zeros(S), "per_row": zeros(T * B, S)}.get(rule)
     operators = torch.ops.statefeed
 
     def run() -> None:

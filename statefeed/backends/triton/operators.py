@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statefeed.backends.protocol import Weights
 from statefeed.backends.triton.backward import backward, mean_jacobian
 from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.gather import columns
@@ -26,7 +27,8 @@ _LIBRARY.define(
 _LIBRARY.define(
     "triton_backward(str cell, str rule, Tensor inputs, Tensor(a!) gates, Tensor(b!) saved, Tensor x, Tensor y, "
     "Tensor[] state, Tensor[] weights, Tensor?[] grads, Tensor? diagonal, Tensor? offsets, int corrections, "
-    "bool reverse, bool needs_x, str precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool reverse, bool needs_x, str precision) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _implementation in (
     ("triton_recompute", recompute),
@@ -47,9 +49,8 @@ def _recompute_fake(
     reverse: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    this, H = CELLS[cell], y.shape[-1]
-    N = y.shape[0]
-    inputs = y.new_empty((N, columns(x.shape[-1] if this.gates > 1 else 0, H, y.dtype).width))
+    this, (N, O), H = CELLS[cell], y.shape, state[-1].shape[1]
+    inputs = y.new_empty((N, columns(x.shape[-1] if this.gates > 1 else 0, O, y.dtype).width))
     if this.gates == 1:
         return inputs, y.new_empty(0), y.new_empty(0)
     dtype = torch.promote_types(y.dtype, torch.float32) if this.saved == "cell_state" else y.dtype
@@ -61,7 +62,9 @@ def _mean_jacobian_fake(
     cell: str, inputs: Tensor, gates: Tensor, saved: Tensor, y: Tensor, w_hh: Tensor, B: int, offsets: Tensor | None
 ) -> Tensor:
     dtype = torch.promote_types(y.dtype, torch.float32)
-    return y.new_empty(CELLS[cell].states * y.shape[-1], dtype=dtype)
+    this, O = CELLS[cell], y.shape[-1]
+    H = gates.shape[-1] // this.gates if this.gates > 1 else O
+    return y.new_empty(O + (this.states - 1) * H, dtype=dtype)
 
 
 @torch.library.register_fake("statefeed::triton_backward", lib=_LIBRARY)
@@ -86,8 +89,8 @@ def _backward_fake(
     def like(tensor: Tensor | None) -> Tensor:
         return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
-    parts = (*state, None)[:2], (*weights, None, None)[:4]
-    return like(x if needs_x else None), *(like(s) for s in parts[0]), *(like(w) for w in parts[1])
+    parts = (*state, None)[:2]
+    return like(x if needs_x else None), *(like(s) for s in parts), *(like(w) for w in Weights.of(weights))
 
 
 def _recompute_flops(cell: str, x: Any, y: Any, state: Any, weights: Any, *others: Any, **_: Any) -> int:
@@ -100,7 +103,10 @@ def _backward_flops(cell: str, rule: str, *others: Any, **_: Any) -> int:
     """The gradients of both weights and of x, and one product more per correction."""
     x, weights, corrections, needs_x = others[3], others[6], others[10], others[12]
     (gates, inputs), (__, hidden) = weights[:2]
-    return 2 * int(x[0] * gates * (inputs * (1 + needs_x) + hidden * (1 + corrections)))
+    projection = weights[-1][0] * weights[-1][1] * (2 + corrections) if CELLS[cell].projects else 0
+    of_diagonal = hidden if CELLS[cell].projects and rule == "jacobian" else 0
+    of_hidden = hidden * (1 + corrections) + of_diagonal
+    return 2 * int(x[0] * (gates * (inputs * (1 + needs_x) + of_hidden) + projection))
 
 
 register(torch.ops.statefeed.triton_recompute, _recompute_flops)

@@ -31,9 +31,9 @@ def recompute(
     Args:
         cell: name in the table of cells.
         x: rows (N, I), in time order.
-        y: h after every step, (N, H).
+        y: h after every step, (N, O), O = H unless it is projected.
         state: initial (h,) or (h, c), each (B, H).
-        weights: w_ih (G*H, I), w_hh (G*H, H) and, if there are biases, b_ih and b_hh (G*H,).
+        weights: w_ih (G*H, I), w_hh (G*H, O), if there are biases b_ih and b_hh (G*H,), and if h is projected w_hr.
         offsets: first row of every step and the end of the last step, (T + 1,), int64, on the device; None if every
             step has B rows.
         reverse: time runs from T - 1 down to 0.
@@ -46,7 +46,7 @@ def recompute(
 
     Cost: two products over all rows, none for an RNN; for an LSTM one scan.
     """
-    this, size, outputs = CELLS[cell], sizes_of(x, state[0], offsets), adjacent(y)
+    this, size, outputs = CELLS[cell], sizes_of(x, state, offsets), adjacent(y)
     where = columns_of(this, size, y.dtype)
     with device_of(y):
         inputs = gather(x if where.I else None, outputs, state[0], offsets, reverse, where)
@@ -67,7 +67,7 @@ def _preactivations(
     cell: Cell, size: Sizes, where: Columns, inputs: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(N, G * H), and the hidden part of a separate candidate, (N, H)."""
-    w_ih, w_hh, *biases = weights
+    w_ih, w_hh, *biases = weights[:4] if len(weights) > 3 else weights[:2]
     x, h = where.x(inputs), where.h(inputs)
     shared = cell.shared_gates * size.H
     b_sum = biases[0][:shared] + biases[1][:shared] if biases else None

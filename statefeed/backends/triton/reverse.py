@@ -4,7 +4,8 @@
     with a cell state    gamma = dh_dc delta + carry_c,   carry_c' = D_c gamma + residual_c
 
 One program runs one chunk of time for a block of units, from the last processed step to the first. Rows that do not
-exist at a step do not change the carry. With REVERSE a layer processes time from T - 1 down to 0.
+exist at a step do not change the carry. With REVERSE a layer processes time from T - 1 down to 0. With PROJECTED ``e``
+is the gradient at the output u of the cell, which no step feeds back; D, residuals and initial state are those of c.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from statefeed.scan.chunks import even, lanes_of, row_at, scaled
 @triton.jit(do_not_specialize=["T", "B", "length"])
 def summarize(
     gates, saved, state, state_stride, w_hh, diagonal, offsets, e, e_stride, residual, summary, T, B, H, length,
-    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, RULE: tl.constexpr,
-    REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
+    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, PROJECTED: tl.constexpr, GATES: tl.constexpr,
+    RULE: tl.constexpr, REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Summary of a chunk, a map of its incoming carry: carry_h = a h + u; with a cell state carry_c = m h + p c + v."""
     H = even(H, PAIRS)
@@ -29,7 +30,7 @@ def summarize(
     lane, b, unit, mask = lanes_of(B, H, LANES)
     chunk = tl.program_id(1)
     w0, w1, w2, w3 = w_hh_diagonal(w_hh, unit, H, GATES, RULE, ACC)
-    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, RULE, ACC)
+    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, PROJECTED, RULE, ACC)
     a = tl.full([LANES], 1, ACC)
     p = tl.full([LANES], 1, ACC)
     u = tl.full([LANES], 0, ACC)
@@ -45,7 +46,7 @@ def summarize(
         )
         D_h, D_c = diagonals(
             direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, in_bounds,
-            STATES, RULE, ACC,
+            STATES, PROJECTED, RULE, ACC,
         )  # fmt: skip
         delta = u
         if e is not None:
@@ -53,13 +54,14 @@ def summarize(
         if STATES == 2:
             carry_c = D_c * (dh_dc * delta + v)
             if residual is not None:
-                carry_c += tl.load(residual + row * (2 * H) + H + unit, in_bounds, 0)
+                c_at = row * H + unit if PROJECTED else row * (2 * H) + H + unit
+                carry_c += tl.load(residual + c_at, in_bounds, 0)
             v = tl.where(in_bounds, carry_c, v)
             # An overflowed product that meets a zero factor is zero again, as the carry is.
             m = tl.where(in_bounds, scaled(D_c, scaled(dh_dc, a) + m), m)
             p = tl.where(in_bounds, scaled(D_c, p), p)
         carry = D_h * delta
-        if residual is not None:
+        if residual is not None and not PROJECTED:
             carry += tl.load(residual + row * (STATES * H) + unit, in_bounds, 0)
         u = tl.where(in_bounds, carry, u)
         a = tl.where(in_bounds, scaled(D_h, a), a)
@@ -77,8 +79,8 @@ def summarize(
 def run(
     gates, saved, state, state_stride, w_hh, diagonal, offsets, e, e_stride, final_h, final_c, residual, summary,
     next_residual, d, d_candidate, sums, initial_h, initial_c, T, B, H, length,
-    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, RULE: tl.constexpr,
-    REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
+    FACTORS: tl.constexpr, LOCAL: tl.constexpr, STATES: tl.constexpr, PROJECTED: tl.constexpr, GATES: tl.constexpr,
+    RULE: tl.constexpr, REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A chunk from what reaches its last step: gradients at its gates, their sums, what leaves its first step."""
     H = even(H, PAIRS)
@@ -88,7 +90,7 @@ def run(
     chunk = tl.program_id(1)
     lanes = tl.cast(B, tl.int64) * H
     w0, w1, w2, w3 = w_hh_diagonal(w_hh, unit, H, GATES, RULE, ACC)
-    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, RULE, ACC)
+    fixed_h, fixed_c = stationary_diagonal(diagonal, unit, H, STATES, PROJECTED, RULE, ACC)
     carry = tl.full([LANES], 0, ACC)
     carry_c = tl.full([LANES], 0, ACC)
     if final_h is not None:
@@ -119,7 +121,7 @@ def run(
         )
         D_h, D_c = diagonals(
             direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, in_bounds,
-            STATES, RULE, ACC,
+            STATES, PROJECTED, RULE, ACC,
         )  # fmt: skip
         delta = carry
         if e is not None:
@@ -127,17 +129,18 @@ def run(
         gamma = dh_dc * delta + carry_c
         state_at = row * (STATES * H) + unit
         next_carry = D_h * delta
-        if residual is not None:
+        if residual is not None and not PROJECTED:
             next_carry += tl.load(residual + state_at, in_bounds, 0)
-        if next_residual is not None:
+        if next_residual is not None and not PROJECTED:
             tl.store(next_residual + state_at, (direct_h - D_h) * delta, in_bounds)
         carry = tl.where(in_bounds, next_carry, carry)
         if STATES == 2:
             next_carry_c = D_c * gamma
+            c_at = row * H + unit if PROJECTED else state_at + H
             if residual is not None:
-                next_carry_c += tl.load(residual + state_at + H, in_bounds, 0)
+                next_carry_c += tl.load(residual + c_at, in_bounds, 0)
             if next_residual is not None:
-                tl.store(next_residual + state_at + H, (direct_c - D_c) * gamma, in_bounds)
+                tl.store(next_residual + c_at, (direct_c - D_c) * gamma, in_bounds)
             carry_c = tl.where(in_bounds, next_carry_c, carry_c)
         d0, d1, d2, d3 = LOCAL(k0, k1, k2, k3, delta, gamma)
         at = d + row * (GATES * H) + unit
@@ -155,7 +158,8 @@ def run(
             sum2 += tl.where(in_bounds, d2, 0)
             sum3 += tl.where(in_bounds, d3, 0)
     if chunk == 0:
-        tl.store(initial_h + lane, carry, mask)
+        if not PROJECTED:
+            tl.store(initial_h + lane, carry, mask)
         if STATES == 2:
             tl.store(initial_c + lane, carry_c, mask)
     if sums is not None:

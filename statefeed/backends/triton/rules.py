@@ -28,23 +28,28 @@ def w_hh_diagonal(w_hh, unit, H, GATES: tl.constexpr, RULE: tl.constexpr, ACC: t
 
 
 @triton.jit
-def stationary_diagonal(diagonal, unit, H, STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
-    """D of h and of c, (S,), the same at every step; zeros for other rules."""
+def stationary_diagonal(
+    diagonal, unit, H, STATES: tl.constexpr, PROJECTED: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr
+):
+    """D of h and of c, (S,), the same at every step; zeros for other rules. PROJECTED: of c alone."""
     fixed_h = tl.zeros_like(unit).to(ACC)
     fixed_c = fixed_h
     if RULE == "stationary":
-        fixed_h = tl.load(diagonal + unit).to(ACC)
-        if STATES == 2:
-            fixed_c = tl.load(diagonal + H + unit).to(ACC)
+        if PROJECTED:
+            fixed_c = tl.load(diagonal + unit).to(ACC)
+        else:
+            fixed_h = tl.load(diagonal + unit).to(ACC)
+            if STATES == 2:
+                fixed_c = tl.load(diagonal + H + unit).to(ACC)
     return fixed_h, fixed_c
 
 
 @triton.jit
 def diagonals(
     direct_h, direct_c, jacobian_h, jacobian_c, fixed_h, fixed_c, diagonal, row, unit, H, mask,
-    STATES: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
+    STATES: tl.constexpr, PROJECTED: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """D of h and of c at one row; ``diagonal`` has rows (N, S) for "per_row"."""
+    """D of h and of c at one row; ``diagonal`` has rows (N, S) for "per_row". PROJECTED: of c alone."""
     D_h = fixed_h
     D_c = fixed_c
     if RULE == "direct":
@@ -54,8 +59,11 @@ def diagonals(
         D_h = jacobian_h
         D_c = jacobian_c
     if RULE == "per_row":
-        at = diagonal + row * (STATES * H) + unit
-        D_h = tl.load(at, mask, 0).to(ACC)
-        if STATES == 2:
-            D_c = tl.load(at + H, mask, 0).to(ACC)
+        if PROJECTED:
+            D_c = tl.load(diagonal + row * H + unit, mask, 0).to(ACC)
+        else:
+            at = diagonal + row * (STATES * H) + unit
+            D_h = tl.load(at, mask, 0).to(ACC)
+            if STATES == 2:
+                D_c = tl.load(at + H, mask, 0).to(ACC)
     return D_h, D_c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,13 +16,14 @@ _FUSE_ROWS = 4
 
 
 class Sizes(NamedTuple):
-    """T steps, B rows of the first, N rows in all, I features, H units."""
+    """T steps, B rows of the first, N rows in all, I features, H units; O units of h, H unless it is projected."""
 
     T: int
     B: int
     N: int
     I: int
     H: int
+    O: int
 
     @property
     def fused(self) -> bool:
@@ -29,10 +31,10 @@ class Sizes(NamedTuple):
         return self.N >= _FUSE_ROWS * self.H
 
 
-def sizes_of(x: Tensor, state: Tensor, offsets: Tensor | None) -> Sizes:
-    B, H = state.shape
+def sizes_of(x: Tensor, state: Sequence[Tensor], offsets: Tensor | None) -> Sizes:
+    B, O = state[0].shape
     N, I = x.shape
-    return Sizes(steps_of(N, B, offsets), B, N, I, H)
+    return Sizes(steps_of(N, B, offsets), B, N, I, state[-1].shape[1], O)
 
 
 def steps_of(N: int, B: int, offsets: Tensor | None) -> int:
@@ -46,4 +48,4 @@ def adjacent(rows: Tensor) -> Tensor:
 
 
 def columns_of(cell: Cell, size: Sizes, dtype: torch.dtype) -> Columns:
-    return columns(size.I if cell.gates > 1 else 0, size.H, dtype)
+    return columns(size.I if cell.gates > 1 else 0, size.O, dtype)

@@ -9,6 +9,7 @@ namespace {
 template <class T>
 struct Gru {
   static constexpr int gates = 3, states = 1, shared_gates = 2, unit_vectors = 1;
+  static constexpr bool projects = false;
   static constexpr int constant_states = 0, aux_parts = 1;  // q, the hidden side of the candidate
 
   static void step(const ForwardRow<T>& row) {

@@ -9,6 +9,7 @@ namespace {
 template <class T, bool relu>
 struct Rnn {
   static constexpr int gates = 1, states = 1, shared_gates = 1, unit_vectors = 2;
+  static constexpr bool projects = false;
   static constexpr int constant_states = 0, aux_parts = 0;  // the slope follows from y
 
   static void step(const ForwardRow<T>& row) {

@@ -12,6 +12,7 @@ namespace {
 template <class T, bool exponential_f>
 struct Slstm {
   static constexpr int gates = 4, states = 3, constant_states = 1, shared_gates = 4, unit_vectors = 1;
+  static constexpr bool projects = false;
   static constexpr int aux_parts = exponential_f ? 2 : 3;  // c, n, and the slope of log_f where it is not 1
   enum { c, n, m };                                        // parts of the state besides h
 
@@ -67,14 +68,18 @@ struct Slstm {
   }
   static void reverse(const ReverseRow<T>& row) {
     const Local l = local(row);
-    const Vector<T> delta = row.at(row.grad_y) + row.at(row.carry, 0), gamma_c = row.at(row.carry, 1) + l.dh_dc * delta,
-                    gamma_n = row.at(row.carry, 2) + l.dh_dn * delta;
+    const Vector<T> delta = row.at(row.grad_y) + row.at_state(row.carry, 0),
+                    gamma_c = row.at_state(row.carry, 1) + l.dh_dc * delta,
+                    gamma_n = row.at_state(row.carry, 2) + l.dh_dn * delta;
     row.put_gate_grad(0, l.dc_di * gamma_c + l.dn_di * gamma_n);
     row.put_gate_grad(1, l.dc_df * gamma_c + l.dn_df * gamma_n);
     row.put_gate_grad(2, l.dc_dz * gamma_c);
     row.put_gate_grad(3, l.dh_do * delta);
     Vector<T> D_h{}, D_c = l.f, D_n = l.f;
-    if (row.has_diagonal()) D_h = row.at(row.diagonal, 0), D_c = row.at(row.diagonal, 1), D_n = row.at(row.diagonal, 2);
+    if (row.has_diagonal()) {
+      const T* D = row.diagonal;
+      D_h = row.at_state(D, 0), D_c = row.at_state(D, 1), D_n = row.at_state(D, 2);
+    }
     if (row.rule == Rule::jacobian) D_h = jacobian(row, l, 0);
     row.feed_back(0, D_h, Vector<T>{}, delta);
     row.feed_back(1, D_c, l.f, gamma_c);

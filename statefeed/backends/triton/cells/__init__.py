@@ -5,6 +5,7 @@ from __future__ import annotations
 from statefeed.backends.triton.cells.cell import Cell
 from statefeed.backends.triton.cells.gru import GRU
 from statefeed.backends.triton.cells.lstm import LSTM
+from statefeed.backends.triton.cells.lstm_projected import LSTM_PROJECTED
 from statefeed.backends.triton.cells.rnn import RNN_RELU, RNN_TANH
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM)}
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED)}

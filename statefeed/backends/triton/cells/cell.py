@@ -21,6 +21,8 @@ class Cell(NamedTuple):
             ``jacobian`` the whole diagonal; w0 .. w3 are the diagonals of W_hh for each gate.
         local: Triton function ``(k0, k1, k2, k3, delta, gamma)`` that returns the gradients d0 .. d3 at the
             pre-activations; delta is the gradient of h, gamma that of c.
+        output: Triton function ``(gates, saved, row, unit, H, mask, ACC)`` that returns the output u of a cell whose h
+            is a projection of it; ``factors`` and ``local`` are then those at u. None without a projection.
         saved: content of ``saved``: ``""``, ``"candidate_hidden"`` or ``"cell_state"`` (c before the step).
     """
 
@@ -31,6 +33,12 @@ class Cell(NamedTuple):
     factors: Any
     local: Any
     saved: str = ""
+    output: Any = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether h is a projection of the output of the cell."""
+        return self.output is not None
 
     @property
     def sums(self) -> int:
