@@ -61,6 +61,8 @@ _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
     Way("gru", packed=True): (Range(4, _FEW), Range(3)),
     Way("lstm"): (Range(3, _FEW), Range(2)),
     Way("lstm", packed=True): (Range(4, _FEW), Range(3)),
+    Way("lstm", projected=True): (Range(5, _FEW),),
+    Way("lstm", packed=True, projected=True): (Range(5, _FEW),),
     # Large batches go through oneDNN's LSTM at the rate of the kernels, until its buffers leave the cache.
     Way("lstm", onednn=True): (Range(12, _FEW, units=128), Range(48, many=_FEW + 1, states=1 << 18)),
     Way("lstm", bf16=True, onednn=True): (Range(100, many=_FEW + 1, states=1 << 19, least=1 << 15),),

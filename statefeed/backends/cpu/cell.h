@@ -57,9 +57,9 @@ struct ReverseArgs {
   T *delta, *grad_unprojected, *unprojected;
   const T* packed_w_hr;
   const T* output_diagonal;  // with a projection, jacobian: D of h, (rows, output)
-  const T* diagonal;        // stationary, per_row: D
-  int64_t diagonal_stride;  // between rows of D: 0 if stationary
-  const T* w_hh_diag;       // jacobian: the diagonals of W_hh, (gates, hidden)
+  const T* diagonal;         // stationary, per_row: D
+  int64_t diagonal_stride;   // between rows of D: 0 if stationary
+  const T* w_hh_diag;        // jacobian: the diagonals of W_hh, (gates, hidden)
   const T* residual;  // (rows, states * hidden): what the pass before adds to the gradient of the state before; or null
   T* next_residual;   // the element-wise part of the same for the next pass, or null; may be `residual`
   const T* packed_w_hh;      // exact: panels

@@ -55,16 +55,17 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
                                 .packed_w_hr = packed_w_hr.to,
                                 .unprojected = unprojected,
                                 .c = s.c};
-      parallel_for(worker, Product<P>{.rows = chunk.rows,
-                                      .depth = I,
-                                      .units = G,
-                                      .a_stride = I,
-                                      .out_stride = G,
-                                      .a = layer.x + chunk.first_row * I,
-                                      .packed = packed_w_ih.to,
-                                      .bias = bias,
-                                      .out = I ? args.gates : nullptr,
-                                      .add = false},
+      parallel_for(worker,
+                   Product<P>{.rows = chunk.rows,
+                              .depth = I,
+                              .units = G,
+                              .a_stride = I,
+                              .out_stride = G,
+                              .a = layer.x + chunk.first_row * I,
+                              .packed = packed_w_ih.to,
+                              .bias = bias,
+                              .out = I ? args.gates : nullptr,
+                              .add = false},
                    RowCopies<T>{.rows = chunk.rows,
                                 .units = G,
                                 .from_stride = G,
@@ -99,7 +100,7 @@ class Backward {
   T* states_before = workspace<T, Tag::states_before>(most * O);
   const PackedWeights<P> packed_w_ih = with_memory<P, Tag::input_weights>(
       {.w = s.layer.w_ih, .gates = 1, .units = I, .depth = G, .vectors = bulk_vectors, .by_columns = true},
-      s.grad_x && I);
+      s.grad_x&& I);
   // Shared and separate gradients are in two buffers, and so their weights are in two packs. The steps of exact BPTT
   // are float32 in any case.
   const PackedWeights<Plain<T>> packed_w_hh =
@@ -113,7 +114,7 @@ class Backward {
   packed_t* gate_panels = workspace<packed_t, Tag::panels>(panels_of(most, G, nullptr, nullptr).size());
   packed_t* separate_panels =
       workspace<packed_t, Tag::hidden_panels>(panels_of(most, separate, nullptr, nullptr).size());
-  T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);               // transposed: (I, G)
+  T* grad_w_ih = workspace<T, Tag::weight_grads>(I * G);              // transposed: (I, G)
   T* grad_w_hh = workspace<T, Tag::state_weight_grads>(columns * G);  // transposed: (columns, G)
   // Of all gates, then of those at h W_hh^T that are apart.
   std::vector<double> bias_sums = std::vector<double>(static_cast<size_t>(s.grad_b_ih ? G + separate : 0));

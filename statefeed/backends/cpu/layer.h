@@ -12,7 +12,7 @@ struct LayerArgs {
   StepRange range;
   int64_t inputs;  // columns of W_ih; 0 if there is none, and x are the preactivations
   int64_t heads;
-  bool bf16;  // products of operands converted to bfloat16
+  bool bf16;                        // products of operands converted to bfloat16
   const T *x, *w_ih, *w_hh, *w_hr;  // w_hr: null without a projection
 };
 

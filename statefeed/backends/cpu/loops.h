@@ -60,12 +60,13 @@ template <ProductTraits P, class Cell>
         // Tiles of even size: one of few rows would waste arithmetic.
         const Range part = range_of(rows.end - rows.begin, tile, tiles);
         const int64_t first = rows.begin + part.begin, count = part.end - part.begin;
+        const int64_t first_unit = head * width + (p - first_panel) * U * L;
         tile_of<P, N>(count, a + part.begin * stride, stride, packed + p * depth * N * L, depth,
                       {.out = sum, .stride = N * L});
         for (int64_t b = first; b < first + count; ++b)
           for (int u = 0; u < U; ++u) {
-            const int64_t unit = head * width + ((p - first_panel) * U + u) * L, row = offset + b;
-            if (unit >= end_unit) break;
+            const int64_t unit = first_unit + u * L, row = offset + b;
+            if (u && unit >= end_unit) break;
             Cell::step({.gates = s.gates + row * Cell::gates * H,
                         .aux = row_of(s.aux, row * Cell::aux_parts * H),
                         .y = Cell::projects ? s.unprojected + b * H : s.y + row * O,
@@ -248,9 +249,8 @@ void reverse(Worker& worker, const ReverseArgs<T>& s) {
       const Range all{.begin = 0, .end = range.size(t)};
       // The gradients of h of the last step; those of the step before follow from the product at the end of a step.
       if (Cell::projects && t == range.steps - 1)
-        worker.parallel_for(partition.count, [&](int64_t i) {
-          output_step(offset, all, range_of(panels, i, partition.count));
-        });
+        worker.parallel_for(partition.count,
+                            [&](int64_t i) { output_step(offset, all, range_of(panels, i, partition.count)); });
       worker.parallel_for(partition.count, [&](int64_t i) {
         const Range part = range_of(pairs, i, partition.count);
         unproject_step(offset, all, part);

@@ -30,12 +30,11 @@ struct ProjectedBackward {
   // The steps of exact BPTT are float32 in any case.
   const PackedWeights<Plain<T>> packed_of_steps = with_memory<Plain<T>, Tag::steps_projection_weights>(
       {.w = s.layer.w_hr, .gates = 1, .units = H, .depth = O, .vectors = projection_vectors, .by_columns = true},
-      cell.projects && exact);
+      cell.projects&& exact);
   const PackedWeights<P> packed_diagonal = with_memory<P, Tag::diagonal_weights>(
       {.w = s.w_hh_diag, .gates = 1, .units = O, .depth = G, .vectors = bulk_vectors, .by_columns = true},
       own_diagonal);
-  packed_t* tiles =
-      cell.projects ? workspace<packed_t, Tag::output_tiles>(tiles_of(most, nullptr).size()) : nullptr;
+  packed_t* tiles = cell.projects ? workspace<packed_t, Tag::output_tiles>(tiles_of(most, nullptr).size()) : nullptr;
   packed_t* panels =
       cell.projects ? workspace<packed_t, Tag::unprojected_panels>(panels_of(most, nullptr).size()) : nullptr;
 

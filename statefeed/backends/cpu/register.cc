@@ -86,8 +86,7 @@ void backward(StringHandle cell_name, StringHandle rule_name, int64_t correction
               const Tensor& y, const Tensor& h0, const OptionalTensor& c0, const Tensor& grad_y,
               const Tensor& grad_final, const OptionalTensor& diagonal, const OptionalTensor& batch_sizes, Tensor carry,
               OptionalTensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, OptionalTensor grad_b_ih,
-              OptionalTensor grad_b_hh, OptionalTensor residual, const OptionalTensor& w_hr,
-              OptionalTensor grad_w_hr) {
+              OptionalTensor grad_b_hh, OptionalTensor residual, const OptionalTensor& w_hr, OptionalTensor grad_w_hr) {
   const Name of_cell(cell_name), of_rule(rule_name);
   const CellEntry& cell = find_cell(of_cell.view());
   const Rule rule = find_rule(of_rule.view());

@@ -19,12 +19,8 @@ T* data(const OptionalTensor& tensor) {
 inline StepRange checked_range(const Checks& checks, int64_t rows, int64_t hidden, const Tensor& h0,
                                const OptionalTensor& batch_sizes) {
   checks.dims("h0", h0, 2);
-  StepRange range{.steps = 0,
-                  .batch = h0.size(0),
-                  .hidden = hidden,
-                  .output = h0.size(1),
-                  .rows = rows,
-                  .batch_sizes = nullptr};
+  StepRange range{
+      .steps = 0, .batch = h0.size(0), .hidden = hidden, .output = h0.size(1), .rows = rows, .batch_sizes = nullptr};
   checks.tensor("h0", h0, {range.batch, range.output});
   if (!batch_sizes) {
     range.steps = range.batch ? rows / range.batch : 0;
@@ -92,8 +88,8 @@ inline Shapes checked_input(const Checks& checks, const CellEntry& cell, const S
                      .G = cell.gates * range.hidden,
                      .S = cell.state_size(range),
                      .columns = checked_columns(checks, cell, range, w_hh)};
-  checks.that(shape.H > 0 && x.size(1) > 0, "expected at least one input and one hidden unit, got ", x.size(1),
-              " and ", shape.H);
+  checks.that(shape.H > 0 && x.size(1) > 0, "expected at least one input and one hidden unit, got ", x.size(1), " and ",
+              shape.H);
   checks.tensor("x", x, {shape.N, shape.I ? shape.I : shape.G});
   check_w_ih(checks, "w_ih", w_ih, shape.G, shape.I);
   checks.tensor("w_hh", w_hh, {shape.G, shape.columns});

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import statefeed as sf
 from statefeed.lm import identity
-from statefeed.lm.config import Config, Train
+from statefeed.lm.config import RECURRENT, Config, Train
 from statefeed.lm.data import batches, cache, corpora, tokens
 from statefeed.lm.data.batches import Source
 from statefeed.lm.data.corpora import Corpus
@@ -74,6 +74,12 @@ def check_recipe(config: Config, group: Group) -> None:
         recipe.batch % parts == 0,
         f"train.batch must be a multiple of train.accumulate times the processes of the job, {parts}",
         recipe.batch,
+    )
+    require(
+        config.data.batches != "sentences" or config.model.cell not in RECURRENT or recipe.compile is None,
+        f"train.compile must be null for data.batches=sentences with model.cell={config.model.cell}: torch.compile "
+        "cannot trace its packed rows",
+        recipe.compile,
     )
     try:
         identity.check_rules(config.model.cell, config.model.feedback, config.model.forward)

@@ -283,6 +283,13 @@ def test_a_wrong_forward_method_raises(
     assert sentence in capsys.readouterr().err
 
 
+def test_packed_rows_are_not_compiled(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, words = tmp_path / "run", ["--data.tokens=word", "--data.batches=sentences", "--train.compile=default"]
+    assert cli.main(["train", *flags, *words, f"--run.dir={folder}"]) == 2
+    assert "train.compile must be null for data.batches=sentences with model.cell=" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 @INDUCTOR
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
