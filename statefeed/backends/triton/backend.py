@@ -54,7 +54,8 @@ def _unsupported_cell(cell: Cell) -> str | None:
     if sizes != (kernels.states, kernels.gates, kernels.shared_gates):
         raise ValueError(
             f"the Triton kernels of cell {cell.name!r} have {kernels.states} states with a gradient, "
-            f"{kernels.gates} gates and {kernels.shared_gates} shared gates, its Python cell has {sizes[0]}, {sizes[1]} and {sizes[2]}"
+            f"{kernels.gates} gates and {kernels.shared_gates} shared gates, its Python cell has {sizes[0]}, "
+            f"{sizes[1]} and {sizes[2]}"
         )
     return None
 
