@@ -243,7 +243,7 @@ def test_the_products_of_a_loop_run_in_torchs_own_precision(setting: str) -> Non
     with host.without_launches(), Products() as products:
         done = BACKEND.recompute(p, BACKEND.forward([p], True)[0])
         BACKEND.backward(p, done, upstream, KernelRule("jacobian", None, 1), True)
-    assert len(products.found) >= 8
+    assert len(products.found) >= 4
     assert {value == "tf32" for value in products.found} == {setting == "high"}
 
 
