@@ -24,8 +24,10 @@ def summarize(
     HEAD: tl.constexpr, RULE: tl.constexpr, REVERSE: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Summary of a chunk, a map of its incoming carry: carry_h = a h + u; with a cell state carry_c = m h + p c + v,
-    and with n the same of n."""
+    """Summary of a chunk, a map of its incoming carry: carry_h = a h + u; with a cell state carry_c = m h + p c + v.
+
+    A third part n has an m, p and v of its own.
+    """
     H = even(H, PAIRS)
     state_stride = even(state_stride, PAIRS)
     e_stride = even(e_stride, PAIRS)

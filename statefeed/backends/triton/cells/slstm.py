@@ -11,8 +11,10 @@ from statefeed.backends.triton.cells.cell import Cell
 
 @triton.jit
 def sigmoid_factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mask, ACC: tl.constexpr):
-    """Of one row, with a sigmoid forget gate: ``gates`` (N, 4H) pre-activations, ``saved`` (N, 4H) c, n and m before
-    the step and m after it; ``state`` is not read."""
+    """Of one row, with a sigmoid forget gate; ``state`` is not read.
+
+    ``gates`` (N, 4H) are pre-activations, ``saved`` (N, 4H) c, n and m before the step and m after it.
+    """
     pre_f = tl.load(gates + row * (4 * H) + H + unit, mask, 0).to(ACC)
     return _factors(gates, saved, log_sigmoid(pre_f), sigmoid(-pre_f), w0, w1, w2, w3, row, unit, H, mask, ACC)
 
