@@ -6,7 +6,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-import statefeed.backends.triton.operators  # noqa: F401
+from statefeed.backends.triton import host
+from statefeed.backends.triton.cells import CELLS
 from statefeed.backends.triton.rules import RULES
 from statefeed.scan import chunks
 from statefeed.scan.triton import scan
@@ -47,21 +48,22 @@ def compiled(kernel, *args, grid, warmup, **constants):
 
 JITFunction.run = compiled
 operators = torch.ops.statefeed
-whole, GATES = chunks.steps, {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4, "lstm_projected": 4}
+whole, GATES = chunks.steps, {name: cell.gates for name, cell in CELLS.items()}
 
 
-def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, reverse=False):
+def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, reverse=False, heads=2):
     """One backward pass on small tensors; only torch's products are computed."""
     chunks.steps = (lambda *_: 2) if chunked else whole
     T, B, P = 4, 2, H // 2 if cell == "lstm_projected" else H
-    widths = (P, H) if cell.startswith("lstm") else (P,)
+    widths = (P, *(H,) * (CELLS[cell].states - 1))
+    columns = H // heads if CELLS[cell].from_states else P
     sizes = torch.tensor([2, 2, 1, 1]) if packed else None
     x, y, e = (torch.zeros(6 if packed else T * B, width, dtype=dtype) for width in (H, P, P))
     state = tuple(torch.zeros(B, width, dtype=dtype) for width in widths)
-    weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (P,), (), ())]
+    weights = [torch.zeros(GATES[cell] * H, *rest, dtype=dtype) for rest in ((H,), (columns,), (), ())]
     weights += [torch.zeros(P, H, dtype=dtype)] if P < H else []
     offsets = None if sizes is None else torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    saved = operators.triton_recompute(cell, x, y, state, weights, offsets, reverse, "ieee")
+    saved = host.recomputed(cell, x, y, state, weights, offsets, reverse, "ieee")
     if rule == "jacobian":
         operators.triton_mean_jacobian(cell, *saved, y, weights[1], B, offsets)
     S = sum(widths)
@@ -74,12 +76,12 @@ def backward(cell, rule, dtype, corrections=0, packed=True, chunked=True, H=16, 
 for cell in GATES:
     for rule in RULES if GATES[cell] > 1 else ("stationary", "jacobian"):
         backward(cell, rule, torch.float32, reverse=rule == "per_row")
-for cell in ("rnn_tanh", "gru", "lstm", "lstm_projected"):
+for cell in ("rnn_tanh", "gru", "lstm", "lstm_projected", "slstm"):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         backward(cell, "jacobian", dtype)
-    backward(cell, "jacobian", torch.bfloat16, packed=False, chunked=False, H=3)
+    backward(cell, "jacobian", torch.bfloat16, packed=False, chunked=False, H=3, heads=1)
     backward(cell, "stationary", torch.bfloat16, packed=False, H=26)
-for cell in ("gru", "lstm", "lstm_projected"):
+for cell in ("gru", "lstm", "lstm_projected", "slstm", "slstm_exp"):
     backward(cell, "direct", torch.float32, corrections=2, packed=False)
 for dtype in (torch.float32, torch.float64):
     chunks.steps = lambda *_: 2

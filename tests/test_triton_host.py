@@ -97,9 +97,15 @@ def one_step(cell: str, rule: str, corrections: int, packed: bool, reverse: bool
     D = None if shape is None else torch.zeros(shape, device="meta")
     p.layout.offsets(p.x.device)  # of a packed batch, copied once for all layers and passes
 
-    def run() -> Any:
+    def recomputed() -> Any:
         problems = [p._replace(reverse=False), p] if reverse else [p]
-        done = BACKEND.recompute(p, BACKEND.forward(problems, True)[-1])
+        return BACKEND.recompute(p, BACKEND.forward(problems, True)[-1])
+
+    # A loop over time reads the sizes of packed steps on the CPU.
+    from_loop = recomputed() if CELLS[cell].torch_forward is None else None
+
+    def run() -> Any:
+        done = from_loop or recomputed()
         mean = BACKEND.mean_jacobian(p, done)
         return mean, BACKEND.backward(p, done, upstream, KernelRule(rule, D, corrections), True)
 
@@ -116,7 +122,8 @@ def test_no_pass_waits_for_the_device(cell: str, rule: str, monkeypatch: pytest.
         width = states[0].shape[-1] * (2 if bidirectional else 1)
         return x.new_empty((*x.shape[:-1], width)), *(s.new_empty(s.shape) for s in states)
 
-    monkeypatch.setattr(torch._VF, CELLS[cell].torch_forward, outputs)
+    if CELLS[cell].torch_forward is not None:
+        monkeypatch.setattr(torch._VF, CELLS[cell].torch_forward, outputs)
     monkeypatch.setattr(chunks, "steps", lambda *_: 2)
     for corrections, packed, reverse in ((0, False, False), (1, True, True), (1, False, True), (0, True, False)):
         run = one_step(cell, rule, corrections, packed, reverse)
@@ -211,7 +218,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.torch_forward is not None])
 @pytest.mark.parametrize("forward", ["tf32", "ieee"])
 @pytest.mark.usefixtures("restored")
 def test_the_backward_pass_follows_the_precision_of_the_forward_pass(
@@ -225,6 +232,19 @@ def test_the_backward_pass_follows_the_precision_of_the_forward_pass(
         BACKEND.backward(p, BACKEND.recompute(p, done), upstream, KernelRule("jacobian", None, 1), True)
     assert len(products.found) >= 4
     assert {value == "tf32" for value in products.found} == {forward == "tf32"}
+
+
+@pytest.mark.parametrize("setting", ["high", "highest"])
+@pytest.mark.usefixtures("restored")
+def test_the_products_of_a_loop_run_in_torchs_own_precision(setting: str) -> None:
+    torch.set_float32_matmul_precision(setting)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee" if setting == "high" else "tf32"
+    p, upstream = problem("slstm", "cpu")
+    with host.without_launches(), Products() as products:
+        done = BACKEND.recompute(p, BACKEND.forward([p], True)[0])
+        BACKEND.backward(p, done, upstream, KernelRule("jacobian", None, 1), True)
+    assert len(products.found) >= 4
+    assert {value == "tf32" for value in products.found} == {setting == "high"}
 
 
 # Devices --------------------------------------------------------------------------------------------------------------
@@ -284,9 +304,10 @@ def test_cells_have_the_sizes_of_their_python_cells() -> None:
     for name, cell in CELLS.items():
         kernels = KERNELS[name]
         assert (kernels.states, kernels.gates, kernels.shared_gates) == (
-            len(cell.states), cell.gates, cell.shared_gates,
+            cell.gradient_parts, cell.gates, cell.shared_gates,
         )  # fmt: skip
         assert kernels.projects == cell.projects
+        assert kernels.from_states == (cell.torch_forward is None)
 
 
 def test_the_time_of_python_can_be_measured() -> None:

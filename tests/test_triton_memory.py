@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from interpreter_checks import checked  # noqa: E402
 
-from statefeed.backends.triton import operators as _operators  # noqa: E402, F401
+from statefeed.backends.triton import host  # noqa: E402
 from statefeed.backends.triton.backward import backward  # noqa: E402
 from statefeed.backends.triton.cells import CELLS  # noqa: E402
 from statefeed.backends.triton.recompute import recompute  # noqa: E402
@@ -85,13 +85,14 @@ def problem(cell: str, packed: bool, dtype: torch.dtype = torch.float64, H: int 
 
     sizes = torch.tensor([3, 3, 2, 2, 1]) if packed else None
     N, P = 11 if packed else 15, 2 if this.projects else H
+    columns = 1 if this.from_states else P  # of W_hh: three heads of one unit
     widths = (P, *(H,) * (this.states - 1))
     projection = [normal(P, H)] if this.projects else []
     return {
         "x": normal(N, I), "y": normal(N, 2 * P)[:, P:].tanh(), "e": normal(N, 2 * P)[:, :P],
         "state": [normal(3, width) for width in widths],
         "final": [normal(3, width) for width in widths],
-        "weights": [*(normal(this.gates * H, *rest) for rest in ((I,), (P,), (), ())), *projection],
+        "weights": [*(normal(this.gates * H, *rest) for rest in ((I,), (columns,), (), ())), *projection],
         "offsets": None if sizes is None else F.pad(sizes.cumsum(0), (1, 0)),
         "D": {"stationary": normal(sum(widths)), "per_row": normal(N, sum(widths))},
     }  # fmt: skip
@@ -100,7 +101,7 @@ def problem(cell: str, packed: bool, dtype: torch.dtype = torch.float64, H: int 
 def run(cell: str, rule: str, p: dict[str, Any], corrections: int, reverse: bool) -> list[Tensor]:
     operators = torch.ops.statefeed
     fixed = (p["x"], p["y"], p["state"], p["weights"])
-    saved = operators.triton_recompute(cell, *fixed, p["offsets"], reverse, "ieee")
+    saved = host.recomputed(cell, *fixed, p["offsets"], reverse, "ieee")
     mean = operators.triton_mean_jacobian(cell, *saved, p["y"], p["weights"][1], 3, p["offsets"])
     found = operators.triton_backward(
         cell, rule, *saved, *fixed, [p["e"], *p["final"]], p["D"].get(rule), p["offsets"], corrections, reverse, True,

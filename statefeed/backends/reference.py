@@ -111,7 +111,34 @@ def linearize(problem: Problem, done: Forward) -> Any:
         return type(at)(*(order(part) for part in at))
 
 
+class States(NamedTuple):
+    """The states before and after every step, and ``inputs`` and ``hidden``, as rows."""
+
+    previous: State
+    after: State
+    preactivations: tuple[Tensor, Tensor]
+
+
+def states(problem: Problem, done: Forward) -> States:
+    """All states of a forward pass of this backend, or of one that saved nothing; rows in natural order.
+
+    Cost: two products over all rows; without saved states also ``Cell.recover_states``.
+    """
+    with _autocast(problem):
+        order = problem.layout.reverse if problem.reverse else (lambda rows: rows)
+        _, step = _step(in_order(problem), done._replace(y=order(done.y)))
+        inputs, hidden = step.preactivations()
+        previous, after = (tuple(order(part) for part in parts) for parts in (step.previous, step.after))
+        return States(previous, after, (order(inputs), order(hidden)))
+
+
 def _linearize(problem: Problem, done: Forward) -> _Linearized:
+    h_prev, step = _step(problem, done)
+    return _Linearized(h_prev, problem.cell.linearize(step))
+
+
+def _step(problem: Problem, done: Forward) -> tuple[Tensor, Step]:
+    """h before every step in the dtype of y, and the argument of the cell's ``linearize``."""
     cell, layout, y = problem.cell, problem.layout, done.y
     dtype = _sum_dtype(y.dtype)
     weights = problem.named_weights
@@ -129,7 +156,7 @@ def _linearize(problem: Problem, done: Forward) -> _Linearized:
     others = done.saved or _other_parts(problem, initial, preactivations)
     after = (y.to(dtype), *others)
     previous = (h_prev.to(dtype), *(layout.previous(s, s0) for s, s0 in zip(others, initial[1:], strict=True)))
-    return _Linearized(h_prev, cell.linearize(Step(previous, after, preactivations)))
+    return h_prev, Step(previous, after, preactivations)
 
 
 def _other_parts(problem: Problem, initial: State, preactivations: Preactivations) -> State:

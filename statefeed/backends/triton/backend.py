@@ -1,4 +1,7 @@
-"""The CUDA backend: forward through cuDNN, all directions of a layer at once; backward in Triton kernels."""
+"""The CUDA backend: forward through cuDNN, all directions of a layer at once; backward in Triton kernels.
+
+A cell that cuDNN lacks runs forward in the reference's loop; its gates are recomputed by the same products.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from statefeed import native
+from statefeed.backends import reference
 from statefeed.backends.protocol import (
     Backend,
     Description,
@@ -29,9 +33,12 @@ from statefeed.feedback.protocol import KernelRule
 def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> str | None:
     if tensors[0].device.type != "cuda":
         return f"the Triton kernels take CUDA tensors, got {tensors[0].device.type}"
+    in_torch = cell.torch_forward is not None
     if exact:
-        return "on a GPU exact BPTT is torch's own, through cuDNN"
-    if lacks_w_ih(tensors):
+        return (
+            "on a GPU exact BPTT is torch's own, through cuDNN" if in_torch else "the Triton kernels have no exact BPTT"
+        )
+    if in_torch and lacks_w_ih(tensors):
         return "the Triton kernels need W_ih, got preactivations"
     reason: str | None = native.unavailable("cuda")
     return reason or _unsupported_cell(cell)
@@ -43,16 +50,19 @@ def _unsupported_cell(cell: Cell) -> str | None:
     kernels = CELLS.get(cell.name)
     if kernels is None:
         return f"the Triton kernels have no cell {cell.name!r}; they have {', '.join(CELLS)}"
-    sizes = (len(cell.states), cell.gates, cell.shared_gates)
+    sizes = (cell.gradient_parts, cell.gates, cell.shared_gates)
     if sizes != (kernels.states, kernels.gates, kernels.shared_gates):
         raise ValueError(
-            f"the Triton kernels of cell {cell.name!r} have {kernels.states} states, {kernels.gates} gates and "
-            f"{kernels.shared_gates} shared gates, its Python cell has {sizes[0]}, {sizes[1]} and {sizes[2]}"
+            f"the Triton kernels of cell {cell.name!r} have {kernels.states} states with a gradient, "
+            f"{kernels.gates} gates and {kernels.shared_gates} shared gates, its Python cell has {sizes[0]}, "
+            f"{sizes[1]} and {sizes[2]}"
         )
     return None
 
 
 def forward(problems: Sequence[Problem], save: bool) -> list[Forward]:
+    if problems[0].cell.torch_forward is None:
+        return reference.forward(problems, save)
     if len(problems) == 1 and problems[0].reverse:
         return forward_in_order(lambda problem, save: _forward([problem], save)[0], problems, save)
     return _forward(problems, save)
@@ -102,9 +112,10 @@ def _precision_mark(y: Tensor) -> tuple[Tensor, ...]:
 
 
 def recompute(problem: Problem, done: Forward) -> Forward:
-    import statefeed.backends.triton.operators  # noqa: F401
     from statefeed.backends.triton import operators as _operators  # noqa: F401
 
+    if problem.cell.torch_forward is None:
+        return _recompute_from_states(problem, done)
     offsets = problem.layout.offsets(problem.x.device)
     precision, weights = "", problem.weights
     if len(done.saved) == 1:
@@ -115,6 +126,21 @@ def recompute(problem: Problem, done: Forward) -> Forward:
         problem.cell.name, problem.x, done.y, problem.state, weights, offsets, problem.reverse, precision
     )
     return done._replace(saved=(*saved, offsets, precision, weights))
+
+
+def _recompute_from_states(problem: Problem, done: Forward) -> Forward:
+    """What the kernels read of a cell with ``from_states``, by the products of its loop and in their precision."""
+    parts = problem.cell.gradient_parts
+    previous, after, (inputs, hidden) = reference.states(problem, done)
+    gates = inputs + hidden
+    saved = torch.cat([*previous[1:], *after[parts:]], -1).to(gates.dtype)
+    dtype = problem.weights[0].dtype
+    if problem.compute_dtype is not None and dtype != torch.float64:  # autocast does not cast float64
+        dtype = problem.compute_dtype
+    weights = tuple(w.to(dtype) for w in problem.weights)
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    rows = previous[0].to(dtype), gates, saved
+    return done._replace(saved=(*rows, problem.layout.offsets(problem.x.device), precision, weights))
 
 
 def mean_jacobian(problem: Problem, done: Forward) -> Tensor:
@@ -132,23 +158,27 @@ def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRu
     named, cast_named = problem.named_weights, Weights.of(cast)
     # The gradients of biases are float32 sums.
     weights = [w for w in cast_named._replace(b_ih=named.b_ih, b_hh=named.b_hh) if w is not None]
+    state = problem.state[: problem.cell.gradient_parts]
     grads: list[Any] = [upstream.y, *upstream.final]
     d_x, *rest = torch.ops.statefeed.triton_backward(
-        problem.cell.name, rule.name, *saved, problem.x, done.y, problem.state, weights, grads, rule.diagonal,
-        offsets, rule.corrections, problem.reverse, needs_x, precision,
+        problem.cell.name, rule.name, *saved, problem.x, done.y, state, weights, grads, rule.diagonal, offsets,
+        rule.corrections, problem.reverse, needs_x, precision,
     )  # fmt: skip
-    state = rest[: len(problem.state)]
-    d_weights = tuple(g.to(w.dtype) for g, w in zip(rest[2:], named, strict=True) if w is not None)
-    return Gradients(d_x if needs_x else None, tuple(state), d_weights)
+    d_weights = tuple(g.to(w.dtype) for g, w in zip(rest[3:], named, strict=True) if w is not None)
+    return Gradients(d_x if needs_x else None, tuple(rest[: len(state)]), d_weights)
 
 
 def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     recomputes = cell.gates > 1
     backward = f"fused kernels ({native.described('cuda')}){', which recompute the gates' if recomputes else ''}"
     rnn = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    precision = "TF32" if rnn == "tf32" else "float32"
-    why = f"all tensors are {x.dtype} on the GPU; float32 products run in {precision}, as cuDNN is set"
-    return Description("torch's layer without autograd, through cuDNN", backward, why, recomputes_gates=recomputes)
+    forward, setting, by = "torch's layer without autograd, through cuDNN", rnn, "cuDNN is"
+    if cell.torch_forward is None:
+        forward = "one step after the other, in PyTorch"
+        setting, by = torch.backends.cuda.matmul.fp32_precision, "torch's products are"
+    precision = "TF32" if setting == "tf32" else "float32"
+    why = f"all tensors are {x.dtype} on the GPU; float32 products run in {precision}, as {by} set"
+    return Description(forward, backward, why, recomputes_gates=recomputes)
 
 
 BACKEND = Backend(

@@ -22,7 +22,8 @@ from statefeed.backends.triton.launches import Reverse
 from statefeed.backends.triton.precision import matmul_precision
 from statefeed.backends.triton.projection import OfProjection, ProjectedReverse, mean_projected
 from statefeed.backends.triton.rules import RULES
-from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, sizes_of, steps_of
+from statefeed.backends.triton.sizes import Sizes, adjacent, columns_of, head_width, sizes_of, steps_of
+from statefeed.cells import CELLS as TABLE
 from statefeed.scan import chunks
 from statefeed.scan.triton import device_of
 
@@ -41,14 +42,15 @@ def mean_jacobian(
     if this.projects:
         with device_of(y), torch.no_grad():
             return mean_projected(this, gates, saved, w_hh.to(dtype))
-    state = adjacent(y) if this.gates == 1 else inputs[:, inputs.shape[1] - columns(0, H, y.dtype).width :]
+    state = adjacent(y) if this.gates == 1 else inputs[:, -columns(0, H, inputs.dtype).width :]
     T = steps_of(N, B, offsets)
     with device_of(y):
         lanes, length, grid = chunks.launch(T, B * H, y)
         sums = torch.empty((grid[1] * B, this.states * H), dtype=dtype, device=y.device)
         kernels.add_jacobians[grid](
             gates, saved, state, state.stride(0), w_hh.to(y.dtype).contiguous(), offsets, sums, T, B, H, length,
-            **this.constants, PAIRS=chunks.pairs(H, state), ACC=chunks.accumulator(dtype), LANES=lanes,
+            **this.constants, HEAD=head_width(w_hh, H),
+            PAIRS=chunks.pairs(H, state), ACC=chunks.accumulator(dtype), LANES=lanes,
         )  # fmt: skip
         return sums.sum(0) / N
 
@@ -78,15 +80,16 @@ def backward(
     Args:
         cell, x, y, state, weights, offsets, reverse, precision: as for ``recompute``.
         rule: ``"stationary"``, ``"per_row"``, ``"direct"`` or ``"jacobian"``.
-        inputs, gates, saved: results of ``recompute``; gates and saved are overwritten.
+        inputs, gates, saved: results of ``recompute``, or of a cell with ``from_states`` h before the step, the
+            pre-activations and the saved values; gates and saved are overwritten. Products run in the dtype of inputs.
         grads: gradient of y, then of every final state (B, H); None means zero.
         diagonal: D, (S,) for ``"stationary"``, (N, S) for ``"per_row"``, else None.
         corrections: number of corrections with the full Jacobian.
         needs_x: whether to compute the gradient of x.
 
     Returns:
-        The gradients of x, h, c, w_ih, w_hh, b_ih, b_hh and w_hr, in the dtypes of these tensors; empty if the argument
-        does not exist.
+        The gradients of x, h, c, n, w_ih, w_hh, b_ih, b_hh and w_hr, in the dtypes of these tensors; empty if the
+        argument does not exist.
 
     Gradient: none; this function computes gradients.
 
@@ -98,12 +101,13 @@ def backward(
         with chunks those that the diagonal depends on twice, and writes the gradients at the gates.
     """
     this, size, named = CELLS[cell], sizes_of(x, state, offsets), Weights.of(weights)
-    H, where = size.H, columns_of(this, size, y.dtype)
-    w_ih, w_hh = named.w_ih.to(y.dtype), named.w_hh.to(y.dtype)
+    H, dtype = size.H, inputs.dtype
+    where, head = columns_of(this, size, dtype), head_width(named.w_hh, size.O)
+    w_ih, w_hh = named.w_ih.to(dtype), named.w_hh.to(dtype)
     h, diagonal = where.h(inputs), _checked_diagonal(rule, diagonal, size, this)
     with device_of(y), matmul_precision(precision):
         d, d_candidate = (gates, saved if this.shared_gates < this.gates else None) if this.gates > 1 else (None, None)
-        if corrections or d is None:
+        if corrections or d is None or d.dtype != dtype:
             d = inputs.new_empty((size.N, this.gates * H))
             d_candidate = None if d_candidate is None else torch.empty_like(d_candidate)
         launch: Reverse | ProjectedReverse
@@ -111,7 +115,7 @@ def backward(
             reads = (gates, saved, adjacent(y) if this.gates == 1 else h)
             launch = Reverse(this, rule, size, offsets, reverse, *reads)
         else:
-            of_h = OfProjection(w_hh, named.w_hr.to(y.dtype), diagonal)
+            of_h = OfProjection(w_hh, named.w_hr.to(dtype), diagonal)
             launch = ProjectedReverse(this, rule, size, offsets, reverse, gates, saved, h, of_h)
         initial = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in state]
         fixed = (w_hh, diagonal, None if grads[0] is None else adjacent(grads[0]), grads[1:], initial)
@@ -126,19 +130,24 @@ def backward(
         for k in range(corrections):
             launch(*fixed, residual if k else (), residual, d, d_candidate, None)
             for part, w in hidden:
-                if into.dtype == part.dtype:
+                if head:
+                    into += TABLE[cell].grad_h(part, w)
+                elif into.dtype == part.dtype:
                     into.addmm_(part, w)
                 else:
                     into += part @ w
         sums = launch.accumulator((launch.grid[1] * size.B, this.sums, H)) if named.b_ih is not None else None
         launch(*fixed, residual, (), d, d_candidate, sums)
 
-        if this.gates == 1:
-            d_ih, d_hh = d.T @ x.to(y.dtype), d.T @ h
+        if not this.gathers_x:
+            d_ih = d.T @ x.to(dtype) if w_ih.numel() else torch.empty_like(w_ih)
+            d_hh = TABLE[cell].grad_w_hh(d, h, w_hh) if head else d.T @ h
         else:
             d_ih, d_hh = _weight_gradients(where, size, inputs, d, d_candidate, shared)
         d_ih, d_hh = d_ih.to(weights[0].dtype), d_hh.to(weights[1].dtype)
-        d_x = (d @ w_ih).to(x.dtype) if needs_x else x.new_empty(0)
+        d_x = x.new_empty(0)
+        if needs_x:
+            d_x = (d @ w_ih).to(x.dtype) if w_ih.numel() else d.to(x.dtype, copy=True)
         biases = (x.new_empty(0), x.new_empty(0))
         if sums is not None:
             total = (sums.sum(0) if size.N else sums.new_zeros(sums.shape[1:])).to(weights[2].dtype)
@@ -148,7 +157,8 @@ def backward(
         d_hr = x.new_empty(0)
         if isinstance(launch, ProjectedReverse) and named.w_hr is not None:
             d_hr = (launch.delta.T @ launch.output).to(named.w_hr.dtype)
-    return d_x, initial[0], initial[1] if len(initial) > 1 else x.new_empty(0), d_ih, d_hh, *biases, d_hr
+    parts = (*initial, x.new_empty(0), x.new_empty(0))[:3]
+    return d_x, *parts, d_ih, d_hh, *biases, d_hr
 
 
 def _checked_diagonal(rule: str, diagonal: Tensor | None, size: Sizes, cell: Cell) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,22 @@ def without_launches() -> Iterator[None]:
         yield
     finally:
         kind.run = before
+
+
+def recomputed(
+    cell: str, x: Tensor, y: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, ...]:
+    """What the backward operator reads: results of the operator, zeros of a cell whose gates PyTorch recomputes.
+
+    Args:
+        cell, x, y, state, weights: as for ``recompute``.
+        rest: the other arguments of ``recompute``.
+    """
+    if not CELLS[cell].from_states:
+        found: tuple[Tensor, ...] = torch.ops.statefeed.triton_recompute(cell, x, y, state, weights, *rest)
+        return found
+    gates = torch.zeros((len(x), len(weights[0])), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros_like(y), gates, torch.zeros_like(gates)
 
 
 def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> Callable[[], None]:
@@ -50,7 +66,7 @@ def backward_pass(cell: str, rule: str, device: str | torch.device = "cpu") -> C
     operators = torch.ops.statefeed
 
     def run() -> None:
-        saved = operators.triton_recompute(cell, x, y, state, weights, None, False, "tf32")
+        saved = recomputed(cell, x, y, state, weights, None, False, "tf32")
         operators.triton_backward(
             cell, rule, *saved, x, y, state, weights, [e, *state], D, None, 0, False, True, "tf32"
         )  # fmt: skip

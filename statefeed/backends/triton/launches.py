@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statefeed.backends.triton import reverse as kernels
 from statefeed.backends.triton.cells.cell import Cell
-from statefeed.backends.triton.sizes import Sizes
+from statefeed.backends.triton.sizes import Sizes, head_width
 from statefeed.scan import chunks
 
 
@@ -42,7 +42,7 @@ class Reverse:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def residual(self) -> tuple[Tensor, ...]:
-        """Memory for what a correction adds to the gradient of the state before: h and c side by side."""
+        """Memory for what a correction adds to the gradient of the state before: its parts side by side."""
         return (self.accumulator((self.size.N, self.cell.states * self.size.H)),)
 
     def __call__(
@@ -63,17 +63,18 @@ class Reverse:
         if not N:
             return
         fed_back, remainder = (*residual, None)[0], (*next_residual, None)[0]
-        final_h, final_c = (*(None if g is None else g.contiguous() for g in final_e), None)[:2]
+        final = (*(None if g is None else g.contiguous() for g in final_e), None, None)[:3]
         reads = (
             *self.reads, w_hh.contiguous(), diagonal, self.offsets, e, 0 if e is None else e.stride(0),
         )  # fmt: skip
         sizes = (T, B, H, self.length)
-        constants = {**self.constants, "PAIRS": chunks.pairs(H, self.state, e)}
+        head, pairs = head_width(w_hh, self.size.O), chunks.pairs(H, self.state, e)
+        constants = {**self.constants, "HEAD": head, "PAIRS": pairs}
         summary = None
         if self.grid[1] > 1:
-            summary = self.accumulator((self.grid[1], 5 if self.cell.states == 2 else 2, B * H))
+            summary = self.accumulator((self.grid[1], 3 * self.cell.states - 1, B * H))
             kernels.summarize[self.grid](*reads, fed_back, summary, *sizes, **constants)
         kernels.run[self.grid](
-            *reads, final_h, final_c, fed_back, summary, remainder, d, d_candidate, sums,
-            initial[0], initial[1] if len(initial) > 1 else None, *sizes, **constants,
+            *reads, *final, fed_back, summary, remainder, d, d_candidate, sums, *(*initial, None, None)[:3], *sizes,
+            **constants,
         )  # fmt: skip

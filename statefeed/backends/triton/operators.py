@@ -28,7 +28,7 @@ _LIBRARY.define(
     "triton_backward(str cell, str rule, Tensor inputs, Tensor(a!) gates, Tensor(b!) saved, Tensor x, Tensor y, "
     "Tensor[] state, Tensor[] weights, Tensor?[] grads, Tensor? diagonal, Tensor? offsets, int corrections, "
     "bool reverse, bool needs_x, str precision) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _name, _implementation in (
     ("triton_recompute", recompute),
@@ -89,7 +89,7 @@ def _backward_fake(
     def like(tensor: Tensor | None) -> Tensor:
         return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
-    parts = (*state, None)[:2]
+    parts = (*state, None, None)[:3]
     return like(x if needs_x else None), *(like(s) for s in parts), *(like(w) for w in Weights.of(weights))
 
 

@@ -29,8 +29,7 @@ _LANES = 256
 def _output_factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mask, ACC: tl.constexpr):
     """A state that no weight feeds back: its gradient itself, and no direct path."""
     none = tl.zeros_like(unit).to(ACC)
-    one = none + 1
-    return one, one, one, one, none, none, none, none, none
+    return (none + 1,), (none,), (), (none,)
 
 
 _OUTPUT = Cell("projected output", 1, 1, 1, _output_factors, local)
@@ -157,12 +156,12 @@ def _derivatives(
     """The derivatives of u by the pre-activations of four gates, of which the last acts on u and the others on c."""
     row, unit, mask = _row_and_unit(N, H, LANES)
     none = tl.zeros_like(unit).to(ACC)
-    k0, k1, k2, k3, _, _, du_dc, _, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
+    k, _, of_u, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
     at = out + row * (4 * H) + unit
-    tl.store(at, du_dc * k0, mask)
-    tl.store(at + H, du_dc * k1, mask)
-    tl.store(at + 2 * H, du_dc * k2, mask)
-    tl.store(at + 3 * H, k3, mask)
+    tl.store(at, of_u[0] * k[0], mask)
+    tl.store(at + H, of_u[0] * k[1], mask)
+    tl.store(at + 2 * H, of_u[0] * k[2], mask)
+    tl.store(at + 3 * H, k[3], mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -172,5 +171,5 @@ def _direct_paths(
     """The direct path of c."""
     row, unit, mask = _row_and_unit(N, H, LANES)
     none = tl.zeros_like(unit).to(ACC)
-    _, _, _, _, _, direct_c, _, _, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
-    tl.store(out + row * H + unit, direct_c, mask)
+    _, direct, _, _ = FACTORS(gates, saved, gates, 0, none, none, none, none, row, unit, H, mask, ACC)
+    tl.store(out + row * H + unit, direct[1], mask)

@@ -47,5 +47,10 @@ def adjacent(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def head_width(w_hh: Tensor, O: int) -> int:
+    """Units of a head, which are the columns of a block-diagonal W_hh; 0 if W_hh is dense."""
+    return 0 if w_hh.shape[1] == O else w_hh.shape[1]
+
+
 def columns_of(cell: Cell, size: Sizes, dtype: torch.dtype) -> Columns:
-    return columns(size.I if cell.gates > 1 else 0, size.O, dtype)
+    return columns(size.I if cell.gathers_x else 0, size.O, dtype)

@@ -7,5 +7,6 @@ from statefeed.backends.triton.cells.gru import GRU
 from statefeed.backends.triton.cells.lstm import LSTM
 from statefeed.backends.triton.cells.lstm_projected import LSTM_PROJECTED
 from statefeed.backends.triton.cells.rnn import RNN_RELU, RNN_TANH
+from statefeed.backends.triton.cells.slstm import SLSTM, SLSTM_EXP
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED)}
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED, SLSTM, SLSTM_EXP)}

@@ -22,14 +22,13 @@ def factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mas
     k2 = (1 - z) * (1 - n * n)
     k3 = k2 * r
     k0 = k3 * q * (1 - r)
-    none = tl.zeros_like(z)
-    return k0, k1, k2, k3, z, none, none, z + k0 * w0 + k1 * w1 + k3 * w2, none
+    return (k0, k1, k2, k3), (z,), (), (z + k0 * w0 + k1 * w1 + k3 * w2,)
 
 
 @triton.jit
-def local(k0, k1, k2, k3, delta, gamma):
+def local(k, delta, gamma_c, gamma_n):
     """Gradients at r, z, at n's input part and at q."""
-    return k0 * delta, k1 * delta, k2 * delta, k3 * delta
+    return k[0] * delta, k[1] * delta, k[2] * delta, k[3] * delta
 
 
 GRU = Cell("gru", 1, 3, 2, factors, local, "candidate_hidden")

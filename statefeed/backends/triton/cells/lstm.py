@@ -25,13 +25,13 @@ def factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H, mas
     k3 = tanh_c * o * (1 - o)
     dh_dc = o * (1 - tanh_c * tanh_c)
     jacobian = k3 * w3 + dh_dc * (k0 * w0 + k1 * w1 + k2 * w2)
-    return k0, k1, k2, k3, tl.zeros_like(f), f, dh_dc, jacobian, f
+    return (k0, k1, k2, k3), (tl.zeros_like(f), f), (dh_dc,), (jacobian, f)
 
 
 @triton.jit
-def local(k0, k1, k2, k3, delta, gamma):
+def local(k, delta, gamma_c, gamma_n):
     """Gradients at i, f, g, which affect c, and at o, which affects h."""
-    return k0 * gamma, k1 * gamma, k2 * gamma, k3 * delta
+    return k[0] * gamma_c, k[1] * gamma_c, k[2] * gamma_c, k[3] * delta
 
 
 @triton.jit

@@ -13,8 +13,7 @@ def tanh_factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H
     """Of one row: ``state`` is h after the step; ``gates`` and ``saved`` are not read."""
     h = tl.load(state + row * state_stride + unit, mask, 0).to(ACC)
     slope = 1 - h * h
-    none = tl.zeros_like(h)
-    return slope, slope, slope, slope, none, none, none, slope * w0, none
+    return (slope,), (tl.zeros_like(h),), (), (slope * w0,)
 
 
 @triton.jit
@@ -22,14 +21,13 @@ def relu_factors(gates, saved, state, state_stride, w0, w1, w2, w3, row, unit, H
     """As ``tanh_factors``."""
     h = tl.load(state + row * state_stride + unit, mask, 0).to(ACC)
     slope = tl.where(h > 0, 1.0, 0.0).to(ACC)
-    none = tl.zeros_like(slope)
-    return slope, slope, slope, slope, none, none, none, slope * w0, none
+    return (slope,), (tl.zeros_like(slope),), (), (slope * w0,)
 
 
 @triton.jit
-def local(k0, k1, k2, k3, delta, gamma):
+def local(k, delta, gamma_c, gamma_n):
     """The gradient at a, four times; only the first is stored."""
-    d = k0 * delta
+    d = k[0] * delta
     return d, d, d, d
 
 
