@@ -54,6 +54,11 @@ class SwapReport:
         raise AttributeError(message if name.startswith("_") else f"{message}: {SWAP_IS_IN_PLACE}")
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise: the report is not the model.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"the report is not callable: {SWAP_IS_IN_PLACE}")
 
     def __getitem__(self, key: object) -> NoReturn:

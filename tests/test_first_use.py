@@ -160,17 +160,17 @@ AGAIN = "no conclusion can be drawn: measure again on a quiet machine"
     ],
 )
 def test_times_decide_only_what_they_can(rule, own, load, expected, monkeypatch):
-    """torch.nn takes 2 s and ``"bptt"`` 1.5 s in every turn."""
+    """torch.nn takes 2 s and ``"bptt"`` 1.5 s every time."""
     timing = importlib.import_module("statefeed.timing")
     monkeypatch.setattr(importlib.import_module("statefeed.busy").os, "cpu_count", lambda: 8)
     monkeypatch.setattr(timing.OtherLoad, "processors", lambda self: load)
-    turn = {rule: 0}
+    calls = {rule: 0}
 
     def seconds(layer, x):
         name = str(layer.feedback)
         if name == rule:
-            turn[rule] += 1
-            return own[max(turn[rule] - 2, 0)]
+            calls[rule] += 1
+            return own[max(calls[rule] - 2, 0)]
         return {"bptt": 1.5, "torch": 2.0, "dsf": 1.0}[name]
 
     monkeypatch.setattr(timing, "seconds_of", seconds)
