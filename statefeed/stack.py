@@ -19,6 +19,13 @@ from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 from statefeed.user_warning import warn
 
+# With torch 2.10 and 2.11 a compiled layer with two directions computes a wrong gradient of its input.
+_COMPILES = torch.__version__ >= "2.13"
+_NOT_COMPILED = (
+    f"torch.compile of a recurrent layer needs torch 2.13 or later, got {torch.__version__}: leave out the "
+    'layer, or set feedback to "torch"'
+)
+
 
 class RecurrentStack(FeedbackLayer):
     """Stacked recurrent layers in one or two directions with a feedback rule.
@@ -124,6 +131,8 @@ class RecurrentStack(FeedbackLayer):
             raise RuntimeError(newton.NOT_COMPILED)
         if backend is None:
             return self._torch_path(input, hx)
+        if torch.compiler.is_compiling() and not _COMPILES:
+            raise RuntimeError(_NOT_COMPILED)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(self._torchscript)
         if is_expanded(weights[0][0]):

@@ -21,7 +21,10 @@ if importlib.util.find_spec("expecttest") is None:
     sys.modules["expecttest"] = types.ModuleType("expecttest")
     sys.modules["expecttest"].TestCase = unittest.TestCase
 
-common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+with pytest.MonkeyPatch.context() as patch:
+    # The import forbids to set flags such as torch.backends.cudnn.allow_tf32, which other tests do.
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 
 # The inputs have initial states that require grad.
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state")

@@ -64,7 +64,7 @@ def test_records_of_other_peoples_packages_are_not_reported(runs: Path, capsys: 
 def test_a_run_of_a_rule_that_does_not_exist_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "good", runs / "unknown")
     config = runs / "unknown" / "config.yaml"
-    config.write_text(config.read_text().replace("feedback: dsf", "feedback: nope"))
+    config.write_text(config.read_text().replace("feedback: bptt", "feedback: nope"))
     capsys.readouterr()
     assert cli.main(["report", str(runs), "-o", str(runs / "page.html")]) == 0
     out, err = capsys.readouterr()

@@ -94,7 +94,7 @@ def test_it_reads_runs_comparisons_and_benchmarks_in_nested_folders(page: Path, 
     everything = read([page.parent])
     assert (len(everything.results), len(everything.benchmarks)) == (24, 2)
     (alone,) = read([run]).results
-    assert (alone.rule, alone.outcome, alone.metadata["corpus"]) == ("dsf", "finished", "story.txt")
+    assert (alone.rule, alone.outcome, alone.metadata["corpus"]) == ("bptt", "finished", "story.txt")
     shutil.copytree(run, tmp_path / "runs" / "one")
     shutil.copytree(run, tmp_path / "runs" / "copy")
     assert len(read([tmp_path]).results) == 1

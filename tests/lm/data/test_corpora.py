@@ -333,5 +333,5 @@ def test_wikitext_of_the_hub_is_the_text_of_its_files(
 
 def test_the_hub_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"needs the package datasets, .* pip install statefeed\[datasets\]"):
+    with pytest.raises(UsageError, match=r"needs the package datasets, .* pip install .statefeed\[datasets\]."):
         corpora.read(Data(corpus="wikitext", path="hub:wikitext-2-v1"))
