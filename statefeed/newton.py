@@ -92,7 +92,7 @@ def as_forward_method(method: str | Newton) -> Newton | None:
 
     Example:
         >>> as_forward_method("newton(1e-3)")
-        Newton(tolerance=0.001, max_iterations=100)
+        Newton(tolerance=0.001, max_iterations=100, keep_states=False)
     """
     if isinstance(method, Newton):
         return method
