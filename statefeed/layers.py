@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from statefeed import torch_functions
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import FeedbackLike, as_feedback
 from statefeed.feedback.value import check_keyword_only
-from statefeed.paths import extent, is_faster_in_torch, lacks_bf16, reason, way_of
+from statefeed.paths import extent, is_faster_as_a_cell, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import RecurrentStack
 from statefeed.transforms import is_expanded, is_transformed
 
@@ -123,12 +124,34 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        found = None if self._feedback.through_torch else self._torch_function(input, hx)
+        if found is not None:
+            return found
         if self.mode == "LSTM":
             if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
                 raise RuntimeError(_COMPILED_LSTM)
             if not self.proj_size and lacks_bf16(input):
                 return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
+
+    def _torch_function(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any] | None:
+        """Run torch's own functions on a padded batch on a CPU; None if torch.nn's layer must check or do more."""
+        if not isinstance(input, Tensor) or not input.is_cpu or input.dim() != 3 or torch.compiler.is_compiling():
+            return None
+        if torch.compiler.is_exporting() or is_transformed() or is_expanded(self._weight("weight_hh_l0")):
+            return None
+        way = way_of(self.mode, input, self.proj_size > 0)
+        if way is None:
+            return None
+        steps, sequences = extent(input, self.batch_first)
+        if hx is not None and isinstance(hx, Tensor) == (self.mode == "LSTM"):
+            return None
+        state = self._zeros(input, sequences) if hx is None else self._as_state(hx)
+        if not self._fits(input, state):
+            return None
+        run = torch_functions.step if steps == 1 and is_faster_as_a_cell(way, sequences) else torch_functions.sequence
+        y, final = run(self, input, state, [self._weights_of(layer) for layer in range(self.num_layers)])
+        return y, self._as_hx(final)
 
     def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """Run torch's path without the enabled autocast, and return results in the dtype of that autocast."""
@@ -147,7 +170,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
             return False
         rows, batch = self._feedback_rows, x.shape[0 if self.batch_first else 1]
-        return all(s.shape == (rows, batch, width) for s, width in zip(state, self._state_widths, strict=True))
+        return [s.shape for s in state] == [(rows, batch, width) for width in self._state_widths]
 
 
 def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:

@@ -147,11 +147,7 @@ class RecurrentStack(FeedbackLayer):
             x, hx, unbatched = self._batched(input, hx)
             time, batch = (1, 0) if self.batch_first else (0, 1)
             layout = Layout(x.shape[time], x.shape[batch])
-        if hx is None:
-            shape = (self._feedback_rows, layout.B)
-            state = tuple(torch.zeros((*shape, width), dtype=x.dtype, device=x.device) for width in self._state_widths)
-        else:
-            state = _permute(self._as_state(hx), sorted_indices)
+        state = self._zeros(x, layout.B) if hx is None else _permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
         if x.is_complex() and not (self._feedback.exact and self._newton is None):
             raise ValueError(complex_reason(self._feedback, x.dtype))
@@ -169,6 +165,11 @@ class RecurrentStack(FeedbackLayer):
             y = y.squeeze(0 if self.batch_first else 1)
             final = tuple(s.squeeze(1) for s in final)
         return y, self._as_hx(final)
+
+    def _zeros(self, x: Tensor, sequences: int) -> State:
+        """An initial state of zeros, in the dtype of the input."""
+        shape = (self._feedback_rows, sequences)
+        return tuple(torch.zeros((*shape, width), dtype=x.dtype, device=x.device) for width in self._state_widths)
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
         """The backend that runs this call, selected once for all layers; None if torch's own layer runs it."""
