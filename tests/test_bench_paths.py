@@ -29,6 +29,11 @@ def test_every_form_is_written_as_a_record(tmp_path, capsys, monkeypatch):
     assert code == int(any(r["slower"] for r in records))
     assert {("torch.nn" in r["path"], r["T"]) for r in records} == {(True, 1), (False, 30)}
     assert all({"bptt", "kernels", "torch.nn as shipped"} <= r["ms"].keys() for r in records)
+    for record in records:
+        settings = {name.removeprefix("torch.nn ") for name in record["ms"] if name.startswith("torch.nn")}
+        ours = {name.removeprefix("bptt ") for name in record["ms"] if name.startswith("bptt")}
+        assert ours == ({"bptt"} | settings - {"as shipped"} if "torch.nn" in record["path"] else {"bptt"})
+        assert record["times_faster"].keys() == {"bptt", "bptt as shipped", "kernels"}
     assert all(r["threads"] == 1 and r["command"].startswith("python -m statefeed.bench.paths") for r in records)
     assert f"of {len(records)} cases are slower" in capsys.readouterr().out
 

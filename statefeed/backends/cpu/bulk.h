@@ -247,10 +247,19 @@ struct Transpose {
 
   int64_t items() const { return panel_count(units, L); }
   void run(int64_t item) const {
-    const int64_t first = item * L, last = std::min<int64_t>(first + L, units);
-    for (int64_t i = 0; i < inputs; ++i) {
-      __builtin_prefetch(from + (i + 16) * stride + first);  // past the end a prefetch does no harm
-      for (int64_t u = first; u < last; ++u) out[u * inputs + i] = from[i * stride + u];
+    const int64_t first = item * L;
+    const int inside = static_cast<int>(std::min<int64_t>(L, units - first));
+    for (int64_t i = 0; i < inputs; i += L) {
+      const int64_t rows = std::min<int64_t>(L, inputs - i);
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < L; ++k) {
+        const T* row = from + (i + k) * stride + first;
+        __builtin_prefetch(row + L * stride);  // past the end a prefetch does no harm
+        square[k] = k < rows ? load(row, inside) : Vector<T>{};
+      }
+      transpose<T>(square);
+      for (int64_t u = 0; u < inside; ++u) store(out + (first + u) * inputs + i, square[u], static_cast<int>(rows));
     }
   }
 };

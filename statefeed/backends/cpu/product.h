@@ -71,22 +71,36 @@ struct PackedWeights {
   int64_t size() const { return blocks * panels() * panel_size(); }
 
   void run(int64_t item) const {
-    const int64_t block = item / panels(), first = item % panels() * width(), inside = std::min(width(), units - first);
+    const int64_t first = item % panels() * width();
     packed_t* at = to + item * panel_size();
+    by_columns ? pack_columns(item / panels(), first, at) : pack_rows(item / panels(), first, at);
+    std::fill(at + panel_count(depth, P::k_pack) * gates * width(), to + (item + 1) * panel_size(), packed_t(0));
+  }
+
+ private:
+  void pack_columns(int64_t block, int64_t first, packed_t* at) const {
     for (int64_t k = 0; k < depth; k += P::k_pack)
-      for (int64_t g = 0; g < gates; ++g, at += width()) {
-        if (by_columns) {
-          for (int64_t u = 0; u < width(); u += lanes<T>)
-            store(at + u, pack_row_vector<P>(w + (block * depth + k) * units + first + u, units, depth - k,
-                                             static_cast<int>(std::clamp<int64_t>(inside - u, 0, lanes<T>))));
-        } else {
-          const T* row = w + ((g * blocks + block) * units + first) * depth + k;
-          for (int64_t u = 0; u < inside; ++u)
-            at[u] = P::pack2(row[u * depth], k + 1 < depth ? row[u * depth + 1] : T(0));
-          std::fill(at + inside, at + width(), packed_t(0));
+      for (int64_t u = 0; u < width(); u += lanes<T>, at += lanes<T>)
+        store(at, pack_row_vector<P>(w + (block * depth + k) * units + first + u, units, depth - k,
+                                     static_cast<int>(std::clamp<int64_t>(units - first - u, 0, lanes<T>))));
+  }
+  void pack_rows(int64_t block, int64_t first, packed_t* at) const {
+    constexpr int L = lanes<packed_t>;
+    const int64_t packed = panel_count(depth, P::k_pack);
+    for (int64_t g = 0; g < gates; ++g)
+      for (int64_t u = 0; u < width(); u += L, at += L) {
+        const T* row = w + ((g * blocks + block) * units + first + u) * depth;
+        const int64_t rows = units - first - u;
+        for (int64_t k = 0; k < packed; k += L) {
+          Vector<packed_t> square[L];
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i)
+            square[i] = i < rows ? P::pack_neighbors(row + i * depth + k * P::k_pack, depth - k * P::k_pack)
+                                 : Vector<packed_t>{};
+          transpose<packed_t>(square);
+          for (int64_t j = 0; j < std::min<int64_t>(L, packed - k); ++j) store(at + (k + j) * gates * width(), square[j]);
         }
       }
-    std::fill(at, to + (item + 1) * panel_size(), packed_t(0));
   }
 };
 

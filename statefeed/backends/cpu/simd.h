@@ -2,8 +2,11 @@
 // in the last place.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace statefeed {
 
@@ -73,6 +76,34 @@ template <class T>
 inline void store(T* to, Vector<T> value, int count) {
   if (__builtin_expect(count == lanes<T>, 1)) return store(to, value);
   std::memcpy(to, &value, sizeof(T) * static_cast<size_t>(count));
+}
+
+// Lanes of a, counted from 0, and of b, counted from lanes<T>.
+template <class T, size_t... lane>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return __builtin_shuffle(a, b, Vector<Index>{lane...});
+#endif
+}
+
+// Swaps the lanes of `upper` with a set bit `apart` and those of `lower` without it.
+template <class T, size_t apart, size_t... i>
+inline void exchange(Vector<T>& upper, Vector<T>& lower, std::index_sequence<i...>) {
+  const Vector<T> above = upper;
+  upper = shuffle<T, (i & apart ? lanes<T> + i - apart : i)...>(above, lower);
+  lower = shuffle<T, (i & apart ? lanes<T> + i : i + apart)...>(above, lower);
+}
+
+// A square of lanes<T> rows in place: swaps its off-diagonal quarters, then those of each quarter, and so on.
+template <class T, size_t apart = lanes<T> / 2>
+inline void transpose(Vector<T>* square) {
+#pragma GCC unroll 16
+  for (size_t i = 0; i < lanes<T>; ++i)
+    if (!(i & apart)) exchange<T, apart>(square[i], square[i + apart], std::make_index_sequence<lanes<T>>());
+  if constexpr (apart > 1) transpose<T, apart / 2>(square);
 }
 
 constexpr double reciprocal_factorial(int k) { return k < 2 ? 1.0 : reciprocal_factorial(k - 1) / k; }

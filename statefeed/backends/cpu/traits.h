@@ -35,9 +35,9 @@ concept ProductTraits =
       { P::multiply_add(values, vector, vector) } -> std::same_as<Vector<typename P::value_t>>;
       // rows of `stride` values as rows of packed_t; sets their stride. Throws OutOfMemory.
       { P::pack_rows(from, int64_t{}, int64_t{}, stride) } -> std::same_as<const typename P::packed_t*>;
-      // two neighbors of the depth (k_pack 1: the first)
-      { P::pack2(value, value) } -> std::same_as<typename P::packed_t>;
-      // the same for vectors, lane by lane
+      // lanes<packed_t> packed neighbors of the depth, of which the second argument says how many values there are
+      { P::pack_neighbors(from, int64_t{}) } -> std::same_as<Vector<typename P::packed_t>>;
+      // two neighbors of the depth (k_pack 1: the first), lane by lane
       { P::pack2_vectors(values, values) } -> std::same_as<Vector<typename P::packed_t>>;
       P::store_pair(packed, values, values);   // 2 * lanes neighbors of a packed row, as values
       P::load_pair(row, values, values);       // its inverse
@@ -55,7 +55,9 @@ struct Plain {
   struct TileConfigGuard {};
   static Vector<T> multiply_add(Vector<T> sum, Vector<T> x, Vector<T> w) { return sum + x * w; }
   static const packed_t* pack_rows(const T* from, int64_t, int64_t, int64_t&) { return from; }
-  static packed_t pack2(T first, T) { return first; }
+  static Vector<packed_t> pack_neighbors(const T* from, int64_t inside) {
+    return load(from, static_cast<int>(std::min<int64_t>(inside, lanes<T>)));
+  }
   static Vector<T> pack2_vectors(Vector<T> first, Vector<T>) { return first; }
   static void store_pair(packed_t* to, Vector<T> first, Vector<T> second) {
     store(to, first), store(to + lanes<T>, second);
@@ -86,7 +88,6 @@ struct Bf16 {
     std::memcpy(&bits, &value, sizeof bits);
     return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
-  static packed_t pack2(float first, float second) { return (to_bf16(first) >> 16) | (to_bf16(second) & 0xffff0000u); }
   static Vector<packed_t> lane() {
     Vector<packed_t> number{};
     for (int i = 0; i < 16; ++i) number[i] = static_cast<packed_t>(i);
@@ -115,10 +116,14 @@ struct Bf16 {
     first = (Vector<packed_t>)_mm512_permutex2var_epi16(a, (__m512i)alternate, b);
     second = (Vector<packed_t>)_mm512_permutex2var_epi16(a, (__m512i)(alternate + 0x00100010u), b);
   }
+  static Vector<packed_t> pack_neighbors(const float* from, int64_t inside) {
+    if (inside <= 16) return to_bf16(load(from, static_cast<int>(inside)), Vector<float>{});
+    return to_bf16(load(from), load(from + 16, static_cast<int>(std::min<int64_t>(inside - 16, 16))));
+  }
   static void pack_row(const float* row, int64_t depth, packed_t* to) {
-    int64_t k = 0;
-    for (; k + 32 <= depth; k += 32) store(to + k / 2, to_bf16(load(row + k), load(row + k + 16)));
-    for (; k < depth; k += 2) to[k / 2] = pack2(row[k], k + 1 < depth ? row[k + 1] : 0.0f);
+    for (int64_t k = 0; k < depth; k += 32)
+      store(to + k / 2, pack_neighbors(row + k, depth - k),
+            static_cast<int>(std::min<int64_t>((depth - k + 1) / 2, 16)));
   }
   static const packed_t* pack_rows(const float* from, int64_t count, int64_t depth, int64_t& stride) {
     const int64_t pairs = (depth + 1) / 2;
@@ -167,22 +172,7 @@ struct Amx : Bf16 {
     stride = to_stride;
     return to;
   }
-  // Swaps the off-diagonal quarters, then those of each quarter, and so on.
-  static void transpose(Vector<packed_t>* square) {
-#pragma GCC unroll 4
-    for (packed_t apart = tile_rows / 2; apart; apart /= 2) {
-      const Vector<packed_t> right = (Vector<packed_t>)((lane() & apart) != 0);
-      const Vector<packed_t> upper = lane() + (right & (tile_rows - apart));
-      const Vector<packed_t> lower = lane() + ((~right & apart) | (right & tile_rows));
-#pragma GCC unroll 16
-      for (packed_t i = 0; i < tile_rows; ++i) {
-        if (i & apart) continue;
-        const __m512i above = (__m512i)square[i], below = (__m512i)square[i + apart];
-        square[i] = (Vector<packed_t>)_mm512_permutex2var_epi32(above, (__m512i)upper, below);
-        square[i + apart] = (Vector<packed_t>)_mm512_permutex2var_epi32(above, (__m512i)lower, below);
-      }
-    }
-  }
+  static void transpose(Vector<packed_t>* square) { statefeed::transpose<packed_t>(square); }
 };
 static_assert(ProductTraits<Amx>);
 #endif
