@@ -1,10 +1,10 @@
 """``statefeed bench memory``: peak memory of one layer's forward and backward pass.
 
 The operating system's count is used, so that memory of kernels, libraries and allocators is included. Every number
-comes from a new process. It runs two warm-up steps, releases free memory, resets its high-water mark (VmHWM, Linux),
-runs forward and backward once, and reads how far the mark has grown. On a GPU the number is the growth of torch's own
-high-water mark. Input and output gradient are allocated before; outputs, values saved for the backward pass, and all
-gradients count.
+comes from a new process. It runs a small layer, which loads all libraries, releases free memory, resets its
+high-water mark (VmHWM, Linux), runs forward and backward once, and reads how far the mark has grown. On a GPU the
+number is the growth of torch's own high-water mark. Input and output gradient are allocated before; outputs, values
+saved for the backward pass, all gradients, and memory that kernels keep for the next call count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-_WARM_UP_STEPS = 2
+_WARM_UP = Shape(64, 8, 8)  # of a few steps, torch's own layer would run instead of the kernels
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
@@ -98,9 +98,9 @@ def measure(task: str) -> None:
     """
     cell, shape, dtype, device, rules, contender, threads = json.loads(task)
     torch.set_num_threads(threads)
-    case = Case(cell, Shape(*shape), dtype, device)
-    entry = contenders(case, rules_of(cell, rules), [usual(case.device, case.dtype)])[contender]
-    entry.once(case.data(_WARM_UP_STEPS))
+    small, case = Case(cell, _WARM_UP, dtype, device), Case(cell, Shape(*shape), dtype, device)
+    warm_up, entry = (contenders(c, rules_of(cell, rules), [usual(device, dtype)])[contender] for c in (small, case))
+    warm_up.once(small.data())
     data = case.data()
     gc.collect()
     if device == "cuda":
