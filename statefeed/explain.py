@@ -17,7 +17,7 @@ from statefeed.timing import Timing, time_rules
 
 # Matrix products relative to exact BPTT above which a rule is not expected to be faster.
 _TOO_MANY_PRODUCTS = 1.5
-TORCHS_PATH = "torch.nn's own path"
+_TORCHS_PATH = "torch.nn's own path"
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     if rule.exact and reason is not None and in_torch:
         result = Explanation(
             str(rule),
-            TORCHS_PATH,
-            TORCHS_PATH,
+            _TORCHS_PATH,
+            _TORCHS_PATH,
             reason,
             inputs + hidden + projection,
             bptt,
@@ -266,5 +266,5 @@ def _timed(result: Explanation, layer: RecurrentStack, x: Tensor | PackedSequenc
         timings=timings.rules,
         other_load=timings.other_load,
         # On torch.nn's own path both times are of the same kernels.
-        warning=None if result.backward == TORCHS_PATH else timings.conclusion(layer.feedback.exact),
+        warning=None if result.backward == _TORCHS_PATH else timings.conclusion(layer.feedback.exact),
     )

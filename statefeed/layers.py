@@ -15,7 +15,7 @@ from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import FeedbackLike, as_feedback
 from statefeed.feedback.value import check_keyword_only
 from statefeed.paths import extent, is_faster_as_a_cell, is_faster_in_torch, lacks_bf16, reason, way_of
-from statefeed.stack import RecurrentStack
+from statefeed.stack import Path, RecurrentStack
 from statefeed.transforms import is_expanded, is_transformed
 
 _TORCHSCRIPT = (
@@ -93,30 +93,32 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         """Why torch's own layer runs a call on this input, even if kernels support it; None if a backend may run it."""
         if self._feedback.through_torch:
             return '"torch" selects torch\'s own layer'
-        if not self._runs_in_torch(input):
+        if self._in_torch(input) is None:
             return None
         way = None if is_transformed() else way_of(self.mode, input, self.proj_size > 0)
         if way is None or torch.compiler.is_exporting():
             return "torch.export, traces and torch.func without autograd have torch's own layer"
         return reason(way, *extent(input, self.batch_first), self.hidden_size)
 
-    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
-        """Whether torch's own layer runs a call; a fraction of a small layer's time, so without words."""
+    def _in_torch(self, input: Tensor | PackedSequence) -> Path | None:
+        # Without words, because it takes a part of a small layer's time.
         if self._feedback.through_torch:
-            return True
+            return self._torch_path
         if self._newton is not None:
-            return False
+            return None
         if torch.compiler.is_exporting():
-            return True
+            return self._torch_path
         if is_transformed():
-            return not torch.is_grad_enabled() and not self._layer_by_layer
+            return None if torch.is_grad_enabled() or self._layer_by_layer else self._torch_path
         # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
         if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-            return False
+            return None
         # The answers of torch.compile and of ExpandedWeights do not depend on the shape.
         if torch.compiler.is_compiling() or not self.is_faster_in_torch(input):
-            return False
-        return not is_expanded(self._weight("weight_hh_l0"))
+            return None
+        if is_expanded(self._weight("weight_hh_l0")):
+            return None
+        return self._torch_path if isinstance(input, PackedSequence) or input.dim() != 3 else self._torch_function
 
     def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
         """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
@@ -124,9 +126,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return way is not None and is_faster_in_torch(way, *extent(input, self.batch_first), self.hidden_size)
 
     def _torch_path(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        found = None if self._feedback.through_torch else self._torch_function(input, hx)
-        if found is not None:
-            return found
+        """The forward pass of torch.nn's layer."""
         if self.mode == "LSTM":
             if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
                 raise RuntimeError(_COMPILED_LSTM)
@@ -134,23 +134,19 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
                 return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
-    def _torch_function(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any] | None:
-        """Run torch's own functions on a padded batch on a CPU; None if torch.nn's layer must check or do more."""
-        if not isinstance(input, Tensor) or not input.is_cpu or input.dim() != 3 or torch.compiler.is_compiling():
-            return None
-        if torch.compiler.is_exporting() or is_transformed() or is_expanded(self._weight("weight_hh_l0")):
-            return None
-        way = way_of(self.mode, input, self.proj_size > 0)
-        if way is None:
-            return None
+    def _torch_function(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
+        """The same on a padded batch on a CPU by torch's functions; torch.nn's layer runs what does not fit."""
         steps, sequences = extent(input, self.batch_first)
         if hx is not None and isinstance(hx, Tensor) == (self.mode == "LSTM"):
-            return None
-        state = self._zeros(input, sequences) if hx is None else self._as_state(hx)
-        if not self._fits(input, state):
-            return None
-        run = torch_functions.step if steps == 1 and is_faster_as_a_cell(way, sequences) else torch_functions.sequence
-        y, final = run(self, input, state, [self._weights_of(layer) for layer in range(self.num_layers)])
+            return self._torch_path(input, hx)
+        state = () if hx is None else self._as_state(hx)
+        if not self._fits(input, state, sequences):
+            return self._torch_path(input, hx)
+        weights = [self._weights_of(layer) for layer in range(self.num_layers)]
+        if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(input, sequences)):
+            y, final = torch_functions.step(self, input, state or None, weights)
+        else:
+            y, final = torch_functions.sequence(self, input, state or self._zeros(input, sequences), weights)
         return y, self._as_hx(final)
 
     def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
@@ -162,15 +158,19 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
-        if batch_sizes is not None or not self._fits(x, state):
+        if batch_sizes is not None or not self._fits(x, state, x.shape[0 if self.batch_first else 1]):
             self.check_forward_args(x, self._as_hx(state), batch_sizes)
 
-    def _fits(self, x: Tensor, state: State) -> bool:
-        """Whether a padded batch is as torch's check wants it, in a third of its time."""
+    def _fits(self, x: Tensor, state: State, sequences: int) -> bool:
+        """Whether a padded batch, and its initial state if there is one, are as torch's check wants them."""
         if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
             return False
-        rows, batch = self._feedback_rows, x.shape[0 if self.batch_first else 1]
-        return [s.shape for s in state] == [(rows, batch, width) for width in self._state_widths]
+        if not state:
+            return True
+        rows, widths = self._feedback_rows, self._state_widths
+        return len(state) == len(widths) and all(
+            s.shape == (rows, sequences, width) for s, width in zip(state, widths, strict=True)
+        )
 
 
 def _to(input: Tensor | PackedSequence, dtype: torch.dtype) -> Tensor | PackedSequence:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,8 @@ from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 from statefeed.user_warning import warn
+
+Path: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]  # from input and initial state to outputs and final state
 
 # With torch 2.10 and 2.11 a compiled layer with two directions computes a wrong gradient of its input.
 _COMPILES = torch.__version__ >= "2.13"
@@ -123,8 +126,9 @@ class RecurrentStack(FeedbackLayer):
 
         Segments call this method and not ``forward``, so that the ``forward`` of a subclass runs once per call.
         """
-        if self._runs_in_torch(input):
-            return self._torch_path(input, hx)
+        in_torch = self._in_torch(input)
+        if in_torch is not None:
+            return in_torch(input, hx)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
         if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
@@ -168,8 +172,8 @@ class RecurrentStack(FeedbackLayer):
 
     def _zeros(self, x: Tensor, sequences: int) -> State:
         """An initial state of zeros, in the dtype of the input."""
-        shape = (self._feedback_rows, sequences)
-        return tuple(torch.zeros((*shape, width), dtype=x.dtype, device=x.device) for width in self._state_widths)
+        rows = self._feedback_rows
+        return tuple([x.new_zeros(rows, sequences, width) for width in self._state_widths])
 
     def _backend(self, input: Tensor | PackedSequence, hx: Any, weights: list[list[Tensor]]) -> str | None:
         """The backend that runs this call, selected once for all layers; None if torch's own layer runs it."""
@@ -178,9 +182,9 @@ class RecurrentStack(FeedbackLayer):
         tensors = (x, *state, *(w for layer_weights in weights for w in layer_weights))
         return choose(self.feedback_cell, tensors, self._feedback.exact, self._newton is not None).name
 
-    def _runs_in_torch(self, input: Tensor | PackedSequence) -> bool:
-        """Whether torch's own layer runs a call, whatever the backends support."""
-        return False
+    def _in_torch(self, input: Tensor | PackedSequence) -> Path | None:
+        """What runs a call in torch, whatever the backends support; None if a backend may run it."""
+        return None
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call on this input.

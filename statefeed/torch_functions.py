@@ -45,27 +45,33 @@ def sequence(layer: nn.RNNBase, x: Tensor, state: State, weights: Sequence[Seque
     return y, tuple(final)
 
 
-def step(layer: nn.RNNBase, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
+def step(
+    layer: nn.RNNBase, x: Tensor, state: State | None, weights: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, State]:
     """Outputs and final state of one step, by the function of the cell; arguments and results as for ``sequence``.
 
-    A layer with projections has no such function.
+    A layer with projections has no such function. The state None is zeros.
     """
-    time, cell = (1 if layer.batch_first else 0), _CELLS[layer.mode]
+    time, cell, is_lstm = (1 if layer.batch_first else 0), _CELLS[layer.mode], layer.mode == "LSTM"
     directions = 2 if layer.bidirectional else 1
-    if layer.mode == "LSTM" and torch.is_autocast_enabled("cpu"):  # which casts the state of the layer, not of the cell
-        state = tuple(s.to(torch.get_autocast_dtype("cpu")) for s in state)
     rows, final = x.squeeze(time), []
+    zeros = rows.new_zeros(len(rows), layer.hidden_size) if state is None else None
+    if is_lstm and torch.is_autocast_enabled("cpu"):  # which casts the state of the layer, not of the cell
+        dtype = torch.get_autocast_dtype("cpu")
+        zeros = None if zeros is None else zeros.to(dtype)
+        state = None if state is None else tuple(s.to(dtype) for s in state)
     for k, layer_weights in enumerate(weights):
         if k and layer.dropout and layer.training:
             rows = F.dropout(rows, layer.dropout)
         each = len(layer_weights) // directions
         done = []
         for direction in range(directions):
-            initial = [s[k * directions + direction] for s in state]
             own = layer_weights[direction * each : (direction + 1) * each]
-            after = cell(rows, initial, *own) if layer.mode == "LSTM" else (cell(rows, initial[0], *own),)
-            done.append(after)
+            initial = [zeros, zeros] if state is None else [s[k * directions + direction] for s in state]
+            done.append(cell(rows, initial, *own) if is_lstm else (cell(rows, initial[0], *own),))
         rows = done[0][0] if directions == 1 else torch.cat([h for h, *_ in done], -1)
         final += done
-    # Copies, because a change of y in place must not change the final state.
-    return rows.unsqueeze(time), tuple(torch.stack(part) for part in zip(*final, strict=True))
+    # A copy of h, because a change of y in place must not change the final state.
+    h, *others = zip(*final, strict=True)
+    c = tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in others)
+    return rows.unsqueeze(time), (torch.stack(h), *c)

@@ -24,7 +24,7 @@ LEVELS = [
     {"backends"},
     {"transforms", "newton"},
     {"recurrence"},
-    {"mixin", "paths"},
+    {"mixin", "paths", "torch_functions"},
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"slstm", "conversions"},

@@ -43,8 +43,9 @@ def torchs(monkeypatch):
     """Records the calls that torch's own layers run."""
     ran = []
     for layer in LAYERS.values():
-        path = layer._torch_path
-        monkeypatch.setattr(layer, "_torch_path", lambda self, *a, path=path: ran.append(a) or path(self, *a))
+        for name in ("_torch_path", "_torch_function"):
+            path = getattr(layer, name)
+            monkeypatch.setattr(layer, name, lambda self, *a, path=path: ran.append(a) or path(self, *a))
     return ran
 
 
