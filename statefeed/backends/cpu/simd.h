@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace statefeed {
 
 #if defined(__AVX512F__)
@@ -108,12 +112,31 @@ inline void transpose(Vector<T>* square) {
 
 constexpr double reciprocal_factorial(int k) { return k < 2 ? 1.0 : reciprocal_factorial(k - 1) / k; }
 
-template <class T, int K>
-inline Vector<T> taylor(Vector<T> r) {  // sum over j >= K of r^(j-K) / j!
-  if constexpr (K == Format<T>::degree)
+// sum over j from K to Format<T>::degree of r^(j-K) / j!, in halves that do not wait for each other. `powers` are r, r^2,
+// r^4, ...
+template <class T, int K, int terms = Format<T>::degree - K + 1>
+inline Vector<T> taylor(const Vector<T>* powers) {
+  if constexpr (terms == 1) {
     return splat(static_cast<T>(reciprocal_factorial(K)));
+  } else {
+    constexpr int half = terms > 8 ? 8 : terms > 4 ? 4 : terms > 2 ? 2 : 1, power = half > 4 ? 3 : half > 2 ? 2 : half / 2;
+    return taylor<T, K, half>(powers) + powers[power] * taylor<T, K + half, terms - half>(powers);
+  }
+}
+
+// min(max(x, -limit), limit), and NaN stays NaN.
+template <class T>
+inline Vector<T> clamp(Vector<T> x, T limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), (__m512)x));
   else
-    return static_cast<T>(reciprocal_factorial(K)) + r * taylor<T, K + 1>(r);
+    return (Vector<T>)_mm512_max_pd(_mm512_set1_pd(-limit), _mm512_min_pd(_mm512_set1_pd(limit), (__m512d)x));
+#else
+  const Vector<T> high = splat(limit), low = splat(-limit);
+  x = high < x ? high : x;
+  return low > x ? low : x;
+#endif
 }
 
 // exp(x) = power * (1 + fraction); x is clamped where power would leave the normal numbers, and NaN stays NaN.
@@ -121,15 +144,16 @@ template <class T>
 inline void split_exp(Vector<T> x, Vector<T>& power, Vector<T>& fraction) {
   using F = Format<T>;
   typedef typename F::Bits Bits __attribute__((vector_size(vector_bytes)));
-  const Vector<T> high = splat(F::exp_limit), low = splat(-F::exp_limit);
-  x = high < x ? high : x;  // in these words they are one instruction each, and NaN stays NaN
-  x = low > x ? low : x;
+  x = clamp<T>(x, F::exp_limit);
   const Vector<T> shifted = x * static_cast<T>(1.4426950408889634074) + F::round;
   const Vector<T> n = shifted - F::round;
   const Vector<T> r = (x - n * F::ln2_high) - n * F::ln2_low;
   const typename F::Bits one = static_cast<typename F::Bits>(F::bias) << F::mantissa;
   power = (Vector<T>)(((Bits)shifted << F::mantissa) + one);
-  fraction = r + (r * r) * taylor<T, 2>(r);
+  Vector<T> powers[4] = {r, r * r};
+  powers[2] = powers[1] * powers[1];
+  powers[3] = powers[2] * powers[2];  // for double only
+  fraction = r + powers[1] * taylor<T, 2>(powers);
 }
 
 template <class T>
@@ -167,9 +191,7 @@ inline Vector<T> log_sigmoid(Vector<T> x, Vector<T>& slope) {
 template <class T>
 inline Vector<T> tanh(Vector<T> x) {
   Vector<T> power, fraction;
-  const Vector<T> high = splat(static_cast<T>(20)), low = splat(static_cast<T>(-20));
-  x = high < x ? high : x;
-  x = low > x ? low : x;
+  x = clamp<T>(x, 20);
   split_exp<T>(x + x, power, fraction);
   const Vector<T> minus_one = power * fraction + (power - static_cast<T>(1));
   return minus_one / (minus_one + static_cast<T>(2));
