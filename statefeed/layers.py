@@ -142,11 +142,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         state = () if hx is None else self._as_state(hx)
         if not self._fits(input, state, sequences):
             return self._torch_path(input, hx)
-        weights = [self._weights_of(layer) for layer in range(self.num_layers)]
-        if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(input, sequences)):
-            y, final = torch_functions.step(self, input, state or None, weights)
-        else:
-            y, final = torch_functions.sequence(self, input, state or self._zeros(input, sequences), weights)
+        as_cell = steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(input, sequences))
+        y, final = (torch_functions.step if as_cell else torch_functions.sequence)(self, input, state or None)
         return y, self._as_hx(final)
 
     def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:

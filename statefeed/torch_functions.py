@@ -6,7 +6,8 @@ small layer, and its function for whole sequences takes longer for one step than
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,28 +30,49 @@ _CELLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def sequence(layer: nn.RNNBase, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
+@functools.cache
+def _weight_names(biased: bool, projected: bool, layers: int, bidirectional: bool) -> list[list[str]]:
+    """Per layer the names of the forward direction, then those of the reverse direction."""
+    kinds = [
+        "weight_ih",
+        "weight_hh",
+        *(["bias_ih", "bias_hh"] if biased else []),
+        *(["weight_hr"] if projected else []),
+    ]
+    directions = ["", "_reverse"] if bidirectional else [""]
+    return [[f"{kind}_l{k}{direction}" for direction in directions for kind in kinds] for k in range(layers)]
+
+
+def _weights_of(layer: nn.RNNBase) -> list[list[Tensor]]:
+    """Per layer the weights of the forward direction, then those of the reverse direction."""
+    parameters: dict[str, Any] = layer._parameters  # as an attribute each costs a microsecond; a parametrized one is no parameter
+    names = _weight_names(layer.bias, layer.proj_size > 0, layer.num_layers, layer.bidirectional)
+    return [[parameters[name] if name in parameters else getattr(layer, name) for name in each] for each in names]
+
+
+def sequence(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, State]:
     """Outputs and final state of all layers in one call.
 
     Args:
-        layer: its settings, such as ``dropout`` and ``training``.
+        layer: its weights, and its settings, such as ``dropout`` and ``training``.
         x: the input, of the shape that the layer takes as a padded batch.
-        state: initial state, (L * directions, B, width) per part.
-        weights: per layer, those of the forward direction, then those of the reverse direction.
+        state: initial state, (L * directions, B, width) per part; None is zeros.
     """
+    if state is None:
+        rows, sequences = layer.num_layers * (2 if layer.bidirectional else 1), x.shape[0 if layer.batch_first else 1]
+        zeros = x.new_zeros(rows, sequences, layer.hidden_size)
+        state = (x.new_zeros(rows, sequences, layer.proj_size) if layer.proj_size else zeros, zeros)
     hx = state if layer.mode == "LSTM" else state[0]
-    flat = [weight for layer_weights in weights for weight in layer_weights]
+    flat = [weight for weights in _weights_of(layer) for weight in weights]
     settings = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first)
     y, *final = _LAYERS[layer.mode](x, hx, flat, *settings)
     return y, tuple(final)
 
 
-def step(
-    layer: nn.RNNBase, x: Tensor, state: State | None, weights: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, State]:
+def step(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, State]:
     """Outputs and final state of one step, by the function of the cell; arguments and results as for ``sequence``.
 
-    A layer with projections has no such function. The state None is zeros.
+    A layer with projections has no such function.
     """
     time, cell, is_lstm = (1 if layer.batch_first else 0), _CELLS[layer.mode], layer.mode == "LSTM"
     directions = 2 if layer.bidirectional else 1
@@ -60,7 +82,7 @@ def step(
         dtype = torch.get_autocast_dtype("cpu")
         zeros = None if zeros is None else zeros.to(dtype)
         state = None if state is None else tuple(s.to(dtype) for s in state)
-    for k, layer_weights in enumerate(weights):
+    for k, layer_weights in enumerate(_weights_of(layer)):
         if k and layer.dropout and layer.training:
             rows = F.dropout(rows, layer.dropout)
         each = len(layer_weights) // directions
