@@ -3,7 +3,6 @@
 The table holds, by cell and by how torch computes, ranges of shapes where torch's own layer took less time than the
 kernels in `python -m statefeed.bench.paths`, in training or without autograd. Its borders were drawn for one layer and
 direction with as many inputs as units on a Zen 5, and compared with the records of Zen 4 and Xeon in `results/bench`.
-They are the same for every number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _FEW = 4  # sequences
 
 
 class Range(NamedTuple):
-    """A range of shapes: the most steps, sequences, units and states (steps x sequences x units).
+    """A range of shapes: the most steps, sequences, units, states (steps x sequences x units) and threads.
 
     ``few`` bounds the sequences from above, ``many`` from below; ``least`` bounds the states from below.
     """
@@ -32,6 +31,7 @@ class Range(NamedTuple):
     units: int = _ANY
     states: int = _ANY
     least: int = 0
+    threads: int = _ANY
 
 
 class Way(NamedTuple):
@@ -53,9 +53,14 @@ class Way(NamedTuple):
     projected: bool = False
 
 
-# A range of few steps costs the kernels more per call than it saves per step.
+# A range of few steps costs the kernels more per call than it saves per step. Their threads cost less than torch's.
 _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
-    Way("rnn"): (Range(4, _FEW), Range(3, states=1 << 14)),
+    Way("rnn"): (
+        Range(4, _FEW),
+        Range(2, states=1 << 14),
+        Range(3, states=1 << 14, threads=1),
+        Range(4, states=1 << 12, threads=1),
+    ),
     Way("rnn", packed=True): (Range(8, _FEW), Range(5)),
     Way("gru"): (Range(2, _FEW),),
     Way("gru", packed=True): (Range(4, _FEW), Range(3)),
@@ -64,14 +69,22 @@ _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
     Way("lstm", projected=True): (Range(5, _FEW),),
     Way("lstm", packed=True, projected=True): (Range(5, _FEW),),
     # Large batches go through oneDNN's LSTM at the rate of the kernels, until its buffers leave the cache.
-    Way("lstm", onednn=True): (Range(12, _FEW, units=128), Range(48, many=_FEW + 1, states=1 << 18)),
-    Way("lstm", bf16=True, onednn=True): (Range(100, many=_FEW + 1, states=1 << 19, least=1 << 15),),
+    Way("lstm", onednn=True): (
+        Range(12, _FEW, units=128),
+        Range(6, many=_FEW + 1, states=1 << 18),
+        Range(48, many=_FEW + 1, states=1 << 18, threads=1),
+    ),
+    Way("lstm", bf16=True, onednn=True): (
+        Range(100, many=_FEW + 1, states=1 << 19, least=1 << 15, threads=1),
+        Range(100, many=_FEW + 1, states=1 << 19, least=1 << 18),
+        Range(32, many=65, states=1 << 20, least=1 << 19),
+    ),
 }
 _LONGEST = max(r.steps for ranges in _FASTER_IN_TORCH.values() for r in ranges)
 
 
 def is_faster_in_torch(way: Way, steps: int, sequences: int, units: int) -> bool:
-    """Whether torch's own layer runs a call faster than the kernels, by the table.
+    """Whether torch's own layer runs a call faster than the kernels with torch's number of threads, by the table.
 
     Cost: a microsecond.
 
@@ -89,6 +102,7 @@ def is_faster_in_torch(way: Way, steps: int, sequences: int, units: int) -> bool
             and most.many <= sequences <= most.few
             and units <= most.units
             and most.least <= steps * sequences * units <= most.states
+            and torch.get_num_threads() <= most.threads
         ):
             return True
     return False

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 # Shapes (T, B, H) far from the borders of the table, and whether torch's own layer was faster there.
-KNOWN = [
+KNOWN = [  # with one thread
     ("gru", "float32", False, (1, 64, 256), True),
     ("gru", "float32", False, (2, 1, 64), True),
     ("gru", "float32", False, (2, 16, 64), False),
@@ -24,6 +24,8 @@ KNOWN = [
     ("gru", "bfloat16", False, (4, 16, 64), False),
     ("rnn", "float32", False, (2, 16, 64), True),
     ("rnn", "float32", False, (4, 64, 256), False),
+    ("rnn", "float32", False, (4, 16, 64), True),
+    ("lstm", "bfloat16", False, (32, 256, 128), True),
     ("rnn", "float32", False, (16, 16, 64), False),
     ("rnn", "float32", True, (3, 4, 64), True),
     ("lstm", "float32", False, (8, 16, 64), True),
@@ -49,6 +51,13 @@ def torchs(monkeypatch):
     return ran
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def input_of(shape, packed=False, dtype=torch.float32):
     x = torch.zeros(shape, dtype=dtype)
     lengths = torch.full((shape[1],), shape[0])
@@ -57,7 +66,8 @@ def input_of(shape, packed=False, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("cell", "dtype", "packed", "shape", "expected"), KNOWN)
-def test_the_table_has_what_was_measured(cell, dtype, packed, shape, expected):
+def test_the_table_has_what_was_measured(cell, dtype, packed, shape, expected, threads):
+    threads(1)
     if cell == "lstm" and dtype == "bfloat16" and not onednn_supports_bf16():
         pytest.skip("oneDNN has no bfloat16 here")
     parameters = torch.float64 if dtype == "float64" else torch.float32
@@ -66,6 +76,16 @@ def test_the_table_has_what_was_measured(cell, dtype, packed, shape, expected):
         found = sf.explain(layer, input_of(shape, packed, parameters))
     assert ("torch.nn" in found.forward) == expected
     assert ("faster" in found.why or "one step" in found.why) == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "shape"), [("rnn", (4, 16, 64)), ("lstm", (16, 16, 64)), ("lstm", (32, 16, 64))], ids=str
+)
+def test_several_threads_prefer_the_kernels(cell, shape, threads):
+    layer, x = LAYERS[cell](shape[2], shape[2]), input_of(shape)
+    for count, expected in ((1, True), (2, False)):
+        threads(count)
+        assert ("torch.nn" in sf.explain(layer, x).forward) == expected
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -98,7 +118,7 @@ def test_an_approximate_rule_trains_through_kernels_and_steps_through_torch(cell
 
 
 def test_without_onednn_the_table_of_an_lstm_is_another(monkeypatch):
-    layer, x = sf.LSTM(8, 8), torch.zeros(10, 8, 8)
+    layer, x = sf.LSTM(8, 8), torch.zeros(5, 8, 8)
     assert "torch.nn" in sf.explain(layer, x).forward
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert "torch.nn" not in sf.explain(layer, x).forward
