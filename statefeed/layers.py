@@ -15,7 +15,7 @@ from statefeed.cells import CELLS, Cell, State
 from statefeed.feedback import FeedbackLike, as_feedback
 from statefeed.feedback.value import check_keyword_only
 from statefeed.paths import extent, is_faster_as_a_cell, is_faster_in_torch, lacks_bf16, reason, way_of
-from statefeed.stack import Path, RecurrentStack
+from statefeed.stack import Path, RecurrentStack, permute
 from statefeed.transforms import is_expanded, is_transformed
 
 _TORCHSCRIPT = (
@@ -118,7 +118,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
             return None
         if is_expanded(self._weight("weight_hh_l0")):
             return None
-        return self._torch_path if isinstance(input, PackedSequence) or input.dim() != 3 else self._torch_function
+        return self._torch_function if isinstance(input, PackedSequence) or input.dim() == 3 else self._torch_path
 
     def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
         """Whether a fixed table prefers torch's own layer on an input; a subclass that returns False ignores it."""
@@ -134,17 +134,27 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
                 return self._in_float32(input, hx)
         return super(RecurrentStack, self).forward(input, hx)  # type: ignore[no-any-return]
 
-    def _torch_function(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
-        """The same on a padded batch on a CPU by torch's functions; torch.nn's layer runs what does not fit."""
+    def _torch_function(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        """The same by torch's functions, on a CPU; torch.nn's layer runs what does not fit."""
         steps, sequences = extent(input, self.batch_first)
         if hx is not None and isinstance(hx, Tensor) == (self.mode == "LSTM"):
             return self._torch_path(input, hx)
         state = () if hx is None else self._as_state(hx)
-        if not self._fits(input, state, sequences):
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+            state = permute(state, sorted_indices)
+        else:
+            x, batch_sizes = input, None
+        if not self._fits(x, state, sequences, batch_sizes):
             return self._torch_path(input, hx)
-        as_cell = steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(input, sequences))
-        y, final = (torch_functions.step if as_cell else torch_functions.sequence)(self, input, state or None)
-        return y, self._as_hx(final)
+        if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(x, sequences)):
+            y, final = torch_functions.step(self, x, state or None)
+        else:
+            y, final = torch_functions.sequence(self, x, state or None, batch_sizes)
+        if batch_sizes is None:
+            return y, self._as_hx(final)
+        packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self._as_hx(permute(final, unsorted_indices))
 
     def _in_float32(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         """Run torch's path without the enabled autocast, and return results in the dtype of that autocast."""
@@ -155,12 +165,14 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         return _to(y, torch.bfloat16), tuple(s.to(torch.bfloat16) for s in final)
 
     def _check(self, x: Tensor, state: State, batch_sizes: Tensor | None) -> None:
-        if batch_sizes is not None or not self._fits(x, state, x.shape[0 if self.batch_first else 1]):
+        sequences = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        if not self._fits(x, state, sequences, batch_sizes):
             self.check_forward_args(x, self._as_hx(state), batch_sizes)
 
-    def _fits(self, x: Tensor, state: State, sequences: int) -> bool:
-        """Whether a padded batch, and its initial state if there is one, are as torch's check wants them."""
-        if x.dim() != 3 or x.shape[2] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
+    def _fits(self, x: Tensor, state: State, sequences: int, batch_sizes: Tensor | None) -> bool:
+        """Whether an input, and its initial state if there is one, are as torch's check wants them."""
+        dims = 3 if batch_sizes is None else 2
+        if x.dim() != dims or x.shape[-1] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
             return False
         if not state:
             return True

@@ -57,9 +57,8 @@ class Way(NamedTuple):
 _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
     Way("rnn"): (
         Range(4, _FEW),
-        Range(2, states=1 << 14),
-        Range(3, states=1 << 14, threads=1),
-        Range(4, states=1 << 12, threads=1),
+        Range(3, states=1 << 14),
+        Range(4, states=1 << 12),
     ),
     Way("rnn", packed=True): (Range(8, _FEW), Range(5)),
     Way("gru"): (Range(2, _FEW),),

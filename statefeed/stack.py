@@ -151,7 +151,7 @@ class RecurrentStack(FeedbackLayer):
             x, hx, unbatched = self._batched(input, hx)
             time, batch = (1, 0) if self.batch_first else (0, 1)
             layout = Layout(x.shape[time], x.shape[batch])
-        state = self._zeros(x, layout.B) if hx is None else _permute(self._as_state(hx), sorted_indices)
+        state = self._zeros(x, layout.B) if hx is None else permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
         if x.is_complex() and not (self._feedback.exact and self._newton is None):
             raise ValueError(complex_reason(self._feedback, x.dtype))
@@ -161,7 +161,7 @@ class RecurrentStack(FeedbackLayer):
         if packed:
             return (
                 PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices),
-                self._as_hx(_permute(final, unsorted_indices)),
+                self._as_hx(permute(final, unsorted_indices)),
             )
         if self.batch_first:
             y = y.transpose(0, 1)
@@ -367,6 +367,6 @@ class RecurrentStack(FeedbackLayer):
         return guess
 
 
-def _permute(state: State, order: Tensor | None) -> State:
+def permute(state: State, order: Tensor | None) -> State:
     """Every part of the state with its sequences in the given order."""
     return state if order is None else tuple(s.index_select(1, order) for s in state)

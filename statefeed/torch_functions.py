@@ -1,4 +1,4 @@
-"""torch's own functions for a layer on a padded batch, called without the checks of torch.nn in Python.
+"""torch's own functions for a layer called without the checks of torch.nn in Python.
 
 The results are those of the layer in torch.nn. Its checks take 6 to 10 microseconds of a call, as long as one step of a
 small layer, and its function for whole sequences takes longer for one step than the function of the cell.
@@ -52,33 +52,45 @@ def _weights_of(layer: nn.RNNBase) -> list[list[Tensor]]:
     return [[parameters[name] if name in parameters else getattr(layer, name) for name in each] for each in names]
 
 
-def sequence(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+def sequence(layer: nn.RNNBase, x: Tensor, state: State | None, batch_sizes: Tensor | None) -> tuple[Tensor, State]:
     """Outputs and final state of all layers in one call.
 
     Args:
         layer: its weights, and its settings, such as ``dropout`` and ``training``.
-        x: the input, of the shape that the layer takes as a padded batch.
+        x: the input, of the shape that the layer takes as a padded batch, or packed rows (N, I).
         state: initial state, (L * directions, B, width) per part; None is zeros.
+        batch_sizes: of packed rows, else None.
     """
     if state is None:
-        rows, sequences = layer.num_layers * (2 if layer.bidirectional else 1), x.shape[0 if layer.batch_first else 1]
+        rows = layer.num_layers * (2 if layer.bidirectional else 1)
+        sequences = x.shape[0 if layer.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
         zeros = x.new_zeros(rows, sequences, layer.hidden_size)
         state = (x.new_zeros(rows, sequences, layer.proj_size) if layer.proj_size else zeros, zeros)
     hx = state if layer.mode == "LSTM" else state[0]
     flat = [weight for weights in _weights_of(layer) for weight in weights]
-    settings = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first)
-    y, *final = _LAYERS[layer.mode](x, hx, flat, *settings)
+    settings = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
+    if batch_sizes is None:
+        y, *final = _LAYERS[layer.mode](x, hx, flat, *settings, layer.batch_first)
+    else:
+        y, *final = _LAYERS[layer.mode](x, batch_sizes, hx, flat, *settings)
     return y, tuple(final)
 
 
 def step(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-    """Outputs and final state of one step, by the function of the cell; arguments and results as for ``sequence``.
+    """Outputs and final state of one step, by the function of the cell.
 
-    A layer with projections has no such function.
+    Args:
+        layer: as for ``sequence``, without projections, for which there is no such function.
+        x: (1, B, I), (B, 1, I) for a layer with batch_first, or packed rows (B, I).
+        state: as for ``sequence``.
+
+    Returns:
+        Outputs in the form of x, and the final state.
     """
     time, cell, is_lstm = (1 if layer.batch_first else 0), _CELLS[layer.mode], layer.mode == "LSTM"
+    packed = x.dim() == 2
     directions = 2 if layer.bidirectional else 1
-    rows, final = x.squeeze(time), []
+    rows, final = x if packed else x.squeeze(time), []
     zeros = rows.new_zeros(len(rows), layer.hidden_size) if state is None else None
     if is_lstm and torch.is_autocast_enabled("cpu"):  # which casts the state of the layer, not of the cell
         dtype = torch.get_autocast_dtype("cpu")
@@ -98,4 +110,4 @@ def step(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, Sta
     # A copy of h, because a change of y in place must not change the final state.
     h, *others = zip(*final, strict=True)
     c = tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in others)
-    return rows.unsqueeze(time), (torch.stack(h), *c)
+    return rows if packed else rows.unsqueeze(time), (torch.stack(h), *c)

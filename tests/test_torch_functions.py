@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import statefeed as sf
 from statefeed import native, torch_functions
@@ -77,6 +78,30 @@ def test_values_gradients_and_dropout_are_torchs(kind, more, settings, steps, gi
     for theirs, ours in zip(*found, strict=True):
         assert theirs.shape == ours.shape
         assert theirs.stride() == ours.stride() or theirs.dim() == 3
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 1, 2], [1, 3, 2]], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize(("kind", "more"), KINDS, ids=str)
+def test_packed_values_and_gradients_are_torchs(kind, more, settings, lengths, given, calls):
+    found = []
+    for layer in pair(kind, **more, **settings):
+        layer.double()
+        torch.manual_seed(1)
+        x = torch.randn(max(lengths), 3, 4, dtype=torch.float64, requires_grad=True)
+        rows = layer.num_layers * (2 if layer.bidirectional else 1)
+        widths = [layer.proj_size or 6, 6] if kind == "LSTM" else [6]
+        state = tuple(torch.randn(rows, 3, w, dtype=torch.float64, requires_grad=True) for w in widths)
+        hx = None if not given else state if kind == "LSTM" else state[0]
+        y, final = layer(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False), hx)
+        outputs = [y.data, *tensors(final)]
+        grads = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
+        inputs = [x, *(state if given else []), *layer.parameters()]
+        found.append([*outputs, *y[1:], *torch.autograd.grad(outputs, inputs, grads)])
+    assert calls == ["step" if max(lengths) == 1 and "proj_size" not in more else "sequence"]
+    for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
