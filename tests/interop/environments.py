@@ -80,7 +80,7 @@ def install(name: str) -> str | None:
 
 
 def run(name: str, records: Path, turns: int) -> str:
-    """The outcome of the package's tests, in one line."""
+    """The outcome of the package's tests, test_NAME.py and test_NAME_*.py, in one line."""
     variables = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -89,7 +89,7 @@ def run(name: str, records: Path, turns: int) -> str:
     }
     command = [BUILD / name / "bin" / "python", "-m", "pytest", "-m", "interop", "--quiet", "--show-capture=no"]
     finished = subprocess.run(
-        [*command, HERE / f"test_{name}.py"],
+        [*command, HERE / f"test_{name}.py", *sorted(HERE.glob(f"test_{name}_*.py"))],
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
