@@ -18,6 +18,7 @@ from tolerances import largest_error
 from torch import Tensor
 
 from statefeed import native
+from statefeed.cells import CELLS as TABLE
 from statefeed.native import build, head
 from statefeed.native.compile import VARIANTS, compile_library
 
@@ -167,6 +168,8 @@ def answers() -> dict[str, Tensor]:
                 (33, 70, 40),
                 (40, 64, 127),
             ]:
+                if H == 1 and TABLE[cell].projects:
+                    continue  # a projection has fewer units than the layer
                 case = Case(cell, 5, B, I, H, torch.float32)
                 fixed = torch.linspace(0, 0.9, H * case.states)
                 for rule, corrections in (("exact", 0), (fixed, 0), ("direct", 1), ("jacobian", 2)):

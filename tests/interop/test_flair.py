@@ -77,7 +77,8 @@ def test_a_tagger(compare, sentences, tmp_path, cell):
     with torch.no_grad():
         expected = model.forward_loss(sentences[:8])[0]
         clear(sentences)
-        torch.testing.assert_close(loaded.forward_loss(sentences[:8])[0], expected)
+        # The loss of the CRF is a difference of scores of more than a hundred, with a spacing of 1.5e-5.
+        torch.testing.assert_close(loaded.forward_loss(sentences[:8])[0], expected, rtol=1e-4, atol=0)
         clear(sentences)
         assert type(sf.restore(model).rnn) is getattr(nn, cell)
         torch.testing.assert_close(model.forward_loss(sentences[:8])[0], expected)

@@ -255,10 +255,11 @@ def test_a_hangup_saves_as_a_termination_does(
         return draw(recipe, step, columns, rank)
 
     monkeypatch.setattr(training, "seed_step", interrupted)
-    assert cli.main(["train", *flags, "--run.dir=run"]) == 128 + signal.SIGHUP
-    assert "interrupted after step 6 of 12: run keeps the checkpoint of step 6" in capsys.readouterr().err
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
+        assert cli.main(["train", *flags, "--run.dir=run"]) == 128 + signal.SIGHUP
+        assert "interrupted after step 6 of 12: run keeps the checkpoint of step 6" in capsys.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
         assert cli.main(["train", *flags, "--run.dir=nohup"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
