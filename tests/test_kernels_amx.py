@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_kernels_head import SHAPES as HEAD_SHAPES
 from test_kernels_head import arguments
-from test_kernels_layer import CELLS, Case
+from test_kernels_layer import CELLS, Case, widths
 from test_kernels_slstm import RULES
 from test_kernels_slstm import SHAPES as SLSTM_SHAPES
 from test_kernels_slstm import Case as SlstmCase
@@ -171,7 +171,7 @@ def answers() -> dict[str, Tensor]:
                 if H == 1 and TABLE[cell].projects:
                     continue  # a projection has fewer units than the layer
                 case = Case(cell, 5, B, I, H, torch.float32)
-                fixed = torch.linspace(0, 0.9, H * case.states)
+                fixed = torch.linspace(0, 0.9, sum(widths(cell, H)))
                 for rule, corrections in (("exact", 0), (fixed, 0), ("direct", 1), ("jacobian", 2)):
                     name = rule if isinstance(rule, str) else "fixed"
                     for key, value in case.run(rule, corrections, bf16=True).items():
