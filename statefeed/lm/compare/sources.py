@@ -27,7 +27,7 @@ _BENCHMARK = {
     **dict.fromkeys(MAIN, (_SPREAD, None)),
 }
 
-_READ_ELSEWHERE = ("paths", "custom", "pararnn")  # records of modules of statefeed.bench of the same names
+_READ_ELSEWHERE = ("paths", "custom", "pararnn", "newton-training")  # records that documents quote by hand
 
 
 @dataclass
