@@ -55,11 +55,7 @@ class Way(NamedTuple):
 
 # A range of few steps costs the kernels more per call than it saves per step. Their threads cost less than torch's.
 _FASTER_IN_TORCH: dict[Way, tuple[Range, ...]] = {
-    Way("rnn"): (
-        Range(4, _FEW),
-        Range(3, states=1 << 14),
-        Range(4, states=1 << 12),
-    ),
+    Way("rnn"): (Range(4, _FEW), Range(3, states=1 << 14), Range(4, states=1 << 12)),
     Way("rnn", packed=True): (Range(8, _FEW), Range(5)),
     Way("gru"): (Range(2, _FEW),),
     Way("gru", packed=True): (Range(4, _FEW), Range(3)),

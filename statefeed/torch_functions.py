@@ -45,9 +45,8 @@ def _weight_names(biased: bool, projected: bool, layers: int, bidirectional: boo
 
 def _weights_of(layer: nn.RNNBase) -> list[list[Tensor]]:
     """Per layer the weights of the forward direction, then those of the reverse direction."""
-    parameters: dict[str, Any] = (
-        layer._parameters
-    )  # as an attribute each costs a microsecond; a parametrized one is no parameter
+    # As an attribute each costs a microsecond; a parametrized one is no parameter.
+    parameters: dict[str, Any] = layer._parameters
     names = _weight_names(layer.bias, layer.proj_size > 0, layer.num_layers, layer.bidirectional)
     return [[parameters[name] if name in parameters else getattr(layer, name) for name in each] for each in names]
 
