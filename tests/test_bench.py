@@ -418,8 +418,9 @@ def test_an_interrupted_benchmark_prints_one_line_and_keeps_its_records(
         (["scan", "--widths=wide"], "widths must be integers"),
         (["scan", "--methods=newton"], "methods must be among"),
         (["scan", "--device=tpu"], "device"),
-        (["recall", "--delay=0"], "delay must be at least 1"),
+        (["recall", "--length=1"], "length must be at least 2"),
         (["recall", "--rules=fast"], "feedback must be"),
+        (["recall", "--delay=24"], "unrecognized arguments: --delay=24"),
         (["tracking", "--length=20"], "length must be a multiple of every, 6, got 20"),
     ],
 )

@@ -12,30 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from statefeed.bench.adding_options import AddingOptions
 from statefeed.bench.forward_options import ForwardOptions
-from statefeed.bench.options import (
-    LayerOptions,
-    MemoryOptions,
-    OptionError,
-    Options,
-    RecallOptions,
-    ScanOptions,
-    TrainingOptions,
-)
+from statefeed.bench.long_memory_options import AddingOptions, DigitsOptions, LongMemoryOptions, RecallOptions
+from statefeed.bench.options import LayerOptions, MemoryOptions, OptionError, Options, ScanOptions, TrainingOptions
 from statefeed.bench.tracking_options import TrackingOptions
 
 __all__ = ["OptionError", "main"]
 
-# The options of each module of this package that is a benchmark; the module imports torch, its options do not.
+# The options of each benchmark. It is the module of its name; long_memory runs all tasks of long memory. The module
+# imports torch, the options do not.
 _BENCHMARKS: dict[str, type[Options]] = {
     "layers": LayerOptions,
     "scan": ScanOptions,
     "memory": MemoryOptions,
     "training": TrainingOptions,
     "recall": RecallOptions,
-    "tracking": TrackingOptions,
     "adding": AddingOptions,
+    "digits": DigitsOptions,
+    "tracking": TrackingOptions,
     "forward": ForwardOptions,
 }
 _NEEDS = ("jsonargparse", "rich", "matplotlib", "numpy", "safetensors", "tokenizers", "yaml")
@@ -61,8 +55,8 @@ def main(argv: Sequence[str], set_up_process: Callable[[], None] | None = None) 
     """Run one benchmark: measure, write every record immediately, print a table and draw a figure.
 
     Args:
-        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall, tracking, adding or forward,
-            and its flags.
+        argv: arguments after ``statefeed bench``: layers, scan, memory, training, recall, adding, digits, tracking or
+            forward, and its flags.
         set_up_process: called before ``training``, which runs with the process settings of the trainer, baselines
             included. The others run in a process as users of the library have it: torch.nn as shipped, default
             denormals and allocator.
@@ -96,7 +90,8 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
     from statefeed.bench.measure import ParityError, environment, machine_line
     from statefeed.busy import describe
 
-    bench = importlib.import_module(f"{__name__}.{name}")
+    module = "long_memory" if isinstance(options, LongMemoryOptions) else name
+    bench = importlib.import_module(f"{__name__}.{module}")
     output, threads = Path(options.output), torch.get_num_threads()
     records: list[dict[str, Any]] = []
     torch.set_num_threads(options.threads or threads)

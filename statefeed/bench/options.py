@@ -302,24 +302,3 @@ class TrainingOptions(Options):
         if self.data is not None and not Path(self.data).is_dir():
             raise OptionError(f"data must be a folder with the splits of Penn Treebank, got {self.data!r}")
         rules_of("gru", self.rules)
-
-
-@dataclass(frozen=True)
-class RecallOptions(Options):
-    """Recall of the first symbol of a sequence by a GRU of 64 units, trained under every rule."""
-
-    repeats: int = option(5, "seeds of the initial weights and the sequences, at least 5")
-    rules: str = option(
-        "bptt,gate,ft-bptt,0.5,0.9,dsf,ramp(0.9),log_spaced(16),log_spaced(64),calibrated,fitted",
-        "feedback rules, separated by commas",
-    )
-    delay: int = option(24, "steps between the symbol and the last output")
-    steps: int = option(250, "training steps")
-    output: str = option("recall.jsonl", "JSONL file of the records, overwritten; the figure is written next to it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("delay", "steps"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
-        rules_of("gru", self.rules)

@@ -25,8 +25,8 @@ USAGE = """usage: statefeed COMMAND ...
   statefeed report RUN_OR_RESULTS... [-o report.html]         one page of runs, comparisons and benchmarks
   statefeed corpora [RECIPE.yaml] [--data.key=value ...]      list the corpora, or what is in the one named
   statefeed recipes [NAME...]                                 list the recipes of the package, or copy those named
-  statefeed bench NAME [--smoke]                              layers, scan, memory, training, recall, tracking, adding,
-                                                              forward
+  statefeed bench NAME [--smoke]                              layers, scan, memory, training, recall, adding, digits,
+                                                              tracking, forward
 
   statefeed --version
 

@@ -4,13 +4,11 @@ Runs of one task are compared with one another, whichever machine made them: it 
 rounding does. Times are those of one machine each. With no record there is no number.
 """
 
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
 
+from statefeed.lm.compare.markdown_accuracy import long_memory, tracking
 from statefeed.lm.compare.markdown_runs import frontiers, verdicts
-from statefeed.lm.compare.measurements import PTB, Record, measurements, place, table
+from statefeed.lm.compare.measurements import PTB, measurements, place, table
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.verdicts import Terms
 
@@ -52,22 +50,22 @@ def page(found: Found) -> str:
             "and than `torch.nn` at its best setting in the same loop.",
             _training(found).rstrip("\n") or "No records yet.",
             "## Long memory",
-            "Share of symbols recalled that a GRU of 64 units saw once, among noise (`statefeed bench recall`; "
-            "guessing is right for 0.125). A seed has learnt it where nine in ten were right.",
-            _recall(found).rstrip("\n") or "No records yet.",
+            "Tasks that are answered after the last step of a long sequence. Recall: which of eight symbols the "
+            "first step had, among noise (`statefeed bench recall`; guessing is right for 0.125). Adding problem: "
+            "the sum of two marked numbers (`statefeed bench adding`; guessing has a squared error of 0.167). "
+            "Digits: handwritten digits of scikit-learn, one pixel a step (`statefeed bench digits`; guessing is "
+            "right for 0.1). A seed has solved a task where nine in ten answers are right, or the squared error is "
+            "at most 0.01. The rate of every cell and rule is the best of a grid, with a seed that is not shown, or "
+            "the only one tried; (edge) marks the lowest or highest of the grid. Steps and processor seconds to "
+            "solved are means over the seeds that solved it.",
+            long_memory(found).rstrip("\n") or "No records yet.",
             "## State tracking",
             "Parity of a bit string that is asked for after every few bits (`statefeed bench tracking`; guessing is "
             "right for 0.5): the last output on strings of the trained length and of twice that length, none of which "
             "was trained on. A seed has learnt it where nine in ten of the long strings were right. The rate of every "
             "cell and rule was chosen on other strings, with a seed that is not shown. minGRU and S4D have exact "
             "gradients only.",
-            _tracking(found).rstrip("\n") or "No records yet.",
-            "## The adding problem",
-            "Squared error of the sum of two marked numbers of a long sequence (`statefeed bench adding`; guessing has "
-            "0.167). A seed has solved it where the error is at most 0.01. The rate of every cell and rule is the best "
-            "of a grid, with a seed that is not shown. A mean over the seeds that solved it is of their training steps "
-            "and of the processor seconds of these steps.",
-            (_adding(found).rstrip("\n") or "No records yet.") + "\n",
+            (tracking(found).rstrip("\n") or "No records yet.") + "\n",
         ]
     )
 
@@ -133,85 +131,3 @@ def _training(found: Found) -> str:
         ]
         text += f"{heading}.\n\n{table(head, body)}\n"
     return text
-
-
-def _recall(found: Found) -> str:
-    text = ""
-    for heading, records in measurements(found, "recall").items():
-        for (delay, steps), same in _grouped(records, "delay", "steps").items():
-            rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
-            body = []
-            for (rule,), runs in rules:
-                body.append([f"`{rule}`", _over_seeds(runs, "accuracy"), *_learnt(runs)])
-            head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
-            text += f"{delay} steps apart, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
-    return text
-
-
-def _tracking(found: Found) -> str:
-    text = ""
-    for heading, records in measurements(found, "tracking", fewest=3).items():
-        for (T, every, H, steps), same in _grouped(records, "T", "every", "H", "steps").items():
-            cases = sorted(_grouped(same, "cell", "variant").items(), key=lambda item: _sort_key(item[1]))
-            body = [
-                [
-                    f"{cell} `{rule}`",
-                    f"{runs[0]['lr']:g}",
-                    _over_seeds(runs, "accuracy"),
-                    _over_seeds(runs, "accuracy_twice"),
-                    *_learnt(runs),
-                ]
-                for (cell, rule), runs in cases
-            ]
-            head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
-            task = f"{T} bits, asked for after every {every}; {H} units, {steps:,} steps of training"
-            text += f"{task}; {heading}.\n\n{table(head, body)}\n"
-    return text
-
-
-def _adding(found: Found) -> str:
-    text = ""
-    for heading, records in measurements(found, "adding", fewest=3).items():
-        for (T, H, steps), same in _grouped(records, "T", "H", "steps").items():
-            body = []
-            for (cell, rule), runs in sorted(_grouped(same, "cell", "variant").items()):
-                errors = [r["error"] for r in runs]
-                seconds = [r["cpu_seconds"] for r in runs if r["learnt"] is not None]
-                body.append(
-                    [
-                        f"{cell} `{rule}`",
-                        f"{runs[0]['lr']:g}",
-                        f"{statistics.median(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})",
-                        *_learnt(runs),
-                        f"{statistics.mean(seconds):.0f}" if seconds else "-",
-                    ]
-                )
-            head = ["cell, rule", "rate", "error, median of the seeds", "seeds that solved it", "at step", "seconds"]
-            text += f"{T} steps, {H} units, {steps:,} steps of training; {heading}.\n\n{table(head, body)}\n"
-    return text
-
-
-def _over_seeds(runs: Sequence[Record], key: str) -> str:
-    """The mean over the seeds and its range."""
-    values = [r[key] for r in runs]
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _learnt(runs: Sequence[Record]) -> list[str]:
-    """How many seeds learnt a task, and after how many steps on average."""
-    steps = [r["learnt"] for r in runs if r["learnt"] is not None]
-    return [f"{len(steps)} of {len(runs)}", f"{statistics.mean(steps):,.0f}" if steps else "-"]
-
-
-def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[tuple(record[key] for key in keys)].append(record)
-    return groups
-
-
-def _sort_key(records: Sequence[Record]) -> tuple[float, float, float]:
-    """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
-    learnt = [r["learnt"] for r in records if r["learnt"] is not None]
-    sooner = statistics.mean(learnt) if learnt else 0
-    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)

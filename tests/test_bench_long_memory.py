@@ -1,0 +1,119 @@
+"""The tasks of long memory: training, the choice of the learning rate, records, table and figure."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from statefeed.bench import long_memory
+from statefeed.bench.adding import Adding
+from statefeed.bench.long_memory import Evaluation, Run
+from statefeed.bench.long_memory_options import AddingOptions, RecallOptions
+from statefeed.bench.recall import Recall
+
+
+def test_the_schedule_is_applied():
+    options = AddingOptions(width=16, steps=10)
+    rules = ("ft-bptt@0.5/bptt", "ft-bptt", "bptt")
+    curves = [long_memory.train(Run("gru", rule, 1, 1e-2), Adding(20), options) for rule in rules]
+    scores = [[e.score for e in curve] for curve in curves]
+    assert scores[0][:5] == scores[1][:5]
+    assert scores[0][5:] != scores[1][5:]
+    assert scores[0][:5] != scores[2][:5]
+
+
+def trained(score_of_rate, calls):
+    """A replacement of ``train`` whose score depends on the rate."""
+
+    def train(run, task, options):
+        calls.append(run)
+        return [Evaluation(5, score_of_rate(run.rate), 1.0)]
+
+    return train
+
+
+def test_the_best_rate_inside_the_grid_is_taken_and_tuning_has_its_own_seed(monkeypatch):
+    calls = []
+
+    def train(run, task, options):
+        calls.append(run)
+        fast = run.rate == 4e-3
+        return [Evaluation(5, 0.2, 1.0), Evaluation(10, 0.01 if fast else 0.1, 2.0), Evaluation(15, 0.02, 3.0)]
+
+    monkeypatch.setattr(long_memory, "train", train)
+    records = list(long_memory.run(AddingOptions(rules="dsf")))
+    assert [(run.seed, run.rate, run.tuning) for run in calls] == [(0, rate, True) for rate in (2e-3, 4e-3, 8e-3)] + [
+        (seed, 4e-3, False) for seed in range(1, 6)
+    ]
+    assert {(r["lr"], r["error"], r["learnt"], r["cpu_seconds"]) for r in records} == {(4e-3, 0.02, 10, 2.0)}
+    assert [r["rates"].keys() for r in records] == [{2e-3, 4e-3, 8e-3}] * 5
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (8e-3, [2e-3, 4e-3, 8e-3, 16e-3]),
+        (16e-3, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+        (32e-3, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),  # at most twice
+        (1e-3, [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]),
+    ],
+)
+@pytest.mark.parametrize(("task", "options", "sign"), [(Adding, AddingOptions(), 1), (Recall, RecallOptions(), -1)])
+def test_the_grid_is_extended_where_its_edge_is_best(monkeypatch, best, tried, task, options, sign):
+    calls = []
+    monkeypatch.setattr(long_memory, "train", trained(lambda rate: sign * abs(math.log(rate / best)), calls))
+    rate, scores = long_memory.best_rate("gru", "dsf", task(6), options)
+    assert rate == pytest.approx(best)
+    assert list(scores) == pytest.approx(tried)
+    assert [run.rate for run in calls] == list(scores)
+
+
+def test_a_rate_whose_training_diverges_loses(monkeypatch):
+    calls = []
+    monkeypatch.setattr(long_memory, "train", trained(lambda rate: None if rate > 3e-3 else 0.1 + rate, calls))
+    rate, scores = long_memory.best_rate("gru", "dsf", Adding(6), AddingOptions())
+    assert (rate, scores[4e-3], scores[8e-3]) == (5e-4, None, None)
+    monkeypatch.setattr(long_memory, "train", trained(lambda rate: None, calls))
+    rate, scores = long_memory.best_rate("gru", "dsf", Recall(6), RecallOptions())
+    assert (rate, set(scores.values())) == (5e-4, {None})
+
+
+def test_a_single_rate_is_not_tuned(monkeypatch):
+    monkeypatch.setattr(long_memory, "train", None)
+    assert long_memory.best_rate("gru", "dsf", Adding(6), AddingOptions(rates="0.1")) == (0.1, {})
+
+
+def test_training_that_diverges_has_no_score_from_there_on():
+    class Overflows(Adding):
+        steps = 0
+
+        def loss(self, output, target):
+            self.steps += self.training(target)
+            return super().loss(output, target) * (math.inf if self.steps == 3 else 1)
+
+        @staticmethod
+        def training(target):
+            return len(target) == 64
+
+    curve = long_memory.train(Run("gru", "dsf", 1, 1e-2), Overflows(6), AddingOptions(width=8, steps=5))
+    assert [e.step for e in curve] == [1, 2, 3, 4, 5]
+    assert [e.score is None for e in curve] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(("task", "key"), [(Adding, "error"), (Recall, "accuracy")])
+def test_an_output_that_is_not_finite_has_no_score(monkeypatch, task, key):
+    def nan(self, x):
+        answer = forward(self, x)
+        return answer if torch.is_grad_enabled() else answer * math.nan
+
+    forward = long_memory.Model.forward
+    monkeypatch.setattr(long_memory.Model, "forward", nan)
+    options = (AddingOptions if task is Adding else RecallOptions)(length=6, width=8, steps=2, rules="dsf", repeats=3)
+    records = list(long_memory.run(options))
+    assert [(r[key], r["learnt"], r["cpu_seconds"]) for r in records] == [(None, None, None)] * 3
+    assert "NaN" not in json.dumps(records)
+    meta = {"machine": {"gpu": None, "cpu": "a CPU"}, "threads": 1, "versions": {"torch": "2"}}
+    records = [{**r, **meta} for r in json.loads(json.dumps(records))]
+    assert long_memory.table(records).row_count == 1
+    assert long_memory.figure(records).axes
