@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from statefeed.lm import cli, config
-from statefeed.lm.compare import markdown, summary
+from statefeed.lm.compare import benchmarks, markdown, summary
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.sources import Found, read
 from statefeed.lm.compare.verdicts import DEFAULT_TERMS
@@ -60,7 +60,7 @@ def test_every_committed_figure_is_shown_by_a_document() -> None:
 
 def test_without_records_there_is_no_number() -> None:
     text = markdown.page(Found())
-    assert text.count("No records yet.") == 8
+    assert text.count("No records yet.") == 7
     for stated in ("below 1", "256 units", "64 units", "0.125", "0.5", "S4D", "0.167", "0.01"):
         text = text.replace(stated, "")
     assert not re.search(r"\d", text)
@@ -174,7 +174,7 @@ def test_benchmarks_become_one_table_a_machine(tmp_path: Path) -> None:
     assert (
         bench.main(["layers", "--smoke", "--cells=gru", "--rules=dsf", "--dtypes=float32", f"--output={output}"]) == 0
     )
-    assert markdown.page(read([tmp_path])).count("No records yet.") == 8  # a trial is no measurement
+    assert markdown.page(read([tmp_path])).count("No records yet.") == 7  # a trial is no measurement
     records = [{**json.loads(line), "repeats": 9} for line in output.read_text().splitlines()]
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = markdown.page(read([tmp_path]))
@@ -242,7 +242,7 @@ def test_training_end_to_end_is_one_table_a_machine_and_recipe(tmp_path: Path) -
     assert "| float32 | `dsf` | 2,500 | 5.00 | 2.50 |" in text.splitlines()
 
 
-def test_recall_is_shown_over_the_seeds_best_first(tmp_path: Path) -> None:
+def test_recall_over_a_delay_is_shown_as_older_records_have_it(tmp_path: Path) -> None:
     record = {"bench": "recall", "delay": 50, "steps": 1500, **common()}
     found = {"gate": [(0.2, None), (0.9, 700)], "ramp(0.9)": [(1.0, 500), (0.96, 600)], "ft-bptt": [(0.1, None)]}
     lines = [
@@ -325,8 +325,36 @@ def test_the_adding_problem_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: P
     ]
     (tmp_path / "adding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown.page(read([tmp_path]))
-    assert "200 steps, 64 units, 1,500 steps of training; a CPU" in text
+    assert "Adding problem: 200 steps, 64 units, 1,500 steps of training; a CPU" in text
     assert [line for line in text.splitlines() if "` | 0.002" in line] == [
         "| gru `log_spaced(200)@0.6/bptt` | 0.002 | 0.0020 (0.0010 to 0.0500) | 2 of 3 | 800 | 22 |",
         "| lstm `dsf` | 0.002 | 0.1600 (0.1000 to 0.2000) | 0 of 3 | - | - |",
     ]
+
+
+def test_every_task_of_long_memory_has_one_table_best_rule_first(tmp_path: Path) -> None:
+    rates = {"0.002": 0.4, "0.004": 0.5, "0.008": None}
+    record = {"H": 64, "steps": 1500, "lr": 0.004, "rates": rates, **common(), "repeats": 3, "cell": "gru"}
+    solved, late, edge, diverged = (0.95, 700, 20.0), (1.0, 1400, 41.0), (0.5, None, None), (None, None, None)
+    found = {"dsf": [edge, diverged, edge], "bptt": [solved, late, edge], "0.9": [solved, solved, edge]}
+    lines = [
+        {**record, "bench": bench, "T": T, "variant": rule, "accuracy": accuracy, "learnt": step, "cpu_seconds": time}
+        for bench, T in (("digits", 1024), ("recall", 200))
+        for rule, runs in found.items()
+        for accuracy, step, time in runs
+    ]
+    lines.append({**lines[-1], "bench": "adding", "error": None, "lr": 0.002, "learnt": None})
+    del lines[-1]["accuracy"]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = markdown.page(read([tmp_path]))
+    rows = [
+        "| gru `0.9` | 0.004 | 0.950 (0.500 to 0.950) | 2 of 3 | 700 | 20 |",
+        "| gru `bptt` | 0.004 | 0.950 (0.500 to 1.000) | 2 of 3 | 1,050 | 30 |",
+        "| gru `dsf` | 0.004 | 0.500 (0.000 to 0.500) | 0 of 3 | - | - |",
+    ]
+    for title in ("Recall of the first symbol: 200 steps", "Digits pixel by pixel: 1,024 steps"):
+        below = text[text.index(title) :].splitlines()
+        assert below[2].startswith("| cell, rule | rate | accuracy, median (min to max) | solved by |")
+        assert below[4:7] == rows
+    assert "| gru `0.9` | 0.002 (edge) | inf (inf to inf) | 0 of 1 | - | - |" in text.splitlines()
+    assert benchmarks.section(read([tmp_path]).benchmarks)
