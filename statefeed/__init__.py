@@ -6,11 +6,13 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from statefeed.alignment import Agreement, Alignment, Lags, Monitor, alignment
+    from statefeed.agreement import Agreement
+    from statefeed.alignment import Alignment, Monitor, alignment
     from statefeed.cell_layer import CellLayer
     from statefeed.custom import Recurrent
     from statefeed.explain import Explanation, explain
     from statefeed.feedback import Feedback
+    from statefeed.lags import Lags
     from statefeed.layers import GRU, LSTM, RNN
     from statefeed.mixin import FeedbackLayer
     from statefeed.newton import Newton
@@ -46,11 +48,13 @@ __all__ = [
 ]
 
 _MODULES = (
+    "agreement",
     "alignment",
     "cell_layer",
     "custom",
     "explain",
     "feedback",
+    "lags",
     "layers",
     "mixin",
     "newton",

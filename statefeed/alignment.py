@@ -11,55 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
-from statefeed.custom import Recurrent
-from statefeed.feedback import Feedback, Learned
+from statefeed.agreement import Agreement, agreement_of
+from statefeed.lags import Lags, first_inputs, freeze_learned, lags_of
 from statefeed.mixin import FeedbackLayer
 from statefeed.model_argument import check_model
 from statefeed.snapshot import untouched
-from statefeed.stack import RecurrentStack
 
-# Number of rows of the batch for the measurement by lag: enough for a curve, and cheap.
-_ROWS = 4
 # Largest relative difference of two losses that rounding can cause, also in bfloat16.
 _SAME_LOSS = 0.05
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Comparison of a gradient with the exact one.
-
-    Attributes:
-        cosine: cosine of the angle between the two; NaN if either is zero.
-        norm_ratio: norm under the rule divided by the exact norm; NaN if the exact gradient is zero.
-        sign_agreement: fraction of entries with the correct sign, among those with a nonzero exact gradient; NaN if
-            there is no such entry.
-    """
-
-    cosine: float
-    norm_ratio: float
-    sign_agreement: float
-
-
-@dataclass(frozen=True)
-class Lags:
-    """Credit assignment of one layer by time lag, one value for every lag k = 0, 1, ...
-
-    ``g[k] = d <v, y[T-1]> / d x[T-1-k]``, where x and y are the input and output of the layer and v is a random normal
-    vector: the gradient of the last output with respect to the input k steps earlier, through all states in between.
-    The state before the first measured step is zero.
-
-    Attributes:
-        exact: norm of g[k] under BPTT.
-        rule: norm of g[k] under the layer's rule.
-        agreement: comparison of the two gradients.
-    """
-
-    exact: tuple[float, ...]
-    rule: tuple[float, ...]
-    agreement: tuple[Agreement, ...]
 
 
 @dataclass(frozen=True)
@@ -151,8 +112,8 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     if sharded is not None:
         raise ValueError(f"alignment needs unsharded parameters, got {sharded}: measure a model that is not sharded")
 
-    with untouched(model), _inputs(layers, lags) as inputs, _eager():
-        _freeze(layers.values())
+    with untouched(model), first_inputs(layers, lags) as inputs, _eager():
+        freeze_learned(layers.values())
         with _passed(layers.values()) as passed:
             loss, ours = _gradients(model, loss_fn, batch, parameters)
     with untouched(model), _eager(), ExitStack() as stack:
@@ -176,13 +137,13 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     }
 
     def over(group: list[str]) -> Agreement:
-        return _agreement([ours[name] for name in group], [exact[name] for name in group])
+        return agreement_of([ours[name] for name in group], [exact[name] for name in group])
 
     return Alignment(
         total=over(reached),
         parameters={name: over([name]) for name in reached},
         layers={name: over(group) for name, group in reached_by_layer.items() if group},
-        lags={name: _lags(layers[name], x) for name, x in inputs.items()},
+        lags={name: lags_of(layers[name], x) for name, x in inputs.items()},
     )
 
 
@@ -310,92 +271,3 @@ def _passed(layers: Iterable[Any]) -> Iterator[list[bool]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _real(gradient: Tensor) -> Tensor:
-    """All entries as float64; the real and imaginary part of a complex entry are two entries."""
-    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).double().flatten()
-
-
-def _agreement(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreement:
-    pairs = [(_real(g), _real(h)) for g, h in zip(ours, exact, strict=True) if g is not None and h is not None]
-    nan = float("nan")
-    if not all(bool(v.isfinite().all()) for pair in pairs for v in pair):
-        return Agreement(nan, nan, nan)
-    dot = sum(float(g @ h) for g, h in pairs)
-    same_sign = sum(int(((g.sign() == h.sign()) & (h != 0)).sum()) for g, h in pairs)
-    nonzero = sum(int((h != 0).sum()) for _, h in pairs)
-    rule_norm, exact_norm = (sum(float(v @ v) for v in grads) ** 0.5 for grads in zip(*pairs, strict=True))
-    return Agreement(
-        dot / (rule_norm * exact_norm) if rule_norm and exact_norm else nan,
-        rule_norm / exact_norm if exact_norm else nan,
-        same_sign / nonzero if nonzero else nan,
-    )
-
-
-@contextmanager
-def _inputs(layers: dict[str, Any], lags: int) -> Iterator[dict[str, Tensor]]:
-    """Context that collects the input of every layer's first call: its last steps and a few rows, (lags, rows, I)."""
-    inputs: dict[str, Tensor] = {}
-
-    def collect(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, lengths = args[0] if args else kwargs["x" if isinstance(layer, Recurrent) else "input"], None
-        if isinstance(x, PackedSequence):
-            x, lengths = pad_packed_sequence(x)
-        else:
-            x = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if layer.batch_first else x
-            lengths = kwargs.get("lengths")
-        if lengths is not None:
-            longest = int(lengths.max())
-            x = x[:longest, lengths.to(x.device) == longest]
-        if lags and name not in inputs and (x.is_floating_point() or x.is_complex()):
-            inputs[name] = x[-lags:, :_ROWS].detach()
-
-    # The arguments and results of a subclass that overrides forward are unknown.
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, a, k, name=name: collect(name, m, a, k), with_kwargs=True)
-        for name, layer in layers.items()
-        if type(layer).forward in (RecurrentStack.forward, Recurrent.forward)
-    ]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _freeze(layers: Iterable[Any]) -> None:
-    """Set the rule of every layer with occasional exact passes to its learned diagonal."""
-    for layer in layers:
-        diagonal = layer.feedback.diagonal
-        if isinstance(diagonal, Learned) and diagonal.takes_exact_passes:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # corrections around a fixed diagonal near 1 may diverge
-                layer.feedback = Feedback(layer.diagonal, layer.feedback.corrections)
-
-
-def _lags(layer: Any, x: Tensor) -> Lags:
-    with untouched(layer):
-        _freeze([layer])
-        rule = _by_lag(layer, x)
-    with untouched(layer), layer.exact_rule():
-        exact = _by_lag(layer, x)
-    return Lags(
-        tuple(exact.flatten(1).norm(dim=1).tolist()),
-        tuple(rule.flatten(1).norm(dim=1).tolist()),
-        tuple(_agreement([g], [h]) for g, h in zip(rule, exact, strict=True)),
-    )
-
-
-def _by_lag(layer: Any, x: Tensor) -> Tensor:
-    """Gradient of the last output with respect to the input, (T, rows, I), lag 0 first."""
-    weight = next(layer.parameters(), x)
-    x = x.to(weight.dtype, copy=True).requires_grad_()
-    with torch.enable_grad():
-        y, _ = layer.forward(x.transpose(0, 1) if layer.batch_first else x)
-        last = y[:, -1] if layer.batch_first else y[-1]
-        if getattr(layer, "bidirectional", False):
-            last = last[:, : last.shape[1] // 2]
-        projection = (last * torch.randn_like(last)).sum()
-    (grad,) = torch.autograd.grad(projection.real if projection.is_complex() else projection, x)
-    return grad.flip(0).to(torch.promote_types(grad.dtype, torch.float64)).cpu()

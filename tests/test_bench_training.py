@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statefeed.bench import main, training
+from statefeed.bench import main, training, training_contenders, training_text
 from statefeed.bench.measure import SHIPPED
 from statefeed.bench.options import OptionError
 from statefeed.lm import model as lm_model
@@ -26,20 +26,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-PTB = training.RECIPES["ptb-gru-1x256"]
+PTB = training_contenders.RECIPES["ptb-gru-1x256"]
 SMALL = PTB._replace(width=16, batch=8)
 
 
 def small():
     """The sentences, and every contender in float32 with a width of 16."""
-    source, vocabulary, _ = training.load_text(training.Options(smoke=True), SMALL)
-    return source, training.contenders(SMALL, vocabulary, RULES, {"float32": [SHIPPED]}, "cpu")
+    source, vocabulary, _ = training_text.load_text(training.Options(smoke=True), SMALL)
+    return source, training_contenders.contenders(SMALL, vocabulary, RULES, {"float32": [SHIPPED]}, "cpu")
 
 
-@pytest.mark.parametrize("name", training.RECIPES)
+@pytest.mark.parametrize("name", training_contenders.RECIPES)
 def test_a_recipe_is_the_published_one(name):
-    published, ours = recipe.load(RECIPES / f"{name}.yaml"), training.RECIPES[name]
-    assert ours == training.Recipe(
+    published, ours = recipe.load(RECIPES / f"{name}.yaml"), training_contenders.RECIPES[name]
+    assert ours == training_contenders.Recipe(
         published.model.layers,
         published.model.width,
         published.model.block,
@@ -50,7 +50,7 @@ def test_a_recipe_is_the_published_one(name):
         published.train.lr,
     )
     assert (published.model.cell, published.train.optimizer, published.train.clip) == ("gru", "adam", None)
-    assert published.data.vocabulary in (None, training.BYTE_PAIRS)
+    assert published.data.vocabulary in (None, training_text.BYTE_PAIRS)
 
 
 def test_smoke_of_wikitext(tmp_path):
@@ -90,9 +90,9 @@ def test_speeds_and_ratios_are_per_repetition(monkeypatch):
     seconds = {f"{name} float32": [(s,), (2 * s,), (s,), (s,), (s,)] for name, s in turns.items()}
     monkeypatch.setattr(training, "interleaved", lambda contenders, _: {name: seconds[name] for name in contenders})
     monkeypatch.setattr(training, "float32_settings", lambda _: [SHIPPED])
-    monkeypatch.setitem(training.RECIPES, "ptb-gru-1x256", PTB._replace(width=8, batch=8))
-    monkeypatch.setattr(training, "SENTENCES", 100)
-    monkeypatch.setattr(training, "WORDS", 20)
+    monkeypatch.setitem(training_contenders.RECIPES, "ptb-gru-1x256", PTB._replace(width=8, batch=8))
+    monkeypatch.setattr(training_text, "SENTENCES", 100)
+    monkeypatch.setattr(training_text, "WORDS", 20)
     options = training.Options(repeats=5, dtypes="float32", rules="dsf", steps=2)
     records = {f"{r['implementation']} {r['variant']}": r for r in training.run(options)}
     ours = records["statefeed dsf"]
@@ -101,8 +101,8 @@ def test_speeds_and_ratios_are_per_repetition(monkeypatch):
     assert records["torch.nn as shipped"]["times_faster_than"]["published float32"]["median"] == 0.75
     assert ours["step_ms"] == {"median": 250.0, "min": 250.0, "max": 500.0}
     # Words of the sentences and one <eos> each: counted from the text, in the order of every measured epoch.
-    lengths = [len(line.split()) + 1 for line in training.made_up(100, 20).splitlines()]
-    source, _, _ = training.load_text(options, PTB._replace(batch=8))
+    lengths = [len(line.split()) + 1 for line in training_text.made_up(100, 20).splitlines()]
+    source, _, _ = training_text.load_text(options, PTB._replace(batch=8))
     counts = []
     for epoch in range(1, 6):
         batches = [batch for _, batch in zip(range(2), source.epoch(epoch), strict=False)]
@@ -120,7 +120,7 @@ def test_all_contenders_take_the_same_steps():
     for entry in entries:
         entry.train(source, 3)
     weights = {
-        e.name: {training.layer_name(name): p.detach().double() for name, p in e.model.named_parameters()}
+        e.name: {training_contenders.layer_name(name): p.detach().double() for name, p in e.model.named_parameters()}
         for e in entries
     }
     exact, published = weights["torch.nn as shipped float32"], weights["published dsf float32"]
@@ -140,7 +140,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
     if wrong == "published":  # exact where dsf is meant
         _, entries = small()
         entries[1].model.blocks[0].rnn.recurrence = lambda gru, x: gru(x)
-        source, _, _ = training.load_text(training.Options(smoke=True), SMALL)
+        source, _, _ = training_text.load_text(training.Options(smoke=True), SMALL)
         with pytest.raises(training.ParityError, match=r"gradient .* of published dsf"):
             training.check_parity(SMALL, entries, next(source.epoch(0)))
         return
@@ -163,7 +163,7 @@ def test_parity_catches_a_planted_error_before_anything_is_timed(wrong, monkeypa
 
 
 def test_generated_sentences_have_the_lengths_of_penn_treebank_and_every_word():
-    lines = training.made_up(4000, 500).splitlines()
+    lines = training_text.made_up(4000, 500).splitlines()
     lengths = [len(line.split()) for line in lines]
     assert statistics.mean(lengths) == pytest.approx(21.1, rel=0.05)
     assert (min(lengths) >= 1, max(lengths) <= 82, statistics.median(lengths)) == (True, True, pytest.approx(20, abs=1))
@@ -174,7 +174,7 @@ def test_the_corpus_of_a_flag_is_read(tmp_path):
     text = "a b c\nb c\n" * 40
     (tmp_path / "ptb.train.txt.xz").write_bytes(lzma.compress(text.encode()))
     (tmp_path / "ptb.valid.txt").write_text("a b\n")
-    source, vocabulary, corpus = training.load_text(training.Options(data=str(tmp_path)), PTB)
+    source, vocabulary, corpus = training_text.load_text(training.Options(data=str(tmp_path)), PTB)
     (batch,) = source.epoch(0)
     assert sorted(batch.lengths.tolist()) == [3] * 40 + [4] * 40
     assert corpus == {"corpus": "the training split in --data", "vocabulary": vocabulary}

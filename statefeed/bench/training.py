@@ -2,181 +2,54 @@
 
 The models are two of the published ones: a GRU of 1x256 with a skip connection on sentences of Penn Treebank words, and
 pre-norm blocks with GRUs of 3x512 on blocks of WikiText-103 byte pairs, with synthetic tokens. All contenders have the
-same weights and train on the same batches, which are formed again in every repetition. The baselines are plain torch
-code: sentences padded to the longest, the recurrence over padding too, and logits at all positions.
+same weights and train on the same batches, which are formed again in every repetition.
 """
 
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import statefeed as sf
 from statefeed.bench.measure import (
     NO_ONEDNN,
     ParityError,
-    Seconds,
-    Setting,
-    applied,
-    clock,
     float32_settings,
     interleaved,
     machine_line,
     spread,
     usual,
 )
-from statefeed.bench.options import TRAINING_DTYPES, OptionError, names, rules_of
+from statefeed.bench.options import TRAINING_DTYPES, names, rules_of
 from statefeed.bench.options import TrainingOptions as Options
 from statefeed.bench.published import published
+from statefeed.bench.training_contenders import (
+    RECIPES,
+    Contender,
+    Recipe,
+    Recurrence,
+    contenders,
+    everywhere,
+    model_of,
+    rival,
+)
+from statefeed.bench.training_text import load_text
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
     from rich.table import Table
 
-    from statefeed.lm.data.batches import Batch, Source
-    from statefeed.lm.model import LanguageModel
+    from statefeed.lm.data.batches import Batch
 
-
-class Recipe(NamedTuple):
-    """Settings of the published recipe with the same name."""
-
-    layers: int
-    width: int
-    block: Literal["plain", "prenorm"]
-    batches: Literal["sentences", "blocks"]
-    context: int
-    weight_decay: float
-    batch: int = 128
-    lr: float = 1e-3
-
-
-RECIPES = {
-    "ptb-gru-1x256": Recipe(1, 256, "plain", "sentences", context=64, weight_decay=1e-4),
-    "wikitext103-gru-3x512": Recipe(3, 512, "prenorm", "blocks", context=256, weight_decay=0.0),
-}
-
-# Quantiles (steps of 1/20) of the sentence length in Penn Treebank, and its numbers of words and sentences.
-_LENGTHS = (1, 6, 9, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 24, 26, 27, 29, 31, 34, 39, 82)
-WORDS, SENTENCES = 9_999, 42_068
-BYTE_PAIRS, _STEPS_OF_BLOCKS = 16_000, 16
 # Allowed errors relative to the largest value, as for one layer; lower precision is compared with float32.
 _ALLOWED = {
     "float32": {"loss": 1e-5, "gradient": 1e-3},
     "tf32": {"loss": 1e-3, "gradient": 3e-2},
     "bfloat16": {"loss": 1e-2, "gradient": 1e-1},
 }
-
-
-Recurrence = Callable[[nn.GRU, Tensor], tuple[Tensor, Any]]
-
-
-class Plain(nn.Module):
-    """torch's layer with the call of statefeed's.
-
-    Args:
-        layer: the statefeed layer whose weights are copied.
-        recurrence: (torch.nn.GRU, inputs) -> outputs at all positions and state.
-    """
-
-    def __init__(self, layer: nn.GRU, recurrence: Recurrence) -> None:
-        super().__init__()
-        self.gru, self.recurrence = nn.GRU(layer.input_size, layer.hidden_size), recurrence
-        self.gru.load_state_dict(layer.state_dict())
-
-    def forward(self, x: Tensor, state: None) -> tuple[Tensor, Any]:
-        """Outputs at all positions and the final state, from a zero state."""
-        return self.recurrence(self.gru, x)
-
-
-def rival(model: LanguageModel, recurrence: Recurrence) -> LanguageModel:
-    """The model with torch's layers instead of statefeed's."""
-    for block in model.blocks:
-        block.rnn = Plain(block.rnn, recurrence)  # type: ignore[arg-type]
-    return model
-
-
-def everywhere(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the valid targets, from logits at all positions."""
-    device = model.head.weight.device
-    logits, _ = model(batch.inputs.to(device))
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten().to(device))
-
-
-def counted(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy as the trainer computes it."""
-    return model.loss(batch).mean
-
-
-def layer_name(name: str) -> str:
-    """The name of a parameter in statefeed's model, from its name in the baseline."""
-    return name.replace(".rnn.gru.", ".rnn.")
-
-
-class Contender:
-    """One way to train.
-
-    Args:
-        implementation: ``"torch.nn"``, ``"published"`` or ``"statefeed"``.
-        variant: torch.nn's setting, or the rule.
-        dtype: bfloat16 runs the forward pass under autocast.
-        model: the model, with the common weights.
-        loss: (model, batch) -> mean loss.
-        setting: torch setting during the run.
-        recipe: recipe with the optimizer's values.
-    """
-
-    def __init__(
-        self,
-        implementation: str,
-        variant: str,
-        dtype: str,
-        model: LanguageModel,
-        loss: Callable[[LanguageModel, Batch], Tensor],
-        setting: Setting,
-        recipe: Recipe,
-    ) -> None:
-        self.implementation, self.variant, self.dtype = implementation, variant, dtype
-        self.model, self.setting = model, setting
-        self._loss, self._device = loss, model.head.weight.device.type
-        rates: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        self._optimizer = torch.optim.Adam(model.parameters(), fused=True, **rates)
-        self._epochs = itertools.count()
-
-    @property
-    def name(self) -> str:
-        return f"{self.implementation} {self.variant} {self.dtype}"
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
-        with torch.autocast(self._device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self._loss(self.model, batch)
-
-    def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss and gradient of every parameter, by the parameter names of statefeed's model."""
-        with applied(self.setting):
-            loss = self.loss(batch)
-            found = torch.autograd.grad(loss, list(self.model.parameters()))
-        parameters = [layer_name(name) for name, _ in self.model.named_parameters()]
-        return {"loss": loss.detach(), **dict(zip(parameters, found, strict=True))}
-
-    def train(self, source: Source, steps: int) -> Seconds:
-        """Seconds of some steps, including forming the batches; every call uses another epoch."""
-        with applied(self.setting):
-            start = clock(self._device)
-            for batch in itertools.islice(source.epoch(next(self._epochs)), steps):
-                loss = self.loss(batch)
-                self._optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                self._optimizer.step()
-            return (clock(self._device) - start,)
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:
@@ -253,48 +126,6 @@ def _baselines(entries: Sequence[Contender], total: dict[str, list[float]], dtyp
     return {**known, "torch.nn as shipped": rivals[0], "torch.nn at its best": best}
 
 
-def contenders(
-    recipe: Recipe, vocabulary: int, rules: Sequence[str], tried: Mapping[str, Sequence[Setting]], device: str
-) -> list[Contender]:
-    """torch.nn's exact gradient, the published procedure, and the trainer under every rule.
-
-    Args:
-        recipe: recipe of the model.
-        vocabulary: V.
-        rules: rules of the trainer.
-        tried: settings of torch.nn by dtype; all contenders use the first.
-        device: cpu or cuda.
-    """
-
-    def model(rule: str) -> LanguageModel:
-        return _model(recipe, vocabulary, rule).to(device)
-
-    def entry(
-        implementation: str, variant: str, dtype: str, model: LanguageModel, loss: Any, setting: Setting
-    ) -> Contender:
-        return Contender(implementation, variant, dtype, model.to(device), loss, setting, recipe)
-
-    result = []
-    for dtype, settings in tried.items():
-        first = settings[0]
-        for setting in settings:
-            exact = rival(model("bptt"), lambda gru, x: gru(x))
-            result.append(entry("torch.nn", setting.name, dtype, exact, everywhere, setting))
-        result.append(entry("published", "dsf", dtype, rival(model("bptt"), published), everywhere, first))
-        result += [entry("statefeed", rule, dtype, model(rule), counted, first) for rule in rules]
-    return result
-
-
-def _model(recipe: Recipe, vocabulary: int, rule: str) -> LanguageModel:
-    """The recipe's model, always with the same weights."""
-    from statefeed.lm import config
-    from statefeed.lm.model import LanguageModel
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"layers": recipe.layers, "width": recipe.width, "block": recipe.block}
-    return LanguageModel(config.Model(cell="gru", feedback=rule, **sizes), vocabulary)
-
-
 def check_parity(recipe: Recipe, entries: Sequence[Contender], batch: Batch) -> None:
     """Compare losses with torch.nn, and the gradients of exact rules and of dsf with a reference, on one batch.
 
@@ -311,7 +142,7 @@ def check_parity(recipe: Recipe, entries: Sequence[Contender], batch: Batch) -> 
     ways: dict[str, Recurrence] = {"bptt": lambda gru, x: gru(x), "dsf": published}
     truth = {}
     for rule, way in ways.items():
-        model = rival(_model(recipe, vocabulary, "bptt"), way).to(device)
+        model = rival(model_of(recipe, vocabulary, "bptt"), way).to(device)
         setting = usual(device, "float32")
         truth[rule] = Contender("truth", rule, "float32", model, everywhere, setting, recipe).gradients(batch)
     for entry in entries:
@@ -336,76 +167,6 @@ def _kernels(entry: Contender, batch: Batch) -> dict[str, str] | None:
     with torch.autocast(device.type, torch.bfloat16, enabled=entry.dtype == "bfloat16"):
         explanation = sf.explain(layer, torch.zeros(*batch.inputs.shape, layer.input_size, device=device))
     return {"forward": explanation.forward, "backward": explanation.backward, "why": explanation.why}
-
-
-# The text ------------------------------------------------------------------------------------------------------------
-
-
-def load_text(options: Options, recipe: Recipe) -> tuple[Source, int, dict[str, Any]]:
-    """The training text in batches, the size of its vocabulary, and the description for the records."""
-    from statefeed.lm import config
-    from statefeed.lm.data import batches, corpora, tokens
-    from statefeed.lm.errors import UsageError
-
-    train = config.Train(batch=recipe.batch, context=recipe.context)
-    if recipe.batches == "blocks":
-        types = 257 if options.smoke else BYTE_PAIRS
-        ids = _byte_pairs(types, _STEPS_OF_BLOCKS * recipe.batch * recipe.context)
-        corpus = "made-up byte pairs"
-        return (
-            batches.training(ids, config.Data(batches="blocks"), train),
-            types,
-            {"corpus": corpus, "vocabulary": types},
-        )
-    if options.data is None:
-        data = config.Data(tokens="word", batches="sentences")
-        text = made_up(200, 50) if options.smoke else made_up(SENTENCES, WORDS)
-        corpus = "made-up sentences with the lengths of Penn Treebank and as many words"
-    else:
-        try:
-            data = config.Data(corpus="ptb", path=options.data, tokens="word", batches="sentences")
-            text = corpora.read(data).splits["train"]
-        except UsageError as error:
-            raise OptionError(str(error)) from None
-        corpus = "the training split in --data"
-    tokenizer = tokens.train(data, {"train": text})
-    ids = tokenizer.encode(text)
-    return batches.training(ids, data, train), tokenizer.size, {"corpus": corpus, "vocabulary": tokenizer.size}
-
-
-def _byte_pairs(types: int, count: int) -> NDArray[np.int32]:
-    """Random ids that follow Zipf's law."""
-    import numpy as np
-
-    weights = 1 / (np.arange(types) + 2.7)
-    return np.random.default_rng(0).choice(types, count, p=weights / weights.sum()).astype(np.int32)
-
-
-def made_up(sentences: int, words: int) -> str:
-    """Synthetic sentences with the lengths of Penn Treebank and words that follow Zipf's law; each word occurs.
-
-    Args:
-        sentences: number of sentences.
-        words: number of different words; each occurs once at the beginning of the text.
-
-    Example:
-        >>> len(made_up(5, 3).splitlines())
-        5
-    """
-    generator = random.Random(0)
-    steps = len(_LENGTHS) - 1
-    lengths = []
-    for _ in range(sentences):
-        place = generator.random() * steps
-        low, high = _LENGTHS[int(place)], _LENGTHS[int(place) + 1]
-        lengths.append(round(low + (place - int(place)) * (high - low)))
-    weights = list(itertools.accumulate(1 / (rank + 2.7) for rank in range(words)))
-    drawn = generator.choices(range(words), cum_weights=weights, k=max(0, sum(lengths) - words))
-    order = itertools.chain(range(words), drawn)
-    return "".join(" ".join(f"w{k}" for k in itertools.islice(order, length)) + "\n" for length in lengths)
-
-
-# Tables and figures --------------------------------------------------------------------------------------------------
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
