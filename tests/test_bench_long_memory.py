@@ -117,3 +117,9 @@ def test_an_output_that_is_not_finite_has_no_score(monkeypatch, task, key):
     records = [{**r, **meta} for r in json.loads(json.dumps(records))]
     assert long_memory.table(records).row_count == 1
     assert long_memory.figure(records).axes
+
+
+@pytest.mark.parametrize(("task", "solved", "unsolved"), [(Adding, 0.01, 0.0101), (Recall, 0.9, 0.899)])
+def test_a_task_is_solved_from_its_bound_on(task, solved, unsolved):
+    assert task.is_solved(solved)
+    assert not task.is_solved(unsolved)
