@@ -27,6 +27,9 @@ class Batch(NamedTuple):
 class Task(ABC):
     """A task whose sequences are answered after their last step.
 
+    Args:
+        length: steps of a sequence.
+
     Attributes:
         title: its name in tables and figures.
         metric: the key of its score in a record: "error", the lower the better, or "accuracy".
@@ -34,9 +37,6 @@ class Task(ABC):
         solved_at: the score at which it is solved.
         inputs: features of a step.
         outputs: features of the answer.
-
-    Args:
-        length: steps of a sequence.
     """
 
     title: ClassVar[str]

@@ -54,10 +54,10 @@ def page(found: Found) -> str:
             "first step had, among noise (`statefeed bench recall`; guessing is right for 0.125). Adding problem: "
             "the sum of two marked numbers (`statefeed bench adding`; guessing has a squared error of 0.167). "
             "Digits: handwritten digits of scikit-learn, one pixel a step (`statefeed bench digits`; guessing is "
-            "right for 0.1). A seed has solved a task where nine in ten answers are right, or the squared error is "
-            "at most 0.01. The rate of every cell and rule is the best of a grid, with a seed that is not shown, or "
-            "the only one tried; (edge) marks the lowest or highest of the grid. Steps and processor seconds to "
-            "solved are means over the seeds that solved it.",
+            "right for one in ten). A seed has solved a task where nine in ten answers are right, or the squared "
+            "error is at most 0.01. The rate of every cell and rule is the best of a grid, with a seed that is not "
+            "shown, or the only one tried; (edge) marks the lowest or highest of the grid. Steps and processor "
+            "seconds to solved are means over the seeds that solved it.",
             long_memory(found).rstrip("\n") or "No records yet.",
             "## State tracking",
             "Parity of a bit string that is asked for after every few bits (`statefeed bench tracking`; guessing is "
