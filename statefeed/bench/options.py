@@ -23,7 +23,7 @@ TRAINING_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "
 PASSES = ("training", "forward")
 METHODS = ("auto", "sequential", "prefix", "fft")
 # Shapes of `layers` that --shapes does not name: dense, with long series and small widths, and packed.
-DENSE = "64x32x256,64x128x256,512x4x256,1024x1x128,100x16x64,500x1x64,2000x2x32"
+DENSE = "2000x2x32,500x1x64,1024x1x128,512x4x256,100x16x64,32x256x128,64x32x256,64x128x256,50x64x1024"
 PACKED = "100x16x64,500x16x64,1000x16x128"
 MEMORY_MARK = Path("/proc/self/clear_refs")
 
