@@ -17,6 +17,10 @@ from statefeed.timing import Timing, time_rules
 
 # Matrix products relative to exact BPTT above which a rule is not expected to be faster.
 _TOO_MANY_PRODUCTS = 1.5
+_BPTT_IN_TORCH = (
+    '"bptt" takes torch\'s own path on this input, because kernels are slower there, and an approximate rule runs '
+    "kernels; timed=True measures whether it is slower"
+)
 _TORCHS_PATH = "torch.nn's own path"
 
 
@@ -196,6 +200,8 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     forward, forward_flops = found.forward, inputs + hidden + projection
     products = (forward_flops + backward) / (forward_flops + bptt)
     warning = None if rule.exact else _expected_slower(T, dependent, products)
+    if warning is None and not rule.exact and layer.is_faster_in_torch(x):
+        warning = _BPTT_IN_TORCH
     if not sequential:
         forward = (
             f"{method}, one product over all steps and one scan per iteration; without convergence {found.forward}"

@@ -19,7 +19,8 @@ from statefeed.stack import Path, RecurrentStack, permute
 from statefeed.transforms import is_expanded, is_transformed
 
 _TORCHSCRIPT = (
-    "TorchScript cannot hold a feedback rule: call statefeed.restore(model), then script or trace torch.nn's layers"
+    "TorchScript cannot hold a feedback rule: call statefeed.restore(model), then script or trace torch.nn's layers, "
+    'or trace the model under feedback "bptt"'
 )
 
 _COMPILED_LSTM = (
@@ -109,6 +110,8 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         if torch.compiler.is_exporting():
             return self._torch_path
         if is_transformed():
+            if self._feedback.exact and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+                return self._torch_path
             return None if torch.is_grad_enabled() or self._layer_by_layer else self._torch_path
         # An approximate rule trains through kernels; under autocast torch's forward pass would differ visibly.
         if not self._feedback.exact and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):

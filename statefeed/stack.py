@@ -129,6 +129,8 @@ class RecurrentStack(FeedbackLayer):
         in_torch = self._in_torch(input)
         if in_torch is not None:
             return in_torch(input, hx)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(self._torchscript)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         backend = self._backend(input, hx, weights)
         if self._newton is not None and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
@@ -137,8 +139,6 @@ class RecurrentStack(FeedbackLayer):
             return self._torch_path(input, hx)
         if torch.compiler.is_compiling() and not _COMPILES:
             raise RuntimeError(_NOT_COMPILED)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise RuntimeError(self._torchscript)
         if is_expanded(weights[0][0]):
             raise RuntimeError(NO_EXPANDED_WEIGHTS)
         packed = isinstance(input, PackedSequence)
@@ -185,6 +185,10 @@ class RecurrentStack(FeedbackLayer):
     def _in_torch(self, input: Tensor | PackedSequence) -> Path | None:
         """What runs a call in torch, whatever the backends support; None if a backend may run it."""
         return None
+
+    def is_faster_in_torch(self, input: Tensor | PackedSequence) -> bool:
+        """Whether torch's own layer is preferred to the kernels on an input, under an exact rule."""
+        return False
 
     def torch_path_reason(self, input: Tensor | PackedSequence) -> str | None:
         """Why torch's own layer runs a call on this input.

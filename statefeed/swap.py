@@ -35,9 +35,10 @@ class SwapReport:
     kept: dict[str, str]
     outside: dict[str, str] = field(default_factory=dict)
     _called: set[str] = field(default_factory=set, repr=False, compare=False)
+    _ours: list[str] = field(default_factory=list, repr=False, compare=False)  # kept because they are statefeed's
 
     def ran(self) -> dict[str, bool]:
-        """Report whether each swapped layer, or a copy of it, was called since ``swap``.
+        """Report whether each swapped layer, or a copy of it, was called since ``swap``; also those that were ours.
 
         False after a training step means that the step does not use the layer: the model calls ``forward`` directly,
         uses the weights in its own code, or runs another network. Calls inside ``torch.compile``, and calls of a layer
@@ -46,7 +47,7 @@ class SwapReport:
         Returns:
             Module name -> whether the layer was called.
         """
-        return {name: name in self._called for name in self.swapped}
+        return {name: name in self._called for name in (*self.swapped, *self._ours)}
 
     # The report is not the model: what is done with the result in ``model = sf.swap(model)``.
     def __getattr__(self, name: str) -> NoReturn:
@@ -106,7 +107,7 @@ def swap(
         ValueError: an unknown rule, or a pattern that matches no recurrent layer.
 
     Warns:
-        UserWarning: the model has no statefeed layer afterwards.
+        UserWarning: no layer was converted, and the model has torch.nn's, or has none.
 
     Cost: none per parameter.
 
@@ -136,16 +137,20 @@ def swap(
             reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}{exact}"
         if reason is not None:
             report.kept[name] = reason
+            if isinstance(module, FeedbackLayer):
+                report._ours.append(name)
+                if not dry_run:
+                    _record_first_call(module, name, report)
             continue
         if not dry_run:
             if _is_class_forward(module):
                 del module.forward
             module.__class__ = _our_class(module)
             module.feedback = rule
-            hook = _FirstCall(name, report._called)
-            module.register_forward_pre_hook(hook)
+            _record_first_call(module, name, report)
         report.swapped[name] = _described(module, rule)
-    if not dry_run and not any(isinstance(m, FeedbackLayer) for m in model.modules()):
+    done = report.swapped or (report._ours and not any(_is_torchs(m) for m in layers.values()))
+    if not dry_run and not done:
         warn(f"swap changed nothing: {report}")
     return report
 
@@ -217,6 +222,10 @@ class _FirstCall:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FirstCall, (self.name, set())
+
+
+def _record_first_call(module: nn.Module, name: str, report: SwapReport) -> None:
+    module.register_forward_pre_hook(_FirstCall(name, report._called))
 
 
 def _remove_hooks(module: nn.Module) -> None:
@@ -305,11 +314,14 @@ def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.RNNCellBase):
-            layer = kind.removesuffix("Cell")
+            bases = (base.__name__ for base in type(module).__mro__ if base in (nn.RNNCell, nn.GRUCell, nn.LSTMCell))
+            layer = next(bases, "GRUCell").removesuffix("Cell")
             yield (
                 name,
                 f"{kind} is called in a loop: use statefeed.{layer} over the whole sequence, or statefeed.Recurrent",
             )
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name in ("RNN", "GRU", "LSTM"):
+            yield name, f"{module.original_name} is scripted: swap the model that was scripted, and use that one"
         backend = getattr(module, "recurrent_backend", None)
         if backend in ("scan", "triton"):
             yield name, f"{kind} runs its layer with its own code: build it with recurrent_backend='pad'"

@@ -63,7 +63,7 @@ def test_packed_and_batch_first_inputs_count_their_rows() -> None:
 
 
 def test_every_fact_is_printed() -> None:
-    lines = str(sf.explain(sf.LSTM(I, H, feedback="dsf"), torch.zeros(T, B, I))).splitlines()
+    lines = str(sf.explain(sf.LSTM(I, H, feedback="dsf"), torch.zeros(100, B, I))).splitlines()
     assert [line.split()[0] for line in lines] == ["rule", "forward", "backward", "why", "memory"]
 
 
@@ -89,6 +89,15 @@ def test_a_rule_that_is_expected_slower_than_exact_bptt_warns(rule: str, steps: 
     else:
         assert expected in str(result.warning)
         assert str(result).splitlines()[-1] == f"warning   {result.warning}"
+
+
+@needs_kernels
+def test_an_input_that_bptt_leaves_to_torch_is_named() -> None:
+    assert "torch's own path" in sf.explain(sf.GRU(64, 64), torch.zeros(2, 1, 64)).forward
+    assert '"bptt" takes torch\'s own path' in str(
+        sf.explain(sf.GRU(64, 64, feedback="dsf"), torch.zeros(2, 1, 64)).warning
+    )
+    assert sf.explain(sf.GRU(64, 64, feedback="dsf"), torch.zeros(64, 16, 64)).warning is None
 
 
 @needs_kernels

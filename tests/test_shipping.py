@@ -2,6 +2,8 @@
 
 import copy
 import multiprocessing
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -157,6 +159,38 @@ def test_torchscript_raises_until_the_model_is_restored(convert, x):
     model.forward = None if convert is torch.jit.script else model.forward
     with pytest.raises(RuntimeError, match=r"^TorchScript cannot hold a feedback rule: .*restore\(model\)[^\n]*$"):
         convert(model.gru if convert is torch.jit.script else model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_exact_rule_is_traced_in_a_new_process(cell, tmp_path):
+    torch.manual_seed(0)
+    layer = CELLS[cell](3, 5)
+    torch.save((layer.state_dict(), torch.randn(4, 7, 3)), tmp_path / "layer.pt")
+    code = f"""
+import torch, statefeed as sf
+weights, x = torch.load({str(tmp_path / "layer.pt")!r})
+layer = sf.{cell.upper()}(3, 5)
+layer.load_state_dict(weights)
+traced = torch.jit.trace(layer, x)
+layer.feedback = "dsf"
+try:
+    torch.jit.trace(layer, x)
+except RuntimeError as error:
+    assert "TorchScript cannot hold a feedback rule" in str(error), error
+else:
+    raise AssertionError("a trace of an approximate rule")
+y = traced(x)[0]
+y.sum().backward()
+torch.save((y.detach(), [p.grad for p in traced.parameters()]), {str(tmp_path / "result.pt")!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    y, grads = torch.load(tmp_path / "result.pt")
+    _, x = torch.load(tmp_path / "layer.pt")
+    plain = sf.restore(layer)
+    expected = plain(x)[0]
+    torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(grads, list(torch.autograd.grad(expected.sum(), list(plain.parameters()))))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")

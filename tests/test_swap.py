@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import warnings
 from abc import ABC
 from collections.abc import Callable
 from typing import Any
@@ -400,6 +401,38 @@ def test_the_report_has_which_layers_ran(model: Tagger, tokens: torch.Tensor) ->
     model(tokens)
     sf.restore(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_second_report_has_the_layers_that_were_swapped_before(model: Tagger, tokens: torch.Tensor) -> None:
+    first = sf.swap(model)
+    second = sf.swap(model)
+    assert not second.swapped
+    assert second.ran() == first.ran() == {"encoder": False, "decoder": False}
+    model(tokens)
+    assert second.ran() == first.ran() == {"encoder": True, "decoder": True}
+
+
+def test_swap_warns_where_torchs_layers_remain_beside_ours() -> None:
+    model = nn.Sequential(sf.GRU(2, 3), nn.LSTM(3, 3))
+    with pytest.warns(UserWarning, match="swap changed nothing"):
+        sf.swap(model, exclude="1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.swap(model)
+        sf.swap(model)
+
+
+def test_the_report_names_the_layer_for_a_subclass_of_a_cell_and_scripted_layers() -> None:
+    class Cell(nn.GRUCell):
+        pass
+
+    report = sf.swap(nn.ModuleDict({"cell": Cell(2, 3), "gru": nn.GRU(2, 3)}))
+    assert "statefeed.GRU over" in report.outside["cell"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.GRU(2, 3))
+    report = sf.swap(nn.ModuleDict({"scripted": scripted, "gru": nn.GRU(2, 3)}))
+    assert report.outside == {"scripted": "GRU is scripted: swap the model that was scripted, and use that one"}
 
 
 def test_whether_a_layer_ran_costs_one_call(model: Tagger, tokens: torch.Tensor) -> None:

@@ -32,9 +32,12 @@ def hint(path: str | Path) -> str:
     """What to add to the message that a recipe is missing: how to copy it, if the package has one of that name."""
     name = Path(path).name.removesuffix(".yaml")
     try:
-        return f"; `statefeed recipes {name}` copies it" if name in titles() else ""
+        near = difflib.get_close_matches(name, titles(), n=1)
     except UsageError:
         return ""
+    if not near:
+        return ""
+    return f"; `statefeed recipes {name}` copies it" if name == near[0] else f": did you mean {near[0]}.yaml?"
 
 
 def copy(names: Sequence[str], target: Path) -> list[Path]:
@@ -51,7 +54,8 @@ def copy(names: Sequence[str], target: Path) -> list[Path]:
         UsageError: for an unknown name, and where another file of that name exists; nothing is written then.
     """
     known, files = titles(), dict[str, None]()
-    for name in known if "all" in names else [name.removesuffix(".yaml") for name in names]:
+    wanted = [name.removesuffix(".yaml") for name in names if name != "all"]
+    for name in [*wanted, *(known if "all" in names else ())]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`statefeed recipes` lists them"

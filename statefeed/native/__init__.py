@@ -65,7 +65,11 @@ def load(device: str) -> Loaded:
             raise RuntimeError(f"STATEFEED_KERNELS is on, but {reason}") from error
         from statefeed.user_warning import warn
 
-        warn(f"statefeed uses plain torch operations instead of its kernels: {reason}", RuntimeWarning)
+        warn(
+            f"statefeed uses plain torch operations instead of its kernels: {reason}; "
+            '"bptt" is then torch\'s own path, no faster',
+            RuntimeWarning,
+        )
         return Loaded("none", str(error))
 
 

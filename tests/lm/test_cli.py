@@ -63,6 +63,10 @@ USER_ERRORS = {
         ["train", "recipes/quickstart.yaml"],
         "the recipe recipes/quickstart.yaml does not exist; `statefeed recipes quickstart` copies it\n",
     ),
+    "misspelt recipe": (
+        ["train", "recipes/quikstart.yaml"],
+        "the recipe recipes/quikstart.yaml does not exist: did you mean quickstart.yaml?\n",
+    ),
     "recipe of a comparison not copied": (
         ["compare", "ptb-gru-3x256.yaml", "--feedback=dsf"],
         "the recipe ptb-gru-3x256.yaml does not exist; `statefeed recipes ptb-gru-3x256` copies it\n",

@@ -53,6 +53,7 @@ def test_another_file_is_never_replaced(capsys: pytest.CaptureFixture[str], here
 def test_the_recipe_that_was_meant(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert cli.main(["recipes", "quikstart"]) == 2
     assert capsys.readouterr().err == "statefeed: there is no recipe quikstart: did you mean quickstart?\n"
+    assert cli.main(["recipes", "xyz", "all"]) == 2
     assert cli.main(["recipes", "xyz"]) == 2
     assert "there is no recipe xyz: `statefeed recipes` lists them" in capsys.readouterr().err
     assert not list(here.iterdir())
