@@ -93,7 +93,7 @@ def test_a_rule_that_is_expected_slower_than_exact_bptt_warns(rule: str, steps: 
 
 @needs_kernels
 def test_an_input_that_bptt_leaves_to_torch_is_named() -> None:
-    assert "torch's own path" in sf.explain(sf.GRU(64, 64), torch.zeros(2, 1, 64)).forward
+    assert "torch.nn's own path" in sf.explain(sf.GRU(64, 64), torch.zeros(2, 1, 64)).forward
     assert '"bptt" takes torch\'s own path' in str(
         sf.explain(sf.GRU(64, 64, feedback="dsf"), torch.zeros(2, 1, 64)).warning
     )

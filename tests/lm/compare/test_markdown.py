@@ -20,7 +20,9 @@ MACHINES = [
     folder for name in ("zen5", "xeon-amx") for folder in sorted((ROOT / "results" / "bench").glob(f"{name}-*"))
 ]
 
-CELLS = [ROOT / "results" / "runs" / "quickstart" / name for name in ("cells-bf16.jsonl", "rates.jsonl")]
+CELLS = [
+    ROOT / "results" / "runs" / "quickstart" / name for name in ("cells-bf16.jsonl", "rates.jsonl", "shakespeare.jsonl")
+]
 
 
 def test_documents_are_those_of_the_records(tmp_path: Path) -> None:
