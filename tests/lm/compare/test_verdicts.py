@@ -291,7 +291,7 @@ def test_a_rate_at_which_a_run_diverged_is_not_chosen_and_ends_the_grid() -> Non
     diverged = run("dsf", 2, [], lr=4e-3, outcome="diverged")
     full = [*runs("dsf", [60, 60], lr=1e-3), *runs("dsf", [50, 50], lr=2e-3), run("dsf", 1, [10], lr=4e-3), diverged]
     chosen = rates.choose(full)
-    assert (chosen.chosen, chosen.scores[4e-3], chosen.at_edge) == (2e-3, math.inf, False)
+    assert (chosen.chosen, chosen.at_edge) == (2e-3, False)
     grid = [run("dsf", 1, [p], lr=lr, steps=50) for lr, p in ((1e-3, 90), (2e-3, 80))]
     grid.append(run("dsf", 1, [], lr=4e-3, outcome="diverged", steps=50))
     assert not rates.choose(runs("dsf", [60], lr=2e-3), grid).at_edge
@@ -301,6 +301,13 @@ def test_rates_are_compared_over_the_same_seeds() -> None:
     """Seed 3 is hard, and was run at one rate only."""
     full = [*runs("dsf", [50, 60, 200], lr=1e-3), *runs("dsf", [55, 65], lr=2e-3)]
     assert rates.choose(full).chosen == 1e-3
+
+
+def test_all_seeds_decide_between_good_rates_beside_a_bad_one_with_a_single_seed() -> None:
+    full = [*runs("dsf", [51, 60, 60], lr=1e-3), *runs("dsf", [50, 70, 70], lr=2e-3), run("dsf", 1, [90], lr=4e-3)]
+    assert rates.choose(full).chosen == 1e-3
+    diverged = [*full, run("dsf", 4, [], lr=1e-3, outcome="diverged")]
+    assert rates.choose(diverged).chosen == 2e-3
 
 
 def test_every_rule_is_compared_at_its_own_rate() -> None:
