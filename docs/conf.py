@@ -25,6 +25,7 @@ pygments_style = "tango"
 pygments_dark_style = "monokai"
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning", "pytorch_lightning", "transformers"]  # bases of the callbacks
 autodoc_typehints = "signature"
 autodoc_type_aliases = {"FeedbackLike": "FeedbackLike"}
 python_maximum_signature_line_length = 88

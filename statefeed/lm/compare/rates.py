@@ -116,7 +116,8 @@ def _best(grid: dict[float, list[Result]]) -> float:
 
 def _score(group: Sequence[Result], seeds: set[int]) -> float:
     """Mean of the best validation perplexities over these seeds, or over all if none; inf if a run diverged."""
-    bests = [math.inf if result.best is None else result.best for result in group]
-    if math.inf in bests:
+    perplexities = [math.inf if result.best is None else result.best for result in group]
+    if math.inf in perplexities:
         return math.inf
-    return statistics.mean(b for b, r in zip(bests, group, strict=True) if not seeds or r.get("train.seed") in seeds)
+    of = zip(perplexities, group, strict=True)
+    return statistics.mean(value for value, result in of if not seeds or result.get("train.seed") in seeds)
