@@ -135,12 +135,11 @@ def swap(
         if reason is None and feedback is None and isinstance(module, FeedbackLayer):
             exact = "" if module.feedback.exact else '; feedback="bptt" makes it exact'
             reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}{exact}"
+            report._ours.append(name)
+            if not dry_run:
+                _record_first_call(module, name, report)
         if reason is not None:
             report.kept[name] = reason
-            if isinstance(module, FeedbackLayer):
-                report._ours.append(name)
-                if not dry_run:
-                    _record_first_call(module, name, report)
             continue
         if not dry_run:
             if _is_class_forward(module):
@@ -149,8 +148,8 @@ def swap(
             module.feedback = rule
             _record_first_call(module, name, report)
         report.swapped[name] = _described(module, rule)
-    done = report.swapped or (report._ours and not any(_is_torchs(m) for m in layers.values()))
-    if not dry_run and not done:
+    ours = any(isinstance(m, FeedbackLayer) for m in model.modules())
+    if not dry_run and not report.swapped and (not ours or any(_is_torchs(m) for m in layers.values())):
         warn(f"swap changed nothing: {report}")
     return report
 

@@ -422,6 +422,14 @@ def test_swap_warns_where_torchs_layers_remain_beside_ours() -> None:
         sf.swap(model)
 
 
+def test_an_excluded_statefeed_layer_is_unchanged() -> None:
+    model = nn.Sequential(sf.GRU(2, 3), nn.LSTM(3, 3))
+    report = sf.swap(model, exclude="0")
+    assert report.ran() == {"1": False}
+    assert not model[0]._forward_pre_hooks
+    assert model[1]._forward_pre_hooks
+
+
 def test_the_report_names_the_layer_for_a_subclass_of_a_cell_and_scripted_layers() -> None:
     class Cell(nn.GRUCell):
         pass
