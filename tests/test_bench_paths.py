@@ -61,6 +61,21 @@ def test_slower_means_both_by_ratio_and_by_time(ours, slower, monkeypatch):
     assert not paths.measure(case, 5)["slower"]
 
 
+@pytest.mark.parametrize("again", [1e-3, 1.2e-3])
+def test_what_seems_slower_is_measured_again_for_longer(again, monkeypatch):
+    rounds = []
+
+    def turns(_contenders, count):
+        rounds.append(count)
+        ours = again if len(rounds) > 1 else 1.2e-3
+        return {"torch.nn as shipped": [(1e-3,)] * count, "bptt": [(ours,)] * count, "kernels": [(2e-3,)] * count}
+
+    monkeypatch.setattr(paths, "interleaved", turns)
+    record = paths.measure(paths.Case("gru", "float32", "padded", "training", Shape(5, 2, 8)), 5)
+    assert rounds == [5, 5 * paths.AGAIN]
+    assert (record["slower"], record["repeats"]) == (again > 1e-3, 5 * paths.AGAIN)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -339,8 +339,8 @@ def test_bfloat16_products_have_the_accuracy_of_bfloat16(cell: str, H: int) -> N
 def test_operators_pass_opcheck() -> None:
     case = Case("gru", 3, 2, 4, 5, torch.float32)
     rows, h0, hidden = case.x.reshape(6, 4), case.state[0], torch.zeros(5)
-    saved, y = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5)
-    arguments = (False, rows, *case.weights[:2], torch.zeros(15), torch.zeros(15), h0, None, *saved, y, None)
+    saved, y, h = (torch.zeros(6, 15), torch.zeros(6, 5)), torch.zeros(6, 5), torch.zeros(2, 5)
+    arguments = (False, rows, *case.weights[:2], torch.zeros(15), torch.zeros(15), h0, None, *saved, y, h, None)
     torch.library.opcheck(torch.ops.statefeed.layer_forward.default, ("gru", *arguments))
     torch.library.opcheck(
         torch.ops.statefeed.layer_backward.default,

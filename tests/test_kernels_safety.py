@@ -38,7 +38,8 @@ def forward_arguments(cell: str = "gru") -> dict[str, Any]:
         "b_hh": torch.zeros(gates * H), "h0": torch.zeros(B, P.get(cell, H)), "batch_sizes": None,
         "gates": torch.zeros(N, gates * H) if gates > 1 else None,
         "aux": torch.zeros(N, AUX[cell] * H) if cell in AUX else None,
-        "y": torch.zeros(N, P.get(cell, H)), "c": torch.zeros(B, C[cell] * H) if cell in C else None,
+        "y": torch.zeros(N, P.get(cell, H)), "h": torch.zeros(B, P.get(cell, H)),
+        "c": torch.zeros(B, C[cell] * H) if cell in C else None,
         "w_hr": torch.zeros(P[cell], H) if cell in P else None,
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ from statefeed.native.flop_table import register
 
 
 def _layer_forward(cell: str, bf16: bool, x: Any, w_ih: Any, w_hh: Any, *others: Any, **_: Any) -> int:
-    return 2 * int(x[0] * (w_hh[0] * (_columns(w_ih) + w_hh[1]) + _projection(others[8:])))
+    return 2 * int(x[0] * (w_hh[0] * (_columns(w_ih) + w_hh[1]) + _projection(others[9:])))
 
 
 def _layer_backward(

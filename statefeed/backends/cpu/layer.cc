@@ -15,6 +15,16 @@ namespace statefeed {
 
 namespace {
 
+// The last row of every sequence: those that have no row in the next step.
+template <class T>
+void copy_last_rows(const StepRange& range, const T* y, T* last) {
+  for (int64_t t = 0; t < range.steps; ++t) {
+    const int64_t rows = range.size(t), go_on = t + 1 < range.steps ? range.size(t + 1) : 0;
+    std::copy(y + go_on * range.output, y + rows * range.output, last + go_on * range.output);
+    y += rows * range.output;
+  }
+}
+
 template <ProductTraits P, class T = typename P::value_t>
 void forward_chunks(const LayerForwardArgs<T>& s) {
   const LayerArgs<T>& layer = s.layer;
@@ -77,6 +87,7 @@ void forward_chunks(const LayerForwardArgs<T>& s) {
       first_h = args.y + (chunk.rows - args.range.size(chunk.steps - 1)) * O;
     }
   });
+  copy_last_rows(layer.range, s.y, s.h);
 }
 
 template <ProductTraits P>

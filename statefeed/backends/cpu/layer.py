@@ -32,17 +32,17 @@ def forward(problem: Problem, save: bool) -> Forward:
     w_ih, w_hh, b_ih, b_hh, w_hr = _contiguous(problem)
     x = problem.x.contiguous()
     h0, c0 = _initial(problem)
-    y = x.new_empty(len(x), h0.shape[1])
+    y, h = x.new_empty(len(x), h0.shape[1]), h0.clone()
     c = c0.clone() if c0 is not None else None
     saved = _empty_saved(problem) if save and cell.saved_values else ()
     torch.ops.statefeed.layer_forward.default(
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, b_ih, b_hh, h0,
-        layout.batch_sizes, *(saved or (None, None)), y, c, w_hr,
+        layout.batch_sizes, *(saved or (None, None)), y, h, c, w_hr,
     )  # fmt: skip
     others = _parts(c, [s.shape[1] for s in problem.state[1:]])
     if len(others) > 1:  # copies, because autograd does not let users modify one of several views in place
         others = tuple(part.clone() for part in others)
-    return Forward(y, (layout.last(y, h0), *others), saved)
+    return Forward(y, (h, *others), saved)
 
 
 def backward(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule, needs_x: bool) -> Gradients:

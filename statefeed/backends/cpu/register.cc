@@ -56,8 +56,8 @@ std::vector<int64_t> cell_sizes(StringHandle cell_name) {
 
 void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
              const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h0,
-             const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, OptionalTensor c,
-             const OptionalTensor& w_hr) {
+             const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, Tensor h,
+             OptionalTensor c, const OptionalTensor& w_hr) {
   const CellEntry& cell = find_cell(Name(cell_name).view());
   const Checks checks("layer_forward", y);
   checks.dims("x", x, 2);
@@ -67,6 +67,7 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
   checks.optional("b_hh", b_hh, b_ih.has_value(), "with b_ih", {G});
   check_saved(checks, cell, N, H, gates, aux, gates || aux);
   checks.tensor("y", y, {N, O});
+  checks.tensor("h", h, {B, O});
   check_c(checks, "c", cell, range, c);
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
@@ -77,6 +78,7 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
                       .gates = cell.gates == 1 ? data<T>(y) : data<T>(gates),
                       .aux = data<T>(aux),
                       .y = data<T>(y),
+                      .h = data<T>(h),
                       .c = data<T>(c)});
   });
 }
@@ -215,8 +217,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
   m.def(
       "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor h0, "
-      "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!)? c, "
-      "Tensor? w_hr=None) -> ()");
+      "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!) h, "
+      "Tensor(e!)? c, Tensor? w_hr=None) -> ()");
   m.def(
       "layer_backward(str cell, str rule, int corrections, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? "
       "gates, "
