@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 TASKS: dict[str, type[Task]] = {"adding": Adding, "recall": Recall, "digits": Digits}
 
 _BATCH, _TUNING_SEED, _EVALUATIONS, _EXTENSIONS = 64, 0, 50, 2
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class Model(nn.Module):
@@ -209,25 +208,19 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     """One panel per cell with one line per rule: the score over training, median of the seeds."""
     from matplotlib.figure import Figure
 
+    from statefeed.lm.compare.panel import curve
+    from statefeed.lm.compare.styles import styles
+
     task = TASKS[records[0]["bench"]]
     cells = list(dict.fromkeys(record["cell"] for record in records))
-    rules = list(dict.fromkeys(record["variant"] for record in records))
+    looks = styles(record["variant"] for record in records)
     result = Figure(figsize=(6 * len(cells), 4), layout="constrained")
     for axes, cell in zip(result.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         for (of, rule), runs in cases(records).items():
             if of == cell:
-                k = rules.index(rule)
+                steps = [step for step, *_ in runs[0]["curve"]]
                 scores = zip(*([as_score(value, task.metric) for _, value, _ in r["curve"]] for r in runs), strict=True)
-                axes.plot(
-                    [step for step, *_ in runs[0]["curve"]],
-                    [statistics.median(values) for values in scores],
-                    "-" if k < 10 else "--",
-                    color=f"C{k % 10}",
-                    marker=_MARKERS[k % len(_MARKERS)],
-                    markevery=5,
-                    markersize=4,
-                    label=rule,
-                )
+                curve(axes, steps, [statistics.median(values) for values in scores], looks[rule], rule)
         axes.axhline(task.solved_at, color="gray", linewidth=0.8, linestyle=":")
         axes.set(title=f"{cell}, {records[0]['T']} steps", xlabel="training step", ylabel=task.metric)
         if task.metric == "error":

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _BATCH, _MODES, _RATES, _TUNING_SEED = 64, 16, (3e-3, 1e-2), 0
 _EVALUATIONS, _STRINGS, _LEARNT = 20, 512, 0.9
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
 
 class Model(nn.Module):
     """Bits (T, B) -> logits of the parity of the bits so far, (T, B, 2)."""
@@ -235,24 +233,18 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     """One panel per cell with one line per rule: accuracy at length 2T over training, mean over seeds."""
     from matplotlib.figure import Figure
 
+    from statefeed.lm.compare.panel import curve
+    from statefeed.lm.compare.styles import styles
+
     cells = list(dict.fromkeys(record["cell"] for record in records))
     result = Figure(figsize=(4 * len(cells), 4), layout="constrained")
-    rules = list(dict.fromkeys(record["variant"] for record in records))
+    looks = styles(record["variant"] for record in records)
     for axes, cell in zip(result.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         for (of, rule), rows in by_case(records).items():
             if of == cell:
-                k = rules.index(rule)
+                steps = [step for step, *_ in rows[0]["curve"]]
                 long = zip(*([accuracy for *_, accuracy in r["curve"]] for r in rows), strict=True)
-                axes.plot(
-                    [step for step, *_ in rows[0]["curve"]],
-                    [statistics.mean(values) for values in long],
-                    "-" if k < 10 else "--",
-                    color=f"C{k % 10}",
-                    marker=_MARKERS[k % len(_MARKERS)],
-                    markevery=3,
-                    markersize=4,
-                    label=rule,
-                )
+                curve(axes, steps, [statistics.mean(values) for values in long], looks[rule], rule)
         axes.set(title=cell, xlabel="training step", ylabel=f"accuracy, {2 * records[0]['T']} bits", ylim=(0.4, 1.02))
         axes.legend(fontsize=7)
     result.suptitle(f"{machine_line(records)}; means over the seeds", fontsize=9)
