@@ -22,8 +22,12 @@ class FeedbackLayer(nn.Module):
 
     A subclass defines its cell, the width S of its state, and its number of layers and directions. A learned rule
     stores its tensors in the attributes ``diagonal`` (L * directions, S) and ``diagonal_updates`` (L * directions,).
-    They follow ``.to``, copies and pickles as buffers do. They are not buffers, because a module must have the same
-    buffers under every rule: averaged copies of a model match buffers by position, and DistributedDataParallel
+    Each learned rule has its own, which start from zeros and are stored while another rule is in force; the attributes
+    are those of the learned rule set last. Corrections do not change what is learned: ``"fitted+1"`` after ``"fitted"``
+    continues with the same tensors.
+
+    The tensors follow ``.to``, copies and pickles as buffers do. They are not buffers, because a module must have the
+    same buffers under every rule: averaged copies of a model match buffers by position, and DistributedDataParallel
     broadcasts them.
 
     Gradient: that of ``feedback``.
@@ -40,6 +44,8 @@ class FeedbackLayer(nn.Module):
     diagonal_updates: Tensor
     _feedback: Feedback
     _rules: tuple[Feedback, ...]  # of every layer and direction
+    _learned_rule: str | None = None  # the diagonal that ``diagonal`` and ``diagonal_updates`` belong to
+    _other_learned: dict[str, dict[str, Tensor]]  # the tensors of other learned diagonals, by spelling
     # Defaults of the class, which swapped layers and old pickles have; None is sequential.
     _newton: Newton | None = None
     newton_iterations: tuple[int, ...] = ()
@@ -58,12 +64,8 @@ class FeedbackLayer(nn.Module):
         reason = self.unsupported_reason(feedback) or self.unsupported_forward(self._newton, feedback)
         if reason is not None:
             raise ValueError(reason)
-        if feedback.learned and not self.learned_tensors():
-            like = next(self.parameters(), torch.empty(0, device="cpu"))
-            # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
-            shape = (self._feedback_rows, self._state_size)
-            self.diagonal = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            self.diagonal_updates = torch.zeros(shape[0], dtype=torch.int64, device=like.device)
+        if feedback.learned:
+            self._use_learned(str(feedback.diagonal))
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(self._feedback_rows))
         self._rule_changed()
@@ -156,8 +158,45 @@ class FeedbackLayer(nn.Module):
         return None if rule.exact else complex_reason(rule, dtype)
 
     def learned_tensors(self) -> dict[str, Tensor]:
-        """The tensors that learned rules have stored, by attribute name; backward passes update them in place."""
+        """The tensors of the learned rule set last, by attribute name; backward passes update them in place."""
         return {name: self.__dict__[name] for name in _LEARNED if name in self.__dict__}
+
+    def learned_by_rule(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every learned rule that was set, as ``learned_tensors`` returns them, by spelling of D.
+
+        Example:
+            >>> import statefeed as sf
+            >>> layer = sf.GRU(2, 3, feedback="calibrated+1")
+            >>> layer.feedback = "fitted"
+            >>> list(layer.learned_by_rule())
+            ['calibrated', 'fitted']
+        """
+        stored = dict(self.__dict__.get("_other_learned", {}))
+        if self._learned_rule is not None:
+            stored[self._learned_rule] = self.learned_tensors()
+        return dict(sorted(stored.items()))
+
+    def _use_learned(self, diagonal: str) -> None:
+        """Make the tensors of a learned diagonal those of the attributes; zeros at its first use."""
+        current = self.learned_tensors()
+        if current and self._learned_rule in (None, diagonal):  # None in an old pickle under another rule
+            self._learned_rule = diagonal
+            return
+        others = self.__dict__.setdefault("_other_learned", {})
+        if self._learned_rule is not None:
+            others[self._learned_rule] = current
+        for name, tensor in (others.pop(diagonal, None) or self._new_learned()).items():
+            setattr(self, name, tensor)
+        self._learned_rule = diagonal
+
+    def _new_learned(self) -> dict[str, Tensor]:
+        like = next(self.parameters(), torch.empty(0, device="cpu"))
+        # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
+        shape = (self._feedback_rows, self._state_size)
+        return {
+            "diagonal": torch.zeros(shape, dtype=like.dtype, device=like.device),
+            "diagonal_updates": torch.zeros(shape[0], dtype=torch.int64, device=like.device),
+        }
 
     def learned_state(self, row: int, device: torch.device) -> LearnedState | None:
         """The tensors that a learned rule stores for one layer and direction.
@@ -187,6 +226,8 @@ class FeedbackLayer(nn.Module):
         with torch.no_grad():
             for name, tensor in self.learned_tensors().items():
                 setattr(self, name, fn(tensor))
+            for tensors in self.__dict__.get("_other_learned", {}).values():
+                tensors.update({name: fn(tensor) for name, tensor in tensors.items()})
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -196,6 +237,8 @@ class FeedbackLayer(nn.Module):
             if buffer is not None:
                 self._non_persistent_buffers_set.discard(name)
                 setattr(self, name, buffer)
+        if self._learned_rule is None and "_feedback" in state and self._feedback.learned:
+            self._learned_rule = str(self._feedback.diagonal)  # older pickles do not have it
 
     @contextmanager
     def exact_rule(self) -> Iterator[None]:
@@ -216,16 +259,17 @@ class FeedbackLayer(nn.Module):
                 self._newton = method
 
     def reset_diagonal(self) -> None:
-        """Set the learned diagonal and its number of updates to zero."""
-        for tensor in self.learned_tensors().values():
-            tensor.zero_()
+        """Set the learned diagonals of all rules, and their numbers of updates, to zero."""
+        for tensors in self.learned_by_rule().values():
+            for tensor in tensors.values():
+                tensor.zero_()
 
     def remove_feedback(self) -> None:
         """Remove the rule and the learned tensors, so that the object can become a plain torch.nn layer again."""
         del self._feedback, self._rules
         self._reset_forward_method()
-        for name in self.learned_tensors():
-            delattr(self, name)
+        for name in (*_LEARNED, "_learned_rule", "_other_learned"):
+            self.__dict__.pop(name, None)
 
     def feedback_repr(self) -> str:
         """The rule, and a forward method that is not the default, as ``extra_repr`` prints them."""

@@ -22,7 +22,7 @@ _JOINED: dict[type, type[RecurrentLayer]] = {}
 _FORWARDS = tuple(kind.forward for kind in OURS)
 _FUNCTIONS = tuple(getattr(torch, name) for name in ("rnn_tanh", "rnn_relu", "gru", "lstm"))
 # Instance attributes of a statefeed layer, in addition to the names that its classes define.
-_STORED = {"_feedback", "_rules", "diagonal", "diagonal_updates"}
+_STORED = {"_feedback", "_rules", "_learned_rule", "_other_learned", "diagonal", "diagonal_updates"}
 
 
 def torchs_class(kind: type) -> type[nn.Module] | None:

@@ -52,7 +52,8 @@ class Feedback:
             - ``"calibrated"``: the running mean of diag(J[t]), updated in training.
             - ``"fitted"``: the least-squares fit a of g[t] - e[t] = a * g[t+1] for every unit, where g is the exact
               state gradient: ``a = sum (g[t] - e[t]) g[t+1] / sum g[t+1]^2``. In training, the first and then every
-              50th backward pass is exact BPTT and updates the fit.
+              50th backward pass under this diagonal is exact BPTT and updates the fit. A layer keeps its fit and its
+              count of passes under other rules, and ``"fitted+k"`` shares them.
             - ``"gate"``: the direct path, z[t] of a GRU, f[t] on c and 0 on h of an LSTM, f[t] on c and n of
               an SLSTM; an RNN has none.
             - ``"jacobian"``: diag(J[t]).

@@ -28,6 +28,8 @@ ALWAYS = "--run.checkpoint_minutes=0"
 CASES = {
     "stream": ["--train.optimizer=adam", "--model.feedback=calibrated+1"],
     "schedule": ["--model.feedback=dsf@0.3/calibrated@0.6/gate+1", "--model.cell=lstm", "--train.steps=17"],
+    "learned": ["--model.feedback=calibrated@0.3/fitted"],  # stopped under the second rule
+    "learned-again": ["--model.feedback=fitted@0.3/calibrated@0.8/fitted+1", "--model.cell=lstm", "--train.steps=17"],
     "sentences": [
         "--data.tokens=word",
         "--data.batches=sentences",

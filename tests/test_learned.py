@@ -1,0 +1,99 @@
+"""What learned rules store in a layer: one diagonal per rule, and its dtype."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import statefeed as sf
+
+MAKERS = {
+    "gru": lambda rule: sf.GRU(3, 8, feedback=rule),
+    "slstm": lambda rule: sf.SLSTM(3, 8, feedback=rule),
+    "recurrent": lambda rule: sf.Recurrent(nn.GRUCell(3, 8), rule),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(40, 4, 3)
+
+
+def gradients(layer, x):
+    return torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+
+
+def is_exact(layer, x):
+    """Whether the next backward pass has the exact gradient."""
+    found = gradients(layer, x)
+    with layer.exact_rule():
+        exact = gradients(layer, x)
+    return all(torch.allclose(f, e, rtol=1e-4, atol=1e-3) for f, e in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_first_pass_under_fitted_is_exact_after_another_learned_rule(kind, x):
+    layer, schedule = MAKERS[kind]("bptt"), sf.Schedule("calibrated@0.5/fitted")
+    exact = []
+    for step in range(10):
+        schedule.apply(layer, step / 10)
+        exact.append(is_exact(layer, x))
+    assert exact == [False] * 5 + [True] + [False] * 4
+    alone = copy.deepcopy(layer)
+    alone.reset_diagonal()
+    gradients(alone, x)
+    assert torch.equal(layer.diagonal, alone.diagonal)
+    assert layer.diagonal_updates.tolist() == [5]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_running_mean_does_not_begin_with_the_fit(kind, x):
+    layer, alone = MAKERS[kind]("fitted"), None
+    gradients(layer, x)
+    alone = copy.deepcopy(layer)
+    alone.reset_diagonal()
+    for other in (layer, alone):
+        other.feedback = "calibrated"
+    for other in (layer, alone):
+        torch.manual_seed(1)  # Recurrent draws signs
+        gradients(other, x)
+    assert torch.equal(layer.diagonal, alone.diagonal)
+    assert layer.diagonal_updates.tolist() == [1]
+
+
+@pytest.mark.parametrize("between", ["dsf", "torch", "calibrated", "calibrated+1"])
+@pytest.mark.parametrize("after", ["fitted", "fitted+1"])
+def test_a_learned_rule_continues_where_it_was(between, after, x):
+    layer = sf.GRU(3, 8, feedback="fitted")
+    gradients(layer, x), gradients(layer, x)
+    before = copy.deepcopy(layer.learned_tensors())
+    layer.feedback = between
+    gradients(layer, x)
+    layer.feedback = after
+    torch.testing.assert_close(layer.learned_tensors(), before, rtol=0, atol=0)
+    assert not is_exact(layer, x)
+    assert layer.diagonal_updates.tolist() == [3]
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_the_tensors_of_every_rule_follow_copies_and_moves(make, x):
+    layer = sf.GRU(3, 8, feedback="fitted")
+    gradients(layer, x)
+    fit = layer.diagonal
+    layer.feedback = "calibrated"
+    gradients(layer, x)
+    other = make(layer).double()
+    gradients(layer, x)  # has no effect on the copy
+    assert [t["diagonal_updates"].tolist() for t in other.learned_by_rule().values()] == [[1], [1]]
+    other.feedback = "fitted"
+    assert torch.equal(other.diagonal, fit.double())
+    other.reset_diagonal()
+    assert not any(t.any() for tensors in other.learned_by_rule().values() for t in tensors.values())
+    assert sf.restore(nn.Sequential(other))[0].__dict__.keys() == nn.GRU(3, 8).__dict__.keys()
