@@ -26,9 +26,9 @@ class FeedbackLayer(nn.Module):
     are those of the learned rule set last. Corrections do not change what is learned: ``"fitted+1"`` after ``"fitted"``
     continues with the same tensors.
 
-    The tensors follow ``.to``, copies and pickles as buffers do. They are not buffers, because a module must have the
-    same buffers under every rule: averaged copies of a model match buffers by position, and DistributedDataParallel
-    broadcasts them.
+    The tensors follow ``.to``, copies and pickles as buffers do, and ``diagonal`` is at least float32. They are not
+    buffers, because a module must have the same buffers under every rule: averaged copies of a model match buffers by
+    position, and DistributedDataParallel broadcasts them.
 
     Gradient: that of ``feedback``.
 
@@ -194,7 +194,7 @@ class FeedbackLayer(nn.Module):
         # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
         shape = (self._feedback_rows, self._state_size)
         return {
-            "diagonal": torch.zeros(shape, dtype=like.dtype, device=like.device),
+            "diagonal": torch.zeros(shape, dtype=_learned_dtype(like.dtype), device=like.device),
             "diagonal_updates": torch.zeros(shape[0], dtype=torch.int64, device=like.device),
         }
 
@@ -225,9 +225,9 @@ class FeedbackLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, tensor in self.learned_tensors().items():
-                setattr(self, name, fn(tensor))
+                setattr(self, name, _moved(tensor, fn))
             for tensors in self.__dict__.get("_other_learned", {}).values():
-                tensors.update({name: fn(tensor) for name, tensor in tensors.items()})
+                tensors.update({name: _moved(tensor, fn) for name, tensor in tensors.items()})
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -275,6 +275,19 @@ class FeedbackLayer(nn.Module):
         """The rule, and a forward method that is not the default, as ``extra_repr`` prints them."""
         method = "" if self._newton is None else f", forward_method={str(self._newton)!r}"
         return f"feedback={str(self._feedback)!r}{method}"
+
+
+def _learned_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a learned diagonal: small weights of a running mean have no effect in bfloat16 or float16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A learned tensor after a function of ``_apply``, without a loss of precision."""
+    moved = fn(tensor)
+    if not moved.is_floating_point() or moved.dtype == _learned_dtype(moved.dtype):
+        return moved
+    return tensor.to(device=moved.device, dtype=_learned_dtype(moved.dtype))
 
 
 def complex_reason(rule: Feedback, dtype: torch.dtype) -> str:

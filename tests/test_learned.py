@@ -97,3 +97,58 @@ def test_the_tensors_of_every_rule_follow_copies_and_moves(make, x):
     other.reset_diagonal()
     assert not any(t.any() for tensors in other.learned_by_rule().values() for t in tensors.values())
     assert sf.restore(nn.Sequential(other))[0].__dict__.keys() == nn.GRU(3, 8).__dict__.keys()
+
+
+REDUCED = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("dtype", REDUCED)
+def test_a_running_mean_follows_the_weights_in_a_reduced_precision(kind, dtype, x):
+    """After 100 passes a new mean has the weight 0.01, less than half a unit in the last place of bfloat16."""
+    layer, x = MAKERS[kind]("calibrated").to(dtype), x[:5].to(dtype)
+    for _ in range(60):  # Recurrent draws signs
+        gradients(layer, x)
+    target = layer.diagonal.clone()
+    with torch.no_grad():
+        layer.diagonal.fill_(0.9)
+        layer.diagonal_updates.fill_(1000)
+    for _ in range(400):
+        gradients(layer, x)
+    assert (layer.diagonal - target).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", REDUCED)
+def test_learned_tensors_stay_float32_in_a_module_of_reduced_precision(dtype, x):
+    layer = sf.GRU(3, 8, feedback="fitted")
+    gradients(layer, x)
+    layer.feedback = "calibrated"
+    gradients(layer, x)
+    before = copy.deepcopy(layer.learned_by_rule())
+    layer.to(dtype)
+    torch.testing.assert_close(layer.learned_by_rule(), before, rtol=0, atol=0)
+    assert layer.to("meta").diagonal.dtype == torch.float32
+    assert layer.to_empty(device="cpu").diagonal_updates.dtype == torch.int64
+    assert layer.double().to(dtype).diagonal.dtype == torch.float32
+    assert sf.GRU(3, 8, feedback="calibrated", dtype=torch.float64).diagonal.dtype == torch.float64
+    assert sf.GRU(3, 8, feedback="calibrated", dtype=dtype).diagonal.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "fitted", "calibrated+1"])
+@pytest.mark.parametrize("kind", [*MAKERS, "lstm", "projected"])
+@pytest.mark.parametrize("dtype", REDUCED)
+def test_every_layer_of_reduced_precision_trains_under_a_learned_rule(rule, kind, dtype, x):
+    more = {
+        "lstm": lambda rule: sf.LSTM(3, 8, feedback=rule),
+        "projected": lambda r: sf.LSTM(3, 8, proj_size=4, feedback=r),
+    }
+    full = {**MAKERS, **more}[kind](rule)
+    layer = copy.deepcopy(full).to(dtype)
+    for _ in range(2):  # the first pass of "fitted" is exact
+        torch.manual_seed(1)
+        expected = gradients(full, x)
+        torch.manual_seed(1)
+        found = gradients(layer, x.to(dtype))
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == dtype
+        torch.testing.assert_close(f.float(), e, rtol=0, atol=0.1 * float(e.abs().max()))
