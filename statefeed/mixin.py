@@ -61,7 +61,7 @@ class FeedbackLayer(nn.Module):
     @feedback.setter
     def feedback(self, rule: FeedbackLike) -> None:
         feedback = as_feedback(rule)
-        reason = self.unsupported_reason(feedback) or self.unsupported_forward(self._newton, feedback)
+        reason = self.unsupported_rule(feedback)
         if reason is not None:
             raise ValueError(reason)
         if feedback.learned:
@@ -69,6 +69,17 @@ class FeedbackLayer(nn.Module):
         self._feedback = feedback
         self._rules = tuple(feedback.row(k) for k in range(self._feedback_rows))
         self._rule_changed()
+
+    def unsupported_rule(self, rule: Feedback) -> str | None:
+        """Why the layer does not support a rule with its present forward method.
+
+        Args:
+            rule: any rule.
+
+        Returns:
+            The reason in one sentence; None if ``layer.feedback = rule`` succeeds.
+        """
+        return self.unsupported_reason(rule) or self.unsupported_forward(self._newton, rule)
 
     def _rule_changed(self) -> None:
         """Hook for subclasses, called after the rule or the forward method was set."""

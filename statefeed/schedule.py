@@ -105,7 +105,7 @@ class Schedule:
             warn("the model has no statefeed layer: call sf.swap(model) first")
         layers = [m for m in every_layer if m.feedback is not rule]
         for layer in layers:
-            reason = layer.unsupported_reason(rule)
+            reason = layer.unsupported_rule(rule)
             if reason is not None:
                 raise ValueError(reason)
         changed = False

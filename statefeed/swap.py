@@ -269,7 +269,7 @@ def _reason_to_keep(
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
     if isinstance(module, FeedbackLayer):
-        return module.unsupported_reason(rule)
+        return module.unsupported_rule(rule)
     kind = type(module)
     reason = _changed_by_others(module, "swap")
     ours = conversion(kind)
