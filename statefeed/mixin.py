@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statefeed import newton
 from statefeed.cells.protocol import Cell
 from statefeed.feedback import Feedback, FeedbackLike, LearnedState, as_feedback
 from statefeed.newton import Newton, as_forward_method
@@ -152,9 +153,14 @@ class FeedbackLayer(nn.Module):
         Returns:
             The reason in one sentence; None if the layer supports the rule.
         """
-        complex_dtype = next((p.dtype for p in self.parameters() if p.is_complex()), None)
+        complex_dtype = self.complex_dtype
         reason = None if complex_dtype is None else self.complex_reason(rule, complex_dtype)
         return reason or rule.unsupported_reason(self.feedback_cell, self._state_size, self._feedback_rows)
+
+    @property
+    def complex_dtype(self) -> torch.dtype | None:
+        """The dtype of complex weights; None if all weights are real."""
+        return next((p.dtype for p in self.parameters() if p.is_complex()), None)
 
     def complex_reason(self, rule: Feedback, dtype: torch.dtype) -> str | None:
         """Why the layer does not support a rule with complex weights.
@@ -230,7 +236,11 @@ class FeedbackLayer(nn.Module):
         first = next(self.parameters(), None)
         if first is not None and "_feedback" in self.__dict__:
             dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
-            reason = self.complex_reason(self._feedback, dtype) if dtype.is_complex else None
+            reason = None
+            if dtype.is_complex and self._newton is not None:
+                reason = self.complex_reason(BPTT, dtype) or newton.complex_reason(self._newton, dtype)
+            elif dtype.is_complex:
+                reason = self.complex_reason(self._feedback, dtype)
             if reason is not None:  # before anything has changed
                 raise ValueError(reason)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

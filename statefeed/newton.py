@@ -111,6 +111,11 @@ def as_forward_method(method: str | Newton) -> Newton | None:
     return Newton(tolerance)
 
 
+def complex_reason(method: Newton, dtype: torch.dtype) -> str:
+    """The error message for the iteration on complex numbers."""
+    return f'forward_method "{method}" is defined for real numbers, got {dtype}: set forward_method to "sequential"'
+
+
 def unsupported_cell(cell: Cell) -> str | None:
     """Why the iteration does not support a cell, in one sentence; None if it does."""
     if len(cell.states) > 1 and type(cell).newton_update is Cell.newton_update:

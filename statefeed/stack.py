@@ -70,6 +70,9 @@ class RecurrentStack(FeedbackLayer):
     def unsupported_forward(self, method: newton.Newton | None, rule: Feedback) -> str | None:
         if method is None:
             return None
+        complex_dtype = self.complex_dtype
+        if complex_dtype is not None:
+            return newton.complex_reason(method, complex_dtype)
         if rule.through_torch:
             return f'forward_method "{method}" does not support feedback "torch": set feedback to "bptt"'
         return newton.unsupported_cell(self.feedback_cell)
@@ -153,7 +156,9 @@ class RecurrentStack(FeedbackLayer):
             layout = Layout(x.shape[time], x.shape[batch])
         state = self._zeros(x, layout.B) if hx is None else permute(self._as_state(hx), sorted_indices)
         self._check(x, state, batch_sizes)
-        if x.is_complex() and not (self._feedback.exact and self._newton is None):
+        if x.is_complex() and self._newton is not None:
+            raise ValueError(newton.complex_reason(self._newton, x.dtype))
+        if x.is_complex() and not self._feedback.exact:
             raise ValueError(complex_reason(self._feedback, x.dtype))
 
         rows = x if packed or not self.batch_first else x.transpose(0, 1)

@@ -98,6 +98,29 @@ def test_a_layer_that_raises_for_complex_numbers_is_unchanged(layer, dtype, x):
 
 
 @beta
+def test_newton_raises_for_complex_numbers_with_a_remedy_that_works():
+    layer, message = (
+        sf.GRU(3, 4, dtype=torch.cfloat),
+        r"newton.* is defined for real numbers, got torch.complex64: set ",
+    )
+    with pytest.raises(ValueError, match=message + 'forward_method to "sequential"'):
+        layer.forward_method = "newton"
+    layer.feedback = "torch"
+    layer.forward_method = "sequential"
+    other = sf.GRU(3, 4, feedback="dsf")
+    other.forward_method = "newton"
+    with pytest.raises(ValueError, match=message + 'forward_method to "sequential"'):
+        other.to(torch.cfloat)
+    assert other.weight_hh_l0.dtype == torch.float32
+    other.forward_method, other.feedback = "sequential", "torch"
+    assert other.to(torch.cfloat).weight_hh_l0.dtype == torch.cfloat
+    third = Minimal(3, 4)
+    third.forward_method = "newton"
+    with pytest.raises(ValueError, match=r"^Minimal is defined for real numbers, got torch.complex64$"):
+        third.to(torch.cfloat)
+
+
+@beta
 @every_layer
 @pytest.mark.parametrize("rule", ["bptt", "torch"])
 def test_exact_rules_have_the_gradient_of_torch_on_complex_numbers(cell, rule):
