@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from statefeed.cells.protocol import Cell, State
-from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.feedback.value import check_keyword_only
 from statefeed.stack import RecurrentStack
 from statefeed.user_warning import warn
@@ -101,8 +101,7 @@ class CellLayer(RecurrentStack):
                         weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                         self.register_parameter(f"{name}_l{layer}{suffix}", weight)
         self.reset_parameters()
-        # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
-        self.feedback = as_feedback(feedback)
+        self.feedback = feedback
 
     @property
     def feedback_cell(self) -> Cell:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from statefeed import torch_functions
 from statefeed.backends import BACKENDS, flatten_weights
 from statefeed.cells import CELLS, Cell, State
-from statefeed.feedback import FeedbackLike, as_feedback
+from statefeed.feedback import FeedbackLike
 from statefeed.feedback.value import check_keyword_only
 from statefeed.paths import extent, is_faster_as_a_cell, is_faster_in_torch, lacks_bf16, reason, way_of
 from statefeed.stack import Path, RecurrentStack, permute
@@ -37,8 +37,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
     def __init__(self, *args: Any, feedback: FeedbackLike = "bptt", **kwargs: Any) -> None:
         check_keyword_only(type(self).__name__, args)
         super().__init__(*args, **kwargs)
-        # A Feedback, because nn.Module would register a Parameter under this name and bypass the property.
-        self.feedback = as_feedback(feedback)
+        self.feedback = feedback
 
     @property
     def feedback_cell(self) -> Cell:

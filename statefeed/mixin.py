@@ -54,6 +54,13 @@ class FeedbackLayer(nn.Module):
     newton_states: tuple[Tensor, ...] = ()
     newton_guess: tuple[Tensor, ...] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a parameter or module under these names and bypass the properties.
+        if name in ("feedback", "forward_method"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def feedback(self) -> Feedback:
         """The rule of the backward pass; settable at any time, in any spelling of ``Feedback``."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from statefeed.custom.check import check_cell
 from statefeed.custom.gradient import Call, Custom, EagerCustom
 from statefeed.custom.steps import StepFunction, Steps, compile_step, steps_of
-from statefeed.feedback import Feedback, FeedbackLike, as_feedback
+from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import autocast_dtype
 from statefeed.transforms import NO_EXPANDED_STEP, NO_TRANSFORM_OF_A_STEP, is_expanded, is_transformed, traced
@@ -104,8 +104,7 @@ class Recurrent(FeedbackLayer):
                 )
             state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
         self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
-        # Converted here: nn.Module would register a Parameter under this name and bypass the property.
-        self.feedback = as_feedback(feedback)
+        self.feedback = feedback
 
     @property
     def feedback_cell(self) -> None:
