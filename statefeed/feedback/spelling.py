@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
+from collections.abc import Sequence
 
 from statefeed.feedback.protocol import Diagonal
 from statefeed.feedback.table import DIAGONALS
-
-SPELLINGS = (
-    'None, "bptt", "torch", "ft-bptt", "dsf", "ramp(cap)", "log_spaced(longest)", "calibrated", "fitted", "gate", '
-    '"jacobian", a number, or a tensor (S,) or (L * directions, S)'
-)
 
 # Other names of rules, for suggestions in error messages.
 _SYNONYMS = {"exact": "bptt", "full": "bptt", "fused": "bptt", "none": "bptt", "truncated": "ft-bptt"}
@@ -35,11 +32,35 @@ def parse(spelling: str) -> tuple[Diagonal | float, int]:
         arguments = [] if number is None else [float(number)]
     except ValueError:
         raise ValueError(_unknown(spelling)) from None
-    try:
-        return DIAGONALS[name](*arguments), k
-    except TypeError:
+    if not _takes(name, arguments):
         takes = "takes no number" if arguments else "needs a number in parentheses"
-        raise ValueError(f'feedback "{name}" {takes}, got {spelling!r}') from None
+        raise ValueError(f'feedback "{name}" {takes}, got {spelling!r}')
+    return DIAGONALS[name](*arguments), k
+
+
+def spellings() -> str:
+    """The valid rules, as error messages list them; from the table, so also those that a user has added.
+
+    Example:
+        >>> spellings()[:50]
+        'None, "bptt", "torch", "ft-bptt", "dsf", "ramp(cap'
+    """
+    names = [name if _takes(name, []) else f"{name}({_parameter(name)})" for name in DIAGONALS]
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return f"None, {quoted}, a number, or a tensor (S,) or (L * directions, S)"
+
+
+def _takes(name: str, arguments: Sequence[float]) -> bool:
+    """Whether a rule of the table is made from these arguments; an error of its constructor is another matter."""
+    try:
+        inspect.signature(DIAGONALS[name]).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _parameter(name: str) -> str:
+    return next(iter(inspect.signature(DIAGONALS[name]).parameters))
 
 
 def _unknown(spelling: str) -> str:
@@ -48,7 +69,7 @@ def _unknown(spelling: str) -> str:
         return f'fused-bptt is now bptt: feedback must be "bptt", got {spelling!r}'
     near = _nearest(spelling)
     hint = f': did you mean "{near}"?' if near else ""
-    return f"feedback must be {SPELLINGS}, each with an optional suffix +k, got {spelling!r}{hint}"
+    return f"feedback must be {spellings()}, each with an optional suffix +k, got {spelling!r}{hint}"
 
 
 def _nearest(spelling: str) -> str | None:
@@ -71,6 +92,6 @@ def _nearest(spelling: str) -> str | None:
         return None
     try:
         parse(suggestion)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
     return suggestion

@@ -18,7 +18,7 @@ from statefeed.cells.protocol import Cell
 from statefeed.feedback.exact import Exact
 from statefeed.feedback.fixed import Constant, Given, LogSpaced, Ramp
 from statefeed.feedback.protocol import Context, Diagonal, KernelRule
-from statefeed.feedback.spelling import SPELLINGS, parse
+from statefeed.feedback.spelling import parse, spellings
 from statefeed.user_warning import warn
 
 # Above this a stationary diagonal with corrections grows like binom(T, k) before it converges at k near T.
@@ -279,7 +279,7 @@ def check_keyword_only(layer: str, arguments: Sequence[object]) -> None:
 def _is_rule(spelling: str) -> bool:
     try:
         parse(spelling)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     return True
 
@@ -293,7 +293,7 @@ def _diagonal(value: object) -> Diagonal:
         return Given(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return Constant(float(value))
-    raise TypeError(f"feedback must be {SPELLINGS}, got {type(value).__name__}")
+    raise TypeError(f"feedback must be {spellings()}, got {type(value).__name__}")
 
 
 def _plain(diagonal: Diagonal) -> str:
