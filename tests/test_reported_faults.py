@@ -633,7 +633,7 @@ def test_the_buffers_of_an_old_pickle_become_attributes(x):
 
 def test_a_schedule_changes_every_layer_or_none():
     model = nn.Sequential(sf.GRU(3, 4, feedback="dsf"), sf.RNN(4, 4, feedback="dsf"), sf.GRU(4, 4, feedback="dsf"))
-    with pytest.raises(ValueError, match="an RNN has none"):
+    with pytest.raises(ValueError, match="the cell 'rnn_tanh' has none"):
         sf.Schedule("gate+1").apply(model, 0.0)
     assert [str(layer.feedback) for layer in model] == ["dsf"] * 3
 

@@ -136,6 +136,14 @@ class Stationary(Diagonal):
 class TimeVarying(Diagonal):
     """Base class of diagonals that depend on the step; a subclass defines ``rows``, and needs no kernel."""
 
+    def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
+        if cell is None:
+            return (
+                f'feedback "{self}" needs the formulas of a cell, which statefeed.Recurrent does not have: use '
+                '"jacobian"'
+            )
+        return None
+
     @abstractmethod
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         """D of every row, (N, width) for every part of the state."""

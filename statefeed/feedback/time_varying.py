@@ -19,15 +19,12 @@ class Gate(TimeVarying):
     """Diagonal of the direct path: z[t] of a GRU, f[t] on c (SLSTM: c and n) and 0 on h of an LSTM."""
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
-        if cell is None:
+        if cell is not None and not cell.has_direct_path:
             return (
-                'feedback "gate" needs the formulas of a cell, which statefeed.Recurrent does not have; use "jacobian"'
+                f'feedback "{self}" needs a direct path between states, and the cell {cell.name!r} has none: use '
+                '"jacobian" or "calibrated"'
             )
-        if not cell.has_direct_path:
-            return (
-                'feedback "gate" needs a direct path between states and an RNN has none; use "jacobian" or "calibrated"'
-            )
-        return None
+        return super().unsupported_reason(cell, size, rows)
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         cell, w = at.cell, at.w_hh
@@ -46,6 +43,9 @@ class Gate(TimeVarying):
 @dataclass(frozen=True)
 class Jacobian(TimeVarying):
     """Diagonal of the Jacobian, diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
+
+    def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
+        return None  # statefeed.Recurrent estimates it
 
     def rows(self, at: Linearization) -> Sequence[Tensor]:
         return at.cell.jacobian_diagonal(at.at, at.w_hh)
