@@ -56,7 +56,7 @@ class Recurrent(FeedbackLayer):
     Raises:
         ValueError: an unknown rule, ``"gate"``, or a cell with unknown state width; in a call, a cell that returns a
             state of another width.
-        TypeError: a cell that is not a module.
+        TypeError: a cell that is not a module; in a call, an input that is not a tensor.
         torch._dynamo.exc.TorchDynamoException: in a call, a step that ``torch.compile`` cannot compile as one graph.
 
     Cost: forward, T calls of the cell without autograd; backward, one call over T*B rows and one VJP, plus one VJP per
@@ -168,6 +168,11 @@ class Recurrent(FeedbackLayer):
 
     def _time_first(self, x: Tensor, state: State | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x as (T, B, I), and the initial state as a tuple."""
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be a tensor of shape (T, B, I), or (B, T, I) with batch_first, got {type(x).__name__}: "
+                "statefeed.Recurrent takes padded sequences, as torch.nn.utils.rnn.pad_packed_sequence returns them"
+            )
         if x.dim() != 3:
             raise ValueError(f"x must have the shape (T, B, I), or (B, T, I) with batch_first, got {tuple(x.shape)}")
         if self.batch_first:
