@@ -30,6 +30,8 @@ from statefeed.transforms import (
     no_vmap,
 )
 
+NO_STEP = "Expected sequence length to be larger than 0 in RNN"  # torch's message
+
 
 class Direction(NamedTuple):
     """One direction of a layer.
@@ -127,7 +129,7 @@ def recurrence(
         more if the backend recomputes the gates.
     """
     if not layout.T:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        raise RuntimeError(NO_STEP)
     compute_dtype = autocast_dtype(x)
     output_dtypes = None
     if compute_dtype is not None and BACKENDS[backend].upcasts:

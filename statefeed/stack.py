@@ -16,7 +16,7 @@ from statefeed.cells.protocol import Cell, State
 from statefeed.feedback import Feedback
 from statefeed.layout import Layout, segment
 from statefeed.mixin import FeedbackLayer, complex_reason
-from statefeed.recurrence import Direction, autocast_dtype, recurrence
+from statefeed.recurrence import NO_STEP, Direction, autocast_dtype, recurrence
 from statefeed.transforms import NO_EXPANDED_WEIGHTS, is_expanded, traced
 from statefeed.user_warning import warn
 
@@ -277,6 +277,8 @@ class RecurrentStack(FeedbackLayer):
         if self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.T
         (T, B), directions = x.shape[:2], 2 if self.bidirectional else 1
+        if not T:
+            raise RuntimeError(NO_STEP)
         segments = segment(T, B, lengths, resets, x.device)
         if not B:
             return self._forward(padded, hx)
