@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from statefeed import native as kernels
 from statefeed.scan import fft, prefix, sequential
@@ -51,6 +53,7 @@ def diagonal_scan(
     Raises:
         ValueError: incompatible shapes, an unknown method, or ``"fft"`` with a time-varying diagonal.
         TypeError: an argument that is neither floating point nor complex.
+        RuntimeError: the call is inside a transform of ``torch.func``, or has a forward-mode derivative.
 
     Cost: O(T * B * S) time and memory, O(T log T * B * S) for ``"fft"``.
 
@@ -60,6 +63,7 @@ def diagonal_scan(
         [1.0, 1.5, 1.75]
     """
     _check(x, a, initial, method)
+    _check_transforms(x, a, initial)
     dtype = torch.promote_types(x.dtype, a.dtype)
     if initial is not None:
         dtype = torch.promote_types(dtype, initial.dtype)
@@ -67,6 +71,20 @@ def diagonal_scan(
     start = None if initial is None else initial.to(compute_dtype)
     y: Tensor = _Scan.apply(x.to(compute_dtype), a.to(compute_dtype), start, reverse, method)  # type: ignore[no-untyped-call]
     return y.to(dtype)
+
+
+def _check_transforms(*arguments: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    unpack: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
+    # Outside torch.func, forward mode has one level, and only some tensors have a tangent.
+    if torch._C._are_functorch_transforms_active() or any(
+        t is not None and unpack(t).tangent is not None for t in arguments
+    ):
+        raise RuntimeError(
+            "statefeed.diagonal_scan supports neither torch.func (grad, vmap, jacrev, ...) nor forward-mode "
+            "derivatives: use torch.autograd.grad, which differentiates it to any order"
+        )
 
 
 class _Scan(torch.autograd.Function):
