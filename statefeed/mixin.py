@@ -23,7 +23,7 @@ class FeedbackLayer(nn.Module):
 
     A subclass defines its cell, the width S of its state, and its number of layers and directions. A learned rule
     stores its tensors in the attributes ``diagonal`` (L * directions, S) and ``diagonal_updates`` (L * directions,).
-    Each learned rule has its own, which start from zeros and are stored while another rule is in force; the attributes
+    Each learned rule has its own, which start from zeros and are stored under other rules; the attributes
     are those of the learned rule set last. Corrections do not change what is learned: ``"fitted+1"`` after ``"fitted"``
     continues with the same tensors.
 

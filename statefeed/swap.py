@@ -315,10 +315,9 @@ def _outside(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, nn.RNNCellBase):
             bases = (base.__name__ for base in type(module).__mro__ if base in (nn.RNNCell, nn.GRUCell, nn.LSTMCell))
             layer = next(bases, "GRUCell").removesuffix("Cell")
-            yield (
-                name,
-                f"{kind} is called in a loop: use statefeed.{layer} over the whole sequence, or statefeed.Recurrent",
-            )
+            # Without corrections a rule loses the path from h to c on Recurrent.
+            other = "" if layer == "LSTM" else ", or statefeed.Recurrent"
+            yield name, f"{kind} is called in a loop: use statefeed.{layer} over the whole sequence{other}"
         if isinstance(module, torch.jit.ScriptModule) and module.original_name in ("RNN", "GRU", "LSTM"):
             yield name, f"{module.original_name} is scripted: swap the model that was scripted, and use that one"
         backend = getattr(module, "recurrent_backend", None)

@@ -8,6 +8,8 @@ from torch import nn
 
 import statefeed as sf
 
+pytestmark = pytest.mark.filterwarnings("ignore:feedback .* passes no gradient")  # tests/test_custom_parts.py
+
 
 class LayerNormGRUCell(nn.Module):
     def __init__(self, input_size: int, hidden_size: int) -> None:

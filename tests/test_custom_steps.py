@@ -9,6 +9,8 @@ from torch import nn
 
 import statefeed as sf
 
+pytestmark = pytest.mark.filterwarnings("ignore:feedback .* passes no gradient")  # tests/test_custom_parts.py
+
 T, B, I, H = 6, 3, 4, 5
 
 

@@ -123,7 +123,7 @@ def test_a_layer_that_does_not_support_the_rule_is_left_unchanged_with_the_reaso
     model = nn.ModuleList([nn.RNN(2, 3), nn.LSTM(2, 4, proj_size=2), nn.GRU(2, 3)])
     report = sf.swap(model, feedback="gate")
     assert list(report.swapped) == ["1", "2"]
-    assert "RNN" in report.kept["0"]
+    assert "the cell 'rnn_tanh' has none" in report.kept["0"]
     assert [type(m) for m in model] == [nn.RNN, sf.LSTM, sf.GRU]
 
 
@@ -380,7 +380,9 @@ def test_the_report_names_cells_and_recurrent_code_of_packages() -> None:
     )
     report = sf.swap(model)
     assert set(report.outside) == {"cell", "scan", "loss.network", "loss.networks"}
-    assert "statefeed.LSTM" in report.outside["cell"]
+    assert report.outside["cell"] == "LSTMCell is called in a loop: use statefeed.LSTM over the whole sequence"
+    gru = sf.swap(nn.ModuleList([nn.GRUCell(2, 3), nn.GRU(2, 3)])).outside["0"]
+    assert gru.endswith("use statefeed.GRU over the whole sequence, or statefeed.Recurrent")
     assert "recurrent_backend" in report.outside["scan"]
     assert "outside  loss.network: Sequential is not among the model's modules" in str(report)
     # What the model registers as well is no news.

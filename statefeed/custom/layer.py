@@ -15,10 +15,11 @@ from statefeed.feedback import Feedback, FeedbackLike
 from statefeed.mixin import FeedbackLayer, complex_reason
 from statefeed.recurrence import autocast_dtype
 from statefeed.transforms import NO_EXPANDED_STEP, NO_TRANSFORM_OF_A_STEP, is_expanded, is_transformed, traced
+from statefeed.user_warning import warn
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 
-_JACOBIAN = Feedback("jacobian")
+_JACOBIAN, _TRUNCATED = Feedback("jacobian"), Feedback("ft-bptt")
 
 
 class Recurrent(FeedbackLayer):
@@ -51,13 +52,19 @@ class Recurrent(FeedbackLayer):
             ``torch.compile``. The step is compiled at its first call, and again for a new dtype or device and for a
             second batch size, never for another T. The batched call of the backward pass is not compiled.
 
-    Gradient: that of the rule; exact under ``"bptt"`` (the default), ``"torch"`` and with k >= T corrections.
+    Gradient: that of the rule; exact under ``"bptt"`` (the default), ``"torch"`` and with k >= T corrections. Without
+        corrections a diagonal has no path from one tensor of the state to another: the loss, which is a function of the
+        first, gives the others no gradient except through the final state, where ``statefeed.LSTM`` adds the path from
+        h to c.
 
     Raises:
         ValueError: an unknown rule, ``"gate"``, or a cell with unknown state width; in a call, a cell that returns a
             state of another width.
         TypeError: a cell that is not a module; in a call, an input that is not a tensor.
         torch._dynamo.exc.TorchDynamoException: in a call, a step that ``torch.compile`` cannot compile as one graph.
+
+    Warns:
+        UserWarning: an approximate rule without corrections on a state of several tensors; once per layer.
 
     Cost: forward, T calls of the cell without autograd; backward, one call over T*B rows and one VJP, plus one VJP per
         correction and one for an estimate of diag(J). On a CPU, without corrections and learned rules, both run in
@@ -77,6 +84,7 @@ class Recurrent(FeedbackLayer):
     diagonal_jacobian: bool = False
     compile_step: bool | dict[str, Any] = False
     _compiled: tuple[StepFunction, StepFunction] | None = None
+    _warned = False  # that the output passes no gradient to other parts of the state
 
     def __init__(
         self,
@@ -105,6 +113,19 @@ class Recurrent(FeedbackLayer):
             state_size = (width, width) if isinstance(cell, nn.LSTMCell) else width
         self.state_size = state_size if isinstance(state_size, int) else tuple(state_size)
         self.feedback = feedback
+
+    def _rule_changed(self) -> None:
+        rule = self._feedback
+        if len(self._widths) < 2 or rule.exact or rule.corrections or rule == _TRUNCATED:
+            return
+        if self._warned or self.diagonal_jacobian:
+            return
+        self._warned = True
+        warn(
+            f'feedback "{rule}" passes no gradient from the output of {type(self.cell).__name__} to the other parts of '
+            "its state, because a diagonal has no path between parts: use statefeed.LSTM or statefeed.SLSTM for these "
+            'cells, or corrections, as in "calibrated+1" or "jacobian+1"'
+        )
 
     @property
     def feedback_cell(self) -> None:
