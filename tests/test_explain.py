@@ -143,10 +143,8 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
     ratio = "0.50 (0.50 to 0.50)" if slower else "4.00 (4.00 to 4.00)"
     text = str(result)
     assert "bptt 1e+03 ms, dsf 500 ms, torch.nn 2e+03 ms; forward and backward, medians of runs in turns" in text
-    assert (
-        f"times faster than torch.nn, median (range) over the turns: calibrated {ratio}, bptt 2.00 (2.00 to 2.00), dsf 4.00 (4.00 to 4.00)"
-        in text
-    )
+    assert "times faster than torch.nn, median (range) over the turns: calibrated" in text
+    assert f"calibrated {ratio}, bptt 2.00 (2.00 to 2.00), dsf 4.00 (4.00 to 4.00)" in text
     assert "\nmachine   " in text
     assert ran == ["calibrated", "bptt", "dsf", "torch"] * 6
     # The layer is as it was, and so is the generator that dropout draws from.
