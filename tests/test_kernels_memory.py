@@ -1,11 +1,13 @@
 """Memory reused from step to step: never while a tensor uses it, and never for what the user gets."""
 
+import contextlib
 import copy
 import io
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import statefeed as sf
 from statefeed import native
@@ -65,6 +67,17 @@ def test_idle_memory_does_not_grow() -> None:
         optimizer.step()
         sizes.append(sum(map(len, memory.blocks)))
     assert sizes[1:] == sizes[:1] * 4
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors_have_no_memory(inside: bool) -> None:
+    with FakeTensorMode() as mode:
+        layer, x = sf.GRU(64, 256), torch.randn(200, 64, 64)
+    with mode if inside else contextlib.nullcontext():
+        y = layer(x)[0]
+        y.sum().backward()
+    assert isinstance(y, FakeTensor)
+    assert isinstance(layer.weight_hh_l0.grad, FakeTensor)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo itself

@@ -11,7 +11,7 @@ import sys
 import threading
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MIN_BYTES = 1 << 18  # for smaller tensors torch's allocator is as fast
 _MAX_IDLE_BYTES = 1 << 27
@@ -21,11 +21,22 @@ _lock = threading.Lock()
 
 def empty(rows: int, width: int, like: Tensor) -> Tensor:
     """An uninitialized (rows, width) tensor with the dtype of ``like``; its memory is reused after it is freed."""
+    if not _is_ordinary(like):
+        return like.new_empty(rows, width)
     count = rows * width
     size = count * like.element_size()
-    if size < _MIN_BYTES or sys.platform == "win32" or torch.compiler.is_compiling():
+    if size < _MIN_BYTES or sys.platform == "win32":
         return like.new_empty(rows, width)
     return torch.frombuffer(_block(size), dtype=like.dtype, count=count).view(rows, width)
+
+
+def _is_ordinary(like: Tensor) -> bool:
+    """Whether a tensor has memory, and no trace, mode or subclass of tensors replaces it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or type(like) not in (Tensor, nn.Parameter)
+    )
 
 
 def _block(size: int) -> mmap.mmap:
