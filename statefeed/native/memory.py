@@ -3,9 +3,10 @@
 Page faults of new memory cost as much as filling it. Only for tensors that never leave this package: unlike an ordinary
 tensor, a tensor in this memory cannot be resized.
 
-A block stays while training requests it. It is freed once calls have requested four times the size of all blocks
-without it, so that of all requested bytes at most a quarter is in memory that was freed too early. Calls that save
-nothing count what they would save: inference after training frees all blocks.
+A block stays while training requests it. An idle block is freed once calls have requested four times the bytes of all
+blocks without it: a block that every step requests stays however large the model is, and one freed too early costs
+little compared with these requests. Calls that save nothing count what they would save, so that inference after
+training frees all blocks.
 """
 
 from __future__ import annotations
