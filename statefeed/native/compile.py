@@ -99,7 +99,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
         with tempfile.TemporaryDirectory(dir=target.parent) as beside:
             temporary = Path(beside) / target.name
             shutil.copyfile(library, temporary)
-            with temporary.open("rb+") as file:  # after a power loss an empty library would be in the cache for good
+            with temporary.open("rb+") as file:  # else a power loss can leave an empty library
                 os.fsync(file.fileno())
             temporary.chmod(0o700)  # independent of the umask: a library that others can write to is not loaded
             os.replace(temporary, target)
