@@ -23,6 +23,9 @@ class Agreement:
     norm_ratio: float
     sign_agreement: float
 
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.3f}, norm ratio {self.norm_ratio:.3f}, equal signs {self.sign_agreement:.1%}"
+
 
 def agreement_of(ours: list[Tensor | None], exact: list[Tensor | None]) -> Agreement:
     """The comparison of gradients of the same tensors; a pair with a missing one is left out."""

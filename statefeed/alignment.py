@@ -21,6 +21,7 @@ from statefeed.snapshot import untouched
 
 # Largest relative difference of two losses that rounding can cause, also in bfloat16.
 _SAME_LOSS = 0.05
+_EXAMPLE = "lambda model, batch: %s(model(batch[0]), batch[1])"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Alignment:
     parameters: dict[str, Agreement]
     layers: dict[str, Agreement]
     lags: dict[str, Lags]
+
+    def __str__(self) -> str:
+        rows = {"total": self.total, **{f"layer {name or 'itself'}": at for name, at in self.layers.items()}}
+        width = max(map(len, rows))
+        return "\n".join(f"{name:{width}}  {at}" for name, at in rows.items())
 
     def numbers(self) -> dict[str, float]:
         """The values for a logger by name.
@@ -66,7 +72,7 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
 
     Args:
         model: any module that contains statefeed layers.
-        loss_fn: (model, batch) -> scalar loss.
+        loss_fn: (model, batch) -> scalar loss, as ``lambda model, batch: F.mse_loss(model(batch[0]), batch[1])``.
         batch: passed to ``loss_fn`` unchanged.
         lags: number of time lags to measure, on the last ``lags`` steps of the input of a layer; 0 for none.
 
@@ -76,9 +82,10 @@ def alignment(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], bat
     Gradient: none; ``.grad`` is not changed.
 
     Raises:
-        TypeError: the first argument is not a module, or ``loss_fn`` is not a function.
-        ValueError: the model has no statefeed layer that the gradient passes through, no parameter that requires grad
-            and that the loss depends on, or sharded parameters; or ``lags`` is negative.
+        TypeError: the first argument is not a module; ``loss_fn`` is no function, or one of outputs and targets; it
+            returns no tensor.
+        ValueError: the loss is not a scalar; the model has no statefeed layer that the gradient passes through, no
+            parameter that requires grad and that the loss depends on, or sharded parameters; or ``lags`` is negative.
 
     Warns:
         UserWarning: the two passes have different losses, so that their gradients cannot be compared.
@@ -207,10 +214,18 @@ class Monitor:
 
 
 def _check_loss_fn(loss_fn: object, batch: object, call: str) -> None:
-    """Raise for arguments in another order; a loss may be a module, but a batch is never a function."""
+    """Raise for arguments in another order and for a loss of outputs and targets.
+
+    The loss may be a module of the user's, but a batch is never a function.
+    """
+    kind = type(loss_fn).__name__
     if not callable(loss_fn) or (isinstance(loss_fn, nn.Module) and callable(batch)):
-        kind = type(loss_fn).__name__
         raise TypeError(f"loss_fn must be a function of the model and the batch, got {kind}: call {call}")
+    if type(loss_fn).__module__ == nn.MSELoss.__module__:
+        raise TypeError(f"loss_fn is called with the model and the batch, got {kind}: pass {_EXAMPLE % 'criterion'}")
+    if getattr(loss_fn, "__module__", None) == nn.functional.__name__:
+        name = getattr(loss_fn, "__name__", kind)
+        raise TypeError(f"loss_fn is called with the model and the batch, got {name}: pass {_EXAMPLE % f'F.{name}'}")
 
 
 def _sharded(model: nn.Module) -> str | None:
@@ -241,6 +256,10 @@ def _gradients(
     """The loss, and its gradients by name."""
     with torch.enable_grad():
         loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must return a scalar tensor, got one of shape {tuple(loss.shape)}: take its mean")
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return float(loss.detach()), dict(zip(parameters, grads, strict=True))
 

@@ -88,8 +88,10 @@ class Explanation:
             times = ", ".join(f"{_name(timing)} {1e3 * timing.seconds:.3g} ms" for timing in self.timings)
             lines.append(f"time      {times}; forward and backward, medians of runs in turns")
             ratios = (f"{_name(timing)} {_ratio(timing)}" for timing in self.timings[:-1])
-            lines.append(f"ratio     times faster than {_name(self.timings[-1])}: {', '.join(ratios)}")
-            lines.append(f"machine   {describe(self.other_load)}")
+            baseline = _name(self.timings[-1])
+            lines.append(f"ratio     times faster than {baseline}, median (range) over the turns: {', '.join(ratios)}")
+            if self.warning is None or describe(self.other_load).partition(";")[0] not in self.warning:
+                lines.append(f"machine   {describe(self.other_load)}")
         if self.warning is not None:
             lines.append(f"warning   {self.warning}")
         return "\n".join(lines)

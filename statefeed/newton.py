@@ -346,5 +346,4 @@ def _output_dtypes(problem: Problem, backend: str) -> tuple[torch.dtype, ...]:
         return (dtype,) * len(problem.state)
     if problem.x.is_cuda and problem.cell.torch_forward is not None:
         return (problem.compute_dtype,) * len(problem.state)
-    packed = problem.layout.batch_sizes is not None
-    return problem.cell.autocast_dtypes(problem.compute_dtype, problem.state[-1].dtype, packed)
+    return problem.cell.autocast_dtypes(problem.compute_dtype, problem.state[-1].dtype, problem.layout.ragged)

@@ -21,6 +21,7 @@ from statefeed.cells.protocol import Cell, State, projected_w_hh
 from statefeed.feedback.protocol import EXACT, Context, KernelRule, Learned, LearnedState, Linearization
 from statefeed.feedback.value import Feedback
 from statefeed.layout import Layout
+from statefeed.saved_tensors import saved_tensors
 from statefeed.transforms import (
     NO_SECOND_DERIVATIVE,
     is_batched,
@@ -205,7 +206,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, y, *rest = ctx.saved_tensors
+        x, y, *rest = saved_tensors(ctx)
         each = call.parts + call.weights
         states = [s for k in range(call.directions) for s in rest[k * each : k * each + call.parts]]
         output_grads = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, (y, *states), strict=False)]

@@ -1,4 +1,4 @@
-"""Context manager that restores what a pass changes in a model: rules, buffers, hidden state, random generators."""
+"""Context manager that restores what a pass changes in a model: rules, modes, buffers, hidden state, generators."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     generators of torch, Python and numpy are restored too.
     """
     modules = list(model.modules())
+    modes = [(m, m.training) for m in modules]
     rules = [(m, m.feedback) for m in modules if isinstance(m, FeedbackLayer)]
     attributes = [(m, {k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE}) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
@@ -38,6 +39,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for module, training in modes:
+                module.training = training
             for layer, rule in rules:
                 layer.feedback = rule
             for module, values in attributes:

@@ -366,8 +366,7 @@ class RecurrentStack(FeedbackLayer):
         """The estimate given for this call, checked and removed."""
         guess, self.newton_guess = self.newton_guess, None
         if guess is not None:
-            width = self.feedback_cell.state_widths(self.hidden_size)[0]
-            newton.check_guess(guess, (*x.shape[:-1], width), self._feedback_rows)
+            newton.check_guess(guess, (*x.shape[:-1], self._state_widths[0]), self._feedback_rows)
         return guess
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from statefeed.joined_class import joined_class
 from statefeed.layers import GRU, LSTM, RNN, RecurrentLayer
 from statefeed.mixin import FeedbackLayer
 
 OURS: dict[type[nn.Module], type[RecurrentLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
-_JOINED: dict[type, type[RecurrentLayer]] = {}
 _FORWARDS = tuple(kind.forward for kind in OURS)
 _FUNCTIONS = tuple(getattr(torch, name) for name in ("rnn_tanh", "rnn_relu", "gru", "lstm"))
 # Instance attributes of a statefeed layer, in addition to the names that its classes define.
@@ -56,29 +56,11 @@ def joined(theirs: type) -> type[RecurrentLayer]:
     """The class that inherits from a user's subclass of torch's layer and from ours; one class per subclass.
 
     In the method resolution order ours is between theirs and torch's, so that methods that theirs inherits, or calls by
-    ``super()``, are ours. An object is pickled and copied by the name of the user's class.
+    ``super()``, are ours.
     """
-    if theirs in _JOINED:
-        return _JOINED[theirs]
     base = torchs_class(theirs)
     assert base is not None
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # Protocols 0 and 1 store the class by name, but no module has the joined class as an attribute.
-        _, arguments, *state = super(made, self).__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
-        return (new_joined, (theirs, *arguments[1:]), *state)
-
-    namespace = {
-        "__module__": theirs.__module__,
-        "__qualname__": theirs.__qualname__,
-        "__doc__": theirs.__doc__,
-        "__reduce_ex__": __reduce_ex__,
-        "plain_class": theirs,
-    }
-    made: type[RecurrentLayer] = types.new_class(
-        theirs.__name__, (theirs, OURS[base]), exec_body=lambda body: body.update(namespace)
-    )
-    _JOINED[theirs] = made
+    made: type[RecurrentLayer] = joined_class(theirs, (theirs, OURS[base]), new_joined)
     return made
 
 

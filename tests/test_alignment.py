@@ -107,6 +107,39 @@ def test_the_model_is_as_it_was(x):
     assert all(torch.equal(t, other.first.learned_tensors()[k]) for k, t in model.first.learned_tensors().items())
 
 
+def test_the_mode_is_as_it_was_after_a_loss_that_changes_it(x):
+    model = Model("dsf", "gate")
+    model.idle.eval()
+
+    def evaluated(model, x):
+        return loss(model.eval(), x)
+
+    sf.alignment(model, evaluated, x)
+    assert (model.training, model.first.training, model.idle.training) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "match"),
+    [
+        (nn.MSELoss(), TypeError, "got MSELoss: pass lambda model, batch: criterion"),
+        (nn.functional.mse_loss, TypeError, "got mse_loss: pass lambda model, batch: F.mse_loss"),
+        (lambda model, x: model(x), ValueError, "must return a scalar tensor, got one of shape"),
+        (lambda model, x: model(x).sum().item(), TypeError, "must return a scalar tensor, got float"),
+    ],
+)
+def test_a_loss_of_other_arguments_raises(loss_fn, error, match, x):
+    with pytest.raises(error, match=match):
+        sf.alignment(Model("dsf", "gate"), loss_fn, x)
+
+
+def test_it_prints_a_line_in_total_and_one_per_layer(x):
+    found = sf.alignment(Model("dsf", "gate"), loss, x)
+    total, *layers = str(found).splitlines()
+    assert total.split()[0] == "total"
+    assert f"cosine {found.total.cosine:.3f}, norm ratio {found.total.norm_ratio:.3f}" in total
+    assert [line.split()[1] for line in layers] == list(found.layers)
+
+
 def test_the_model_is_as_it_was_after_a_loss_that_fails(x):
     model, calls = Model("calibrated", "gate"), []
 

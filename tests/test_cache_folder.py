@@ -172,3 +172,11 @@ def test_a_user_without_a_home_has_no_cache_and_needs_none(
     assert capsys.readouterr().err == (
         "statefeed: tokens are not cached: this user has no home folder for a cache: set XDG_CACHE_HOME to a folder\n"
     )
+
+
+def test_a_folder_that_cannot_be_created_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"cache folder .*file/statefeed cannot be created .*: set XDG_CACHE_HOME to a folder"
+    ):
+        make_private(tmp_path / "file" / "statefeed")

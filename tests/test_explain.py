@@ -154,7 +154,8 @@ def test_what_was_timed_decides(slower: bool, packed: bool, monkeypatch: pytest.
     ratio = "0.50 (0.50 to 0.50)" if slower else "4.00 (4.00 to 4.00)"
     text = str(result)
     assert "bptt 1e+03 ms, dsf 500 ms, torch.nn 2e+03 ms; forward and backward, medians of runs in turns" in text
-    assert f"times faster than torch.nn: calibrated {ratio}, bptt 2.00 (2.00 to 2.00), dsf 4.00 (4.00 to 4.00)" in text
+    assert "times faster than torch.nn, median (range) over the turns: calibrated" in text
+    assert f"calibrated {ratio}, bptt 2.00 (2.00 to 2.00), dsf 4.00 (4.00 to 4.00)" in text
     assert "\nmachine   " in text
     assert ran == ["calibrated", "bptt", "dsf", "torch"] * 6
     # The layer is as it was, and so is the generator that dropout draws from.
@@ -181,6 +182,14 @@ def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(busy.os, "cpu_count", lambda: 8)
     assert busy.OtherLoad().processors() == 1.5  # (7 - 4) s of others' work in 2 s
     assert busy.describe(1.5) == "busy: other processes used 1.5 of 8 processors; measure again when it is quiet"
+
+
+def test_a_warning_about_a_busy_machine_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = importlib.import_module("statefeed.timing")
+    monkeypatch.setattr(timing.OtherLoad, "processors", lambda self: 1.5)
+    text = str(sf.explain(sf.GRU(I, H, feedback="dsf"), torch.zeros(T, B, I), timed=True))
+    assert text.count("busy") == 1
+    assert "\nwarning   busy: other processes used 1.5 of" in text
 
 
 def test_timing_is_real() -> None:

@@ -272,3 +272,8 @@ def test_other_rules_do_not_warn(rule):
         warnings.simplefilter("error")
         layer = sf.GRU(2, 3, feedback=rule)
         layer(torch.zeros(4, 1, 2))[0].sum().backward()
+
+
+def test_a_schedule_is_not_a_rule():
+    with pytest.raises(TypeError, match=r"got Schedule: apply a schedule in the training loop, schedule\.apply"):
+        sf.GRU(2, 3, feedback=sf.Schedule("dsf@0.3/bptt"))

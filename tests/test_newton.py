@@ -163,6 +163,15 @@ def test_the_states_of_the_same_batch_are_a_start(cell, form):
     assert min(layer.newton_iterations) > 2
 
 
+def test_the_states_of_a_projection_are_an_estimate():
+    layer, x = sf.LSTM(I, H, proj_size=4, dtype=torch.float64), torch.randn(T, B, I).double()
+    expected = tensors(layer(x))
+    layer.forward_method = sf.Newton(keep_states=True)
+    layer(x)
+    layer.newton_guess = layer.newton_states
+    assert max(map(largest, tensors(layer(x)), expected)) < 1e-4  # the default tolerance
+
+
 def test_states_are_kept_only_on_request():
     layer = make("gru")
     layer(torch.randn(T, B, I).double())
@@ -356,6 +365,16 @@ def test_autocast(cell, dtype):
     for a, b, c in zip(ours, expected, exact, strict=True):
         assert a.dtype == b.dtype
         assert largest(a, c) < 4 * largest(b, c) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 4, 2]])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_packed_sequences_have_the_dtypes_of_the_sequential_pass_under_autocast(cell, lengths):
+    layer = make(cell, method="newton").float()
+    packed = pack_padded_sequence(torch.randn(5, 3, I), lengths)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours, expected = both_ways(layer, packed)
+    assert [t.dtype for t in ours] == [t.dtype for t in expected]
 
 
 def test_steps_that_do_not_converge_under_autocast():

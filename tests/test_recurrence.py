@@ -446,6 +446,20 @@ def test_a_retained_graph_gives_the_same_gradient_twice(cell):
     assert_same({"weight": torch.autograd.grad(loss, made.weight_hh_l0)[0]}, {"weight": first[0]})
 
 
+@pytest.mark.parametrize("change", [nn.ReLU(inplace=True), nn.Dropout(inplace=True), lambda y: y.mul_(2)])
+@pytest.mark.parametrize("feedback", ["bptt", "dsf"])
+@pytest.mark.parametrize("make", [sf.RNN, sf.GRU, sf.LSTM, lambda *a, **k: sf.Recurrent(nn.GRUCell(*a), **k)])
+def test_an_output_changed_before_the_backward_pass_says_what_to_do(make, feedback, change):
+    made = make(3, 5, feedback=feedback)
+    y, _ = made(torch.randn(40, 6, 3))
+    loss = change(y).sum()
+    if isinstance(made, sf.Recurrent) and feedback == "bptt":  # plain autograd
+        loss.backward()
+        return
+    with pytest.raises(RuntimeError, match=r"was changed in place before the backward pass.*: compute a new tensor"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_weight_changed_between_forward_and_backward_is_an_error_as_in_torch(cell):
     x, _, _ = problem(cell, 5)

@@ -55,6 +55,8 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         print(f"layers: no rows of the xlstm package: {reason}", file=sys.stderr)
     settings = float32_settings(options.device)
     plans = [(case, contenders(case, rules_for(case, options.rules), settings_for(case, settings))) for case in cases]
+    count = sum(len(entries) for _, entries in plans)
+    print(f"layers: checking {count} contenders against float64 before the first is timed", file=sys.stderr)
     parity = [check_parity(case, entries) for case, entries in plans]
     rates = matmul_rates(options.device, options.smoke)
     for (case, entries), errors in zip(plans, parity, strict=True):

@@ -213,14 +213,14 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
 
     task = TASKS[records[0]["bench"]]
     cells = list(dict.fromkeys(record["cell"] for record in records))
-    looks = styles(record["variant"] for record in records)
+    drawn = styles(record["variant"] for record in records)
     result = Figure(figsize=(6 * len(cells), 4), layout="constrained")
     for axes, cell in zip(result.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         for (of, rule), runs in cases(records).items():
             if of == cell:
                 steps = [step for step, *_ in runs[0]["curve"]]
                 scores = zip(*([as_score(value, task.metric) for _, value, _ in r["curve"]] for r in runs), strict=True)
-                curve(axes, steps, [statistics.median(values) for values in scores], looks[rule], rule)
+                curve(axes, steps, [statistics.median(values) for values in scores], drawn[rule], rule)
         axes.axhline(task.solved_at, color="gray", linewidth=0.8, linestyle=":")
         axes.set(title=f"{cell}, {records[0]['T']} steps", xlabel="training step", ylabel=task.metric)
         if task.metric == "error":

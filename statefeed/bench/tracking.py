@@ -238,13 +238,13 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
 
     cells = list(dict.fromkeys(record["cell"] for record in records))
     result = Figure(figsize=(4 * len(cells), 4), layout="constrained")
-    looks = styles(record["variant"] for record in records)
+    drawn = styles(record["variant"] for record in records)
     for axes, cell in zip(result.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         for (of, rule), rows in by_case(records).items():
             if of == cell:
                 steps = [step for step, *_ in rows[0]["curve"]]
                 long = zip(*([accuracy for *_, accuracy in r["curve"]] for r in rows), strict=True)
-                curve(axes, steps, [statistics.mean(values) for values in long], looks[rule], rule)
+                curve(axes, steps, [statistics.mean(values) for values in long], drawn[rule], rule)
         axes.set(title=cell, xlabel="training step", ylabel=f"accuracy, {2 * records[0]['T']} bits", ylim=(0.4, 1.02))
         axes.legend(fontsize=7)
     result.suptitle(f"{machine_line(records)}; means over the seeds", fontsize=9)

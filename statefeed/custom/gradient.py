@@ -11,6 +11,7 @@ from statefeed.custom.block import Block, Saved, joined, ranges
 from statefeed.custom.steps import Steps
 from statefeed.feedback import Context, Feedback, KernelRule, Learned, LearnedState, Linearization
 from statefeed.layout import shift_left
+from statefeed.saved_tensors import saved_tensors
 from statefeed.scan import diagonal_scan
 from statefeed.transforms import NO_SECOND_DERIVATIVE, is_batched, no_batched_gradients, no_forward_mode
 
@@ -56,7 +57,7 @@ class Custom(torch.autograd.Function):
         if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         call: Call = ctx.call
-        saved = call.saved(*ctx.saved_tensors)
+        saved = call.saved(*saved_tensors(ctx))
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2 + call.parts :]]
         # Corrections and learned rules need the products of all steps before the next scan or the first.
         whole = call.feedback.corrections > 0 or call.feedback.learned or torch.compiler.is_compiling()

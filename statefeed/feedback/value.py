@@ -292,7 +292,10 @@ def _diagonal(value: object) -> Diagonal:
         return Given(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return Constant(float(value))
-    raise TypeError(f"feedback must be {SPELLINGS}, got {type(value).__name__}")
+    hint = ""
+    if type(value).__name__ == "Schedule":
+        hint = ": apply a schedule in the training loop, schedule.apply(model, step / steps)"
+    raise TypeError(f"feedback must be {SPELLINGS}, got {type(value).__name__}{hint}")
 
 
 def _plain(diagonal: Diagonal) -> str:

@@ -33,6 +33,7 @@ def train(arguments: Sequence[str]) -> Work | None:
         action="store_true",
         help="resume the run in run.dir if it is unfinished; where it has ended, start run.dir-2, run.dir-3, ...",
     )
+    flags.add_argument("--brief", action="store_true", help="end without a sample and the next commands")
     flags.add_argument("--print_config", action="store_true", help="print the whole recipe as it would run, and stop")
     values = recipes.parse(flags, arguments)
     require(not (values.resume and values.again), "--resume and --again exclude each other", "both")
@@ -62,7 +63,8 @@ def train(arguments: Sequence[str]) -> Work | None:
     def work() -> None:
         from statefeed.lm.run.train import train
 
-        train(*(_again(config) if values.again else (config, values.resume)))
+        recipe, resumed = _again(config) if values.again else (config, values.resume)
+        train(recipe, resumed, values.brief)
 
     return work
 

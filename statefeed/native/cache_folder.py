@@ -25,8 +25,14 @@ def make_private(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be created, belongs to another user, or could be replaced by another user.
     """
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache folder {folder} cannot be created ({error.strerror}): set XDG_CACHE_HOME to a folder that you "
+            "can write"
+        ) from error
     if hasattr(os, "geteuid") and folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
     parent = folder.parent.resolve()

@@ -19,8 +19,8 @@ namespace {
 template <class T>
 void copy_last_rows(const StepRange& range, const T* y, T* last) {
   for (int64_t t = 0; t < range.steps; ++t) {
-    const int64_t rows = range.size(t), go_on = t + 1 < range.steps ? range.size(t + 1) : 0;
-    std::copy(y + go_on * range.output, y + rows * range.output, last + go_on * range.output);
+    const int64_t rows = range.size(t), remaining = t + 1 < range.steps ? range.size(t + 1) : 0;
+    std::copy(y + remaining * range.output, y + rows * range.output, last + remaining * range.output);
     y += rows * range.output;
   }
 }

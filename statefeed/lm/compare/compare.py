@@ -98,7 +98,7 @@ def train_in_subprocess(config: Config) -> tuple[str, int | None]:
         f"--{key}={'null' if value is None else value}"
         for key, value in identity.flat(dataclasses.asdict(config)).items()
     ]
-    command = [sys.executable, "-m", "statefeed", "train", *flags]
+    command = [sys.executable, "-m", "statefeed", "train", "--brief", *flags]
     sentence, passed, early = "", list[int](), list[int]()
     running: list[subprocess.Popen[str]] = []
 

@@ -36,10 +36,11 @@ def _title(result: Result) -> str:
     steps, epochs, precision = (result.get(f"train.{key}") for key in ("steps", "epochs", "precision"))
     length = f"{steps} steps" if steps else f"{epochs} epochs"
     length += f" in {precision}" if precision != "float32" else ""
-    return (
-        f"**{corpus}, {result.get('data.tokens')} tokens, {size(result)}**, {length}, "
-        f"{result.get('train.batch')} x {result.get('train.context')} tokens a step"
-    )
+    batch, context = result.get("train.batch"), result.get("train.context")
+    of_step = f"{batch} x {context} tokens"
+    if result.get("data.batches") == "sentences":
+        of_step = f"{batch} sentences of at most {context} tokens"
+    return f"**{corpus}, {result.get('data.tokens')} tokens, {size(result)}**, {length}, {of_step} a step"
 
 
 def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]]) -> str:

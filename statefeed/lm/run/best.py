@@ -1,6 +1,7 @@
 """The weights of a run with the best validation score."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from statefeed.lm.errors import CorruptFile, UsageError
@@ -54,7 +55,8 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UsageError(
-            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed"
+            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed; "
+            f"resume it with `statefeed train --resume {shlex.quote(str(folder))}`"
         )
     tensors, _ = tensor_file.read(path)
     try:

@@ -77,14 +77,14 @@ class Log:
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps  loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s "),
+            TextColumn("steps  {task.fields[state]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=output.console(soft_wrap=True, quiet=path is None),
             transient=True,
             disable=path is None or not output.is_terminal(),
         )
-        self._task = self._bar.add_task("", total=steps, completed=done, loss=self._loss, speed=self._speed)
+        self._task = self._bar.add_task("", total=steps, completed=done, state=self._state())
 
     def _read_back(self, path: Path, until: int) -> None:
         """Read the rows before the checkpoint and remove those after it.
@@ -121,6 +121,10 @@ class Log:
             self._board.close()
         self._file.close()
 
+    def _state(self) -> str:
+        """Loss and speed of the last row, for the progress bar; nothing before the first row."""
+        return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}  {self._speed:,.0f} tokens/s "
+
     def print(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
         self._bar.console.print(line)
@@ -151,7 +155,7 @@ class Log:
             self._row(step, epoch, "train", self._loss, self._speed, **ms)
             self._losses, self._tokens = [], 0
             self._timer.reset()
-        self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
+        self._bar.update(self._task, completed=step, state=self._state())
 
     def score(self, step: int, epoch: int, split: str, score: Score, **more: float) -> None:
         """Add the score of a split, and ``more`` about the same pass.

@@ -41,12 +41,13 @@ from statefeed.lm.run.signals import SignalHandler
 SAMPLE_PROMPT, SAMPLE = 8, 150  # tokens
 
 
-def train(config: Config, resume: bool = False) -> None:
+def train(config: Config, resume: bool = False, brief: bool = False) -> None:
     """Train a model and write a run folder with the weights of the best validation perplexity.
 
     Args:
         config: the recipe.
         resume: resume the run in the folder, if there is one, bit for bit.
+        brief: end without a sample and the next commands.
 
     Raises:
         UsageError: the recipe cannot be run (before anything is written), or disk or memory are full (later).
@@ -85,7 +86,7 @@ def train(config: Config, resume: bool = False) -> None:
                     changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
         place = metadata.where(metadata.read(folder)) if writes else ""
-        remedy = f"; resume with `{program()} train --resume --run.dir={shlex.quote(str(folder))}`"
+        remedy = f"; resume with `{program()} train --resume {shlex.quote(str(folder))}`"
 
         def saved() -> str:
             return f"{folder} keeps {checkpoints} and {best}" if exists() else f"{folder} was removed"
@@ -112,7 +113,7 @@ def train(config: Config, resume: bool = False) -> None:
             try:
                 optimize(setup, config, log, best, checkpoints, group, states, signals)
                 if writes:
-                    report(setup, config, log, best, group.device)
+                    report(setup, config, log, best, group.device, brief)
             except BaseException as error:
                 if writes:
                     with suppress(Exception):  # an error of plotting must not hide the first error
@@ -204,8 +205,8 @@ def optimize(
             log.time_phase(None)
 
 
-def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: torch.device) -> None:
-    """Score the best weights on the test split, if the corpus has one, and print a sample."""
+def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: torch.device, brief: bool) -> None:
+    """Score the best weights on the test split, if the corpus has one, and print a sample unless brief."""
     model = LanguageModel(config.model, setup.tokenizer.size).eval()  # the model in training may be sharded
     load_weights(model, best.folder)
     model.to(device)
@@ -216,15 +217,17 @@ def report(setup: Setup, config: Config, log: Log, best: BestWeights, device: to
         log.print(f"test: {test}")
     else:
         log.print(f"valid: {best.score} ({setup.corpus.name} has no test split)")
-    sample = [int(i) for i in setup.ids["valid"][:SAMPLE_PROMPT]]
-    following = generate(
-        model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed, sentence=setup.tokenizer.sentence
-    )
-    sample += [next(following) for _ in range(SAMPLE)]
-    log.print(f"a sample, with a prompt of {SAMPLE_PROMPT} tokens:\n\n{setup.tokenizer.decode(sample)}\n")
+    if not brief:
+        sample = [int(i) for i in setup.ids["valid"][:SAMPLE_PROMPT]]
+        following = generate(
+            model, sample, temperature=0.8, top_p=0.95, seed=config.train.seed, sentence=setup.tokenizer.sentence
+        )
+        sample += [next(following) for _ in range(SAMPLE)]
+        log.print(f"a sample, with a prompt of {SAMPLE_PROMPT} tokens:\n\n{setup.tokenizer.decode(sample)}\n")
     log.print(f"{best.folder} keeps {best}, its configuration, tokenizer, metrics and curves")
     log.draw(best.folder / CURVES)
-    log.print(next_steps(config, best.folder, list(setup.ids)))
+    if not brief:
+        log.print(next_steps(config, best.folder, list(setup.ids)))
 
 
 def _describe_extension(config: Config, extended: tuple[int, int], step: int, steps_per_epoch: int) -> str:

@@ -69,6 +69,17 @@ def test_an_unfinished_run_of_another_recipe_is_kept(
     assert "--resume and --again exclude each other" in capsys.readouterr().err
 
 
+def test_a_brief_run_ends_without_a_sample_and_commands(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *flags, "--brief", f"--run.dir={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    assert "a sample" not in out
+    assert "next:" not in out
+    assert "brief:" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_a_run_ends_with_commands_that_work_and_its_picture(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

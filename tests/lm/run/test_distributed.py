@@ -147,7 +147,7 @@ def test_a_dead_process_ends_the_job_with_a_clear_error(
     sentence = re.search(r"^statefeed: process \d of 2: another process of the job ended; (.*)$", err, re.MULTILINE)
     assert sentence, err
     assert sentence[1].startswith(f"{folder} keeps the checkpoint of step ")
-    assert re.search(r"; resume with `\S*(python\S* -m )?statefeed train --resume --run\.dir=", sentence[1])
+    assert re.search(r"; resume with `\S*(python\S* -m )?statefeed train --resume ", sentence[1])
 
 
 def test_a_batch_that_cannot_be_split_raises(flags: list[str], tmp_path: Path) -> None:

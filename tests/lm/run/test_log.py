@@ -40,6 +40,12 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"4/4 steps  loss 2\.500  [\d,]+ tokens/s  0:00:00 left", re.sub(r"\x1b\[[\d?]*\w", "", out))
 
 
+def test_the_bar_says_nothing_of_a_loss_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = re.sub(r"\x1b\[[\d?]*\w", "", written(Terminal(), tmp_path / "m.jsonl", monkeypatch))
+    assert "0/4 steps" in out
+    assert "nan" not in out
+
+
 def test_anything_else_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = written(io.StringIO(), tmp_path / "m.jsonl", monkeypatch)
     assert "\x1b" not in out

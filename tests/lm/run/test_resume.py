@@ -213,7 +213,7 @@ def test_a_signal_ends_a_run_after_its_step(
     assert capsys.readouterr().err == (
         f"statefeed: interrupted after step 6 of 12: {folder} keeps the checkpoint of step 6 and the weights of step "
         f"4, the best so far (valid perplexity {metrics(folder)[4]['perplexity']:.2f}); resume with "
-        f"`statefeed train --resume --run.dir='{folder}'`\n"
+        f"`statefeed train --resume '{folder}'`\n"
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
