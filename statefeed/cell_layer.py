@@ -82,7 +82,8 @@ class CellLayer(RecurrentStack):
         feedback: FeedbackLike = "bptt",
     ) -> None:
         super().__init__()
-        check_keyword_only(type(self).__name__, (input_size, hidden_size, num_layers))
+        arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype)
+        check_keyword_only(type(self).__name__, arguments)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number above 0, got {size!r}")

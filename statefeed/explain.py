@@ -162,13 +162,14 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
     H, G, directions = layer.hidden_size, cell.gates, 2 if layer.bidirectional else 1
     of_h = cell.state_widths(H, getattr(layer, "proj_size", 0))[0]
     projection = 2 * rows * H * of_h * directions * layer.num_layers if cell.projects else 0
-    hidden = 2 * rows * layer.get_parameter("weight_hh_l0").numel() * directions * layer.num_layers
+    weights = [weight for number in range(layer.num_layers) for weight in layer._weights_of(number)]
+    hidden = 2 * rows * layer._weight("weight_hh_l0").numel() * directions * layer.num_layers
     widths = [layer.input_size, *[of_h * directions] * (layer.num_layers - 1)]
     inputs = sum(2 * rows * width * G * H * directions for width in widths)
 
     rule = layer.feedback
     bptt = 2 * inputs + 2 * hidden + 2 * projection
-    tensors = (data, *layer.parameters())
+    tensors = (data, *weights)
     method = layer.forward_method
     sequential = method == "sequential"
     backend = choose(cell, tensors, rule.exact, not sequential)

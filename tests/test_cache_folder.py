@@ -1,5 +1,6 @@
 """The cache folder is private, and nothing is loaded from it that another user may have written."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ from statefeed.lm.data import cache, tokens
 from statefeed.native import build
 from statefeed.native.cache_folder import cache_folder, distrust, make_private
 
+fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="owners and modes of POSIX")
 STRANGER = 54321
 
@@ -21,14 +23,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home" / "statefeed"
 
 
+def publish(content: str, target: Path) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    unfinished.write_text(content)
+    unfinished.chmod(0o700)
+    os.replace(unfinished, target)
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The libraries that were compiled, by a compiler that writes a word."""
     made: list[Path] = []
 
     def compile_library(target: Path, torch: Path, flags: list[str]) -> None:
-        target.write_text("ours")
-        target.chmod(0o700)
+        publish("ours", target)
         made.append(target)
 
     monkeypatch.setattr(build, "compile_library", compile_library)
@@ -73,6 +81,38 @@ def test_a_library_that_other_users_can_write_is_not_loaded(
         assert build.compiled_library() == planted
     assert planted.read_text() == "ours"
     assert distrust(planted) is None
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_another_process_replaces_the_same_library(
+    published: bool, compiled: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_private(folder)
+    planted = folder / "kernels-key.so"
+    planted.write_text("theirs")
+    planted.chmod(0o757)
+
+    def meanwhile(path: Path) -> str | None:
+        reason = distrust(path)
+        if reason is not None and published:
+            publish("of the other process", path)
+        elif reason is not None:
+            path.unlink()
+        return reason
+
+    monkeypatch.setattr(build, "distrust", meanwhile)
+    assert build.compiled_library() == planted
+    assert planted.read_text() == ("of the other process" if published else "ours")
+    assert len(compiled) == (0 if published else 1)
+
+
+def test_a_file_system_without_locks(compiled: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert build.compiled_library().read_text() == "ours"
+    assert len(compiled) == 1
 
 
 def test_a_folder_of_another_user_is_not_used(

@@ -1,6 +1,7 @@
 """explain against counts by hand, and the exact rule through the kernels against torch's."""
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ def test_products_and_memory_of_a_fused_gru() -> None:
     assert result.kept_bytes == 4 * T * B * (I + H + 4 * H)
     assert "fused" in result.forward
     assert "fused" in result.backward
+
+
+@pytest.mark.parametrize("weight_norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("rule", ["bptt", "gate+1", "torch"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_parametrized_layer_has_the_report_of_its_weights(weight_norm: Callable[..., object], rule: str) -> None:
+    plain, layer, x = sf.GRU(I, H, 2, feedback=rule), sf.GRU(I, H, 2, feedback=rule), torch.zeros(T, B, I)
+    for name in ("weight_hh_l0", "weight_ih_l1"):
+        weight_norm(layer, name)
+    assert sf.explain(layer, x) == sf.explain(plain, x)
 
 
 def test_the_reason_is_named() -> None:

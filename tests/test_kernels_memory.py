@@ -1,11 +1,13 @@
 """Memory reused from step to step: never while a tensor uses it, and never for what the user gets."""
 
+import contextlib
 import copy
 import io
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import statefeed as sf
 from statefeed import native
@@ -23,8 +25,8 @@ def results() -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.dim() > 1)]
 
 
-def test_memory_is_reused_but_never_while_a_tensor_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "blocks", [])  # none that earlier tests left idle
+@pytest.mark.usefixtures("no_blocks")
+def test_memory_is_reused_but_never_while_a_tensor_uses_it() -> None:
     like = torch.empty(0)
     first = memory.empty(1000, 1000, like).fill_(1)
     place, view = first.data_ptr(), first[3:]
@@ -65,6 +67,71 @@ def test_idle_memory_does_not_grow() -> None:
         optimizer.step()
         sizes.append(sum(map(len, memory.blocks)))
     assert sizes[1:] == sizes[:1] * 4
+
+
+@pytest.fixture
+def no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the blocks that earlier tests left idle."""
+    monkeypatch.setattr(memory, "blocks", [])
+
+
+@pytest.mark.usefixtures("no_blocks")
+def test_a_large_model_reuses_all_its_blocks_in_every_step() -> None:
+    like, places = torch.empty(0), []
+    for _ in range(12):
+        saved = [memory.empty(1024, 2048, like) for _ in range(20)]  # 160 MiB, which nobody writes
+        place = {tensor.data_ptr() for tensor in saved}
+        for _ in range(20):  # one residual per layer, after which its saved values are freed
+            residual = memory.empty(1024, 1024, like)
+            place.add(residual.data_ptr())
+            saved.pop()
+        del residual
+        places.append(place)
+    assert places[1:] == places[:1] * 11
+
+
+@pytest.mark.usefixtures("no_blocks")
+def test_blocks_that_training_no_longer_requests_are_freed() -> None:
+    like = torch.empty(0)
+    several = [memory.empty(1024, 1024, like) for _ in range(24)]
+    assert len(memory.blocks) == 24
+    del several
+    for _ in range(4 * 24 + 5):
+        last = memory.empty(1024, 1024, like)
+    assert [len(block) for block in memory.blocks] == [last.nbytes] * 2  # one of them in use
+
+
+@pytest.mark.usefixtures("no_blocks")
+def test_small_requests_free_large_blocks_too() -> None:
+    like = torch.empty(0)
+    memory.empty(1024, 1024, like)
+    for _ in range(8 * 64 + 4):
+        assert memory.empty(128, 128, like).nbytes == (4 << 20) // 64
+    assert not memory.blocks
+
+
+@pytest.mark.usefixtures("no_blocks")
+def test_inference_frees_the_blocks_of_training() -> None:
+    layer, x = sf.GRU(16, 128, feedback="dsf"), torch.randn(64, 128, 16)
+    graphs = [layer(x)[0] for _ in range(3)]
+    graphs[0].sum().backward()
+    del graphs
+    assert len(memory.blocks) >= 3
+    with torch.no_grad():
+        for _ in range(4 * len(memory.blocks) + 2):
+            layer(x)
+    assert not memory.blocks
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors_have_no_memory(inside: bool) -> None:
+    with FakeTensorMode() as mode:
+        layer, x = sf.GRU(64, 256), torch.randn(200, 64, 64)
+    with mode if inside else contextlib.nullcontext():
+        y = layer(x)[0]
+        y.sum().backward()
+    assert isinstance(y, FakeTensor)
+    assert isinstance(layer.weight_hh_l0.grad, FakeTensor)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo itself

@@ -65,8 +65,16 @@ def test_feedback_is_keyword_only(arguments: tuple[object, ...], message: str) -
     with pytest.raises(TypeError, match=message) as raised:
         sf.GRU(*arguments)
     assert str(raised.value).startswith("feedback must be a keyword argument, GRU(")
-    with pytest.raises(TypeError, match="feedback must be a keyword argument, Cell"):
-        Cell(*arguments[:2], "dsf")
+    with pytest.raises(TypeError, match=message.replace("GRU", "Cell")):
+        Cell(*arguments)
+
+
+@pytest.mark.parametrize("place", range(2, 9))
+def test_no_layer_takes_a_rule_for_another_argument(place: int) -> None:
+    arguments = [8, 16, 1, True, False, 0.0, False, None, None]
+    for kind in (sf.GRU, Cell):
+        with pytest.raises(TypeError, match=f"'jacobian'.: got it as the positional argument {place + 1}$"):
+            kind(*arguments[:place], "jacobian")
 
 
 def test_text_that_torch_takes_is_no_rule() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, get_type_hints
 from statefeed.bench.forward_options import ForwardOptions
 from statefeed.bench.long_memory_options import AddingOptions, DigitsOptions, LongMemoryOptions, RecallOptions
 from statefeed.bench.options import LayerOptions, MemoryOptions, OptionError, Options, ScanOptions, TrainingOptions
+from statefeed.bench.records import written
 from statefeed.bench.tracking_options import TrackingOptions
 
 __all__ = ["OptionError", "main"]
@@ -97,10 +97,8 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads or threads)
     try:
         metadata = environment(argv, options.device)
-        for record in bench.run(options):
-            records.append({**record, **metadata})
-            with output.open("a" if len(records) > 1 else "w", encoding="utf-8") as lines:
-                lines.write(json.dumps(records[-1]) + "\n")
+        for record in written(({**record, **metadata} for record in bench.run(options)), output):
+            records.append(record)
             print(f"{name}: {' '.join(str(record[key]) for key in _PLACE if key in record)}", file=sys.stderr)
     except ParityError as error:
         print(f"statefeed bench: {error}", file=sys.stderr)

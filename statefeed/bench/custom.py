@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 import statefeed as sf
 from statefeed.bench.custom_cells import CELLS
 from statefeed.bench.measure import ParityError, Seconds, clock, environment, interleaved, spread
-from statefeed.bench.options import FEWEST_REPEATS, PASSES, OptionError, Shape, names, shapes
+from statefeed.bench.options import FEWEST_REPEATS, PASSES, OptionError, Shape, check_folder, names, shapes
+from statefeed.bench.records import written
 
 SHAPES = "64x32x256,512x4x64"
 FORMS = ("whole", "split", "compiled")
@@ -152,12 +152,7 @@ def run(
     """Measure the cases and write each record immediately."""
     command = f"python -m statefeed.bench.custom {' '.join(argv)}".rstrip()
     metadata = {**environment(argv, "cpu"), "command": command}
-    output.write_text("", encoding="utf-8")
-    for case in cases:
-        record = measure(case, rounds, forms, rules)
-        with output.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({**record, **metadata}) + "\n")
-        yield record
+    return written(({**measure(case, rounds, forms, rules), **metadata} for case in cases), output)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -177,6 +172,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("custom.jsonl"), help="JSONL file, overwritten")
     flags = parser.parse_args(argv)
     try:
+        check_folder(flags.output)
         if flags.repeats < FEWEST_REPEATS or flags.threads < 1:
             raise OptionError(f"repeats must be at least {FEWEST_REPEATS}, and threads at least 1")
         forms, rules = names("forms", flags.forms, FORMS), _rules(flags.rules)

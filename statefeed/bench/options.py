@@ -63,8 +63,7 @@ class Options:
                 raise OptionError("device must be cpu here, got cuda: torch sees no GPU")
         if Path(self.output).suffix != ".jsonl":
             raise OptionError(f"output must name a .jsonl file, got {self.output!r}")
-        if not Path(self.output).parent.is_dir():
-            raise OptionError(f"output must be in an existing folder, got {self.output!r}")
+        check_folder(Path(self.output))
 
     @property
     def rounds(self) -> int:
@@ -81,6 +80,12 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.T}x{self.B}x{self.H}"
+
+
+def check_folder(output: Path) -> None:
+    """Raise an ``OptionError``, before anything is measured, if the folder of the records does not exist."""
+    if not output.parent.is_dir():
+        raise OptionError(f"output must be in an existing folder, got {str(output)!r}")
 
 
 def names(flag: str, text: str, allowed: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,6 @@ import argparse
 import importlib
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -28,7 +27,8 @@ from torch.nn import functional as F
 import statefeed as sf
 from statefeed.bench import recall
 from statefeed.bench.measure import Seconds, clock, environment, interleaved, spread
-from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, names, shapes
+from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, check_folder, names, shapes
+from statefeed.bench.records import written
 from statefeed.lm import config
 from statefeed.lm.data import batches, cache, corpora
 from statefeed.lm.model.language_model import LanguageModel
@@ -230,7 +230,6 @@ def learned(task: str, contender: str, seeds: int, cpu_seconds: float) -> Iterat
 def run(flags: argparse.Namespace, argv: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run the tasks and write each record immediately."""
     metadata = {**environment(argv, "cpu"), "command": f"python -m statefeed.bench.pararnn {' '.join(argv)}".rstrip()}
-    flags.output.write_text("", encoding="utf-8")
 
     def records() -> Iterator[dict[str, Any]]:
         for task in flags.tasks:
@@ -240,10 +239,7 @@ def run(flags: argparse.Namespace, argv: Sequence[str]) -> Iterator[dict[str, An
                 for contender in flags.contenders:
                     yield from learned(task, contender, flags.seeds, flags.cpu_seconds)
 
-    for record in records():
-        with flags.output.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"bench": "pararnn", **record, **metadata}) + "\n")
-        yield record
+    return written(({"bench": "pararnn", **record, **metadata} for record in records()), flags.output)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -263,6 +259,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("pararnn.jsonl"), help="JSONL file, overwritten")
     flags = parser.parse_args(argv)
     try:
+        check_folder(flags.output)
         if flags.repeats < FEWEST_REPEATS or min(flags.threads, flags.seeds) < 1 or not flags.cpu_seconds > 0:
             least = f"repeats must be at least {FEWEST_REPEATS}, threads and seeds at least 1, cpu-seconds above 0"
             raise OptionError(least)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,8 @@ from statefeed.bench.measure import (
     interleaved,
     spread,
 )
-from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, check_projection, names, shapes
+from statefeed.bench.options import FEWEST_REPEATS, OptionError, Shape, check_folder, check_projection, names, shapes
+from statefeed.bench.records import written
 
 CELLS = ("rnn", "gru", "lstm")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -185,12 +185,7 @@ def run(cases: Sequence[Case], rounds: int, output: Path, argv: Sequence[str]) -
     """Measure the cases and write each record immediately."""
     command = f"python -m statefeed.bench.paths {' '.join(argv)}".rstrip()
     metadata = {**environment(argv, "cpu"), "command": command}
-    output.write_text("", encoding="utf-8")
-    for case in cases:
-        record = measure(case, rounds)
-        with output.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({**record, **metadata}) + "\n")
-        yield record
+    return written(({**measure(case, rounds), **metadata} for case in cases), output)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -211,6 +206,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("paths.jsonl"), help="JSONL file, overwritten")
     flags = parser.parse_args(argv)
     try:
+        check_folder(flags.output)
         if flags.repeats < FEWEST_REPEATS or flags.threads < 1:
             raise OptionError(f"repeats must be at least {FEWEST_REPEATS}, and threads at least 1")
         check_projection(flags.projection, flags.cells, shapes(flags.shapes))

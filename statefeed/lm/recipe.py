@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from statefeed.lm import migration, shipped
+from statefeed.lm.atomic_file import write_text
 from statefeed.lm.config import SECTIONS, Config
 from statefeed.lm.errors import UsageError
 from statefeed.lm.yaml_file import BASE, load_yaml
@@ -175,9 +176,7 @@ def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
     for key, value in values.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    unfinished = folder / f"{path.name}.unfinished"
-    unfinished.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), folder)
 
 
 def _version(record: Path) -> object:

@@ -2,7 +2,7 @@
 
 The cache key covers the sources, torch, the compiler, its flags and the CPU, so that different machines can share one
 home folder. A lock makes concurrent processes build once; an atomic rename publishes the library. The cache
-folder is private, and a library that others may have written is not loaded.
+folder is private, and a library that others may have written is not loaded but replaced.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def compiled_library() -> Path:
     make_private(cache)
     if not _usable(target):
         with _locked(cache / "lock"):
-            if not _usable(target):
+            if not _usable(target, warns=True):
                 with _notice():
                     compile_library(target, Path(torch.__file__).parent, machine_flags())
     return target
@@ -94,14 +94,14 @@ def _print_notice() -> None:
         print(NOTICE, file=sys.stderr, flush=True)
 
 
-def _usable(library: Path) -> bool:
+def _usable(library: Path, warns: bool = False) -> bool:
     """Whether a compiled library exists and nobody else can have written it: loading it runs its code."""
-    if not library.exists():
+    try:
+        reason = distrust(library)
+    except FileNotFoundError:
         return False
-    reason = distrust(library)
-    if reason is not None:
+    if reason is not None and warns:
         warn(f"{reason}: the kernels are compiled again", RuntimeWarning)
-        library.unlink()
     return reason is None
 
 
@@ -149,5 +149,6 @@ def _locked(path: Path) -> Iterator[None]:
     import fcntl
 
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks in the file system, several processes may compile
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -96,10 +96,13 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
         linked = subprocess.run(link, capture_output=True, text=True, check=False)
         _check(command[0], linked.returncode, linked.stderr)
         # The temporary folder may be on another file system: copy next to the target, then rename.
-        temporary = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(library, temporary)
-        temporary.chmod(0o700)  # independent of the umask: a library that others can write to is not loaded
-        os.replace(temporary, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+            temporary = Path(beside) / target.name
+            shutil.copyfile(library, temporary)
+            with temporary.open("rb+") as file:  # else a power loss can leave an empty library
+                os.fsync(file.fileno())
+            temporary.chmod(0o700)  # independent of the umask: a library that others can write to is not loaded
+            os.replace(temporary, target)
 
 
 def _check(program: str, status: int, messages: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from statefeed.backends.protocol import Forward, Gradients, Problem, Upstream, Weights
 from statefeed.cells.protocol import projected_w_hh
 from statefeed.feedback.protocol import KernelRule
-from statefeed.native.memory import empty
+from statefeed.native.memory import count_unsaved, empty
 
 
 def forward(problem: Problem, save: bool) -> Forward:
@@ -35,6 +35,8 @@ def forward(problem: Problem, save: bool) -> Forward:
     y, h = x.new_empty(len(x), h0.shape[1]), h0.clone()
     c = c0.clone() if c0 is not None else None
     saved = _empty_saved(problem) if save and cell.saved_values else ()
+    if not save:
+        count_unsaved(y, cell.saved_values)
     torch.ops.statefeed.layer_forward.default(
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, b_ih, b_hh, h0,
         layout.batch_sizes, *(saved or (None, None)), y, h, c, w_hr,

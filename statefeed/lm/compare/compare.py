@@ -1,7 +1,6 @@
 """A comparison: the same training under several feedback rules, and their table."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import FrameType
 
 from statefeed.lm import identity
 from statefeed.lm import recipe as recipes
+from statefeed.lm.atomic_file import write_text
 from statefeed.lm.compare import figures
 from statefeed.lm.compare.results import Result, to_line
 from statefeed.lm.compare.run_result import read_run
@@ -71,13 +71,8 @@ def compare(planned: Sequence[Config], folder: Path, terms: Terms, wide: bool = 
 
 def add_record(line: str, records: Path) -> None:
     """Append a line to the records atomically."""
-    unfinished = records.with_suffix(".unfinished")
     lines = records.read_text(encoding="utf-8") if records.exists() else ""
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(lines + line)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, records)
+    write_text(records, lines + line)
 
 
 def _check_same_run(config: Config, existing: identity.Recipe, path: Path) -> None:

@@ -1,7 +1,6 @@
 """The run folder: its creation, the checks before a run writes into it, and loading a trained run."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from statefeed.lm import recipe
+from statefeed.lm.atomic_file import write_text
 from statefeed.lm.config import Config, Data
 from statefeed.lm.data import tokens
 from statefeed.lm.data.corpora import Corpus
@@ -111,11 +111,10 @@ def create(
         **metadata.environment(group),
     }
     metadata.write(folder, known)
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    unfinished = folder / CHECKPOINTS / CONFIG
+    write_text(folder / TOKENIZER, tokenizer.to_json(), folder / CHECKPOINTS)
     data = dataclasses.replace(config.data, path=recipe.absolute(config.data.path))
-    unfinished.write_text(dataclasses.replace(config, data=data).to_yaml(), encoding="utf-8")
-    os.replace(unfinished, folder / CONFIG)  # written last: a folder with this file is complete
+    # Written last: a folder with this file is complete.
+    write_text(folder / CONFIG, dataclasses.replace(config, data=data).to_yaml(), folder / CHECKPOINTS)
 
 
 def load(folder: Path) -> Run:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import statefeed as sf
+from statefeed.lm.atomic_file import write_text
 from statefeed.lm.errors import UsageError
 from statefeed.lm.run import provenance
 from statefeed.lm.run.device import device_metadata
@@ -57,9 +58,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, metadata: dict[str, Any]) -> None:
     """Replace the record of a run atomically."""
-    unfinished = folder / CHECKPOINTS / f"{RECORD}.unfinished"
-    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / RECORD)
+    write_text(folder / RECORD, json.dumps(metadata, indent=2) + "\n", folder / CHECKPOINTS)
 
 
 def update(folder: Path, **metadata: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from statefeed.lm import migration
+from statefeed.lm.atomic_file import replacement
 from statefeed.lm.errors import CorruptFile
 
 
@@ -28,23 +29,12 @@ def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Map
     """
     text = json.dumps(metadata)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    unfinished = folder / f"{path.name}.unfinished"
     try:
-        save_file(contiguous, unfinished, {"metadata": text, "sha256": _digest(contiguous, text)})
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        with replacement(path, folder) as unfinished:
+            save_file(contiguous, unfinished, {"metadata": text, "sha256": _digest(contiguous, text)})
     except SafetensorError as error:  # its message contains the error number of the system
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else 0, os.strerror(int(code[1])) if code else str(error), path) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

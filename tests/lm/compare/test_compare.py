@@ -172,7 +172,7 @@ def test_a_record_is_added_atomically(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             compare.add_record("second\n", records)
         assert records.read_text() == "first\n"
