@@ -149,10 +149,11 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
             x, batch_sizes = input, None
         if not self._fits(x, state, sequences, batch_sizes):
             return self._torch_path(input, hx)
+        weights = [self._weights_of(layer) for layer in range(self.num_layers)]
         if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(x, sequences)):
-            y, final = torch_functions.step(self, x, state or None)
+            y, final = torch_functions.step(self, weights, x, state or None)
         else:
-            y, final = torch_functions.sequence(self, x, state or None, batch_sizes)
+            y, final = torch_functions.sequence(self, weights, x, state or None, batch_sizes)
         if batch_sizes is None:
             return y, self._as_hx(final)
         packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)

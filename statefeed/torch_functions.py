@@ -6,9 +6,8 @@ small layer, and its function for whole sequences takes longer for one step than
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,34 +27,17 @@ _CELLS: dict[str, Callable[..., Any]] = {
     "GRU": torch._VF.gru_cell,
     "LSTM": torch._VF.lstm_cell,
 }
+Weights: TypeAlias = Sequence[Sequence[Tensor]]
 
 
-@functools.cache
-def _weight_names(biased: bool, projected: bool, layers: int, bidirectional: bool) -> list[list[str]]:
-    """Per layer the names of the forward direction, then those of the reverse direction."""
-    kinds = [
-        "weight_ih",
-        "weight_hh",
-        *(["bias_ih", "bias_hh"] if biased else []),
-        *(["weight_hr"] if projected else []),
-    ]
-    directions = ["", "_reverse"] if bidirectional else [""]
-    return [[f"{kind}_l{k}{direction}" for direction in directions for kind in kinds] for k in range(layers)]
-
-
-def _weights_of(layer: nn.RNNBase) -> list[list[Tensor]]:
-    """Per layer the weights of the forward direction, then those of the reverse direction."""
-    # As an attribute each costs a microsecond; a parametrized one is no parameter.
-    parameters: dict[str, Any] = layer._parameters
-    names = _weight_names(layer.bias, layer.proj_size > 0, layer.num_layers, layer.bidirectional)
-    return [[parameters[name] if name in parameters else getattr(layer, name) for name in each] for each in names]
-
-
-def sequence(layer: nn.RNNBase, x: Tensor, state: State | None, batch_sizes: Tensor | None) -> tuple[Tensor, State]:
+def sequence(
+    layer: nn.RNNBase, weights: Weights, x: Tensor, state: State | None, batch_sizes: Tensor | None
+) -> tuple[Tensor, State]:
     """Outputs and final state of all layers in one call.
 
     Args:
-        layer: its weights, and its settings, such as ``dropout`` and ``training``.
+        layer: only its settings, such as ``dropout`` and ``training``.
+        weights: of every layer, those of the forward direction, then those of the reverse direction.
         x: the input, of the shape that the layer takes as a padded batch, or packed rows (N, I).
         state: initial state, (L * directions, B, width) per part; None is zeros.
         batch_sizes: of packed rows, else None.
@@ -66,7 +48,7 @@ def sequence(layer: nn.RNNBase, x: Tensor, state: State | None, batch_sizes: Ten
         zeros = x.new_zeros(rows, sequences, layer.hidden_size)
         state = (x.new_zeros(rows, sequences, layer.proj_size) if layer.proj_size else zeros, zeros)
     hx = state if layer.mode == "LSTM" else state[0]
-    flat = [weight for weights in _weights_of(layer) for weight in weights]
+    flat = [weight for each in weights for weight in each]
     settings = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
     if batch_sizes is None:
         y, *final = _LAYERS[layer.mode](x, hx, flat, *settings, layer.batch_first)
@@ -75,11 +57,12 @@ def sequence(layer: nn.RNNBase, x: Tensor, state: State | None, batch_sizes: Ten
     return y, tuple(final)
 
 
-def step(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+def step(layer: nn.RNNBase, weights: Weights, x: Tensor, state: State | None) -> tuple[Tensor, State]:
     """Outputs and final state of one step, by the function of the cell.
 
     Args:
         layer: as for ``sequence``, without projections, for which there is no such function.
+        weights: as for ``sequence``.
         x: (1, B, I), (B, 1, I) for a layer with batch_first, or packed rows (B, I).
         state: as for ``sequence``.
 
@@ -95,7 +78,7 @@ def step(layer: nn.RNNBase, x: Tensor, state: State | None) -> tuple[Tensor, Sta
         dtype = torch.get_autocast_dtype("cpu")
         zeros = None if zeros is None else zeros.to(dtype)
         state = None if state is None else tuple(s.to(dtype) for s in state)
-    for k, layer_weights in enumerate(_weights_of(layer)):
+    for k, layer_weights in enumerate(weights):
         if k and layer.dropout and layer.training:
             rows = F.dropout(rows, layer.dropout)
         each = len(layer_weights) // directions
