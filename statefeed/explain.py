@@ -12,6 +12,7 @@ from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
 from statefeed.backends.protocol import Description
 from statefeed.busy import describe
 from statefeed.cells.protocol import Cell
+from statefeed.counts import Counts, counts_of
 from statefeed.stack import RecurrentStack
 from statefeed.timing import Timing, time_rules
 
@@ -139,6 +140,24 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
         >>> print(explain(sf.GRU(4, 8, feedback="dsf"), torch.zeros(1, 2, 4)).warning)
         1 dependent product over T = 1 steps, no fewer than exact BPTT
     """
+    checked = _checked(layer, x)
+    data = x.data if isinstance(x, PackedSequence) else x
+    rule, cell = checked.feedback, checked.feedback_cell
+    weights = [weight for number in range(checked.num_layers) for weight in checked._weights_of(number)]
+    backend = choose(cell, (data, *weights), rule.exact, checked.forward_method != "sequential")
+    with torch.enable_grad():
+        reason = checked.torch_path_reason(x)
+    if reason is None and backend.fallback and checked.forward_method == "sequential":
+        reason = _reason(checked, (data, *weights))
+    counts = counts_of(checked, x)
+    if rule.exact and reason is not None and cell.torch_forward is not None:
+        result = _through_torch(checked, counts, reason)
+    else:
+        result = _through(backend, checked, x, counts, reason)
+    return _timed(result, checked, x) if timed else result
+
+
+def _checked(layer: nn.Module, x: object) -> RecurrentStack:
     if not isinstance(layer, RecurrentStack):
         kind = type(layer)
         raise TypeError(
@@ -153,81 +172,65 @@ def explain(layer: nn.Module, x: Tensor | PackedSequence, timed: bool = False) -
             f"x must have at least one step and row and {layer.input_size} features, the layer's input_size, got "
             f"{tuple(data.shape)}"
         )
-    rows = data.numel() // data.shape[-1]
-    if isinstance(x, PackedSequence):
-        T = len(x.batch_sizes)
-    else:
-        T = data.shape[1 if layer.batch_first and data.dim() == 3 else 0]
-    cell = layer.feedback_cell
-    H, G, directions = layer.hidden_size, cell.gates, 2 if layer.bidirectional else 1
-    of_h = cell.state_widths(H, getattr(layer, "proj_size", 0))[0]
-    projection = 2 * rows * H * of_h * directions * layer.num_layers if cell.projects else 0
-    weights = [weight for number in range(layer.num_layers) for weight in layer._weights_of(number)]
-    hidden = 2 * rows * layer._weight("weight_hh_l0").numel() * directions * layer.num_layers
-    widths = [layer.input_size, *[of_h * directions] * (layer.num_layers - 1)]
-    inputs = sum(2 * rows * width * G * H * directions for width in widths)
+    return layer
 
-    rule = layer.feedback
-    bptt = 2 * inputs + 2 * hidden + 2 * projection
-    tensors = (data, *weights)
-    method = layer.forward_method
-    sequential = method == "sequential"
-    backend = choose(cell, tensors, rule.exact, not sequential)
-    with torch.enable_grad():
-        reason = layer.torch_path_reason(x)
-    if reason is None and backend.fallback and sequential:
-        reason = _reason(layer, tensors)
-    in_torch = cell.torch_forward is not None
-    if rule.exact and reason is not None and in_torch:
-        result = Explanation(
-            str(rule),
-            _TORCHS_PATH,
-            _TORCHS_PATH,
-            reason,
-            inputs + hidden + projection,
-            bptt,
-            bptt,
-            T * layer.num_layers,
-            None,
-        )
-        return _timed(result, layer, x) if timed else result
-    found = _description(backend, cell, data, rule.exact)
-    saved_values = rows * of_h * directions * layer.num_layers + sum(rows * width for width in widths)
+
+def _through_torch(layer: RecurrentStack, counts: Counts, reason: str) -> Explanation:
+    return Explanation(
+        rule=str(layer.feedback),
+        forward=_TORCHS_PATH,
+        backward=_TORCHS_PATH,
+        why=reason,
+        forward_flops=counts.forward,
+        backward_flops=counts.bptt,
+        bptt_flops=counts.bptt,
+        backward_steps=counts.steps * layer.num_layers,
+        kept_bytes=None,
+    )
+
+
+def _through(
+    backend: Backend, layer: RecurrentStack, x: Tensor | PackedSequence, counts: Counts, reason: str | None
+) -> Explanation:
+    rule, method = layer.feedback, layer.forward_method
+    data = x.data if isinstance(x, PackedSequence) else x
+    found = _description(backend, layer.feedback_cell, data, rule.exact)
     passes = 1 + rule.corrections
-    backward = 2 * inputs + (passes + rule.exact) * hidden + (1 + passes) * projection
-    dependent = T if rule.exact else 1 + rule.corrections
-    if found.saves_gates:
-        saved_values += rows * H * cell.saved_values * directions * layer.num_layers
+    backward = 2 * counts.inputs + (passes + rule.exact) * counts.hidden + (1 + passes) * counts.projection
     if found.recomputes_gates:
-        backward += inputs + hidden
-    forward, forward_flops = found.forward, inputs + hidden + projection
-    products = (forward_flops + backward) / (forward_flops + bptt)
-    warning = None if rule.exact else _expected_slower(T, dependent, products)
-    if warning is None and not rule.exact and layer.is_faster_in_torch(x):
-        warning = _BPTT_IN_TORCH
-    if not sequential:
+        backward += counts.inputs + counts.hidden
+    dependent = counts.steps if rule.exact else passes
+    forward, forward_flops, why = found.forward, counts.forward, found.why
+    warning = None
+    if not rule.exact:
+        products = (forward_flops + backward) / (forward_flops + counts.bptt)
+        warning = _expected_slower(counts.steps, dependent, products)
+        if warning is None and layer.is_faster_in_torch(x):
+            warning = _BPTT_IN_TORCH
+    if method != "sequential":
         forward = (
             f"{method}, one product over all steps and one scan per iteration; without convergence {found.forward}"
         )
-        each = (hidden + projection) // layer._feedback_rows
-        done = each * sum(layer.newton_iterations) if layer.newton_iterations else hidden + projection
-        forward_flops = inputs + done
+        why = f'forward_method is "{method}"'
+        of_iteration = counts.hidden + counts.projection
+        done = sum(layer.newton_iterations) * (of_iteration // layer._feedback_rows)
+        forward_flops = counts.inputs + (done if layer.newton_iterations else of_iteration)
         warning = _slower_forward(data) or warning
-    result = Explanation(
+    saved_values = counts.values + (counts.gates if found.saves_gates else 0)
+    return Explanation(
         rule=str(rule),
         forward=forward,
         backward=found.backward,
-        why=reason or (found.why if sequential else f'forward_method is "{method}"'),
+        why=reason or why,
         forward_flops=forward_flops,
         backward_flops=backward,
-        bptt_flops=bptt,
+        bptt_flops=counts.bptt,
         backward_steps=dependent * layer.num_layers,
         kept_bytes=saved_values * data.element_size(),
         warning=warning,
         iterations=layer.newton_iterations,
         sequential_steps=layer.newton_sequential_steps,
     )
-    return _timed(result, layer, x) if timed else result
 
 
 def _reason(layer: RecurrentStack, tensors: tuple[Tensor, ...]) -> str:

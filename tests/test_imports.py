@@ -28,7 +28,7 @@ LEVELS = [
     {"stack"},
     {"layers", "cell_layer", "custom"},
     {"slstm", "conversions"},
-    {"modules", "snapshot", "timing"},
+    {"modules", "snapshot", "timing", "counts"},
     {"lags"},
     {"subclass"},
     {"alignment", "explain", "swap", "schedule"},
