@@ -128,6 +128,7 @@ class SLSTM(CellLayer):
 
     def reset_parameters(self) -> None:
         """Initialize the weights again, as the xlstm package does, and reset the learned diagonal."""
+        self._check_unparametrized("reset_parameters")
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.startswith("weight_ih"):
@@ -193,6 +194,7 @@ class SLSTM(CellLayer):
         Raises:
             ValueError: a missing key, a wrong shape, a b that is not zero for a layer without biases, or an exponential
                 forget gate.
+            RuntimeError: a weight of the layer is parametrized.
 
         Example:
             >>> import torch
@@ -202,6 +204,7 @@ class SLSTM(CellLayer):
             >>> torch.equal(first(x)[0], second(x)[0])
             True
         """
+        self._check_unparametrized("from_xlstm")
         w_ih, w_hh, *biases = self._of(layer, reverse)
         expected = {name: tuple(value.shape) for name, value in self.to_xlstm(layer, reverse).items()}
         got = {name: tuple(value.shape) for name, value in weights.items()}
@@ -219,6 +222,14 @@ class SLSTM(CellLayer):
             for bias, value in zip(biases, (weights["b"], 0), strict=False):
                 bias.fill_(0).add_(value)
         return self
+
+    def _check_unparametrized(self, method: str) -> None:
+        """Raise before values are written to a weight that is computed from parameters, where they would be lost."""
+        weights = [weight for layer in range(self.num_layers) for weight in self._weights_of(layer)]
+        if not all(isinstance(weight, nn.Parameter) for weight in weights):
+            raise RuntimeError(
+                f"{method} needs weights that are parameters, got computed ones: call it before parametrizing"
+            )
 
     def _of(self, layer: int, reverse: bool) -> list[Any]:
         """The weights of one layer and direction."""

@@ -436,6 +436,16 @@ def test_copies_pickles_and_state_dicts():
         sf.SLSTM(I, H).load_state_dict(made.state_dict())
 
 
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_values_are_not_written_to_a_weight_that_is_computed(normalize):
+    layer = normalize(sf.SLSTM(3, 8, num_heads=2), "weight_hh_l0")
+    weights = sf.SLSTM(3, 8, num_heads=2).to_xlstm()
+    for method in (lambda: layer.from_xlstm(weights), layer.reset_parameters):
+        with pytest.raises(RuntimeError, match=r"needs weights that are parameters, got computed ones: call it before"):
+            method()
+
+
 def test_explain_counts_the_blocks():
     x = torch.zeros(5, 2, 16)
     dense, blocks = (sf.explain(sf.SLSTM(16, 16, num_heads=heads, feedback="gate"), x) for heads in (1, 4))
