@@ -21,7 +21,8 @@ MACHINES = [
 ]
 
 CELLS = [
-    ROOT / "results" / "runs" / "quickstart" / name for name in ("cells-bf16.jsonl", "rates.jsonl", "shakespeare.jsonl")
+    ROOT / "results" / "runs" / "quickstart" / name
+    for name in ("cells-bf16.jsonl", "rates.jsonl", "shakespeare.jsonl", "sizes-bf16.jsonl")
 ]
 
 
