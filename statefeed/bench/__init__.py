@@ -97,6 +97,8 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads or threads)
     try:
         metadata = environment(argv, options.device)
+        if output.exists():
+            print(f"{name}: the first record replaces those in {output}", file=sys.stderr)
         for record in written(({**record, **metadata} for record in bench.run(options)), output):
             records.append(record)
             print(f"{name}: {' '.join(str(record[key]) for key in _PLACE if key in record)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from statefeed.lm.run import tensor_file
 from statefeed.lm.run.distributed import gather_tensors
 from statefeed.lm.run.evaluate import Score
 from statefeed.lm.run.files import CHECKPOINTS, WEIGHTS
+from statefeed.lm.run.next_steps import program
 
 
 class BestWeights:
@@ -55,8 +56,8 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UsageError(
-            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed; "
-            f"resume it with `statefeed train --resume {shlex.quote(str(folder))}`"
+            f"{folder} holds no {WEIGHTS}: its training ended before the first validation, or the file was removed; an "
+            f"interrupted run is resumed with `{program()} train --resume {shlex.quote(str(folder))}`"
         )
     tensors, _ = tensor_file.read(path)
     try:

@@ -126,8 +126,8 @@ def test_a_folder_that_holds_a_run_raises(tmp_path: Path) -> None:
         (
             "weights.safetensors",
             None,
-            "holds no weights.safetensors: its training ended before the first validation, or the file was removed; "
-            "resume it with `statefeed train --resume ",
+            "holds no weights.safetensors: its training ended before the first validation, or the file was removed; an "
+            "interrupted run is resumed with `statefeed train --resume ",
         ),
         ("weights.safetensors", b"not weights", "weights.safetensors is broken, perhaps by a full disk"),
     ],
