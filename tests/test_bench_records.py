@@ -70,10 +70,10 @@ def test_a_missing_folder_is_named_before_anything_is_measured(bench: Any, capsy
     assert "output must be in an existing folder, got 'no/such/folder.jsonl'" in capsys.readouterr().err
 
 
-def test_a_second_run_says_that_it_replaces_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reports_that_it_replaces_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["scan", "--smoke", f"--output={tmp_path / 'scan.jsonl'}"]
-    said = []
+    printed = []
     for _ in range(2):
         assert main(flags) == 0
-        said.append("the first record replaces those in" in capsys.readouterr().err)
-    assert said == [False, True]
+        printed.append("the first record replaces those in" in capsys.readouterr().err)
+    assert printed == [False, True]
