@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from statefeed.lm.compare import verdict_tables
+from statefeed.lm.compare.equal_size import comparisons
 from statefeed.lm.compare.measurements import step_key, step_times, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
-from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
-from statefeed.lm.compare.verdicts import Terms, compare_rules
+from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
+from statefeed.lm.compare.verdicts import Terms
 from statefeed.lm.run.metadata import where
 
 
@@ -71,19 +72,17 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
 
 
 def verdicts(found: Found, terms: Terms) -> str:
-    """For every task with enough pairs a table of the differences to the baseline; the other tasks in one sentence."""
+    """Differences to the baseline: one table for every task and for models of equal size; too few pairs in a list."""
     text, few = "", []
-    for title, same in tasks(found.results).items():
-        compared = compare_rules(same, terms, found.results)
-        if compared is None:
-            continue
+    for title, compared in comparisons(found.results, terms).items():
         if not compared.decidable:
             few.append(title)
             continue
         headings, rows = verdict_tables.table(compared)
-        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+        if compared.compared == "rule":
+            rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
         notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
-        text += f"**{title}**, {verdict_tables.title(terms)}.\n\n{table(headings, rows)}\n{notes}\n"
+        text += f"**{title}**, {verdict_tables.title(compared.terms)}.\n\n{table(headings, rows)}\n{notes}\n"
     if few:
         text += "".join(
             [

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from statefeed.lm.compare import benchmarks, elements, figures, verdict_tables
+from statefeed.lm.compare.equal_size import compare_models
 from statefeed.lm.compare.measurements import step_times
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.table import format_value, table
 from statefeed.lm.compare.tasks import tasks
-from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, compare_rules
+from statefeed.lm.compare.verdicts import DEFAULT_TERMS, Terms, Verdicts, compare_rules
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -55,9 +56,11 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
     sections: list[tuple[str, str]] = []
     for title, same in tasks(found.results).items():
         of_task = {name: drawn.pop(name) for name in list(drawn) if name.startswith(f"{title}: ")}
-        body = elements.table(*table(same)) + elements.note(_about(same)) + _verdicts(same, terms, found.results)
+        body = elements.table(*table(same)) + elements.note(_about(same))
+        body += _verdicts(compare_rules(same, terms, found.results))
         body += elements.figure_grid(of_task, title)
         sections.append((title, body))
+    sections += [(title, _verdicts(models)) for title, models in compare_models(found.results, terms).items()]
     if drawn:
         sections.append(("Over sizes and cells", elements.figure_grid(drawn)))
     for name in dict.fromkeys(record["bench"] for record in found.benchmarks):
@@ -73,15 +76,14 @@ def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:
     )
 
 
-def _verdicts(same: Sequence[Result], terms: Terms, every: Sequence[Result]) -> str:
-    """The verdicts of one task with their notes; nothing without runs of the baseline."""
-    found = compare_rules(same, terms, every)
+def _verdicts(found: Verdicts | None) -> str:
+    """Verdicts with their notes; nothing without runs of the baseline."""
     if found is None:
         return ""
     if found.decidable:
-        body = elements.heading(verdict_tables.title(terms)) + elements.table(*verdict_tables.table(found))
+        body = elements.heading(verdict_tables.title(found.terms)) + elements.table(*verdict_tables.table(found))
     else:
-        body = elements.note(f"Difference to {terms.baseline}: {verdict_tables.TOO_FEW}.")
+        body = elements.note(f"Difference to {found.terms.baseline}: {verdict_tables.TOO_FEW}.")
     return body + elements.note(" ".join(verdict_tables.notes(found)))
 
 

@@ -1,4 +1,4 @@
-"""Pairs of runs that differ in the rule only: one seed, one program."""
+"""Pairs of runs that differ in the rule, or in the model: one seed, one program."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def pair(runs: Sequence[Result], baseline: Sequence[Result]) -> Pairs:
     counts.
 
     Args:
-        runs: of the rule, one task and one learning rate.
-        baseline: of the baseline, the same task and one learning rate.
+        runs: of one rule or model, one task and one learning rate.
+        baseline: of the baseline, one task and one learning rate.
     """
     rivals = _indexed(baseline)
     seeds = {result.get("train.seed") for result in baseline}

@@ -7,6 +7,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from statefeed.lm.compare import verdict_tables
+from statefeed.lm.compare.equal_size import compare_models
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.tasks import tasks
 from statefeed.lm.compare.verdicts import Terms, Verdicts, compare_rules
@@ -68,17 +69,18 @@ def print_verdicts(results: Sequence[Result], terms: Terms, wide: bool = False) 
                 named = f"name one of {', '.join(sorted(rules))} with --baseline"
                 console.print(f"{title}: no verdict without runs of the baseline {terms.baseline}: {named}")
             continue
-        if found.decidable:
-            _print(console, title, found, wide)
-        else:
-            console.print(f"{title}: {verdict_tables.TOO_FEW}")
-        for sentence in verdict_tables.notes(found):
-            console.print(f"- {sentence}")
+        _print(console, title, found, wide)
+    for title, found in compare_models(results, terms).items():
+        _print(console, title, found, wide)
 
 
 def _print(console: Console, title: str, found: Verdicts, wide: bool) -> None:
     heading = f"{title}\n{verdict_tables.title(found.terms)}"
-    if wide:
+    if not found.decidable:
+        console.print(f"{title}: {verdict_tables.TOO_FEW}")
+    elif wide:
         print_table(console, heading, *verdict_tables.table(found), (0,), wide)
     else:
         print_table(console, heading, *verdict_tables.short_table(found), (0, 1, 4), wide)
+    for sentence in verdict_tables.notes(found):
+        console.print(f"- {sentence}")

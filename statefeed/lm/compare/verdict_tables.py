@@ -51,7 +51,7 @@ def title(terms: Terms) -> str:
 
 def short_table(found: Verdicts) -> tuple[list[str], list[list[str]]]:
     """One row for every rule and score, as wide as 80 characters: headings and rows."""
-    headings = ["rule", "score", "pairs", "difference, 95% interval", "verdict"]
+    headings = [found.compared, "score", "pairs", "difference, 95% interval", "verdict"]
     rows = []
     for rule in found.rules:
         count = str(len(rule.pairs.runs))
@@ -71,7 +71,7 @@ def table(found: Verdicts) -> tuple[list[str], list[list[str]]]:
     A perplexity is the mean of the best validation perplexities at the chosen rate, over the seeds.
     """
     scores = found.scores or ["best validation"]
-    headings = ["rule", "rate", "pairs", "perplexity", *scores]
+    headings = [found.compared, "rate", "pairs", "perplexity", *scores]
     middle = [best for best in best_scores(found.runs) if math.isfinite(best)]
     rows = [
         [found.terms.baseline, _rate(found.grid.chosen, found.grid.at_edge), "", _mean(middle), *("" for _ in scores)]

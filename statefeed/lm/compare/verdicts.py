@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from statefeed.lm import identity
@@ -104,10 +104,10 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One rule against the baseline.
+    """One rule, or one model, against the baseline.
 
     Attributes:
-        rule: in canonical spelling.
+        rule: in canonical spelling; or the name of the model.
         grid: its learning rates, and the one at which it is compared.
         pairs: its runs with those of the baseline.
         differences: by name of the score; the test split only where every pair has a score of it.
@@ -120,19 +120,21 @@ class Comparison(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """The rules of one task against the baseline.
+    """The rules of one task, or models that were trained alike, against the baseline.
 
     Attributes:
         terms: what was asked.
         grid: the learning rates of the baseline, and the one at which it is compared.
         runs: of the baseline at that rate.
-        rules: the other rules.
+        rules: the other rules, or the other models.
+        compared: what is compared, the heading of its column.
     """
 
     terms: Terms
     grid: Grid
     runs: list[Result]
     rules: list[Comparison]
+    compared: str = "rule"
 
     @property
     def decidable(self) -> bool:
@@ -156,14 +158,29 @@ def compare_rules(same: Sequence[Result], terms: Terms, every: Sequence[Result] 
     rules = split(same, lambda result: result.rule)
     if terms.baseline not in rules or len(rules) < 2:
         return None
-    grid = choose(rules[terms.baseline], every)
-    baseline = _at(rules.pop(terms.baseline), grid.chosen)
-    compared = []
-    for rule, runs in rules.items():
-        own = choose(runs, every)
-        pairs = pair(_at(runs, own.chosen), baseline)
-        compared.append(Comparison(rule, own, pairs, _differences(pairs)))
-    return Verdicts(terms, grid, baseline, compared)
+    return compare_groups(rules, terms, every)
+
+
+def compare_groups(
+    groups: Mapping[str, Sequence[Result]], terms: Terms, every: Sequence[Result], compared: str = "rule"
+) -> Verdicts:
+    """Every group of runs, at its own best learning rate, against that of the baseline.
+
+    Args:
+        groups: runs by rule, or by model.
+        terms: what is asked; the baseline is one of the groups.
+        every: runs of any task, in which the rates of shorter runs are looked for.
+        compared: what a group is.
+    """
+    grid = choose(groups[terms.baseline], every)
+    baseline = _at(groups[terms.baseline], grid.chosen)
+    found = []
+    for name, runs in groups.items():
+        if name != terms.baseline:
+            own = choose(runs, every)
+            pairs = pair(_at(runs, own.chosen), baseline)
+            found.append(Comparison(name, own, pairs, _differences(pairs)))
+    return Verdicts(terms, grid, baseline, found, compared)
 
 
 def _at(runs: Sequence[Result], rate: float) -> list[Result]:

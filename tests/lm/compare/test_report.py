@@ -299,6 +299,7 @@ def test_the_page_has_every_task_and_benchmark(page: Path) -> None:
         "ptb &amp; &lt;more&gt;, gru 3x256 plain, 2 epochs",
         "ptb &amp; &lt;more&gt;, lstm 1x256 plain, 2 epochs",
         "story.txt, gru 2x16 plain, 12 steps",
+        "ptb &amp; &lt;more&gt;, 2 epochs, models of 1,000 parameters, within 5%",
         "Over sizes and cells",
         "statefeed bench layers",
     ]
