@@ -544,3 +544,37 @@ def test_the_latest_record_counts_and_what_was_not_run_does_not(tmp_path: Path) 
     ]
     (tmp_path / "gpu-scan.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert "| 8 x 4, stationary | 3.5 /  |" in "\n".join(tables.scan(tmp_path))
+
+
+def test_a_projected_lstm_and_an_slstm_are_in_the_tables_once_they_are_measured(tmp_path: Path) -> None:
+    old = {"dtype": "shipped", "cell": "lstm", "T": 8, "B": 2, "H": 4, "layers": 1, "bidirectional": False}
+    old["packed"] = False
+
+    def record(contender: str, first: str, ms: float, **more: Any) -> dict[str, Any]:
+        times = {"ms": {"median": ms}, "times_faster_than": {first: {"median": 6.0 / ms}}, "peak_bytes": int(ms)}
+        return {**old, "contender": contender, **times, **more}
+
+    def rows(*records: dict[str, Any]) -> list[str]:
+        (tmp_path / "gpu-layers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return list(tables.layers(tmp_path))
+
+    lstm = [record("torch.nn", "torch.nn", 6.0), record("dsf", "torch.nn", 3.0)]
+    projected = [{**r, "ms": {"median": r["ms"]["median"] + 0.5}, "proj_size": 3, "heads": 0} for r in lstm]
+    slstm = [record(name, "bptt", ms, cell="slstm", proj_size=0, heads=2) for name, ms in (("bptt", 6.0), ("dsf", 2.0))]
+    before = rows(*lstm)
+    assert "| lstm 8x2x4 | 6.0 | 3.0 (2.00) |  |  |  |  | 0.50 |" in before
+    assert not any("sLSTM" in row for row in before)
+    found = rows(*lstm, *projected, *slstm)
+    assert [row for row in before if row not in found] == []
+    assert "| lstm 8x2x4, proj_size 3 | 6.5 | 3.5 (2.00) |  |  |  |  | 0.50 |" in found
+    assert found[-1] == "| slstm 8x2x4, 2 heads, float32 as shipped | 6.0 | 2.0 (3.00) |  |  |  |  | 0.33 |"
+
+
+def test_an_slstm_is_compared_with_its_own_bptt() -> None:
+    timed, _ = layers.contenders(layers.Case("slstm", 4, 3, 6, heads=2), "shipped", "cpu")
+    assert list(timed) == list(layers.RULES)
+    assert timed["bptt"].forward().shape == (4, 3, 6)
+    timed, _ = layers.contenders(layers.Case("lstm", 4, 3, 6, proj_size=2), "shipped", "cpu")
+    assert list(timed) == ["torch.nn", *layers.RULES]
+    torch.testing.assert_close(timed["torch.nn"].forward(), timed["dsf"].forward())
+    assert timed["dsf"].forward().shape == (4, 3, 2)
