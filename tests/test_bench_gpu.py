@@ -1,11 +1,13 @@
 """GPU benchmark without a GPU: stages, parity, timing, and their records."""
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,36 +161,92 @@ def test_a_record_has_its_environment(tmp_path: Path, monkeypatch: pytest.Monkey
 
 # Parity ---------------------------------------------------------------------------------------------------------------
 
-MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "gru": "GRU", "lstm": "LSTM"}
+LAYERS = {
+    "tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+    "lstm_projected": ("LSTM", {"proj_size": 2}),
+    "slstm": ("SLSTM", {"num_heads": 2}),
+    "slstm_exp": ("SLSTM", {"forget_gate": "exponential"}),
+}
 
 
-@pytest.mark.parametrize("cell", MODES)
-def test_the_truth_is_that_of_the_equations(cell: str) -> None:
-    """Two independent implementations of the equations, in the tests and in the benchmark."""
-    name = "rnn" if MODES[cell].startswith("RNN") else cell
-    special = {"nonlinearity": cell} if name == "rnn" else {}
+@pytest.fixture
+def equations(request: pytest.FixtureRequest) -> tuple[Any, Callable[[str], tuple[dict[str, Any], dict[str, Any]]]]:
+    """A layer, and gradients under a rule by the benchmark and by the loops of the tests."""
+    cell = request.param
+    name, special = LAYERS[cell]
     torch.manual_seed(0)
-    plain = getattr(torch.nn, name.upper())(4, 3, dtype=torch.float64, **special)
-    weights = oracles.weights_of(dict(plain.named_parameters()), "_l0")
-    x, S = torch.randn(6, 2, 4, dtype=torch.float64), 6 if cell == "lstm" else 3
-    e = torch.randn(6, 2, S, dtype=torch.float64)
-    for rule in ("bptt", "dsf", "dsf+2", "jacobian+1", *(("gate", "gate+1") if name in ("gru", "lstm") else ())):
+    plain = getattr(sf, name)(4, 4, dtype=torch.float64, **special)
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    weights = {key.removesuffix("_l0"): value for key, value in plain.named_parameters()}
+    detached = {key: value.detach() for key, value in weights.items()}
+    P = special.get("proj_size", 4)
+    S = P + 4 * {"LSTM": 1, "SLSTM": 3}.get(name, 0)
+    x, e = torch.randn(6, 2, 4, dtype=torch.float64), torch.randn(6, 2, S, dtype=torch.float64)
+    # The outputs show h alone: the other parts get their gradient at the last step, and zero before; m gets none.
+    e[:-1, :, P:] = 0
+    e[..., 12:] = 0
+    rest = slice(P, 12)
+
+    def both(rule: str, other: str | float | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         leaf = x.clone().requires_grad_()
         y, final = truth.outputs(plain, rule, leaf)
-        # The outputs show h alone: c gets its gradient at the last step, and zero before.
-        e[:-1, :, 3:] = 0
-        loss = (y * e[..., :3]).sum() + (final[0, :, 3:] * e[-1, :, 3:]).sum()
+        loss = (y * e[..., :P]).sum() + (final[0, :, rest] * e[-1, :, rest]).sum()
         found = dict(zip(["x", *weights], torch.autograd.grad(loss, [leaf, *plain.parameters()]), strict=True))
         diagonal, _, k = rule.partition("+")
-        detached = {name: value.detach() for name, value in weights.items()}
         initial = torch.zeros(2, S, dtype=torch.float64)
-        known = None if rule == "bptt" else (diagonal, int(k or 0))
+        known: Any = None if rule == "bptt" else (diagonal, int(k or 0))
+        if diagonal == "calibrated":
+            J = oracles.jacobians(cell, detached, x, oracles.run(cell, detached, x, initial))
+            known = (J.diagonal(dim1=-2, dim2=-1).mean((0, 1)), 0)
+        known = known if other is None else (other, 0)
         expected = oracles.layer_gradients(cell, detached, x, initial, e, known)
         del expected["initial"]
-        assert_same(found, expected, SAME_BY_CANCELLATION)
-        other = oracles.layer_gradients(cell, detached, x, initial, e, (0.9, 0))
-        del other["initial"]
-        assert_different(found, other)
+        return found, expected
+
+    return plain, both
+
+
+RULES = ("bptt", "dsf", "dsf+2", "jacobian+1", "calibrated", "gate", "gate+1")
+
+
+@pytest.mark.parametrize("equations", LAYERS, indirect=True)
+def test_the_truth_is_that_of_the_equations(equations: tuple[Any, Any]) -> None:
+    """Two independent implementations of the equations, in the tests and in the benchmark."""
+    plain, both = equations
+    for rule in RULES:
+        if rule.startswith("gate") and type(plain) is sf.RNN:
+            continue
+        assert_same(*both(rule), SAME_BY_CANCELLATION)
+        assert_different(*both(rule, 0.9))
+
+
+PLANTED = {
+    "the projection of the gradient": ("delta_h @ weights[4]", "delta_h @ weights[4].flip(1)", "lstm_projected"),
+    "the projection of u": ("u @ w_hr.T, c]", "u.flip(-1) @ w_hr.T, c]", "lstm_projected"),
+    "the place of f in D": ("(S - gate.shape[-1], 0)", "(0, S - gate.shape[-1])", "lstm_projected"),
+    "dh/dn of the same step": ("-o * c / n**2]", "o * c / n**2]", "slstm"),
+    "heads in reverse order": ("*gate.unbind()", "*gate.flip(0).unbind()", "slstm"),
+    "no stabilizer in f": ("m_before.detach() - m,", "-m,", "slstm"),
+    "the input gate": ("torch.exp(pre_i - m), f", "torch.exp(pre_i - m) * 1.01, f", "slstm_exp"),
+    "the logarithm of a sigmoid": ("pre_f if exponential else", "pre_f if not exponential else", "slstm_exp"),
+}
+
+
+@pytest.mark.parametrize(("equations", "planted"), [(PLANTED[p][2], p) for p in PLANTED], indirect=["equations"])
+def test_an_error_in_the_truth_is_found(
+    equations: tuple[Any, Any], planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = inspect.getsource(truth)
+    right, wrong, _ = PLANTED[planted]
+    assert source.count(right) == 1
+    namespace = {"__name__": "planted"}
+    exec(source.replace(right, wrong), namespace)
+    monkeypatch.setattr(truth, "outputs", namespace["outputs"])
+    assert_different(*equations[1]("gate"))
 
 
 @pytest.mark.parametrize("case", parity.cases("cpu", smoke=True), ids=lambda c: "-".join(map(str, c[:4] + c[7:])))
@@ -228,7 +286,7 @@ def test_every_cell_rule_and_dtype_is_compared_dense_and_packed() -> None:
         for dtype in ("float64", "float32", "tf32", "bfloat16", "float16"):
             for packed in (False, True):
                 rules = {c.rule for c in cases if (c.cell, c.dtype, c.packed, c.layers) == (cell, dtype, packed, 1)}
-                gates = {"gate", "gate+1"} if cell in ("gru", "lstm") else set()
+                gates = set() if cell.startswith("rnn") else {"gate", "gate+1"}
                 assert rules == {"bptt", "dsf", "jacobian+1", *gates, *(() if packed else ["calibrated"])}
     assert any(case.layers == 2 and case.bidirectional and case.packed for case in cases)
     assert any(case.T > 512 for case in cases)
@@ -486,3 +544,37 @@ def test_the_latest_record_counts_and_what_was_not_run_does_not(tmp_path: Path) 
     ]
     (tmp_path / "gpu-scan.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert "| 8 x 4, stationary | 3.5 /  |" in "\n".join(tables.scan(tmp_path))
+
+
+def test_a_projected_lstm_and_an_slstm_are_in_the_tables_once_they_are_measured(tmp_path: Path) -> None:
+    old = {"dtype": "shipped", "cell": "lstm", "T": 8, "B": 2, "H": 4, "layers": 1, "bidirectional": False}
+    old["packed"] = False
+
+    def record(contender: str, first: str, ms: float, **more: Any) -> dict[str, Any]:
+        times = {"ms": {"median": ms}, "times_faster_than": {first: {"median": 6.0 / ms}}, "peak_bytes": int(ms)}
+        return {**old, "contender": contender, **times, **more}
+
+    def rows(*records: dict[str, Any]) -> list[str]:
+        (tmp_path / "gpu-layers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return list(tables.layers(tmp_path))
+
+    lstm = [record("torch.nn", "torch.nn", 6.0), record("dsf", "torch.nn", 3.0)]
+    projected = [{**r, "ms": {"median": r["ms"]["median"] + 0.5}, "proj_size": 3, "heads": 0} for r in lstm]
+    slstm = [record(name, "bptt", ms, cell="slstm", proj_size=0, heads=2) for name, ms in (("bptt", 6.0), ("dsf", 2.0))]
+    before = rows(*lstm)
+    assert "| lstm 8x2x4 | 6.0 | 3.0 (2.00) |  |  |  |  | 0.50 |" in before
+    assert not any("sLSTM" in row for row in before)
+    found = rows(*lstm, *projected, *slstm)
+    assert [row for row in before if row not in found] == []
+    assert "| lstm 8x2x4, proj_size 3 | 6.5 | 3.5 (2.00) |  |  |  |  | 0.50 |" in found
+    assert found[-1] == "| slstm 8x2x4, 2 heads, float32 as shipped | 6.0 | 2.0 (3.00) |  |  |  |  | 0.33 |"
+
+
+def test_an_slstm_is_compared_with_its_own_bptt() -> None:
+    timed, _ = layers.contenders(layers.Case("slstm", 4, 3, 6, heads=2), "shipped", "cpu")
+    assert list(timed) == list(layers.RULES)
+    assert timed["bptt"].forward().shape == (4, 3, 6)
+    timed, _ = layers.contenders(layers.Case("lstm", 4, 3, 6, proj_size=2), "shipped", "cpu")
+    assert list(timed) == ["torch.nn", *layers.RULES]
+    torch.testing.assert_close(timed["torch.nn"].forward(), timed["dsf"].forward())
+    assert timed["dsf"].forward().shape == (4, 3, 2)

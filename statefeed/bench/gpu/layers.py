@@ -34,13 +34,15 @@ class Case(NamedTuple):
     """One layer on one input; I = H.
 
     Attributes:
-        cell: gru or lstm.
+        cell: gru, lstm or slstm, which torch.nn does not have.
         T: steps of the longest sequence.
         B: sequences.
         H: hidden units.
         layers: L.
         bidirectional: whether the layer has both directions.
         packed: sequences of T to T / 4 steps, as a PackedSequence.
+        proj_size: P of an LSTM; 0 is no projection.
+        heads: heads of an sLSTM; 0 for other cells.
     """
 
     cell: str
@@ -50,19 +52,24 @@ class Case(NamedTuple):
     layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    proj_size: int = 0
+    heads: int = 0
 
-    def layer(self, package: Any, device: str) -> nn.RNNBase:
+    def layer(self, package: Any, device: str) -> Any:
         """The layer of torch.nn or statefeed, always with the same weights."""
         torch.manual_seed(0)
+        special = {"proj_size": self.proj_size} if self.proj_size else {}
+        if self.heads:
+            special["num_heads"] = self.heads
         kind = getattr(package, self.cell.upper())
-        layer: nn.RNNBase = kind(self.H, self.H, self.layers, bidirectional=self.bidirectional, device=device)
-        return layer
+        return kind(self.H, self.H, self.layers, bidirectional=self.bidirectional, device=device, **special)
 
     def data(self, device: str) -> tuple[Tensor | PackedSequence, Tensor]:
         """An input that requires a gradient, and the gradient of the outputs."""
         torch.manual_seed(1)
         x = torch.randn(self.T, self.B, self.H, device=device)
-        grad = torch.randn(self.T, self.B, self.H * (2 if self.bidirectional else 1), device=device)
+        width = (self.proj_size or self.H) * (2 if self.bidirectional else 1)
+        grad = torch.randn(self.T, self.B, width, device=device)
         if not self.packed:
             return x.requires_grad_(), grad
         lengths = torch.linspace(self.T, max(1, self.T // 4), self.B, device="cpu").long()
@@ -80,6 +87,8 @@ DECIDING = (
     Case("lstm", 256, 128, 512),
     Case("gru", 256, 128, 512, layers=3),
     Case("gru", 256, 64, 512, bidirectional=True),
+    Case("lstm", 256, 128, 512, proj_size=128),
+    Case("slstm", 256, 128, 512, heads=4),
 )
 BROAD = (
     Case("gru", 64, 256, 512),
@@ -96,6 +105,8 @@ SMOKE = (
     Case("gru", 5, 2, 16),
     Case("lstm", 7, 3, 8, packed=True),
     Case("gru", 5, 4, 8, layers=3, bidirectional=True, packed=True),
+    Case("lstm", 5, 3, 8, proj_size=3),
+    Case("slstm", 5, 3, 8, heads=2),
 )
 
 
@@ -119,14 +130,16 @@ def work(layer: Callable[[Any], Any], parameters: list[Tensor], x: Any, grad: Te
 
 
 def contenders(case: Case, dtype: str, device: str) -> tuple[dict[str, Work], dict[str, dict[str, Any]]]:
-    """torch.nn first, then every rule of statefeed; and the result of ``explain`` for each rule."""
+    """torch.nn first if it has the cell, then every rule of statefeed; the result of ``explain`` for each rule."""
     bfloat16 = dtype == "bfloat16"
     x, grad = case.data(device)
-    plain = case.layer(nn, device)
-    found = {"torch.nn": work(plain, list(plain.parameters()), x, grad, bfloat16)}
+    found = {}
+    if hasattr(nn, case.cell.upper()):
+        plain = case.layer(nn, device)
+        found["torch.nn"] = work(plain, list(plain.parameters()), x, grad, bfloat16)
     kernels = {}
     for rule in RULES:
-        layer: Any = case.layer(sf, device)
+        layer = case.layer(sf, device)
         layer.feedback = rule
         found[rule] = work(layer, list(layer.parameters()), x, grad, bfloat16)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,15 @@ from statefeed.bench.gpu.stage import Options
 from statefeed.bench.measure import ParityError, Setting, applied
 from statefeed.bench.precision import flags
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+# Class and options, for H units, of cells without a layer of the same name.
+SPECIAL: dict[str, Callable[[int], tuple[str, dict[str, Any]]]] = {
+    "rnn_tanh": lambda H: ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": lambda H: ("RNN", {"nonlinearity": "relu"}),
+    "lstm_proj": lambda H: ("LSTM", {"proj_size": 2 * H // 3}),
+    "slstm": lambda H: ("SLSTM", {"num_heads": 3}),
+    "slstm_exp": lambda H: ("SLSTM", {"forget_gate": "exponential"}),
+}
+CELLS = ("lstm_proj", "slstm", "slstm_exp", "rnn_tanh", "rnn_relu", "gru", "lstm")
 RULES = ("bptt", "dsf", "gate", "gate+1", "jacobian+1", "calibrated")
 # Allowed errors of outputs and gradients relative to the largest value. A wrong sign, step or factor gives more.
 # For ReLU both are norms, with twice the allowed error in bfloat16: its derivative jumps at 0, so that rounding moves
@@ -35,7 +43,8 @@ class Case(NamedTuple):
     """One comparison.
 
     Attributes:
-        cell: rnn_tanh, rnn_relu, gru or lstm.
+        cell: rnn_tanh, rnn_relu, gru, lstm, lstm_proj (``proj_size`` 2H / 3), slstm (3 heads) or slstm_exp (one head,
+            exponential forget gate).
         rule: rule of the backward pass.
         dtype: dtype; bfloat16 and float16 run under autocast.
         packed: sequences of different lengths, as a PackedSequence.
@@ -56,36 +65,56 @@ class Case(NamedTuple):
     layers: int = 1
     bidirectional: bool = False
 
-    def layer(self, package: Any) -> nn.RNNBase:
+    @property
+    def outputs(self) -> int:
+        """Width of h: P with a projection, else H."""
+        return 2 * self.H // 3 if self.cell == "lstm_proj" else self.H
+
+    @property
+    def state(self) -> int:
+        """S, the width of the whole state."""
+        others = 1 if self.cell.startswith("lstm") else 3 if self.cell.startswith("slstm") else 0
+        return self.outputs + others * self.H
+
+    def layer(self, package: Any) -> Any:
         """The layer in float64 on the CPU, of torch.nn or statefeed, always with the same weights."""
         torch.manual_seed(0)
-        name, _, nonlinearity = self.cell.partition("_")
-        special: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
-        kind = getattr(package, name.upper())
-        layer: nn.RNNBase = kind(
+        name, special = SPECIAL[self.cell](self.H) if self.cell in SPECIAL else (self.cell.upper(), {})
+        layer = getattr(package, name)(
             self.H + 1, self.H, self.layers, bidirectional=self.bidirectional, dtype=torch.float64, **special
         )
+        if name == "SLSTM":  # its own initial W_hh is zero
+            for weight in layer.parameters():
+                nn.init.uniform_(weight, -(self.H**-0.5), self.H**-0.5)
         return layer
 
 
 def cases(device: str, smoke: bool = False) -> list[Case]:
-    """Every cell, rule and dtype, dense and packed; then two layers in both directions, and long sequences."""
-    size: dict[str, Any] = {"T": 7, "B": 3, "H": 5} if smoke else {}
+    """Every cell, rule and dtype, dense and packed; two layers in both directions, and long sequences; cell by cell."""
+
+    def size(cell: str) -> dict[str, Any]:
+        return {"T": 7, "B": 3, "H": 6 if cell in ("lstm_proj", "slstm") else 5} if smoke else {}
+
     found = [
-        Case(cell, rule, dtype, packed, **size)
+        Case(cell, rule, dtype, packed, **size(cell))
         for dtype in DTYPES[device]
         for cell in CELLS
         for rule in RULES
         for packed in (False, True)
         if not (rule.startswith("gate") and cell.startswith("rnn")) and not (rule == "calibrated" and packed)
     ]
-    stacked = {**size, "layers": 2, "bidirectional": True}
-    found += [Case(cell, "dsf", "float32", packed, **stacked) for cell in CELLS for packed in (False, True)]
+    found += [
+        Case(cell, "dsf", "float32", packed, layers=2, bidirectional=True, **size(cell))
+        for cell in CELLS
+        for packed in (False, True)
+    ]
     if not smoke:  # several chunks of time
         found += [
-            Case(cell, rule, "float32", False, T=600, B=2) for cell in ("gru", "lstm") for rule in ("dsf", "gate")
+            Case(cell, rule, "float32", False, T=600, B=2)
+            for cell in ("lstm_proj", "slstm", "gru", "lstm")
+            for rule in ("dsf", "gate")
         ]
-    return found
+    return sorted(found, key=lambda case: CELLS.index(case.cell))
 
 
 def check(case: Case, device: str) -> dict[str, float]:
@@ -133,12 +162,11 @@ def _data(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     x = [normal(n, case.H + 1) for n in lengths]
-    grads = [normal(n, case.H * directions) for n in lengths]
-    S = case.H * (2 if case.cell == "lstm" else 1)
-    return x, grads, normal(case.layers * directions, case.B, S)
+    grads = [normal(n, case.outputs * directions) for n in lengths]
+    return x, grads, normal(case.layers * directions, case.B, case.state)
 
 
-def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
+def _expected(case: Case, layer: nn.Module) -> dict[str, Tensor]:
     """The reference: dense sequences as one batch, sequences of different lengths one by one."""
     sequences, grads, final_grad = _data(case)
     groups = [[b] for b in range(case.B)] if case.packed else [list(range(case.B))]
@@ -156,7 +184,7 @@ def _expected(case: Case, layer: nn.RNNBase) -> dict[str, Tensor]:
     return {"y": torch.cat(y), "final": torch.cat(final, 1), "x": torch.cat(found[: len(x)]), **named}
 
 
-def results_on_device(case: Case, layer: nn.RNNBase, device: str) -> dict[str, Tensor]:
+def results_on_device(case: Case, layer: nn.Module, device: str) -> dict[str, Tensor]:
     """The results of the layer on the device, converted to float64 on the CPU."""
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype)
     dtype = torch.float64 if case.dtype == "float64" else torch.float32

@@ -25,18 +25,19 @@ def tables(folder: Path) -> str:
 
 
 def _read(folder: Path, stage: str, *key: str) -> dict[tuple[Any, ...], Record]:
-    """The latest record for every value of these fields that holds a measurement."""
+    """The latest record for every value of these fields, 0 if it lacks one, that holds a measurement."""
     lines = (folder / f"gpu-{stage}.jsonl").read_text(encoding="utf-8").splitlines()
     records = (record for record in map(json.loads, lines) if "not_run" not in record)
-    return {tuple(record.get(name) for name in key): record for record in records}
+    return {tuple(record.get(name, 0) for name in key): record for record in records}
 
 
 def layers(folder: Path) -> Iterator[str]:
-    """Times and memory of a layer under torch.nn, ``"dsf"`` and ``"gate+1"``, and of FlashRNN."""
-    found = _read(folder, "layers", "dtype", "cell", "T", "B", "H", "layers", "bidirectional", "packed", "contender")
+    """Times and memory of a layer under torch.nn, ``"dsf"`` and ``"gate+1"``, of FlashRNN, and of the sLSTM."""
+    fields = ("dtype", "cell", "T", "B", "H", "layers", "bidirectional", "packed", "proj_size", "heads", "contender")
+    found = _read(folder, "layers", *fields)
     yield "### One layer, forward and backward"
     for dtype, heading in _PRECISIONS.items():
-        cases = dict.fromkeys(key[1:-1] for key in found if key[0] == dtype and key[-1] == "dsf")
+        cases = dict.fromkeys(k[1:-1] for k in found if k[0] == dtype and k[1] != "slstm" and k[-1] == "dsf")
         rows = []
         for case in cases:
             contenders = {name: found.get((dtype, *case, name), {}) for name in ("torch.nn", "dsf", "gate+1")}
@@ -60,6 +61,26 @@ def layers(folder: Path) -> Iterator[str]:
         yield "FlashRNN's exact BPTT in bfloat16, eager: " + ", ".join(
             f"{_case(r['cell'], r['T'], r['B'], r['H'])} {_median(r, 'ms')} ms" for r in rivals
         )
+    rows = list(_slstm_rows(found))
+    if rows:
+        yield ""
+        yield "The sLSTM, which torch.nn does not have, milliseconds (in brackets: times faster than `bptt`)"
+        yield ""
+        yield from _table(
+            ["layer, T x B x H", "`bptt`", "`dsf`", "`gate+1`", "`bptt`, graph", "`dsf`, graph", "`gate+1`, graph",
+             "memory, `dsf` / `bptt`"],
+            rows,
+        )  # fmt: skip
+
+
+def _slstm_rows(found: dict[tuple[Any, ...], Record]) -> Iterator[list[str]]:
+    for dtype, *case in dict.fromkeys(k[:-1] for k in found if k[1] == "slstm" and k[-1] == "dsf"):
+        contenders = [found.get((dtype, *case, name), {}) for name in ("bptt", "dsf", "gate+1")]
+        cells = [f"{_case(*case)}, {_PRECISIONS[dtype]}"]
+        for mode, ratio in (("ms", "times_faster_than"), ("graph_ms", "graph_times_faster_than")):
+            cells += [_with_ratio(record, mode, ratio, "bptt") for record in contenders]
+        memory = [contenders[k].get("peak_bytes") for k in (1, 0)]
+        yield [*cells, f"{memory[0] / memory[1]:.2f}" if memory[0] and memory[1] else ""]
 
 
 def training(folder: Path) -> Iterator[str]:
@@ -134,8 +155,19 @@ def parity(folder: Path) -> Iterator[str]:
     yield from _table(["dtype", "cases", "failed", "largest error of outputs", "of gradients"], rows)
 
 
-def _case(cell: str, T: int, B: int, H: int, layers: int = 1, bidirectional: bool = False, packed: bool = False) -> str:
+def _case(
+    cell: str,
+    T: int,
+    B: int,
+    H: int,
+    layers: int = 1,
+    bidirectional: bool = False,
+    packed: bool = False,
+    proj_size: int = 0,
+    heads: int = 0,
+) -> str:
     extra = [f"{layers} layers"] * (layers > 1) + ["bidirectional"] * bidirectional + ["packed"] * packed
+    extra += [f"proj_size {proj_size}"] * (proj_size > 0) + [f"{heads} heads"] * (heads > 0)
     return ", ".join([f"{cell} {T}x{B}x{H}", *extra])
 
 
@@ -146,11 +178,12 @@ def _median(record: Record, name: str) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
-def _with_ratio(record: Record, name: str, ratio: str) -> str:
+def _with_ratio(record: Record, name: str, ratio: str, first: str = "torch.nn") -> str:
     if name not in record:
         return ""
-    times = record[ratio]["torch.nn"]["median"]
-    return _median(record, name) if record["contender"] == "torch.nn" else f"{_median(record, name)} ({times:.2f})"
+    if record["contender"] == first or ratio not in record:
+        return _median(record, name)
+    return f"{_median(record, name)} ({record[ratio][first]['median']:.2f})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
