@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from statefeed import native as kernels
 from statefeed.native.head import losses, losses_and_gradients
 
-LOGITS = 1 << 22  # per chunk: 16 MiB in float32. The allocator reuses such blocks, but maps and unmaps larger ones
+# Logits of a chunk. On a CPU 16 MiB in float32: the allocator reuses such blocks, but maps and unmaps larger ones. On a
+# GPU 256 MiB: every chunk costs the host about twenty launches, which smaller chunks take longer to queue than to run.
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def cross_entropy_sum(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -56,13 +58,18 @@ def _without_gradients(
     """The loss alone, when autograd is disabled."""
     if fused:
         return losses(x.float(), weight, bias, targets, compute_dtype == torch.bfloat16).sum()
-    rows = max(1, LOGITS // len(weight))
+    rows = _rows(x, weight)
     total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
     for start in range(0, len(x), rows):
         part, part_targets = x[start : start + rows], targets[start : start + rows]
         logits = F.linear(part.to(compute_dtype), weight.to(compute_dtype), bias.to(compute_dtype))
         total += F.cross_entropy(logits.to(total.dtype), part_targets, reduction="sum")
     return total
+
+
+def _rows(x: Tensor, weight: Tensor) -> int:
+    """Number of rows of a chunk."""
+    return max(1, LOGITS[x.device.type] // len(weight))
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -100,7 +107,7 @@ def _chunks(
     w, b = weight.to(compute_dtype), bias.to(compute_dtype)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), weight.new_zeros(weight.T.shape), torch.zeros_like(bias)
     total = x.new_zeros((), dtype=sum_dtype)
-    rows = max(1, LOGITS // len(weight))
+    rows = _rows(x, weight)
     for start in range(0, len(x), rows):
         part, part_targets = x[start : start + rows].to(compute_dtype), targets[start : start + rows]
         logits = F.linear(part, w, b).to(sum_dtype)

@@ -6,6 +6,7 @@ In a padded batch, recurrent layers and everything between them process packed r
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -96,9 +97,8 @@ class LanguageModel(nn.Module):
         inputs, targets, packing = batch.inputs, batch.targets, None
         device = self.head.weight.device
         if batch.lengths is not None and self._packs:
-            packing = pack_padded_sequence(inputs, batch.lengths, enforce_sorted=False)
+            packing = _packed_to(pack_padded_sequence(inputs, batch.lengths, enforce_sorted=False), device)
             inputs, targets = packing.data, pack_padded_sequence(targets, batch.lengths, enforce_sorted=False).data
-            packing = packing.to(device)  # type: ignore[arg-type]  # its signature has dtypes only
         targets = targets.flatten()
         counted = (targets != IGNORED).nonzero().squeeze(1)
         x, states = self._read(to_device(inputs, device), None if batch.is_start else states, packing)
@@ -118,6 +118,14 @@ class LanguageModel(nn.Module):
             x, state = block(x, None if states is None else states[i], packing)
             after.append(state)
         return self.norm(x), after
+
+
+def _packed_to(packing: PackedSequence, device: torch.device) -> PackedSequence:
+    """Move a PackedSequence by asynchronous copies; its own `to` copies from memory that is not pinned, and waits."""
+    data, batch_sizes, *order = packing
+    return PackedSequence(
+        to_device(data, device), batch_sizes, *(None if part is None else to_device(part, device) for part in order)
+    )
 
 
 def detach_states(states: list[State], keep_mask: Tensor) -> list[State]:

@@ -29,7 +29,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("rows", [1, 4, 22, 23, 100])
 def test_loss_and_gradients_are_those_of_all_logits_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "LOGITS", rows * V)
+    monkeypatch.setitem(head.LOGITS, "cpu", rows * V)
     x, weight, bias, targets = arguments()
     found = head.cross_entropy_sum(x, weight, bias, targets)
     expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
@@ -93,7 +93,7 @@ def test_all_logits_never_exist_at_once(path: str, monkeypatch: pytest.MonkeyPat
 
     x, weight, bias = torch.randn(500, 4).requires_grad_(), torch.randn(40, 4).requires_grad_(), torch.zeros(40)
     targets = torch.randint(40, (500,))
-    monkeypatch.setattr(head, "LOGITS", 50 * 40)
+    monkeypatch.setitem(head.LOGITS, "cpu", 50 * 40)
     with Watch():
         head.cross_entropy_sum(x, weight, bias.requires_grad_(), targets).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():

@@ -142,6 +142,7 @@ def test_a_gpu_has_the_losses_of_the_cpu(cell: str, flags: list[str], tmp_path: 
     assert min(peaks) > 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch 2.11 compiling for a GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "how",
