@@ -55,8 +55,8 @@ class SLSTM(CellLayer):
             support, such as ``"torch"``.
 
     Cost: 2 * B * 4H * H / heads flops per step forward for the recurrent product; backward O(H) per step for the
-        states, and three matrix products over all steps at once. On a GPU the reference backend runs: the forward pass
-        and the backward pass of ``"bptt"`` are loops over time, that of the other rules is not.
+        states, and three matrix products over all steps at once. On a GPU the forward pass and the backward pass of
+        ``"bptt"`` are loops over time in PyTorch; that of the other rules is not, and has Triton kernels.
 
     Example:
         >>> import torch

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from statefeed.lm import identity
 from statefeed.lm.compare.results import Result
-from statefeed.lm.compare.tasks import setting, size, split, tasks
-from statefeed.lm.compare.verdicts import Terms, Verdicts, compare_groups, compare_rules
+from statefeed.lm.compare.tasks import setting, size, split
+from statefeed.lm.compare.verdicts import Terms, Verdicts, compare_groups
 from statefeed.lm.config import RECURRENT
 
 TOLERANCE = 0.05  # of the number of parameters of the first model
@@ -42,12 +42,6 @@ def compare_models(results: Sequence[Result], terms: Terms) -> dict[str, Verdict
     return found
 
 
-def comparisons(results: Sequence[Result], terms: Terms) -> dict[str, Verdicts]:
-    """By title, the rules of every task that has runs of the baseline, then the models of equal size."""
-    by_task = {title: compare_rules(same, terms, results) for title, same in tasks(results).items()}
-    return {**{title: found for title, found in by_task.items() if found}, **compare_models(results, terms)}
-
-
 def _training(result: Result) -> str:
     """The text and the training procedure: the setting without the model."""
     values = setting(result)
@@ -61,7 +55,7 @@ def _model(result: Result) -> str:
 
 
 def _name(result: Result) -> str:
-    rule = f", {result.rule}" if result.get("model.cell") in RECURRENT else ""
+    rule = f" under {result.rule}" if result.get("model.cell") in RECURRENT else ""
     return f"{size(result)} {result.get('model.block')}{rule}"
 
 

@@ -7,7 +7,7 @@ rounding does. Times are those of one machine each. With no record there is no n
 from collections import defaultdict
 
 from statefeed.lm.compare.markdown_accuracy import long_memory, tracking
-from statefeed.lm.compare.markdown_runs import frontiers, verdicts
+from statefeed.lm.compare.markdown_runs import frontiers, models, verdicts
 from statefeed.lm.compare.measurements import PTB, measurements, place, table
 from statefeed.lm.compare.sources import Found
 from statefeed.lm.compare.verdicts import Terms
@@ -36,6 +36,10 @@ def page(found: Found) -> str:
             "Every rule at its own best learning rate, over pairs of runs of one seed and one program, against the two "
             "baselines of the paper; [the rule of the verdicts](training.md#verdicts).",
             "".join(verdicts(found, Terms(rule)) for rule in _BASELINES).rstrip("\n") or "No records yet.",
+            "## Models of equal size",
+            "Models of about as many parameters, trained alike, each at its own best learning rate, against the first "
+            "of them under exact BPTT and under `dsf`. A pair has one seed, and so one order of the text.",
+            "".join(models(found, Terms(rule)) for rule in ("bptt", "dsf")).rstrip("\n") or "No records yet.",
             "## Layers",
             "Forward and backward, unless a row says forward: times faster than `torch.nn` at its best setting "
             "(below 1: slower). torch has no sLSTM: its baselines are a loop over a step compiled by torch.compile, "

@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from statefeed.lm.compare import verdict_tables
-from statefeed.lm.compare.equal_size import comparisons
+from statefeed.lm.compare.equal_size import compare_models
 from statefeed.lm.compare.measurements import step_key, step_times, table
 from statefeed.lm.compare.results import Result
 from statefeed.lm.compare.sources import Found
-from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split
-from statefeed.lm.compare.verdicts import Terms
+from statefeed.lm.compare.tasks import by_rule, differing_keys, setting, size, split, tasks
+from statefeed.lm.compare.verdicts import Terms, Verdicts, compare_rules
 from statefeed.lm.run.metadata import where
 
 
@@ -72,23 +72,28 @@ def _frontier(results: Sequence[Result], times: Mapping[str, Mapping[str, float]
 
 
 def verdicts(found: Found, terms: Terms) -> str:
-    """Differences to the baseline: one table for every task and for models of equal size; too few pairs in a list."""
-    text, few = "", []
-    for title, compared in comparisons(found.results, terms).items():
-        if not compared.decidable:
-            few.append(title)
+    """Differences between rules: one table for every task with enough pairs; the other tasks in one list."""
+    by_task = {title: compare_rules(same, terms, found.results) for title, same in tasks(found.results).items()}
+    return _tables({title: compared for title, compared in by_task.items() if compared is not None})
+
+
+def models(found: Found, terms: Terms) -> str:
+    """Differences between models of about as many parameters: one table for every text and training."""
+    return _tables(compare_models(found.results, terms))
+
+
+def _tables(compared: Mapping[str, Verdicts]) -> str:
+    text, few = "", dict[str, list[str]]()
+    for title, one in compared.items():
+        if not one.decidable:
+            few.setdefault(one.terms.baseline, []).append(title)
             continue
-        headings, rows = verdict_tables.table(compared)
-        if compared.compared == "rule":
+        headings, rows = verdict_tables.table(one)
+        if one.compared == "rule":
             rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
-        notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(compared))
-        text += f"**{title}**, {verdict_tables.title(compared.terms)}.\n\n{table(headings, rows)}\n{notes}\n"
-    if few:
-        text += "".join(
-            [
-                f"Compared with {terms.baseline}, these have {verdict_tables.TOO_FEW}:\n\n",
-                *(f"- {title}\n" for title in few),
-                "\n",
-            ]
-        )
+        notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(one))
+        text += f"**{title}**, {verdict_tables.title(one.terms)}.\n\n{table(headings, rows)}\n{notes}\n"
+    for baseline, titles in few.items():
+        listed = "".join(f"- {title}\n" for title in titles)
+        text += f"Compared with {baseline}, these have {verdict_tables.TOO_FEW}:\n\n{listed}\n"
     return text

@@ -28,12 +28,14 @@ def update_summary(path: Path, found: Found) -> None:
 
 
 def update_verdicts(path: Path, found: Found, terms: Terms) -> None:
-    """Replace what is between the two marks of a file, results/README.md, by the verdicts of every task.
+    """Replace what is between the two marks of a file, results/README.md, by the verdicts.
+
+    They are those of the rules of every task, and of models of equal size.
 
     Raises:
         UsageError: when the file has no such marks.
     """
-    _update(path, VERDICTS, markdown_runs.verdicts(found, terms), "--verdicts")
+    _update(path, VERDICTS, markdown_runs.verdicts(found, terms) + markdown_runs.models(found, terms), "--verdicts")
 
 
 def _update(path: Path, mark: str, new: str, flag: str) -> None:

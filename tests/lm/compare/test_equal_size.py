@@ -47,10 +47,10 @@ def test_models_of_equal_size_are_compared_by_seed() -> None:
     ]
     ((title, found),) = compare_models(results, DEFAULT_TERMS).items()
     assert "made up, 1 epochs, models of 1,000,000 parameters" in title
-    assert found.terms.baseline == "gru 2x256 prenorm, bptt"
+    assert found.terms.baseline == "gru 2x256 prenorm under bptt"
     by_name = {one.rule: one.differences["best validation"] for one in found.rules}
     assert {name: round(d.mean, 12) for name, d in by_name.items()} == {
-        "gru 2x256 prenorm, dsf": 0.048790164169,  # log(1.05)
+        "gru 2x256 prenorm under dsf": 0.048790164169,  # log(1.05)
         "s4d 2x252 prenorm": 0.182321556794,  # log(1.2)
     }
     assert by_name["s4d 2x252 prenorm"].verdict() == "worse"
@@ -88,7 +88,7 @@ def test_models_are_not_compared_without_the_rule_of_the_baseline() -> None:
 
 def test_tables_and_the_page_name_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = [*runs(GRU, [100.0, 102.0, 104.0]), *runs(S4D, [120.0, 122.4, 124.8])]
-    text = markdown_runs.verdicts(Found(results, []), DEFAULT_TERMS)
+    text = markdown_runs.models(Found(results, []), DEFAULT_TERMS)
     assert "| model, rule |" in text
     assert "| s4d 2x252 prenorm | 0.001 | 3 | 122.4 | +20.0% (+20.0 to +20.0): worse |" in text
     assert "s4d 2x252 prenorm" in page.page(Found(results, []))
@@ -96,5 +96,5 @@ def test_tables_and_the_page_name_the_models(tmp_path: Path, capsys: pytest.Capt
     records.write_text("".join(map(to_line, results)))
     cli.main(["report", str(records), "-o", str(tmp_path / "page.html")])
     printed = capsys.readouterr().out
-    assert "difference to gru 2x256 prenorm, bptt" in " ".join(printed.split())
+    assert "difference to gru 2x256 prenorm under bptt" in " ".join(printed.split())
     assert "+20.0%" in printed
