@@ -75,7 +75,7 @@ def svg(figure: Figure) -> str:
 
 def plot_vs_epochs(results: Sequence[Result]) -> Figure | None:
     """Validation perplexity of one task against epochs: mean over the seeds, and their range."""
-    return _plot_vs(results, dict.fromkeys(by_rule(results), 1.0), "epochs", "epochs", places(results))
+    return _plot_vs(results, dict.fromkeys(_at_best_rates(results), 1.0), "epochs", "epochs", places(results))
 
 
 def plot_vs_time(results: Sequence[Result], ms: Mapping[str, float], place: str) -> Figure | None:
@@ -86,29 +86,35 @@ def plot_vs_time(results: Sequence[Result], ms: Mapping[str, float], place: str)
         ms: milliseconds of a step by rule.
         place: machine and threads on which they were measured.
     """
-    scale = {label: ms[group[0].rule] / 1e3 for label, group in by_rule(results).items() if group[0].rule in ms}
+    scale = {label: ms[group[0].rule] / 1e3 for label, group in _at_best_rates(results).items() if group[0].rule in ms}
     return _plot_vs(results, scale, "step", "seconds of training", place) if len(scale) > 1 else None
+
+
+def _at_best_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of every rule at its best learning rate; the name has the rate where the rule has others."""
+    rules = split(results, lambda result: result.rule)
+    chosen = {rule: at_best_rate(runs)[0].get("train.lr") for rule, runs in rules.items()}
+    return {label: runs for label, runs in by_rule(results).items() if runs[0].get("train.lr") == chosen[runs[0].rule]}
 
 
 def _plot_vs(results: Sequence[Result], scale: Mapping[str, float], what: str, name: str, place: str) -> Figure | None:
     """Perplexity against `what` of every evaluation, times the scale of its rule."""
-    groups = by_rule(results)
+    groups = _at_best_rates(results)
     best = {label: best_scores(groups[label]) for label in scale if best_scores(groups[label])}
     if not best:
         return None
     figure, axes = panel(name, "validation perplexity", f"{place}; mean over the seeds, shaded: their range")
     low, high = _limits([statistics.mean(found) for found in best.values()])
-    style_of = styles(groups)
+    style_of = styles(group[0].rule for group in groups.values())
     for label in best:
+        style = style_of[groups[label][0].rule]
         evaluations = list(zip(*(result.valid for result in valid_runs(groups[label])), strict=False))
         x = [scale[label] * statistics.mean(row[what] for row in rows) for rows in evaluations]
         y = [[row["perplexity"] for row in rows] for rows in evaluations]
         off = "" if min(map(min, y)) <= high else " (off the scale)"
-        curve(axes, x, [statistics.mean(values) for values in y], style_of[label], label + off)
+        curve(axes, x, [statistics.mean(values) for values in y], style, label + off)
         if len(y[0]) > 1:
-            axes.fill_between(
-                x, list(map(min, y)), list(map(max, y)), color=style_of[label].color, alpha=0.15, linewidth=0
-            )
+            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=style.color, alpha=0.15, linewidth=0)
     axes.set_ylim(low, high)
     legend(figure, axes)
     return figure
@@ -173,16 +179,18 @@ def alignment(results: Sequence[Result]) -> Figure | None:
     Args:
         results: of one task.
     """
-    groups = by_rule(results)
+    groups = _at_best_rates(results)
     aligned = {label: [r for r in valid_runs(group) if r.alignment] for label, group in groups.items()}
     if not any(aligned.values()):
         return None
     figure, axes = panel("epochs", "cosine with the BPTT gradient", f"{places(results)}; mean over the seeds")
-    for label, style in styles(groups).items():
-        if aligned[label]:
-            rows = list(zip(*(result.alignment for result in aligned[label]), strict=False))
+    style_of = styles(group[0].rule for group in groups.values())
+    for label, found in aligned.items():
+        if found:
+            rows = list(zip(*(result.alignment for result in found), strict=False))
             x = [statistics.mean(row["epochs"] for row in same) for same in rows]
-            curve(axes, x, [statistics.mean(row["cosine"] for row in same) for same in rows], style, label)
+            y = [statistics.mean(row["cosine"] for row in same) for same in rows]
+            curve(axes, x, y, style_of[found[0].rule], label)
     legend(figure, axes)
     return figure
 
