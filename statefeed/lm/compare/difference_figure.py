@@ -20,7 +20,7 @@ def differences(same: Sequence[Result], terms: Terms, every: Sequence[Result]) -
         every: runs of any task, in which the rates of shorter runs are looked for.
     """
     found = compare_rules(same, terms, every)
-    shown = [] if found is None else [r for r in found.rules if SCORES[0] in r.differences]
+    shown = [] if found is None else [r for r in found.comparisons if SCORES[0] in r.differences]
     if not any(rule.differences[SCORES[0]].interval for rule in shown):
         return None
     paired = [run for rule in shown for both in rule.pairs.runs for run in both]
@@ -30,9 +30,9 @@ def differences(same: Sequence[Result], terms: Terms, every: Sequence[Result]) -
         f"{places(paired)}; mean over the pairs, bars: {LEVEL:.0%} interval, small points: seeds; no bar: fewer pairs",
     )
     figure.set_figheight(SIZE[1] * (0.45 + 0.1 * len(shown)))
-    style_of = styles([terms.baseline, *(rule.rule for rule in shown)])
+    style_of = styles([terms.baseline, *(rule.name for rule in shown)])
     for row, rule in enumerate(shown):
-        difference, style = rule.differences[SCORES[0]], style_of[rule.rule]
+        difference, style = rule.differences[SCORES[0]], style_of[rule.name]
         seeds = [100 * math.expm1(log) for log in difference.logs if math.isfinite(log)]
         axes.plot(seeds, [row + 0.25] * len(seeds), linestyle="", marker="o", markersize=2.5, color="0.4")
         if not math.isfinite(difference.mean):
@@ -44,6 +44,6 @@ def differences(same: Sequence[Result], terms: Terms, every: Sequence[Result]) -
     axes.axvline(0, color="black", linewidth=1)
     if terms.within is not None:
         axes.axvline(100 * terms.within, color="black", linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(shown)), [rule.rule for rule in shown])
+    axes.set_yticks(range(len(shown)), [rule.name for rule in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     return figure

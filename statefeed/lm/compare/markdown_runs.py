@@ -89,7 +89,7 @@ def _tables(compared: Mapping[str, Verdicts]) -> str:
             few.setdefault(one.terms.baseline, []).append(title)
             continue
         headings, rows = verdict_tables.table(one)
-        if one.compared == "rule":
+        if one.kind == "rule":
             rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
         notes = "".join(f"- {sentence}\n" for sentence in verdict_tables.notes(one))
         text += f"**{title}**, {verdict_tables.title(one.terms)}.\n\n{table(headings, rows)}\n{notes}\n"

@@ -51,17 +51,17 @@ def title(terms: Terms) -> str:
 
 def short_table(found: Verdicts) -> tuple[list[str], list[list[str]]]:
     """One row for every rule and score, as wide as 80 characters: headings and rows."""
-    headings = [found.compared, "score", "pairs", "difference, 95% interval", "verdict"]
+    headings = [found.kind, "score", "pairs", "difference, 95% interval", "verdict"]
     rows = []
-    for rule in found.rules:
-        count = str(len(rule.pairs.runs))
-        scored = [name for name in found.scores if name in rule.differences]
+    for one in found.comparisons:
+        count = str(len(one.pairs.runs))
+        scored = [name for name in found.scores if name in one.differences]
         for k, name in enumerate(scored):
-            difference = rule.differences[name]
-            first = (rule.rule, _SHORT[name], count) if k == 0 else ("", _SHORT[name], "")
+            difference = one.differences[name]
+            first = (one.name, _SHORT[name], count) if k == 0 else ("", _SHORT[name], "")
             rows.append([*first, describe(difference), difference.verdict(found.terms.within)])
         if not scored:
-            rows.append([rule.rule, "-", count, "-", "no verdict"])
+            rows.append([one.name, "-", count, "-", "no verdict"])
     return headings, rows
 
 
@@ -71,22 +71,20 @@ def table(found: Verdicts) -> tuple[list[str], list[list[str]]]:
     A perplexity is the mean of the best validation perplexities at the chosen rate, over the seeds.
     """
     scores = found.scores or ["best validation"]
-    headings = [found.compared, "rate", "pairs", "perplexity", *scores]
+    headings = [found.kind, "rate", "pairs", "perplexity", *scores]
     middle = [best for best in best_scores(found.runs) if math.isfinite(best)]
     rows = [
         [found.terms.baseline, _rate(found.grid.chosen, found.grid.at_edge), "", _mean(middle), *("" for _ in scores)]
     ]
-    for rule in found.rules:
-        own = best_scores([run for run, _ in rule.pairs.runs])
-        cells = [_cell(rule, name, found.terms) for name in scores]
-        rows.append(
-            [rule.rule, _rate(rule.grid.chosen, rule.grid.at_edge), str(len(rule.pairs.runs)), _mean(own), *cells]
-        )
+    for one in found.comparisons:
+        own = best_scores([run for run, _ in one.pairs.runs])
+        cells = [_cell(one, name, found.terms) for name in scores]
+        rows.append([one.name, _rate(one.grid.chosen, one.grid.at_edge), str(len(one.pairs.runs)), _mean(own), *cells])
     return headings, rows
 
 
-def _cell(rule: Comparison, name: str, terms: Terms) -> str:
-    difference = rule.differences.get(name)
+def _cell(one: Comparison, name: str, terms: Terms) -> str:
+    difference = one.differences.get(name)
     if difference is None:
         return "-"
     return f"{describe(difference)}: {difference.verdict(terms.within)}"
@@ -104,18 +102,18 @@ def notes(found: Verdicts) -> list[str]:
     """What must be known to read the tables: rates, seeds without a pair, the rule of the verdicts."""
     sentences = []
     grids: dict[str, list[str]] = {}
-    for name, grid in [(found.terms.baseline, found.grid), *((rule.rule, rule.grid) for rule in found.rules)]:
+    for name, grid in [(found.terms.baseline, found.grid), *((one.name, one.grid) for one in found.comparisons)]:
         grids.setdefault(grid.describe(), []).append(name)
     sentences += [f"Rate of {', '.join(names)}: {grid}." for grid, names in grids.items()]
     omitted: dict[str, list[str]] = {}
-    for rule in found.rules:
-        if rule.pairs.omitted:
-            omitted.setdefault("; ".join(rule.pairs.omitted), []).append(rule.rule)
+    for one in found.comparisons:
+        if one.pairs.omitted:
+            omitted.setdefault("; ".join(one.pairs.omitted), []).append(one.name)
     sentences += [f"Without a pair, {', '.join(names)}: {why}." for why, names in omitted.items()]
-    dirty = any(run.metadata.get("dirty") for rule in found.rules for both in rule.pairs.runs for run in both)
+    dirty = any(run.metadata.get("dirty") for one in found.comparisons for both in one.pairs.runs for run in both)
     if dirty:
         sentences.append("Some runs had uncommitted changes: their commit does not identify the program.")
-    intervals = sum(d.interval is not None for rule in found.rules for d in rule.differences.values())
+    intervals = sum(d.interval is not None for one in found.comparisons for d in one.differences.values())
     if intervals > 1:
         sentences.append(
             f"{intervals} intervals of 95% each, not corrected for their number: about one in 20 misses the truth."

@@ -107,13 +107,13 @@ class Comparison(NamedTuple):
     """One rule, or one model, against the baseline.
 
     Attributes:
-        rule: in canonical spelling; or the name of the model.
+        name: of the rule, in canonical spelling, or of the model.
         grid: its learning rates, and the one at which it is compared.
         pairs: its runs with those of the baseline.
         differences: by name of the score; the test split only where every pair has a score of it.
     """
 
-    rule: str
+    name: str
     grid: Grid
     pairs: Pairs
     differences: dict[str, Difference]
@@ -126,25 +126,25 @@ class Verdicts(NamedTuple):
         terms: what was asked.
         grid: the learning rates of the baseline, and the one at which it is compared.
         runs: of the baseline at that rate.
-        rules: the other rules, or the other models.
-        compared: what is compared, the heading of its column.
+        comparisons: the other rules, or the other models.
+        kind: what is compared, the heading of its column.
     """
 
     terms: Terms
     grid: Grid
     runs: list[Result]
-    rules: list[Comparison]
-    compared: str = "rule"
+    comparisons: list[Comparison]
+    kind: str = "rule"
 
     @property
     def decidable(self) -> bool:
-        """Whether a rule has enough pairs for a verdict."""
-        return any(len(rule.pairs.runs) >= FEWEST_PAIRS for rule in self.rules)
+        """Whether one has enough pairs for a verdict."""
+        return any(len(one.pairs.runs) >= FEWEST_PAIRS for one in self.comparisons)
 
     @property
     def scores(self) -> list[str]:
-        """The names of the scores that a rule has."""
-        return [name for name in SCORES if any(name in rule.differences for rule in self.rules)]
+        """The names of the scores that one of them has."""
+        return [name for name in SCORES if any(name in one.differences for one in self.comparisons)]
 
 
 def compare_rules(same: Sequence[Result], terms: Terms, every: Sequence[Result] = ()) -> Verdicts | None:
@@ -162,7 +162,7 @@ def compare_rules(same: Sequence[Result], terms: Terms, every: Sequence[Result] 
 
 
 def compare_groups(
-    groups: Mapping[str, Sequence[Result]], terms: Terms, every: Sequence[Result], compared: str = "rule"
+    groups: Mapping[str, Sequence[Result]], terms: Terms, every: Sequence[Result], kind: str = "rule"
 ) -> Verdicts:
     """Every group of runs, at its own best learning rate, against that of the baseline.
 
@@ -170,7 +170,7 @@ def compare_groups(
         groups: runs by rule, or by model.
         terms: what is asked; the baseline is one of the groups.
         every: runs of any task, in which the rates of shorter runs are looked for.
-        compared: what a group is.
+        kind: what a group is.
     """
     grid = choose(groups[terms.baseline], every)
     baseline = _at(groups[terms.baseline], grid.chosen)
@@ -180,7 +180,7 @@ def compare_groups(
             own = choose(runs, every)
             pairs = pair(_at(runs, own.chosen), baseline)
             found.append(Comparison(name, own, pairs, _differences(pairs)))
-    return Verdicts(terms, grid, baseline, found, compared)
+    return Verdicts(terms, grid, baseline, found, kind)
 
 
 def _at(runs: Sequence[Result], rate: float) -> list[Result]:

@@ -48,7 +48,7 @@ def test_models_of_equal_size_are_compared_by_seed() -> None:
     ((title, found),) = compare_models(results, DEFAULT_TERMS).items()
     assert "made up, 1 epochs, models of 1,000,000 parameters" in title
     assert found.terms.baseline == "gru 2x256 prenorm under bptt"
-    by_name = {one.rule: one.differences["best validation"] for one in found.rules}
+    by_name = {one.name: one.differences["best validation"] for one in found.comparisons}
     assert {name: round(d.mean, 12) for name, d in by_name.items()} == {
         "gru 2x256 prenorm under dsf": 0.048790164169,  # log(1.05)
         "s4d 2x252 prenorm": 0.182321556794,  # log(1.2)
@@ -63,7 +63,7 @@ def test_every_model_has_its_own_rate() -> None:
         *runs(S4D, [90.0, 91.8, 93.6], lr=2e-3),
     ]
     (found,) = compare_models(results, DEFAULT_TERMS).values()
-    (s4d,) = found.rules
+    (s4d,) = found.comparisons
     assert s4d.grid.chosen == 2e-3
     assert s4d.differences["best validation"].verdict() == "better"
 

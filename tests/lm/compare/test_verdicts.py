@@ -60,7 +60,7 @@ def runs(rule: str, perplexities: Sequence[float], **more: Any) -> list[Result]:
 def compared(results: Sequence[Result], terms: Terms = DEFAULT_TERMS) -> dict[str, Comparison]:
     found = compare_rules(results, terms, results)
     assert found is not None
-    return {rule.rule: rule for rule in found.rules}
+    return {rule.name: rule for rule in found.comparisons}
 
 
 def verdict(results: Sequence[Result], score: str = "best validation") -> str:
