@@ -59,6 +59,12 @@ def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuDNN" in result.forward
     assert "Triton" in result.backward
     assert "products run in TF32, as cuDNN is set" in result.why
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast refuses without a GPU
+    try:
+        autocast = sf.explain(sf.GRU(I, H, feedback="gate+1"), x)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert f"products run in {torch.get_autocast_dtype('cuda')}, under autocast" in autocast.why
     unit_input, unit_hidden = 2 * T * B * 3 * H * I, 2 * T * B * 3 * H * H
     assert result.backward_flops == 3 * unit_input + 3 * unit_hidden
     assert result.kept_bytes == 4 * T * B * (I + H)

@@ -176,8 +176,12 @@ def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     if cell.torch_forward is None:
         forward = "one step after the other, in PyTorch"
         setting, by = torch.backends.cuda.matmul.fp32_precision, "torch's products are"
-    precision = "TF32" if setting == "tf32" else "float32"
-    why = f"all tensors are {x.dtype} on the GPU; float32 products run in {precision}, as {by} set"
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        products = f"products run in {torch.get_autocast_dtype(kind)}, under autocast"
+    else:
+        products = f"float32 products run in {'TF32' if setting == 'tf32' else 'float32'}, as {by} set"
+    why = f"all tensors are {x.dtype} on the GPU; {products}"
     return Description(forward, backward, why, recomputes_gates=recomputes)
 
 
