@@ -30,10 +30,12 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "wh
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU if there is none."""
+    """Skip tests that need a GPU if there is none, and tests that compile layers if torch is too old for it."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+        if item.get_closest_marker("compiles") and torch.__version__ < "2.13":
+            item.add_marker(pytest.mark.skip(reason="torch.compile of a recurrent layer needs torch 2.13"))
 
 
 @pytest.fixture

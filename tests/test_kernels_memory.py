@@ -135,6 +135,7 @@ def test_fake_tensors_have_no_memory(inside: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo itself
+@pytest.mark.compiles
 def test_a_compiled_large_layer_has_equal_gradients() -> None:
     model = sf.GRU(128, 128, feedback="gate+1")
 

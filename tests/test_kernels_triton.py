@@ -434,6 +434,7 @@ def test_layers_through_the_kernels_are_layers_through_pytorch(
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # a warning of torch while it traces
+@pytest.mark.compiles
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     torch.manual_seed(0)
@@ -448,6 +449,7 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(monkeypatch: pytest
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # a warning of torch while it traces
+@pytest.mark.compiles
 def test_the_graphs_of_a_layer_do_not_depend_on_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "choose", lambda *_: BACKENDS["triton"])
     model, graphs = sf.GRU(3, 4, 2, bidirectional=True, feedback="dsf"), []

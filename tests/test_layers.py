@@ -616,6 +616,7 @@ def largest(actual, expected):
 @pytest.mark.parametrize(
     ("cell", "rule"), [*((cell, "dsf") for cell in CELLS), ("gru", "gate+1"), ("lstm", "calibrated")]
 )
+@pytest.mark.compiles
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(cell, rule):
     made = layer(cell, feedback=rule, bidirectional=True, dtype=torch.float64)
     other = copy.deepcopy(made)

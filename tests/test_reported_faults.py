@@ -879,6 +879,7 @@ def test_the_operators_of_a_gpu_are_counted():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.compiles
 def test_a_compiled_lstm_is_measured_and_follows_a_schedule(x):
     model = nn.ModuleDict({"layer": sf.LSTM(3, 4, feedback="dsf")})
     plain = copy.deepcopy(model)

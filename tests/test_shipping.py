@@ -265,6 +265,7 @@ def compiled_and_eager(model, x, backend):
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # a warning of torch while it traces
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.compiles
 def test_a_compiled_model_is_one_graph_and_has_the_gradients_of_its_rule(rule, x):
     model = Model(rule, rnn=rule != "gate+1", dropout=0.0).double()
     ours, eager = compiled_and_eager(model, x.double(), "aot_eager")
@@ -272,6 +273,7 @@ def test_a_compiled_model_is_one_graph_and_has_the_gradients_of_its_rule(rule, x
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.compiles
 def test_a_compiled_model_follows_a_rule_that_changes(x):
     model = Model("dsf", rnn=False, dropout=0.0)
     torch._dynamo.reset()
@@ -288,6 +290,7 @@ def test_a_compiled_model_follows_a_rule_that_changes(x):
 
 # Warnings of torch while it traces, and at graph breaks.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.compiles
 def test_a_fitted_rule_is_compiled_around_its_exact_passes(x):
     model = Model("fitted", rnn=False, dropout=0.0).double()
     other = copy.deepcopy(model)
@@ -308,6 +311,7 @@ def test_a_fitted_rule_is_compiled_around_its_exact_passes(x):
 @pytest.mark.filterwarnings(
     *(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "User"))
 )  # warnings of inductor
+@pytest.mark.compiles
 def test_inductor_compiles_the_same(x):
     model = Model("calibrated+1", bidirectional=True, dropout=0.0)
     ours, eager = compiled_and_eager(model, x, "inductor")

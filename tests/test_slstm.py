@@ -481,6 +481,7 @@ def test_autocast_keeps_states_in_float32(heads):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("rule", ["bptt", "dsf", "gate+1", "calibrated"])
+@pytest.mark.compiles
 def test_torch_compile(rule):
     made, x = layer("slstm", num_heads=2, feedback=rule), random(T, B, I, seed=2)
 
