@@ -47,7 +47,7 @@ dry-run: .venv/.installed-lm
 	$(BIN)/statefeed report $(DRY) -o $(DRY)/report.html --records=$(DRY)/runs.jsonl
 
 # docs/measured.md, the tables of docs/gpu.md, the figures in README.md, and the verdicts and pictures of results/README.md, from the records alone.
-CELLS := $(addprefix results/runs/quickstart/,cells-bf16.jsonl rates.jsonl shakespeare.jsonl sizes-bf16.jsonl)
+CELLS := $(addprefix results/runs/quickstart/,cells-bf16.jsonl rates.jsonl shakespeare.jsonl sizes-bf16.jsonl schedules-bf16.jsonl)
 measured: .venv/.installed-lm
 	$(BIN)/statefeed report results/bench results/runs --markdown=docs/measured.md
 	$(BIN)/statefeed report results/bench/zen5-* results/bench/xeon-amx-* --summary=README.md

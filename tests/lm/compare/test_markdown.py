@@ -22,7 +22,7 @@ MACHINES = [
 
 CELLS = [
     ROOT / "results" / "runs" / "quickstart" / name
-    for name in ("cells-bf16.jsonl", "rates.jsonl", "shakespeare.jsonl", "sizes-bf16.jsonl")
+    for name in ("cells-bf16.jsonl", "rates.jsonl", "shakespeare.jsonl", "sizes-bf16.jsonl", "schedules-bf16.jsonl")
 ]
 
 
