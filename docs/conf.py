@@ -58,6 +58,12 @@ def _formula(translator, node):
     raise nodes.SkipNode
 
 
+def _named_aliases(_app, _what, _name, _object, _options, signature, returned):
+    """Write an alias in a union by its name; Sphinx writes the class that stands for it."""
+    return signature and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature), returned
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("autodoc-process-docstring", _own_sections, priority=100)  # before napoleon, which runs at 500
+    app.connect("autodoc-process-signature", _named_aliases)

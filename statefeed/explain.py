@@ -38,7 +38,8 @@ class Explanation:
         backward_flops: flops of the matrix products of the backward pass.
         bptt_flops: flops of the matrix products of torch.nn's backward pass.
         backward_steps: sequentially dependent products of the backward pass; T * L for exact BPTT.
-        kept_bytes: bytes saved for the backward pass, including outputs; None if torch.nn's own path runs.
+        kept_bytes: bytes saved for the backward pass, including outputs; 0 without autograd, or if neither the layer
+            nor the input requires a gradient; None if torch.nn's own path runs.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT, or why the
             times allow no conclusion; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
@@ -84,7 +85,8 @@ class Explanation:
                 f"newton    {taken} iterations in the last call, {sum(self.sequential_steps)} sequential steps"
             )
         if self.kept_bytes is not None:
-            lines.append(f"memory    {self.kept_bytes / 2**20:.3g} MiB saved for the backward pass")
+            saved = f"{self.kept_bytes / 2**20:.3g} MiB" if self.kept_bytes else "nothing"
+            lines.append(f"memory    {saved} saved for the backward pass")
         if self.timings:
             times = ", ".join(f"{_name(timing)} {1e3 * timing.seconds:.3g} ms" for timing in self.timings)
             lines.append(f"time      {times}; forward and backward, medians of runs in turns")
@@ -216,7 +218,10 @@ def _through(
         done = sum(layer.newton_iterations) * (of_iteration // layer._feedback_rows)
         forward_flops = counts.inputs + (done if layer.newton_iterations else of_iteration)
         warning = _slower_forward(data) or warning
-    saved_values = counts.values + (counts.gates if found.saves_gates else 0)
+    needs_grad = data.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+    saved_values = (
+        counts.values + (counts.gates if found.saves_gates else 0) if needs_grad and torch.is_grad_enabled() else 0
+    )
     return Explanation(
         rule=str(rule),
         forward=forward,

@@ -42,6 +42,9 @@ def unsupported_subclass(module: nn.Module) -> str | None:
     if reason is not None:
         return reason
     defined = set().union(*(vars(k) for k in theirs), vars(module), *(d for d in _registered(module)))
+    for method in ("__reduce__", "__reduce_ex__"):
+        if any(method in vars(k) for k in theirs):
+            return f"{name} defines {method}, by which its objects would be copied and pickled without a rule"
     clash = sorted(defined & _names_of(OURS[base]))
     if clash:
         return f"{name} defines an attribute {clash[0]!r}, which statefeed's layer needs"

@@ -47,6 +47,19 @@ def test_the_reason_is_named() -> None:
     assert result.kept_bytes is None
 
 
+def test_nothing_is_saved_where_nothing_requires_a_gradient() -> None:
+    layer, x = sf.GRU(I, H, feedback="dsf"), torch.zeros(T, B, I)
+    saved = sf.explain(layer, x).kept_bytes
+    assert saved
+    with torch.no_grad():
+        assert sf.explain(layer, x).kept_bytes == 0
+    layer.requires_grad_(False)
+    frozen = sf.explain(layer, x)
+    assert frozen.kept_bytes == 0
+    assert "nothing saved for the backward pass" in str(frozen)
+    assert sf.explain(layer, x.requires_grad_()).kept_bytes == saved
+
+
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     loaded = kernels.load

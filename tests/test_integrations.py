@@ -157,6 +157,8 @@ def test_patterns_and_contradictions(load: Any, name: str) -> None:
     module, model = load(name, **{name: Callback}), Model()
     with pytest.raises(ValueError, match="exclude each other, got 'dsf' and 'dsf/bptt'"):
         module.SwapCallback("dsf", schedule="dsf/bptt")
+    with pytest.raises(ValueError, match="did you mean"):
+        module.SwapCallback("DSF")
     callback = module.SwapCallback("dsf", exclude="decoder")
     seen = LightningTrainer(4, callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
     assert seen[-1] == ["dsf", "gate+1"]

@@ -71,6 +71,12 @@ def test_without_a_compiler_there_is_one_warning(tmp_path: Path) -> None:
     assert "no C++ compiler found" in answer
 
 
+def test_a_missing_compiler_is_not_replaced_by_another(tmp_path: Path) -> None:
+    answer = output_of(PROGRAM, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert answer.startswith("False 1 ")
+    assert "CXX must be the name or the path of one program, got 'no-such-compiler'" in answer
+
+
 def test_on_raises_if_the_kernels_are_unavailable(tmp_path: Path) -> None:
     process = python(PROGRAM, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path), STATEFEED_KERNELS="on")
     assert "RuntimeError: STATEFEED_KERNELS is on, but" in process.communicate()[1]

@@ -254,6 +254,11 @@ class OwnAttribute(nn.GRU):
         self.feedback = "a tensor that this class feeds back"
 
 
+class OwnReduce(nn.GRU):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnReduce, (self.input_size, self.hidden_size)
+
+
 class NotOfACell(nn.RNNBase):
     pass
 
@@ -266,9 +271,10 @@ class NotOfACell(nn.RNNBase):
         (lambda: CallsByName(3, 4), "CallsByName.forward calls nn.GRU.forward by name"),
         (lambda: OwnLoop(3, 4), "OwnLoop overrides forward"),
         (lambda: OwnAttribute(3, 4), "OwnAttribute defines an attribute 'feedback'"),
+        (lambda: OwnReduce(3, 4), "OwnReduce defines __reduce__"),
         (lambda: NotOfACell("GRU", 3, 4), "NotOfACell is a subclass of torch.nn.RNNBase"),
     ],
-    ids=["torch._VF", "_VF", "GRU.forward", "loop", "attribute", "RNNBase"],
+    ids=["torch._VF", "_VF", "GRU.forward", "loop", "attribute", "reduce", "RNNBase"],
 )
 def test_a_subclass_that_bypasses_the_layer_is_left_unchanged(make: Callable[[], nn.RNNBase], reason: str) -> None:
     model = nn.ModuleList([make(), nn.GRU(3, 4)])

@@ -1,7 +1,7 @@
 """``python -m statefeed.bench.pararnn``: sf.GRU against the ParaGRU of the package pararnn-torch.
 
 ParaGRU has a diagonal recurrence, so that Newton's method computes its states and exact gradients in parallel over
-time. sf.GRU has torch's dense recurrence. Compared are a training step, and what a model has learnt after equal
+time. sf.GRU has torch's dense recurrence. Compared are a training step, and what a model has learned after equal
 processor time: recall of a symbol (the task of ``statefeed bench recall``) and the text of pydoc (two layers of the
 trainer's language model). Every contender has the best of a grid of learning rates, by its score with a seed that the
 records do not use.

@@ -205,22 +205,22 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     T = records[0]["T"]
     result = Table(
         title=f"parity of {T} bits, asked for after every {records[0]['every']}, {records[0]['steps']} training steps",
-        caption="accuracy: mean over the seeds (min-max), guessing 0.5; learnt: step of the first 90 % at twice T",
+        caption="accuracy: mean over the seeds (min-max), guessing 0.5; learned: step of the first 90 % at twice T",
     )
     for heading in ("cell", "rule"):
         result.add_column(heading, no_wrap=True)
-    for heading in ("rate", "seeds", f"{T} bits", f"{2 * T} bits", "learnt by", "learnt at step"):
+    for heading in ("rate", "seeds", f"{T} bits", f"{2 * T} bits", "learned by", "learned at step"):
         result.add_column(heading, justify="right", no_wrap=True)
     for (cell, rule), rows in by_case(records).items():
-        learnt = [r["learnt"] for r in rows if r["learnt"] is not None]
+        learned = [r["learnt"] for r in rows if r["learnt"] is not None]
         result.add_row(
             cell,
             rule,
             f"{rows[0]['lr']:g}",
             str(len(rows)),
             *(_ranged([r[key] for r in rows]) for key in ("accuracy", "accuracy_twice")),
-            f"{len(learnt)} of {len(rows)}",
-            f"{statistics.mean(learnt):.0f}" if learnt else "-",
+            f"{len(learned)} of {len(rows)}",
+            f"{statistics.mean(learned):.0f}" if learned else "-",
         )
     return result
 

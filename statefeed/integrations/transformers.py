@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import statefeed as sf
+from statefeed.feedback import as_feedback
 
 try:
     from transformers import TrainerCallback
@@ -58,7 +59,8 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         if feedback is not None and schedule is not None:
             raise ValueError(f"feedback and schedule exclude each other, got {str(feedback)!r} and {str(schedule)!r}")
         self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
-        self.feedback = feedback if self.schedule is None else self.schedule.at(0.0)
+        rule = feedback if self.schedule is None else self.schedule.at(0.0)
+        self.feedback = None if rule is None else as_feedback(rule)
         self.monitor, self.include, self.exclude = monitor, include, exclude
         self.report: sf.SwapReport | None = None
 

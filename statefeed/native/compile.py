@@ -50,14 +50,17 @@ VARIANTS = [
 
 
 def compiler() -> str:
-    """The path of the C++ compiler: ``CXX``, else g++, clang++ or c++.
+    """The path of the C++ compiler: ``CXX`` if it is set, else g++, clang++ or c++.
 
     Raises:
         OSError: no compiler is found.
     """
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
+        if path := shutil.which(name):
             return path
+    if chosen:
+        raise OSError(f"no C++ compiler found: CXX must be the name or the path of one program, got {chosen!r}")
     raise OSError("no C++ compiler found: install g++ or clang++, or set CXX")
 
 

@@ -66,7 +66,7 @@ def page(found: Found) -> str:
             "## State tracking",
             "Parity of a bit string that is asked for after every few bits (`statefeed bench tracking`; guessing is "
             "right for 0.5): the last output on strings of the trained length and of twice that length, none of which "
-            "was trained on. A seed has learnt it where nine in ten of the long strings were right. The rate of every "
+            "was trained on. A seed has learned it where nine in ten of the long strings were right. The rate of every "
             "cell and rule was chosen on other strings, with a seed that is not shown. minGRU and S4D have exact "
             "gradients only.",
             (tracking(found).rstrip("\n") or "No records yet.") + "\n",

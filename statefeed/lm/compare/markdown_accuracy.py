@@ -35,8 +35,8 @@ def _recall_over_a_delay(heading: str, records: Sequence[Record]) -> str:
     text = ""
     for (delay, steps), same in _grouped(records, "delay", "steps").items():
         rules = sorted(_grouped(same, "variant").items(), key=lambda item: _sort_key(item[1]))
-        body = [[f"`{rule}`", _over_seeds(runs, "accuracy"), *_learnt(runs)] for (rule,), runs in rules]
-        head = ["rule", "accuracy, mean over the seeds", "seeds that learnt it", "at step"]
+        body = [[f"`{rule}`", _over_seeds(runs, "accuracy"), *_learned(runs)] for (rule,), runs in rules]
+        head = ["rule", "accuracy, mean over the seeds", "seeds that learned it", "at step"]
         text += (
             f"{_TASKS['recall']}: {delay} steps apart, a GRU of 64 units at the learning rate 0.01, {steps:,} steps of "
             f"training; {heading}.\n\n{table(head, body)}\n"
@@ -56,11 +56,11 @@ def tracking(found: Found) -> str:
                     f"{runs[0]['lr']:g}",
                     _over_seeds(runs, "accuracy"),
                     _over_seeds(runs, "accuracy_twice"),
-                    *_learnt(runs),
+                    *_learned(runs),
                 ]
                 for (cell, rule), runs in rules
             ]
-            head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learnt it", "at step"]
+            head = ["cell, rule", "rate", f"{T} bits", f"{2 * T} bits", "seeds that learned it", "at step"]
             task = f"{T} bits, asked for after every {every}; {H} units, {steps:,} steps of training"
             text += f"{task}; {heading}.\n\n{table(head, body)}\n"
     return text
@@ -72,8 +72,8 @@ def _over_seeds(runs: Sequence[Record], key: str) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _learnt(runs: Sequence[Record]) -> list[str]:
-    """How many seeds learnt a task, and after how many steps on average."""
+def _learned(runs: Sequence[Record]) -> list[str]:
+    """How many seeds learned a task, and after how many steps on average."""
     steps = [r["learnt"] for r in runs if r["learnt"] is not None]
     return [f"{len(steps)} of {len(runs)}", f"{statistics.mean(steps):,.0f}" if steps else "-"]
 
@@ -86,7 +86,7 @@ def _grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], lis
 
 
 def _sort_key(records: Sequence[Record]) -> tuple[float, float, float]:
-    """The order of rules: more seeds that learnt it, then sooner, then accuracy."""
-    learnt = [r["learnt"] for r in records if r["learnt"] is not None]
-    sooner = statistics.mean(learnt) if learnt else 0
-    return -len(learnt) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
+    """The order of rules: more seeds that learned it, then sooner, then accuracy."""
+    learned = [r["learnt"] for r in records if r["learnt"] is not None]
+    sooner = statistics.mean(learned) if learned else 0
+    return -len(learned) / len(records), sooner, -statistics.mean(r["accuracy"] for r in records)
