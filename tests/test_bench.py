@@ -1,6 +1,7 @@
 """statefeed bench: the baseline is correct, parity is checked first, and records have the right values."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -332,6 +333,20 @@ def test_the_published_procedure_holds_more_memory_than_the_outputs():
 
 
 # The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_layers_fit_a_terminal_of_80_columns(tmp_path, capsys, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Console, "is_terminal", True)
+    code, _ = run(tmp_path, "layers", "--smoke", "--cells=gru", "--rules=dsf,bptt", "--dtypes=float32")
+    assert code == 0
+    printed = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    lines = [line for line in printed.splitlines() if line[:1] in tuple("┏┃┡│└")]
+    assert max(map(len, lines)) <= 80
+    assert any("statefeed dsf" in line for line in lines)
+    assert any("gru 5x2x16 float32" in line for line in lines)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

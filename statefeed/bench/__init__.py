@@ -110,7 +110,10 @@ def _measure(name: str, options: Options, argv: Sequence[str]) -> int:
     console, table = Console(), bench.table(records)
     # A row that a narrow terminal wraps can be read, one that is truncated cannot.
     whole = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
-    console.width = max(console.width, whole)
+    if console.is_terminal and whole > console.width and hasattr(bench, "narrow_table"):
+        table = bench.narrow_table(records)
+    else:
+        console.width = max(console.width, whole)
     console.print(machine_line(records))
     loads = [record["other_load"] for record in records if record.get("other_load") is not None]
     if loads:

@@ -10,7 +10,7 @@ import torch
 
 import statefeed as sf
 from statefeed.bench.case import PADDED, Case, Contender, Input, contenders, settings_for
-from statefeed.bench.layers_output import figure, table
+from statefeed.bench.layers_output import figure, narrow_table, table
 from statefeed.bench.measure import float32_settings, interleaved, matmul_rates, spread
 from statefeed.bench.options import DTYPES, LAYER_GATES, PASSES, Shape, names, rules_of, shapes
 from statefeed.bench.options import LayerOptions as Options
@@ -18,7 +18,7 @@ from statefeed.bench.parity import check_parity
 from statefeed.bench.slstm_rivals import missing_package
 from statefeed.busy import OtherLoad
 
-__all__ = ["Case", "Options", "check_parity", "compare", "contenders", "figure", "run", "table"]
+__all__ = ["Case", "Options", "check_parity", "compare", "contenders", "figure", "narrow_table", "run", "table"]
 
 
 def run(options: Options) -> Iterator[dict[str, Any]]:

@@ -56,6 +56,37 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
+def narrow_table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row per record in at most 80 characters: medians, and the case in a row of its own."""
+    from rich.table import Table
+
+    baselines = [
+        name for name in ("torch.nn as shipped", *_BEST) if any(name in r["times_faster_than"] for r in records)
+    ]
+    result = Table(
+        title="one stack of layers: medians",
+        caption="x: times faster than (below 1: slower), per repetition; *: torch.nn at its best; the records have the "
+        "phases and the ranges",
+    )
+    result.add_column("what", overflow="fold")
+    for heading in ("ms", *(_BASELINES[name] for name in baselines)):
+        result.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for r in records:
+        case = f"{r['cell']} {place(r)} {r['dtype']}"
+        if case != before:
+            result.add_section()
+            result.add_row(f"[bold]{case}[/bold]")
+        is_best = r["implementation"] == "torch.nn" and r["variant"] == r["torch_nn_best"]
+        result.add_row(
+            f"{r['implementation']} {r['variant']}" + (" *" if is_best else ""),
+            f"{r['ms']['median']:.2f}",
+            *(_ratio(r["times_faster_than"].get(name), ranged=False) for name in baselines),
+        )
+        before = case
+    return result
+
+
 def _ratio(found: dict[str, float] | None, ranged: bool) -> str:
     if found is None:
         return "-"
