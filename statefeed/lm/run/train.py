@@ -47,7 +47,7 @@ def train(config: Config, resume: bool = False, brief: bool = False) -> None:
     Args:
         config: the recipe.
         resume: resume the run in the folder, if there is one, bit for bit.
-        brief: end without a sample and the next commands.
+        brief: end without a sample and the next commands, also after an interruption.
 
     Raises:
         UsageError: the recipe cannot be run (before anything is written), or disk or memory are full (later).
@@ -86,7 +86,7 @@ def train(config: Config, resume: bool = False, brief: bool = False) -> None:
                     changes.write(folder, checkpoints.step)
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
         place = metadata.where(metadata.read(folder)) if writes else ""
-        remedy = f"; resume with `{program()} train --resume {shlex.quote(str(folder))}`"
+        remedy = "" if brief else f"; resume with `{program()} train --resume {shlex.quote(str(folder))}`"
 
         def saved() -> str:
             return f"{folder} keeps {checkpoints} and {best}" if exists() else f"{folder} was removed"
