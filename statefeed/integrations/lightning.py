@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import statefeed as sf
-from statefeed.feedback import as_feedback
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -72,7 +71,7 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
             raise ValueError(f"feedback and schedule exclude each other, got {str(feedback)!r} and {str(schedule)!r}")
         self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
         rule = feedback if self.schedule is None else self.schedule.at(0.0)
-        self.feedback = None if rule is None else as_feedback(rule)
+        self.feedback = rule if rule is None or isinstance(rule, sf.Feedback) else sf.Feedback(rule)
         self.monitor, self.include, self.exclude = monitor, include, exclude
         self.report: sf.SwapReport | None = None
         self._last_step = -1
