@@ -74,7 +74,12 @@ def test_without_a_compiler_there_is_one_warning(tmp_path: Path) -> None:
 def test_a_missing_compiler_is_not_replaced_by_another(tmp_path: Path) -> None:
     answer = output_of(PROGRAM, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     assert answer.startswith("False 1 ")
-    assert "CXX must be the name or the path of one program, got 'no-such-compiler'" in answer
+    assert "CXX must name a program, got 'no-such-compiler'" in answer
+
+
+def test_the_compiler_may_have_arguments(tmp_path: Path, quick_compiler: str) -> None:
+    answer = output_of(PROGRAM, CXX=f"env {quick_compiler}", XDG_CACHE_HOME=str(tmp_path))
+    assert "error: no" in answer  # what this compiler says, and not env
 
 
 def test_on_raises_if_the_kernels_are_unavailable(tmp_path: Path) -> None:

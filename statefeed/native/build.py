@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -117,10 +118,12 @@ def machine_flags() -> list[str]:
 
 def cache_key() -> str:
     """The part of the name of a compiled library that identifies sources, torch, compiler, flags and CPU."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False)
     if version.returncode:
-        raise RuntimeError(f"{compiler()} --version failed with exit code {version.returncode}: is CXX a compiler?")
-    parts = [torch.__version__, sys.platform, platform.machine(), cpu_flags(), compiler(), version.stdout]
+        raise RuntimeError(
+            f"{shlex.join(compiler())} --version failed with exit code {version.returncode}: is CXX a compiler?"
+        )
+    parts = [torch.__version__, sys.platform, platform.machine(), cpu_flags(), *compiler(), version.stdout]
     digest = hashlib.sha256("\n".join([*parts, *FLAGS, *machine_flags()]).encode())
     for source in sources(".cc", ".h"):
         digest.update(source.read_bytes())

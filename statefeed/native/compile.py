@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,18 +50,18 @@ VARIANTS = [
 ]
 
 
-def compiler() -> str:
-    """The path of the C++ compiler: ``CXX`` if it is set, else g++, clang++ or c++.
+def compiler() -> list[str]:
+    """The path of the C++ compiler, and its first arguments: ``CXX`` if it is set, else g++, clang++ or c++.
 
     Raises:
         OSError: no compiler is found.
     """
-    chosen = os.environ.get("CXX")
-    for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
+    chosen = shlex.split(os.environ.get("CXX", ""))  # such as "ccache g++"
+    for name, *arguments in [chosen] if chosen else [["g++"], ["clang++"], ["c++"]]:
         if path := shutil.which(name):
-            return path
+            return [path, *arguments]
     if chosen:
-        raise OSError(f"no C++ compiler found: CXX must be the name or the path of one program, got {chosen!r}")
+        raise OSError(f"no C++ compiler found: CXX must name a program, got {os.environ['CXX']!r}")
     raise OSError("no C++ compiler found: install g++ or clang++, or set CXX")
 
 
@@ -80,7 +81,7 @@ def compile_library(target: Path, torch: Path, machine_flags: list[str]) -> None
     Raises:
         RuntimeError: the compiler fails; the message contains its first error.
     """
-    command = [compiler(), *FLAGS, *machine_flags]
+    command = [*compiler(), *FLAGS, *machine_flags]
     # -isystem instead of -I suppresses warnings in torch's headers. The prefix map shortens paths in error messages.
     include = [f"-isystem{torch / 'include'}", *(f"-I{folder}" for folder in SOURCE_FOLDERS)]
     include.append(f"-fmacro-prefix-map={PACKAGE.parent}/=")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from statefeed.lm import identity
 from statefeed.lm.compare.results import Result
-from statefeed.lm.compare.tasks import setting, size, split
+from statefeed.lm.compare.tasks import differing_keys, setting, size, split
 from statefeed.lm.compare.verdicts import Terms, Verdicts, compare_groups
 from statefeed.lm.config import RECURRENT
 
@@ -27,8 +27,10 @@ def compare_models(results: Sequence[Result], terms: Terms) -> dict[str, Verdict
     Returns:
         By title, the models, every rule of a model apart; nothing for a text and training that one model had.
     """
+    groups = split(results, _training)
+    trainings = {key: json.loads(key) for key in groups}
     found = {}
-    for group in split(results, _training).values():
+    for key, group in groups.items():
         sized = [result for result in group if result.metadata.get("parameters")]
         first = next((result for result in sized if result.rule == terms.baseline), None)
         if first is None:
@@ -36,9 +38,12 @@ def compare_models(results: Sequence[Result], terms: Terms) -> dict[str, Verdict
         parameters = first.metadata["parameters"]
         equal = [r for r in sized if abs(math.log(r.metadata["parameters"] / parameters)) <= math.log1p(TOLERANCE)]
         if len(split(equal, _model)) > 1:
-            title = f"{_title(first)}, models of {parameters:,} parameters, within {TOLERANCE:.0%}"
-            models = split(equal, _name)
-            found[title] = compare_groups(models, Terms(_name(first), terms.within), results, "model, rule")
+            same_title = [trainings[k] for k, other in groups.items() if _title(other[0]) == _title(first)]
+            more = "".join(f", {name}={trainings[key].get(name)}" for name in differing_keys(same_title))
+            title = f"{_title(first)}{more}, models of {parameters:,} parameters, within {TOLERANCE:.0%}"
+            models = _by_name(equal)
+            name = next(name for name, runs in models.items() if any(run is first for run in runs))
+            found[title] = compare_groups(models, Terms(name, terms.within), results, "model, rule")
     return found
 
 
@@ -54,9 +59,17 @@ def _model(result: Result) -> str:
     return json.dumps({key: value for key, value in values.items() if key.startswith("model.")}, sort_keys=True)
 
 
-def _name(result: Result) -> str:
-    rule = f" under {result.rule}" if result.get("model.cell") in RECURRENT else ""
-    return f"{size(result)} {result.get('model.block')}{rule}"
+def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of every model and rule; names have the keys in which models of the same cell, size and block differ."""
+    found: dict[str, list[Result]] = {}
+    for name, same in split(results, lambda result: f"{size(result)} {result.get('model.block')}").items():
+        models = {key: json.loads(key) for key in split(same, _model)}
+        differing = differing_keys(list(models.values()))
+        for result in same:
+            more = "".join(f", {key}={models[_model(result)].get(key)}" for key in differing)
+            rule = f" under {result.rule}" if result.get("model.cell") in RECURRENT else ""
+            found.setdefault(f"{name}{more}{rule}", []).append(result)
+    return found
 
 
 def _title(result: Result) -> str:

@@ -16,7 +16,7 @@ from statefeed.native.head import losses, losses_and_gradients
 
 # Logits of a chunk. On a CPU 16 MiB in float32: the allocator reuses such blocks, but maps and unmaps larger ones. On a
 # GPU 256 MiB: every chunk costs the host about twenty launches, which smaller chunks take longer to queue than to run.
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
+LOGITS = {"cpu": 1 << 22, "gpu": 1 << 26}
 
 
 def cross_entropy_sum(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _without_gradients(
 
 def _rows(x: Tensor, weight: Tensor) -> int:
     """Number of rows of a chunk."""
-    return max(1, LOGITS[x.device.type] // len(weight))
+    return max(1, LOGITS["cpu" if x.is_cpu else "gpu"] // len(weight))
 
 
 class _CrossEntropySum(torch.autograd.Function):

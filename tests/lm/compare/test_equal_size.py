@@ -81,6 +81,25 @@ def test_other_models_are_not_compared(others: list[Result]) -> None:
     assert compare_models([*runs(GRU, [100.0]), *others], DEFAULT_TERMS) == {}
 
 
+def test_models_that_differ_in_other_keys_are_not_seeds_of_one() -> None:
+    fewer = dataclasses.replace(S4D, modes=8)
+    results = [*runs(GRU, [100.0, 102.0]), *runs(S4D, [120.0, 122.0]), *runs(fewer, [130.0, 132.0])]
+    (found,) = compare_models(results, DEFAULT_TERMS).values()
+    assert [one.name for one in found.comparisons] == [
+        "s4d 2x252 prenorm, model.modes=16",
+        "s4d 2x252 prenorm, model.modes=8",
+    ]
+
+
+def test_trainings_of_the_same_title_have_tables_of_their_own() -> None:
+    both = [*runs(GRU, [100.0]), *runs(S4D, [120.0])]
+    longer = [*runs(GRU, [90.0], context=128), *runs(S4D, [110.0], context=128)]
+    titles = list(compare_models([*both, *longer], DEFAULT_TERMS))
+    assert len(titles) == 2
+    assert "train.context=64" in titles[0]
+    assert "train.context=128" in titles[1]
+
+
 def test_models_are_not_compared_without_the_rule_of_the_baseline() -> None:
     results = [*runs(GRU, [100.0]), *runs(S4D, [120.0])]
     assert compare_models(results, Terms("dsf")) == {}
