@@ -155,7 +155,11 @@ class CellLayer(RecurrentStack):
             raise RuntimeError(
                 f"the input must have input_size = {self.input_size} features per step, got the shape {tuple(x.shape)}"
             )
-        weight = self._weights_of(0)[0]
+        weights = [weight for layer in range(self.num_layers) for weight in self._weights_of(layer)]
+        devices = sorted({str(t.device) for t in (x, *state, *weights)})
+        if len(devices) > 1:
+            raise RuntimeError(f"the input, hx and the weights must be on one device, got {' and '.join(devices)}")
+        weight = weights[0]
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"the input must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
         B = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])

@@ -141,19 +141,19 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         steps, sequences = extent(input, self.batch_first)
         if hx is not None and isinstance(hx, Tensor) == (self.mode == "LSTM"):
             return self._torch_path(input, hx)
-        state = () if hx is None else self._as_state(hx)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
-            state = permute(state, sorted_indices)
         else:
-            x, batch_sizes = input, None
-        if not self._fits(x, state, sequences, batch_sizes):
-            return self._torch_path(input, hx)
+            x, batch_sizes, sorted_indices = input, None, None
+        state = None if hx is None else permute(self._as_state(hx), sorted_indices)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
+        on_cpu = all(w.is_cpu for layer_weights in weights for w in layer_weights)
+        if not on_cpu or not self._fits(x, state, sequences, batch_sizes):
+            return self._torch_path(input, hx)
         if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(x, sequences)):
-            y, final = torch_functions.step(self, weights, x, state or None)
+            y, final = torch_functions.step(self, weights, x, state)
         else:
-            y, final = torch_functions.sequence(self, weights, x, state or None, batch_sizes)
+            y, final = torch_functions.sequence(self, weights, x, state, batch_sizes)
         if batch_sizes is None:
             return y, self._as_hx(final)
         packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
@@ -172,12 +172,12 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
         if not self._fits(x, state, sequences, batch_sizes):
             self.check_forward_args(x, self._as_hx(state), batch_sizes)
 
-    def _fits(self, x: Tensor, state: State, sequences: int, batch_sizes: Tensor | None) -> bool:
+    def _fits(self, x: Tensor, state: State | None, sequences: int, batch_sizes: Tensor | None) -> bool:
         """Whether an input, and its initial state if there is one, are as torch's check wants them."""
         dims = 3 if batch_sizes is None else 2
         if x.dim() != dims or x.shape[-1] != self.input_size or x.dtype != self._weight("weight_hh_l0").dtype:
             return False
-        if not state:
+        if state is None:
             return True
         rows, widths = self._feedback_rows, self._state_widths
         return len(state) == len(widths) and all(

@@ -982,3 +982,36 @@ def test_a_user_defined_cell_accepts_tokens(rule, dtype):
     y.sum().backward()
     assert layer.cell.embedding.weight.grad.abs().sum() > 0
     torch.testing.assert_close(y, layer(tokens, torch.zeros(2, 4, dtype=dtype))[0])
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+@pytest.mark.parametrize("cell", [sf.RNN, sf.GRU, sf.LSTM, sf.SLSTM])
+def test_a_weight_without_memory_raises(cell, rule, steps):
+    names = [name for name, _ in cell(3, 8, num_layers=2).named_parameters()]
+    for name in names:  # as after load_state_dict(strict=False, assign=True) on meta
+        layer = cell(3, 8, num_layers=2, feedback=rule)
+        setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta")))
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="device"):
+                layer(torch.randn(steps, 2, 3))
+
+
+@pytest.mark.parametrize("cell", [sf.RNN, sf.GRU, sf.LSTM, sf.SLSTM])
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+def test_an_initial_state_without_memory_raises(cell, rule):
+    layer = cell(3, 8, feedback=rule)
+    x = torch.randn(7, 2, 3)
+    _, hx = layer(x)
+    hx = hx.to("meta") if isinstance(hx, torch.Tensor) else tuple(s.to("meta") for s in hx)
+    with pytest.raises(RuntimeError, match="device"):
+        layer(x, hx)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("rule", ["bptt", "dsf", "torch"])
+@pytest.mark.parametrize("cell", [sf.RNN, sf.GRU, sf.LSTM])
+def test_an_empty_tuple_is_no_initial_state(cell, rule, steps):
+    layer = cell(3, 8, feedback=rule)
+    with pytest.raises((AttributeError, IndexError, RuntimeError), match=r"tuple|must be a pair \(h, c\)"):
+        layer(torch.randn(steps, 2, 3), ())
