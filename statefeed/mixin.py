@@ -217,10 +217,11 @@ class FeedbackLayer(nn.Module):
         like = next(self.parameters(), torch.empty(0, device="cpu"))
         # Not like.new_zeros: a sharded parameter would make a sharded diagonal.
         shape = (self._feedback_rows, self._state_size)
-        return {
-            "diagonal": torch.zeros(shape, dtype=_learned_dtype(like.dtype), device=like.device),
-            "diagonal_updates": torch.zeros(shape[0], dtype=torch.int64, device=like.device),
-        }
+        with torch.inference_mode(False):  # a backward pass cannot update an inference tensor
+            return {
+                "diagonal": torch.zeros(shape, dtype=_learned_dtype(like.dtype), device=like.device),
+                "diagonal_updates": torch.zeros(shape[0], dtype=torch.int64, device=like.device),
+            }
 
     def learned_state(self, row: int, device: torch.device) -> LearnedState | None:
         """The tensors that a learned rule stores for one layer and direction.
@@ -235,7 +236,8 @@ class FeedbackLayer(nn.Module):
         if not self._feedback.learned:
             return None
         if self.diagonal.device != device:  # the parameters were moved one by one, not by ``.to``
-            self.diagonal, self.diagonal_updates = self.diagonal.to(device), self.diagonal_updates.to(device)
+            with torch.inference_mode(False):
+                self.diagonal, self.diagonal_updates = self.diagonal.to(device), self.diagonal_updates.to(device)
         return LearnedState(self.diagonal[row], self.diagonal_updates[row], self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

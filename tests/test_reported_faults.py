@@ -1015,3 +1015,13 @@ def test_an_empty_tuple_is_no_initial_state(cell, rule, steps):
     layer = cell(3, 8, feedback=rule)
     with pytest.raises((AttributeError, IndexError, RuntimeError), match=r"tuple|must be a pair \(h, c\)"):
         layer(torch.randn(steps, 2, 3), ())
+
+
+@every_layer
+def test_a_learned_rule_set_in_inference_mode_trains(cell):
+    layer = LAYERS[cell](3, 4)
+    with torch.inference_mode():
+        layer.feedback = "calibrated"
+        layer(torch.randn(5, 2, 3))
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    assert layer.diagonal_updates.tolist() == [1]
