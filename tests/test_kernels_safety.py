@@ -40,6 +40,7 @@ def forward_arguments(cell: str = "gru") -> dict[str, Any]:
         "aux": torch.zeros(N, AUX[cell] * H) if cell in AUX else None,
         "y": torch.zeros(N, P.get(cell, H)), "h": torch.zeros(B, P.get(cell, H)),
         "c": torch.zeros(B, C[cell] * H) if cell in C else None,
+        "c0": torch.zeros(B, C[cell] * H) if cell in C else None,
         "w_hr": torch.zeros(P[cell], H) if cell in P else None,
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pickle
 import random
 import warnings
 from collections import deque
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._device import _device_constructors
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import statefeed as sf
@@ -1025,3 +1027,20 @@ def test_a_learned_rule_set_in_inference_mode_trains(cell):
         layer(torch.randn(5, 2, 3))
     layer(torch.randn(5, 2, 3))[0].sum().backward()
     assert layer.diagonal_updates.tolist() == [1]
+
+
+@pytest.mark.parametrize("saved", [["statefeed"], ["aten"], ["aten", "statefeed"]])
+@every_layer
+def test_selective_checkpointing_changes_no_gradient(cell, saved):
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op.namespace in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer = LAYERS[cell](3, 4, num_layers=2, bidirectional=True)
+    x = torch.randn(7, 2, 3, requires_grad=True)
+
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    found = gradients(checkpoint(layer, x, use_reentrant=False, context_fn=contexts)[0])
+    torch.testing.assert_close(found, gradients(layer(x)[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 
 def _no_results(*_: Any) -> None:
@@ -13,3 +14,5 @@ def _no_results(*_: Any) -> None:
 
 for _name in ("layer_forward", "layer_backward", "sum_jacobians", "head_loss"):
     torch.library.register_fake(f"statefeed::{_name}", _no_results)
+    # A policy of selective checkpointing must not save an operator without results: it would not run again.
+    SAC_IGNORED_OPS.add(getattr(torch.ops.statefeed, _name).default)

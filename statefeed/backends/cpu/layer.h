@@ -20,7 +20,8 @@ template <class T>
 struct LayerForwardArgs {
   LayerArgs<T> layer;
   const T *b_ih, *b_hh, *h0;  // biases: null if there are none
-  // gates, aux: null if nothing is saved; an RNN's gates are y. h, c: in: the initial state; out: the final one.
+  // gates, aux: null if nothing is saved; an RNN's gates are y. h: out: the final state; c: in: the initial one, out:
+  // the final one.
   T *gates, *aux, *y, *h, *c;
 };
 

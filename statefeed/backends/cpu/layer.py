@@ -33,13 +33,13 @@ def forward(problem: Problem, save: bool) -> Forward:
     x = problem.x.contiguous()
     h0, c0 = _initial(problem)
     y, h = x.new_empty(len(x), h0.shape[1]), h0.clone()
-    c = c0.clone() if c0 is not None else None
+    c = None if c0 is None else torch.empty_like(c0)
     saved = _empty_saved(problem) if save and cell.saved_values else ()
     if not save:
         count_unsaved(y, cell.saved_values)
     torch.ops.statefeed.layer_forward.default(
         cell.name, problem.compute_dtype is not None, x, w_ih, w_hh, b_ih, b_hh, h0,
-        layout.batch_sizes, *(saved or (None, None)), y, h, c, w_hr,
+        layout.batch_sizes, *(saved or (None, None)), y, h, c, w_hr, c0,
     )  # fmt: skip
     others = _parts(c, [s.shape[1] for s in problem.state[1:]])
     if len(others) > 1:  # copies, because autograd does not let users modify one of several views in place

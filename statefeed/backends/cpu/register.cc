@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,7 +58,7 @@ std::vector<int64_t> cell_sizes(StringHandle cell_name) {
 void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
              const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h0,
              const OptionalTensor& batch_sizes, OptionalTensor gates, OptionalTensor aux, Tensor y, Tensor h,
-             OptionalTensor c, const OptionalTensor& w_hr) {
+             OptionalTensor c, const OptionalTensor& w_hr, const OptionalTensor& c0) {
   const CellEntry& cell = find_cell(Name(cell_name).view());
   const Checks checks("layer_forward", y);
   checks.dims("x", x, 2);
@@ -69,8 +70,10 @@ void forward(StringHandle cell_name, bool bf16, const Tensor& x, const Tensor& w
   checks.tensor("y", y, {N, O});
   checks.tensor("h", h, {B, O});
   check_c(checks, "c", cell, range, c);
+  check_c(checks, "c0", cell, range, c0);
   with_dtype(checks, [&](auto type) {
     using T = decltype(type);
+    if (c) std::copy_n(data<T>(c0), c->numel(), data<T>(c));
     layer_forward<T>({.layer = layer_args<T>(cell, range, bf16, x, w_ih, w_hh, w_hr),
                       .b_ih = data<T>(b_ih),
                       .b_hh = data<T>(b_hh),
@@ -218,7 +221,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(statefeed, m) {
       "layer_forward(str cell, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor h0, "
       "Tensor? batch_sizes, Tensor(a!)? gates, Tensor(b!)? aux, Tensor(c!) y, Tensor(d!) h, "
-      "Tensor(e!)? c, Tensor? w_hr=None) -> ()");
+      "Tensor(e!)? c, Tensor? w_hr=None, Tensor? c0=None) -> ()");
   m.def(
       "layer_backward(str cell, str rule, int corrections, bool bf16, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? "
       "gates, "
