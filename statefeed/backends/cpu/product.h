@@ -98,7 +98,8 @@ struct PackedWeights {
             square[i] = i < rows ? P::pack_neighbors(row + i * depth + k * P::k_pack, depth - k * P::k_pack)
                                  : Vector<packed_t>{};
           transpose<packed_t>(square);
-          for (int64_t j = 0; j < std::min<int64_t>(L, packed - k); ++j) store(at + (k + j) * gates * width(), square[j]);
+          for (int64_t j = 0; j < std::min<int64_t>(L, packed - k); ++j)
+            store(at + (k + j) * gates * width(), square[j]);
         }
       }
   }

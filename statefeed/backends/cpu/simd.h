@@ -112,14 +112,20 @@ inline void transpose(Vector<T>* square) {
 
 constexpr double reciprocal_factorial(int k) { return k < 2 ? 1.0 : reciprocal_factorial(k - 1) / k; }
 
-// sum over j from K to Format<T>::degree of r^(j-K) / j!, in halves that do not wait for each other. `powers` are r, r^2,
-// r^4, ...
+// sum over j from K to Format<T>::degree of r^(j-K) / j!, in halves that do not wait for each other. `powers` are r,
+// r^2, r^4, ...
 template <class T, int K, int terms = Format<T>::degree - K + 1>
 inline Vector<T> taylor(const Vector<T>* powers) {
   if constexpr (terms == 1) {
     return splat(static_cast<T>(reciprocal_factorial(K)));
   } else {
-    constexpr int half = terms > 8 ? 8 : terms > 4 ? 4 : terms > 2 ? 2 : 1, power = half > 4 ? 3 : half > 2 ? 2 : half / 2;
+    constexpr int half = terms > 8   ? 8
+                         : terms > 4 ? 4
+                         : terms > 2 ? 2
+                                     : 1,
+                  power = half > 4   ? 3
+                          : half > 2 ? 2
+                                     : half / 2;
     return taylor<T, K, half>(powers) + powers[power] * taylor<T, K + half, terms - half>(powers);
   }
 }
