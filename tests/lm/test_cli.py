@@ -111,6 +111,10 @@ USER_ERRORS = {
 }
 
 
+def test_a_suggested_key_exists(run: Path) -> None:
+    assert cli.main(["generate", str(run), "--top_k=3", "--top_p=0.9", "--tokens=1"]) == 0
+
+
 @pytest.mark.parametrize("error", USER_ERRORS)
 def test_a_user_error_prints_one_sentence_and_writes_no_file(
     error: str, flags: list[str], run: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import metrics
@@ -145,3 +146,20 @@ def test_another_text_is_scored_and_named(
     other.write_text("§" * 2000)
     assert cli.main(["evaluate", str(run), f"--data.path={other}"]) == 2
     assert "the text contains the character '§'" in capsys.readouterr().err
+
+
+def test_a_diverged_run_that_is_resumed_has_not_ended(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--train.optimizer=sgd", "--train.clip=null", "--train.lr=1e6", "--train.warmup=0.5"]
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, *words, f"--run.dir={folder}"]) == 1
+    assert read_run(folder).outcome == "diverged"
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Longer, its rate rises more slowly.
+    monkeypatch.setattr(training, "optimize", interrupted)
+    assert cli.main(["train", "--resume", str(folder), "--train.steps=10000000"]) == 130
+    assert read_run(folder).outcome == "unfinished"
