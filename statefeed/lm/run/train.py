@@ -81,6 +81,8 @@ def train(config: Config, resume: bool = False, brief: bool = False) -> None:
             states, log_state, corrupt = None, None, list[CorruptFile]()
             if changes is not None:
                 states, log_state, corrupt = checkpoints.load(setup.model, setup.optimizer, setup.scaler)
+                if changes.extended is not None:
+                    resuming.check_weights(folder, best.step, checkpoints.step)
                 if writes:
                     metadata.resume(folder, checkpoints.step, group)
                     changes.write(folder, checkpoints.step)
