@@ -239,6 +239,16 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"statefeed {sf.__version__}\n", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_a_full_disk_behind_standard_output_is_one_sentence(word: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "statefeed", word], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(": No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("word", "meant"), [("trian", "train"), ("eval", "evaluate"), ("benchmark", "bench"), ("xyz", None)]
 )
