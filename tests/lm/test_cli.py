@@ -107,6 +107,10 @@ USER_ERRORS = {
         ["corpora", "--data.corpus=c4"],
         "data.corpus must be 'pydoc', 'ptb', 'wikitext', 'text', got c4",
     ),
+    "comparison without alignment": (
+        ["compare", "--feedback=dsf", "--train.alignment", "false"],
+        "train.alignment must be true, or left out, got false",
+    ),
     "generate key": (["generate", "{run}", "--topk=3"], "unknown key topk: did you mean top_k?"),
 }
 

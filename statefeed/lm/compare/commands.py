@@ -38,6 +38,11 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
     values = recipes.parse(flags, arguments)
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
+    require(
+        config.train.alignment or not any(re.match(r"--train\.alignment\b", word) for word in arguments),
+        "statefeed compare measures the alignment of every run: train.alignment must be true, or left out",
+        "false",
+    )
     folder = recipes.expand(values.out) if values.out else recipes.beside(config.run.dir, "-compare")
     _check_within(values.within)
 
