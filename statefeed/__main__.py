@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -14,8 +15,7 @@ def main() -> None:
     """Run the command line and exit with its code; 2, with an error message, if the application is not installed."""
     _open_streams()
     if sys.argv[1:] == ["--version"]:
-        print(f"statefeed {__version__}")
-        sys.exit(0)
+        sys.exit(_print_version())
     if missing := [name for name in _APPLICATION if find_spec(name) is None]:
         print(f'statefeed: the command line needs {missing[0]}: pip install "statefeed[lm]"', file=sys.stderr)
         sys.exit(2)
@@ -33,6 +33,19 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _print_version() -> int:
+    """Print the version; returns the exit code, as that of every command where stdout is closed or full."""
+    try:
+        print(f"statefeed {__version__}", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"statefeed: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _open_streams() -> None:

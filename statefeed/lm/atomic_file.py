@@ -22,6 +22,9 @@ def replacement(path: Path, folder: Path | None = None) -> Iterator[Path]:
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of writing, such as a full disk, has no name
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     if os.name == "posix":
@@ -36,3 +39,11 @@ def write_text(path: Path, text: str, folder: Path | None = None) -> None:
     """Write a text file in UTF-8 atomically; arguments as for ``replacement``."""
     with replacement(path, folder) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a text file that the user has named: atomically, except to a device or a pipe, and through links."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path.resolve(), text)

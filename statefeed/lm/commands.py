@@ -144,12 +144,14 @@ def _data(data: Data, path: str | None) -> Data:
 def generate(arguments: Sequence[str]) -> Work:
     """`statefeed generate`."""
     flags = _run_parser("generate")
-    flags.add_argument("--prompt", type=str, default="\n", help="text to continue")
+    flags.add_argument("--prompt", type=str, default=None, help="text to continue; by default the end of a line")
     flags.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
     flags.add_argument("--temperature", type=float, default=1.0, help="lower: more deterministic; higher: more diverse")
-    flags.add_argument("--top-k", type=int | None, default=None, help="sample from the k likeliest tokens only")
     flags.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+        "--top-k", "--top_k", type=int | None, default=None, help="sample from the k likeliest tokens only"
+    )
+    flags.add_argument(
+        "--top-p", "--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
     flags.add_argument("--seed", type=int, default=1, help="the same seed gives the same text")
     values = recipes.parse(flags, arguments)
@@ -166,14 +168,15 @@ def generate(arguments: Sequence[str]) -> Work:
 
         device = resolve_device(values.device, "--device")
         run = folder.load(recipes.expand(values.run))
-        outside = run.tokenizer.unknown(values.prompt)
+        prompt = run.tokenizer.start if values.prompt is None else values.prompt
+        outside = run.tokenizer.unknown(prompt)
         if outside is not None:
             kind = run.config.data.tokens
             raise UsageError(
                 f"--prompt: {outside!r} is not among the {run.tokenizer.size:,} {kind} tokens of {values.run}"
             )
-        ids = [int(i) for i in run.tokenizer.encode(values.prompt)]
-        require(bool(ids), "--prompt must hold at least one token", repr(values.prompt))
+        ids = [int(i) for i in run.tokenizer.encode(prompt)]
+        require(bool(ids), "--prompt must hold at least one token", repr(prompt))
         following = generate(
             run.model.to(device),
             ids,

@@ -136,8 +136,8 @@ class Model:
             self.forward,
         )
         require(
-            self.uniform is None or 0 < self.uniform < float("inf"),
-            "model.uniform must be a positive number, or null",
+            self.uniform is None or 0 < self.uniform <= 1e38,
+            "model.uniform must be a positive number of at most 1e38, or null",
             self.uniform,
         )
         if self.cell in ("transformer", "slstm"):
@@ -230,7 +230,7 @@ class Train:
         require(0 < self.lr < float("inf"), "train.lr must be a positive number", self.lr)
         require(0 <= self.weight_decay < float("inf"), "train.weight_decay must be at least 0", self.weight_decay)
         require(
-            self.warmup >= 0 and (self.warmup < 1 or self.warmup == int(self.warmup)),
+            self.warmup >= 0 and (self.warmup < 1 or float(self.warmup).is_integer()),
             "train.warmup must be a whole number of steps, or a fraction of them from 0 and below 1",
             self.warmup,
         )

@@ -164,6 +164,23 @@ def expand(path: str) -> Path:
         raise UsageError(f"{path} begins with a home folder that does not exist: name the folder itself") from None
 
 
+def beside(folder: str, suffix: str) -> Path:
+    """The folder beside another, with the same name and a suffix; the other may be `.` or `..`, or end in a slash.
+
+    Raises:
+        UsageError: the other is the root of the file system, beside which there is none.
+
+    >>> beside("runs/a/", "-2").as_posix()
+    'runs/a-2'
+    """
+    path = expand(folder)
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    if not path.name:
+        raise UsageError(f"there is no folder beside {path}: run.dir must name another folder")
+    return path.with_name(path.name + suffix)
+
+
 def change(path: Path, values: Mapping[str, Any], folder: Path) -> None:
     """Change single values in the recipe of a run; all other keys and values stay as its version wrote them.
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from statefeed.lm.atomic_file import write_output
 from statefeed.lm.errors import UsageError
 from statefeed.lm.yaml_file import BASE, load_yaml
 
@@ -70,5 +71,5 @@ def copy(names: Sequence[str], target: Path) -> list[Path]:
             raise UsageError(f"{path} exists and is not the recipe: name another folder with --out")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_output(path, text)
     return list(texts)

@@ -1,12 +1,13 @@
 """Files of a run after a power loss: what is renamed is on disk before, and its name afterwards."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from statefeed.lm import atomic_file, cli
-from statefeed.lm.compare import compare
+from statefeed.lm.compare import compare, summary
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="folders are flushed on POSIX only")
 
@@ -76,3 +77,39 @@ def test_every_file_of_a_run_and_of_a_comparison(
     names = {"record.json", "tokenizer.json", "config.yaml", "weights.safetensors", "step-000000014.safetensors"}
     assert disk.renamed >= names | {"compare.jsonl"}
     assert not disk.lost
+
+
+def _fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("flag", ["--output", "--markdown", "--summary", "--verdicts", "--records"])
+def test_a_report_on_a_full_disk_leaves_the_file_before(
+    flag: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / ("new.jsonl" if flag == "--records" else "page.md"), tmp_path / "page.html"
+    if flag != "--records":
+        path.write_text(f"mine\n{summary.BEGIN}\n{summary.VERDICTS}\n{summary.END}\n")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    words = ["report", str(run), f"{flag}={path}"] + (["-o", "/dev/null"] if flag == "--records" else [])
+    _fill(monkeypatch)
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == f"statefeed: {path}: No space left on device\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    assert cli.main(words) == 0
+    assert not page.exists()
+
+
+def test_an_output_may_be_a_link_or_a_device(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    atomic_file.write_output(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+    atomic_file.write_output(Path(os.devnull), "text")
+    assert not Path(os.devnull).is_file()

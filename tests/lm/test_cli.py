@@ -107,8 +107,16 @@ USER_ERRORS = {
         ["corpora", "--data.corpus=c4"],
         "data.corpus must be 'pydoc', 'ptb', 'wikitext', 'text', got c4",
     ),
+    "comparison without alignment": (
+        ["compare", "--feedback=dsf", "--train.alignment", "false"],
+        "train.alignment must be true, or left out, got false",
+    ),
     "generate key": (["generate", "{run}", "--topk=3"], "unknown key topk: did you mean top_k?"),
 }
+
+
+def test_a_suggested_key_exists(run: Path) -> None:
+    assert cli.main(["generate", str(run), "--top_k=3", "--top_p=0.9", "--tokens=1"]) == 0
 
 
 @pytest.mark.parametrize("error", USER_ERRORS)
@@ -233,6 +241,16 @@ def test_torch_is_imported_with_the_first_public_name() -> None:
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "statefeed", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"statefeed {sf.__version__}\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_a_full_disk_behind_standard_output_is_one_sentence(word: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "statefeed", word], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(": No space left on device\n")
 
 
 @pytest.mark.parametrize(

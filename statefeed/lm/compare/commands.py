@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentParser
 
 from statefeed.lm import recipe as recipes
+from statefeed.lm.atomic_file import write_output
 from statefeed.lm.errors import UsageError, require
 
 _BASELINE = "the rule that others are compared with over paired seeds"
@@ -37,7 +38,12 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
     values = recipes.parse(flags, arguments)
     values = recipes.parse(flags, arguments, values.recipe)
     config = recipes.build(values)
-    folder = recipes.expand(values.out or f"{config.run.dir}-compare")
+    require(
+        config.train.alignment or not any(re.match(r"--train\.alignment\b", word) for word in arguments),
+        "statefeed compare measures the alignment of every run: train.alignment must be true, or left out",
+        "false",
+    )
+    folder = recipes.expand(values.out) if values.out else recipes.beside(config.run.dir, "-compare")
     _check_within(values.within)
 
     def work() -> None:
@@ -110,7 +116,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
 
         found, asked = read(paths), terms(values.baseline, values.within)
         if values.markdown is not None:
-            output.write_text(markdown.page(found), encoding="utf-8")
+            write_output(output, markdown.page(found))
         elif values.summary is not None:
             summary.update_summary(output, found)
         elif values.verdicts is not None:
@@ -122,7 +128,7 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
         if folder is not None:
             written += figures.save(figures.draw(found.results, step_times(found)), folder)
         if records is not None:
-            records.write_text("".join(map(to_line, found.results)), encoding="utf-8")
+            write_output(records, "".join(map(to_line, found.results)))
             written.append(str(records))
         print("\n".join(written))
 

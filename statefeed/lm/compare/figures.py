@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from statefeed.lm.atomic_file import write_output
 from statefeed.lm.compare.difference_figure import differences
 from statefeed.lm.compare.equal_size import is_of_equal_size
 from statefeed.lm.compare.measurements import StepTimes, step_key
@@ -59,7 +60,7 @@ def save(drawn: Mapping[str, Figure], folder: Path) -> list[str]:
     names = []
     for title, figure in drawn.items():
         names.append(re.sub(r"[^a-z0-9.+]+", "-", title.lower()).strip("-") + ".svg")
-        (folder / names[-1]).write_text(svg(figure), encoding="utf-8")
+        write_output(folder / names[-1], svg(figure))
     return names
 
 

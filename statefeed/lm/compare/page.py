@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from statefeed.lm.atomic_file import write_output
 from statefeed.lm.compare import benchmarks, elements, figures, verdict_tables
 from statefeed.lm.compare.equal_size import compare_models
 from statefeed.lm.compare.measurements import step_times
@@ -47,7 +48,7 @@ def write(found: Found, output: Path, terms: Terms = DEFAULT_TERMS) -> None:
         output: where it goes; an existing page is replaced.
         terms: what is asked of the differences between rules.
     """
-    output.write_text(page(found, terms), encoding="utf-8")
+    write_output(output, page(found, terms))
 
 
 def page(found: Found, terms: Terms = DEFAULT_TERMS) -> str:

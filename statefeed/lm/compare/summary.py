@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from statefeed.lm.atomic_file import write_output
 from statefeed.lm.compare import markdown_runs
 from statefeed.lm.compare.measurements import PTB, Record, instructions, kind, machine, measurements, newest, table
 from statefeed.lm.compare.sources import Found
@@ -44,7 +45,7 @@ def _update(path: Path, mark: str, new: str, flag: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UsageError(f"{flag} must name a file with the lines {mark.strip()} and {END}, got {path}")
-    path.write_text(f"{before}{mark}\n{new}{END}{after}", encoding="utf-8")
+    write_output(path, f"{before}{mark}\n{new}{END}{after}")
 
 
 def summary(found: Found) -> str:

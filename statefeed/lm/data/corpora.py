@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib
 import itertools
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ def check_path(data: Data) -> None:
             f"data.path: there is no folder {path}; data.corpus={data.corpus} reads the files of one: name it with "
             "--data.path"
         )
+
+
+def _name(path: Path) -> str:
+    """The name of a file or folder, also where its path is . or .. and has none."""
+    return Path(os.path.abspath(path)).name
 
 
 # pydoc: the documentation inside Python ------------------------------------------------------------------------------
@@ -192,7 +198,7 @@ def _published(corpus: str, data: Data, forms: list[str]) -> Corpus:
                 f"data.path: the folder {folder} holds no {names[split]} (plain, .gz or .xz), which "
                 f"data.corpus={corpus} reads; it holds {content}"
             )
-    return Corpus(folder.name, {split: decode(path) for split, path in files.items()})
+    return Corpus(_name(folder), {split: decode(path) for split, path in files.items()})
 
 
 def _hub(name: str) -> Corpus:
@@ -223,11 +229,11 @@ def _text(data: Data) -> Corpus:
     assert data.path is not None
     path = expand(data.path)
     if path.is_file():
-        return Corpus(path.name, _contiguous(decode(path), data))
+        return Corpus(_name(path), _contiguous(decode(path), data))
     by_split, unsplit = split_files(path)
     if by_split:
-        return Corpus(path.name, {split: decode(by_split[split]) for split in SPLITS if split in by_split})
-    return Corpus(path.name, _contiguous(join(decode(file) for file in unsplit), data))
+        return Corpus(_name(path), {split: decode(by_split[split]) for split in SPLITS if split in by_split})
+    return Corpus(_name(path), _contiguous(join(decode(file) for file in unsplit), data))
 
 
 def _contiguous(text: str, data: Data) -> dict[str, str]:

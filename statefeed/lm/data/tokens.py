@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
     def sentence(self) -> tuple[int, int] | None:
         """The ids that begin and end a sentence; None if the text is not read sentence by sentence."""
 
+    @property
+    def start(self) -> str:
+        """The prompt of a sample without another one: the end of a line, or a token where there are no such ends."""
+
     def encode(self, text: str) -> NDArray[np.int32]:
         """The ids of a text, int32 (N,)."""
 
@@ -63,6 +67,10 @@ class Characters:
     @property
     def size(self) -> int:
         return len(self.symbols)
+
+    @property
+    def start(self) -> str:
+        return "\n" if "\n" in self._ids else self.symbols[0]
 
     def encode(self, text: str) -> NDArray[np.int32]:
         try:
@@ -96,6 +104,7 @@ class Bytes:
 
     size = 256
     sentence = None
+    start = "\n"
 
     def encode(self, text: str) -> NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -152,6 +161,10 @@ class Words:
     def sentence(self) -> tuple[int, int] | None:
         return (self._ids[BEGIN], self._ids[END]) if self.bos else None
 
+    @property
+    def start(self) -> str:
+        return "\n" if self.eos else self.words[min(1, self.size - 1)]  # after <unk>, the most frequent word
+
     def _split(self, text: str) -> list[str]:
         if self.bos:
             text = f"{BEGIN} " + text.replace("\n", f" {END} {BEGIN} ")
@@ -182,6 +195,7 @@ class BytePairs:
     """Byte-level BPE: frequent byte sequences are tokens, and every text can be encoded."""
 
     sentence = None
+    start = "\n"
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         self._model = model

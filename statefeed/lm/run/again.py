@@ -25,7 +25,7 @@ def again(config: Config, unfinished: Callable[[Path], bool]) -> tuple[Config, b
     """
     first = recipe.expand(config.run.dir)
     for number in itertools.count(1):
-        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        folder = first if number == 1 else recipe.beside(config.run.dir, f"-{number}")
         here = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
         if not (folder / CONFIG).is_file():
             why = None if number == 1 else f"{first} holds a run that has ended or is of another recipe"

@@ -65,8 +65,10 @@ class Checkpoints:
             metadata = {"step": step, "log": log, "scaler": scaler.state_dict()}
             tensor_file.write(self._path(step), self._folder, tensors, metadata)
             newest = [path for path in self._paths() if path.name <= self._path(step).name][: self._keep]
-            # Keep other files of the user; remove unfinished files of a process that was killed.
-            for path in [*self._paths(), *self._folder.glob("*.unfinished")]:
+            # Keep other files of the user; remove unfinished files of a killed process. Those of safetensors have
+            # the name .tmp and six characters.
+            unfinished = [*self._folder.glob("*.unfinished"), *self._folder.glob(".tmp??????")]
+            for path in [*self._paths(), *unfinished]:
                 if path not in newest:
                     path.unlink()
         self.step, self._last = step, time.monotonic()

@@ -120,6 +120,8 @@ def mark_checkpointed(folder: Path) -> bool:
 def resume(folder: Path, step: int, group: Group) -> None:
     """Add changes of the environment since the start or the last resume to the record, under "continued".
 
+    A run that had diverged has not ended any more, and may end otherwise if it is extended.
+
     Args:
         folder: the run folder.
         step: step of the checkpoint.
@@ -128,5 +130,8 @@ def resume(folder: Path, step: int, group: Group) -> None:
     found = read(folder)
     continued = found.get("continued") or []
     before = {**found, **{key: value for part in continued for key, value in part.items()}}
-    if changed := {key: value for key, value in environment(group).items() if before.get(key) != value}:
-        update(folder, continued=[*continued, {"step": step, **changed}])
+    changed = {key: value for key, value in environment(group).items() if before.get(key) != value}
+    if changed:
+        found["continued"] = [*continued, {"step": step, **changed}]
+    if found.pop("diverged", None) is not None or changed:
+        write(folder, found)

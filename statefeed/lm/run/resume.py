@@ -82,6 +82,27 @@ def check(config: Config) -> Changes:
     return Changes(values, (before, now) if now > before else None)
 
 
+def check_weights(folder: Path, best: int, step: int) -> None:
+    """Check that the best weights of a run to extend are not later than its checkpoint, as after a kill.
+
+    A resumed run makes these weights again. An extended one has other learning rates, and would keep weights that are
+    not its own.
+
+    Args:
+        folder: the run folder.
+        best: step of the best weights.
+        step: step of the checkpoint.
+
+    Raises:
+        UsageError: the weights are later.
+    """
+    if best > step:
+        raise UsageError(
+            f"{folder} cannot be extended yet: its weights are of step {best:,}, after its checkpoint of step "
+            f"{step:,}; resume it without a change of its length until step {best:,} first"
+        )
+
+
 def _raise_difference(folder: Path, key: str, old: object, new: object, more: str = "") -> None:
     raise UsageError(f"{folder} cannot be resumed with another recipe: {key} is {old} there, got {new}{more}")
 

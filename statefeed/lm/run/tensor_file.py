@@ -32,9 +32,17 @@ def write(path: Path, folder: Path, tensors: Mapping[str, Tensor], metadata: Map
     try:
         with replacement(path, folder) as unfinished:
             save_file(contiguous, unfinished, {"metadata": text, "sha256": _digest(contiguous, text)})
+            unfinished.chmod(_new_file_mode())  # safetensors gives access to the user alone
     except SafetensorError as error:  # its message contains the error number of the system
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else 0, os.strerror(int(code[1])) if code else str(error), path) from error
+
+
+def _new_file_mode() -> int:
+    """The permissions of a new file, which depend on the umask of the process."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

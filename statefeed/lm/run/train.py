@@ -81,9 +81,13 @@ def train(config: Config, resume: bool = False, brief: bool = False) -> None:
             states, log_state, corrupt = None, None, list[CorruptFile]()
             if changes is not None:
                 states, log_state, corrupt = checkpoints.load(setup.model, setup.optimizer, setup.scaler)
+                if changes.extended is not None:
+                    resuming.check_weights(folder, best.step, checkpoints.step)
                 if writes:
                     metadata.resume(folder, checkpoints.step, group)
                     changes.write(folder, checkpoints.step)
+            if group.device.type == "cpu":  # those of a GPU are compiled one by one when they are launched
+                kernels.available()  # compiled before the log starts, whose seconds are those of the run
         path, board = folder / METRICS, folder / BOARD if config.run.tensorboard else None
         place = metadata.where(metadata.read(folder)) if writes else ""
         remedy = "" if brief else f"; resume with `{program()} train --resume {shlex.quote(str(folder))}`"
@@ -105,8 +109,6 @@ def train(config: Config, resume: bool = False, brief: bool = False) -> None:
                 log.print(f"resuming after step {checkpoints.step:,}")
                 if changes.extended is not None:
                     log.print(_describe_extension(config, changes.extended, checkpoints.step, len(setup.source)))
-            if group.device.type == "cpu":  # those of a GPU are compiled one by one when they are launched
-                kernels.available()  # compiled before the first step, which is timed
             if writes:
                 paths = kernel_paths(setup.model, config, next(setup.source.epoch(0)), group)
                 metadata.record_paths(folder, checkpoints.step, paths)

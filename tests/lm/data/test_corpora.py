@@ -335,3 +335,15 @@ def test_the_hub_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"needs the package datasets, .* pip install .statefeed\[datasets\]."):
         corpora.read(Data(corpus="wikitext", path="hub:wikitext-2-v1"))
+
+
+@pytest.mark.parametrize("path", [".", "../a", "b/.."])
+def test_a_corpus_has_the_name_of_its_folder_however_it_is_spelled(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for split in ("train", "valid"):
+        (tmp_path / "a" / f"ptb.{split}.txt").write_text(f"a {split} line\n")
+    monkeypatch.chdir(tmp_path / "a")
+    assert corpora.read(Data(corpus="ptb", path=path)).name == "a"
+    assert corpora.read(Data(corpus="text", path=path)).name == "a"

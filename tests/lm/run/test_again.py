@@ -10,7 +10,9 @@ import torch
 from conftest import metrics
 
 from statefeed.lm import cli
+from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Train
+from statefeed.lm.errors import UsageError
 from statefeed.lm.run import curves, next_steps
 from statefeed.lm.run import train as training
 
@@ -113,3 +115,19 @@ def test_a_program_that_is_not_on_the_path_is_called_as_it_was(monkeypatch: pyte
     found.reverse()
     monkeypatch.setattr("sys.argv", ["/usr/bin/statefeed", "train"])
     assert next_steps.program() == "statefeed"
+
+
+@pytest.mark.parametrize("here", [".", "..", "./"])
+def test_a_folder_without_a_name_of_its_own(
+    here: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / ("b" if here == ".." else ""))
+    for _ in range(3):
+        assert cli.main(["train", *flags, "--again", "--brief", "--train.steps=1", f"--run.dir={here}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a-2", "a-3"}
+
+
+def test_there_is_no_folder_beside_the_root() -> None:
+    with pytest.raises(UsageError, match=r"there is no folder beside /: run\.dir must name another folder"):
+        recipes.beside("/", "-2")

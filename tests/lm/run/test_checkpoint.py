@@ -1,6 +1,10 @@
 """The run folder: weights are replaced atomically, and a folder without a run raises."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from statefeed.lm.errors import CorruptFile
 from statefeed.lm.model import LanguageModel
 from statefeed.lm.run import tensor_file
 from statefeed.lm.run.best import BestWeights, load_weights
+from statefeed.lm.run.checkpoint import Checkpoints
 from statefeed.lm.run.evaluate import Score
 from statefeed.lm.run.folder import check_unused, load
 
@@ -154,3 +159,37 @@ def test_weights_of_another_width_raise(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not match the recipe of the run") as refused:
         load(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_files_of_a_killed_write_are_removed_and_others_kept(folder: Path) -> None:
+    checkpoints, kept = Checkpoints(folder, Run()), folder / "checkpoints" / ".tmp"
+    kept.touch()
+    for name in (".tmpA1b2C3", "x.safetensors.unfinished"):
+        (folder / "checkpoints" / name).touch()
+    trained = model(0)
+    checkpoints.save(1, trained, torch.optim.SGD(trained.parameters()), torch.amp.GradScaler(enabled=False), None, {})
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [".tmp", "step-000000001.safetensors"]
+
+
+def test_safetensors_names_its_own_file_as_expected(folder: Path) -> None:
+    """The name that is removed: a process that is killed by SIGXFSZ leaves it."""
+    script = (
+        "import resource, torch; from safetensors.torch import save_file; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+        f"save_file({{'x': torch.ones(10000)}}, {str(folder / 'checkpoints' / 'a')!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGXFSZ
+    (left,) = (folder / "checkpoints").iterdir()
+    assert left.match(".tmp??????")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_have_the_permissions_of_other_files(folder: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        tensor_file.write(folder / "x.safetensors", folder / "checkpoints", {"x": torch.ones(2)}, {})
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (folder / "x.safetensors").stat().st_mode & 0o777 == mode

@@ -1,15 +1,20 @@
 """A run that is resumed for longer, or whose text has moved."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import metrics
 
 from statefeed.lm import cli
 from statefeed.lm import recipe as recipes
 from statefeed.lm.compare.run_result import read_run
+from statefeed.lm.config import Train
 from statefeed.lm.run import train as training
 from statefeed.lm.run.learning_rate import learning_rate
 
@@ -145,3 +150,44 @@ def test_another_text_is_scored_and_named(
     other.write_text("§" * 2000)
     assert cli.main(["evaluate", str(run), f"--data.path={other}"]) == 2
     assert "the text contains the character '§'" in capsys.readouterr().err
+
+
+def test_a_diverged_run_that_is_resumed_has_not_ended(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--train.optimizer=sgd", "--train.clip=null", "--train.lr=1e6", "--train.warmup=0.5"]
+    folder = tmp_path / "run"
+    assert cli.main(["train", *flags, *words, f"--run.dir={folder}"]) == 1
+    assert read_run(folder).outcome == "diverged"
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Longer, its rate rises more slowly.
+    monkeypatch.setattr(training, "optimize", interrupted)
+    assert cli.main(["train", "--resume", str(folder), "--train.steps=10000000"]) == 130
+    assert read_run(folder).outcome == "unfinished"
+
+
+def test_a_killed_run_is_not_extended_before_it_has_made_its_best_weights_again(
+    flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, seed_step = tmp_path / "run", training.seed_step
+
+    def interrupted(recipe: Train, step: int, *more: int) -> torch.Tensor:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return seed_step(recipe, step, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "seed_step", interrupted)
+        assert cli.main(["train", *flags, f"--run.dir={folder}"]) == 130
+    shutil.copy(run / "weights.safetensors", folder)  # of step 12, as if it had been killed then
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(folder), "--train.steps=20"]) == 2
+    assert "weights are of step 12, after its checkpoint of step 6; resume it without" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(run)
+    assert cli.main(["train", "--resume", str(folder), "--train.steps=20"]) == 0

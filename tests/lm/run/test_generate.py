@@ -116,3 +116,17 @@ def test_generate_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("the cat") and len(text) == len("the cat") + 30 + 1 for text in texts)
+
+
+@pytest.mark.parametrize(
+    "tokens", ["--data.tokens=char", "--data.tokens=byte", "--data.tokens=word", "--data.tokens=word --data.eos=false"]
+)
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_a_prompt_is_not_needed_whatever_the_tokens(
+    tokens: str, end: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(f"one two two three{end}" * 500)
+    words = [*flags, f"--data.path={tmp_path / 'a.txt'}", *tokens.split(), "--train.steps=1", "--train.evaluations=1"]
+    assert cli.main(["train", "--brief", *words, f"--run.dir={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", str(tmp_path / "run"), "--tokens=3"]) == 0

@@ -20,8 +20,10 @@ from statefeed.lm import recipe as recipes
 from statefeed.lm.config import Train
 from statefeed.lm.run import folder as run_folder
 from statefeed.lm.run import tensor_file
+from statefeed.lm.run import train as training
 from statefeed.lm.run.distributed import Group
 from statefeed.lm.run.learning_rate import learning_rate
+from statefeed.lm.run.log import Log
 from statefeed.lm.run.setup import prepare
 
 INDUCTOR = pytest.mark.filterwarnings(
@@ -317,3 +319,23 @@ def test_blocks_that_cannot_be_compiled_raise_a_clear_error(
     assert err.startswith("statefeed: torch.compile failed (")
     assert f"leave train.compile out; {folder} keeps no checkpoint" in err
     assert err.count("\n") == 1
+
+
+def test_kernels_are_compiled_before_the_time_of_a_run_starts(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    available, enter = training.kernels.available, Log.__enter__
+
+    def noted() -> bool:
+        calls.append("kernels")
+        return available()
+
+    def entered(log: Log) -> Log:
+        calls.append("log")
+        return enter(log)
+
+    monkeypatch.setattr(training.kernels, "available", noted)
+    monkeypatch.setattr(Log, "__enter__", entered)
+    assert cli.main(["train", *flags, "--train.steps=1", f"--run.dir={tmp_path / 'run'}"]) == 0
+    assert calls[:2] == ["kernels", "log"]
