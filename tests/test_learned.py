@@ -53,6 +53,20 @@ def test_the_first_pass_under_fitted_is_exact_after_another_learned_rule(kind, x
     assert layer.diagonal_updates.tolist() == [5]
 
 
+@pytest.mark.parametrize("rule", ["calibrated", "fitted"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_pass_that_overflows_is_not_counted(kind, rule, x):
+    layer = MAKERS[kind](rule)
+    alone = copy.deepcopy(layer)
+    gradients(layer, torch.full_like(x, torch.nan))
+    assert layer.diagonal_updates.tolist() == [0]
+    for other in (layer, alone):
+        torch.manual_seed(1)  # Recurrent draws signs
+        gradients(other, x)
+    assert alone.diagonal.any()
+    assert torch.equal(layer.diagonal, alone.diagonal)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_running_mean_does_not_begin_with_the_fit(kind, x):
     layer, alone = MAKERS[kind]("fitted"), None
