@@ -358,6 +358,7 @@ def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
         forward="torch's layer without autograd" if cell.torch_forward is not None else loop,
         backward=loop if exact else "one scan and products over all steps, in PyTorch",
         why="no kernels support the layer",
+        saves_states=cell.torch_forward is None,
         recomputes_gates=cell.gates > 1,
     )
 

@@ -45,6 +45,8 @@ class Gate(TimeVarying):
 class Jacobian(TimeVarying):
     """Diagonal of the Jacobian, diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
 
+    is_jacobian = True
+
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         return None  # statefeed.Recurrent estimates it
 
