@@ -30,7 +30,7 @@ from statefeed.backends.protocol import (
     in_order,
 )
 from statefeed.cells.protocol import Cell, Preactivations, State, Step, projected_w_hh
-from statefeed.feedback.protocol import KernelRule
+from statefeed.feedback.protocol import EXACT, KernelRule
 from statefeed.layout import Layout, shift_left
 from statefeed.scan import diagonal_scan
 
@@ -208,6 +208,18 @@ def state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: K
         upstream = upstream._replace(y=reverse(upstream.y))
     with _autocast(problem):
         return _state_gradients(problem, done, upstream, rule)
+
+
+def parameter_gradients(
+    problem: Problem, done: Forward, upstream: Upstream, found: StateGradients, needs_x: bool
+) -> Gradients:
+    """The gradients that follow from a result of ``state_gradients`` with the same arguments."""
+
+    def run(problem: Problem, done: Forward, *_: Any) -> Gradients:
+        with _autocast(problem):
+            return _parameter_gradients(problem, done, *found, needs_x)
+
+    return backward_in_order(run, problem, done, upstream, EXACT, needs_x)
 
 
 def _state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
