@@ -214,8 +214,9 @@ def _signature(**more: tuple[str, Any]) -> inspect.Signature:
 class RNN(RecurrentLayer, nn.RNN):
     """torch.nn.RNN with a feedback rule.
 
-    ``h[t] = act(x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh)``, with the forward pass of torch.nn.RNN; backward
-    ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
+    ``h[t] = act(x[t] W_ih^T + b_ih + h[t-1] W_hh^T + b_hh)``, with the forward pass of torch.nn.RNN. The gradient is
+    exact by default. Under an approximate rule that of the state is ``delta[t] = e[t] + D[t+1] * delta[t+1]``, where e
+    comes from outside the recurrence and D is the diagonal of the rule (arXiv 2503.23104).
 
     Args:
         input_size: I, number of input features.
@@ -235,7 +236,8 @@ class RNN(RecurrentLayer, nn.RNN):
     Raises:
         ValueError: an unknown rule, or ``"gate"``, because an RNN has no direct path.
 
-    Cost: backward O(H) per step for the state, and three matrix products over all steps at once.
+    Cost: under an approximate rule backward O(H) per step for the state, and three matrix products over all steps at
+        once; under ``"bptt"`` one product more at every step.
 
     Example:
         >>> import torch
@@ -252,7 +254,9 @@ class GRU(RecurrentLayer, nn.GRU):
     """torch.nn.GRU with a feedback rule.
 
     ``h[t] = (1 - z) n + z h[t-1]``, ``n = tanh(W_in x + b_in + r (W_hn h[t-1] + b_hn))``, with the forward pass
-    of torch.nn.GRU; backward ``delta[t] = e[t] + D[t+1] * delta[t+1]`` and local gradients (arXiv 2503.23104).
+    of torch.nn.GRU. The gradient is exact by default. Under an approximate rule that of the state is
+    ``delta[t] = e[t] + D[t+1] * delta[t+1]``, where e comes from outside the recurrence and D is the diagonal of the
+    rule (arXiv 2503.23104).
 
     Args:
         input_size: I, number of input features.
@@ -271,7 +275,8 @@ class GRU(RecurrentLayer, nn.GRU):
     Raises:
         ValueError: an unknown rule.
 
-    Cost: backward O(H) per step for the state, and three matrix products over all steps at once.
+    Cost: under an approximate rule backward O(H) per step for the state, and three matrix products over all steps at
+        once; under ``"bptt"`` one product more at every step.
 
     Example:
         >>> import torch
@@ -288,9 +293,11 @@ class GRU(RecurrentLayer, nn.GRU):
 class LSTM(RecurrentLayer, nn.LSTM):
     """torch.nn.LSTM with a feedback rule.
 
-    ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, with the forward pass of torch.nn.LSTM; backward two scans,
-    ``delta_h[t] = e_h[t] + D_h * delta_h[t+1]`` and ``gamma[t] = e_c[t] + o (1 - tanh(c)^2) * delta_h[t] + D_c *
-    gamma[t+1]``, and local gradients (arXiv 2503.23104). With ``proj_size``, ``h[t] = W_hr (o tanh(c[t]))``, and
+    ``c[t] = f c[t-1] + i g``, ``h[t] = o tanh(c[t])``, with the forward pass of torch.nn.LSTM. The gradient is exact by
+    default. Under an approximate rule those of h and c are two scans,
+    ``delta_h[t] = e_h[t] + D_h * delta_h[t+1]`` and
+    ``gamma[t] = e_c[t] + o (1 - tanh(c)^2) * delta_h[t] + D_c * gamma[t+1]``, where e comes from outside the recurrence
+    and D is the diagonal of the rule (arXiv 2503.23104). With ``proj_size``, ``h[t] = W_hr (o tanh(c[t]))``, and
     ``W_hr^T delta_h[t]`` takes the place of ``delta_h[t]`` in gamma.
 
     Args:
@@ -312,8 +319,9 @@ class LSTM(RecurrentLayer, nn.LSTM):
     Raises:
         ValueError: an unknown rule.
 
-    Cost: backward O(H) per step for the states, and three matrix products over all steps at once; with ``proj_size``
-        two smaller products more, and under ``"jacobian"`` one product (T * B, H) x (H, P) per gate.
+    Cost: under an approximate rule backward O(H) per step for the states, and three matrix products over all steps at
+        once; under ``"bptt"`` one product more at every step. With ``proj_size`` two smaller products more, and under
+        ``"jacobian"`` one product (T * B, H) x (H, P) per gate.
 
     Example:
         >>> import torch

@@ -13,8 +13,7 @@ from statefeed.user_warning import warn
 class Schedule:
     """A sequence of feedback rules, each used until a fraction of training.
 
-    Cheap gradients reduce the loss fastest early in training and less well later; a schedule starts with a cheap rule
-    and ends with a better one.
+    A schedule usually starts with a cheap rule and ends with a better one, such as the exact ``"bptt"``.
 
     Args:
         spelling: ``"rule@until/rule@until/.../rule"``, with increasing fractions between 0 and 1 and no fraction for

@@ -38,7 +38,9 @@ class SwapReport:
     _ours: list[str] = field(default_factory=list, repr=False, compare=False)  # kept because they are statefeed's
 
     def ran(self) -> dict[str, bool]:
-        """Report whether each swapped layer, or a copy of it, was called since ``swap``; also those that were ours.
+        """Report whether each swapped layer, or a copy of it, was called since ``swap``.
+
+        Layers that were statefeed's before ``swap`` are in the report too.
 
         False after a training step means that the step does not use the layer: the model calls ``forward`` directly,
         uses the weights in its own code, or runs another network. Calls inside ``torch.compile``, and calls of a layer

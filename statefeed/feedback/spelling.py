@@ -76,10 +76,10 @@ def _nearest(spelling: str) -> str | None:
     """The rule with the most similar name, with the number and suffix of the spelling; None if no name is similar.
 
     Example:
-        >>> _nearest("DSF"), _nearest("gate 1"), _nearest("none"), _nearest("nothing")
-        ('dsf', 'gate+1', 'bptt', None)
+        >>> _nearest("DSF"), _nearest("gate 1"), _nearest("gate+"), _nearest("none"), _nearest("nothing")
+        ('dsf', 'gate+1', 'gate', 'bptt', None)
     """
-    match = re.fullmatch(r"([a-z_-]+)\s*(\(.*\))?(?:[\s+]*(\d+))?", spelling.strip().lower())
+    match = re.fullmatch(r"([a-z_-]+)\s*(\(.*\))?(?:[\s+]*(\d+)|\s*\+)?", spelling.strip().lower())
     if match is None:
         return None
     name, number, k = match[1].rstrip("-_"), match[2] or "", match[3]

@@ -1,7 +1,6 @@
 """Models of about as many parameters, trained alike: each at its own best learning rate against one of them."""
 
 import json
-import math
 from collections.abc import Sequence
 
 from statefeed.lm import identity
@@ -36,7 +35,7 @@ def compare_models(results: Sequence[Result], terms: Terms) -> dict[str, Verdict
         if first is None:
             continue
         parameters = first.metadata["parameters"]
-        equal = [r for r in sized if abs(math.log(r.metadata["parameters"] / parameters)) <= math.log1p(TOLERANCE)]
+        equal = [r for r in sized if is_of_equal_size(r.metadata["parameters"], parameters)]
         if len(split(equal, _model)) > 1:
             same_title = [trainings[k] for k, other in groups.items() if _title(other[0]) == _title(first)]
             more = "".join(f", {name}={trainings[key].get(name)}" for name in differing_keys(same_title))
@@ -45,6 +44,15 @@ def compare_models(results: Sequence[Result], terms: Terms) -> dict[str, Verdict
             name = next(name for name, runs in models.items() if any(run is first for run in runs))
             found[title] = compare_groups(models, Terms(name, terms.within), results, "model, rule")
     return found
+
+
+def is_of_equal_size(parameters: int, others: int) -> bool:
+    """Whether two numbers of parameters differ by at most 5%.
+
+    >>> is_of_equal_size(104, 100), is_of_equal_size(100, 104), is_of_equal_size(106, 100)
+    (True, True, False)
+    """
+    return max(parameters, others) <= (1 + TOLERANCE) * min(parameters, others)
 
 
 def _training(result: Result) -> str:

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from statefeed.lm.compare.difference_figure import differences
+from statefeed.lm.compare.equal_size import is_of_equal_size
 from statefeed.lm.compare.measurements import StepTimes, step_key
 from statefeed.lm.compare.panel import curve, legend, panel, places, points
 from statefeed.lm.compare.rates import at_best_rate
@@ -23,8 +24,6 @@ from statefeed.lm.run.metadata import where
 # A rule whose best perplexity is more than this many times the lowest is off the scale, and its name says so: the axis
 # shows how the others differ.
 MAX_RATIO = 1.25
-# A model without recurrent cells is a rival of those whose parameters are within this part of its own.
-BUDGET = 0.25
 
 _AXES = {"model.width": "width, units", "model.layers": "depth, layers"}
 _BARS = "mean over the seeds, bars: their range"
@@ -242,18 +241,13 @@ def by_cell(results: Sequence[Result]) -> dict[str, Figure]:
         for sized in split(recurrent, lambda r: f"{r.get('model.layers')}x{r.get('model.width')}").values():
             budgets = [result.metadata["parameters"] for result in sized]
             rivals = [
-                r for r in others if any(_has_similar_size(r.metadata["parameters"], budget) for budget in budgets)
+                r for r in others if any(is_of_equal_size(r.metadata["parameters"], budget) for budget in budgets)
             ]
             cells = split([*sized, *rivals], lambda result: str(result.get("model.cell")))
             if len(cells) > 1:
                 title = f"{sized[0].metadata.get('corpus')}, {size(sized[0]).split()[1]}: perplexity by cell"
                 figures[_numbered(figures, title)] = _cells(cells, drawn)
     return figures
-
-
-def _has_similar_size(parameters: int, budget: int) -> bool:
-    """Whether a model without recurrent cells is compared with one of some number of parameters."""
-    return abs(budget - parameters) <= BUDGET * parameters
 
 
 def _cells(cells: dict[str, list[Result]], drawn: Mapping[str, Style]) -> Figure:

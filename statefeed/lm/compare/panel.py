@@ -13,8 +13,6 @@ from statefeed.lm.compare.styles import Style
 from statefeed.lm.run.metadata import where
 
 SIZE = (4.4, 3.2)  # inches: one panel, whose letters can still be read where it is as wide as a phone
-# The names of more rules than these stand below the panel, where they cover nothing.
-INNER_LEGEND = 5
 
 
 def panel(x: str, y: str, title: str) -> tuple[Figure, Axes]:
@@ -51,11 +49,8 @@ def points(axes: Axes, at: dict[Any, list[float]], style: Style, label: str, joi
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """What is what: within the panel, or below it where the names would cover what they name."""
+    """The names of the lines and points, below the panel, where they cover none of them."""
     names = axes.get_legend_handles_labels()[1]
-    if len(names) <= INNER_LEGEND:
-        axes.legend()
-        return
     columns = 2 if max(map(len, names)) <= 24 else 1
     figure.set_figheight(SIZE[1] + 0.2 * -(-len(names) // columns))
     figure.legend(loc="outside lower center", ncols=columns, fontsize="small")
