@@ -77,10 +77,10 @@ def saved_bytes(
     if compute_dtype is not None and weight_dtype != torch.float64:  # autocast does not cast float64
         ragged = isinstance(x, PackedSequence) and bool(x.batch_sizes[-1] < x.batch_sizes[0])
         dtypes = cell.autocast_dtypes(compute_dtype, data.dtype, ragged)
-    twice = layer.bidirectional or (backend.upcasts and set(dtypes) != {weight_dtype})
+    has_copies = layer.bidirectional or (backend.upcasts and set(dtypes) != {weight_dtype})
     computed = weight_dtype if backend.upcasts else dtypes[0]
     sequential = layer.forward_method == "sequential"  # another forward pass saves no states
     states = counts.states if found.saves_states and sequential else 0
     outputs = counts.outputs + counts.inputs_after_dropout
-    own = states + (counts.gates if found.saves_gates else 0) + (counts.outputs if twice else 0)
+    own = states + (counts.gates if found.saves_gates else 0) + (counts.outputs if has_copies else 0)
     return counts.rows * layer.input_size * data.itemsize + outputs * dtypes[0].itemsize + own * computed.itemsize
