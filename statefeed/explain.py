@@ -12,7 +12,7 @@ from statefeed.backends import BACKENDS, Backend, choose, unsupported_reasons
 from statefeed.backends.protocol import Description
 from statefeed.busy import describe
 from statefeed.cells.protocol import Cell
-from statefeed.counts import Counts, counts_of
+from statefeed.counts import Counts, counts_of, saved_bytes
 from statefeed.stack import RecurrentStack
 from statefeed.timing import Timing, time_rules
 
@@ -38,8 +38,9 @@ class Explanation:
         backward_flops: flops of the matrix products of the backward pass.
         bptt_flops: flops of the matrix products of torch.nn's backward pass.
         backward_steps: sequentially dependent products of the backward pass; T * L for exact BPTT.
-        kept_bytes: bytes saved for the backward pass, including outputs; 0 without autograd, or if neither the layer
-            nor the input requires a gradient; None if torch.nn's own path runs.
+        kept_bytes: bytes saved for the backward pass, including outputs, but not initial states and masks of dropout; 0
+            without autograd, or if neither the layer nor the input requires a gradient; None if torch.nn's own path
+            runs.
         warning: why the rule is expected, or with ``timed`` was measured, to be slower than exact BPTT, or why the
             times allow no conclusion; else None.
         seconds: time of a forward and backward pass under the rule; None unless ``timed``.
@@ -194,11 +195,13 @@ def _through_torch(layer: RecurrentStack, counts: Counts, reason: str) -> Explan
 def _through(
     backend: Backend, layer: RecurrentStack, x: Tensor | PackedSequence, counts: Counts, reason: str | None
 ) -> Explanation:
-    rule, method = layer.feedback, layer.forward_method
+    rule, method, cell = layer.feedback, layer.forward_method, layer.feedback_cell
     data = x.data if isinstance(x, PackedSequence) else x
-    found = _description(backend, layer.feedback_cell, data, rule.exact)
+    found = _description(backend, cell, data, rule.exact)
     passes = 1 + rule.corrections
     backward = 2 * counts.inputs + (passes + rule.exact) * counts.hidden + (1 + passes) * counts.projection
+    if cell.projects and rule.diagonal.is_jacobian:
+        backward += counts.hidden * (passes if found.recomputes_jacobian else 1)
     if found.recomputes_gates:
         backward += counts.inputs + counts.hidden
     dependent = counts.steps if rule.exact else passes
@@ -219,9 +222,7 @@ def _through(
         forward_flops = counts.inputs + (done if layer.newton_iterations else of_iteration)
         warning = _slower_forward(data) or warning
     needs_grad = data.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
-    saved_values = (
-        counts.values + (counts.gates if found.saves_gates else 0) if needs_grad and torch.is_grad_enabled() else 0
-    )
+    saves = needs_grad and torch.is_grad_enabled()
     return Explanation(
         rule=str(rule),
         forward=forward,
@@ -231,7 +232,7 @@ def _through(
         backward_flops=backward,
         bptt_flops=counts.bptt,
         backward_steps=dependent * layer.num_layers,
-        kept_bytes=saved_values * data.element_size(),
+        kept_bytes=saved_bytes(layer, x, counts, backend, found) if saves else 0,
         warning=warning,
         iterations=layer.newton_iterations,
         sequential_steps=layer.newton_sequential_steps,

@@ -329,7 +329,7 @@ def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: U
             done = reference.recompute(problem, done._replace(saved=()))
             exact = reference.state_gradients(problem, done, upstream, EXACT)
             diagonal.fit(learned, *exact)
-            return reference.backward(problem, done, upstream, EXACT, needs_x)
+            return reference.parameter_gradients(problem, done, upstream, exact, needs_x)
     done = backend.recompute(problem, done)
     context = Context(
         size=sum(problem.sizes),

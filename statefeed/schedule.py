@@ -114,7 +114,7 @@ class Schedule:
         return changed
 
     def __str__(self) -> str:
-        return "/".join([*(f"{rule}@{until:g}" for until, rule in self.stages[:-1]), str(self.stages[-1][1])])
+        return "/".join([*(f"{rule}@{until}" for until, rule in self.stages[:-1]), str(self.stages[-1][1])])
 
     def __repr__(self) -> str:
         return f"Schedule({str(self)!r})"

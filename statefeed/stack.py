@@ -299,7 +299,7 @@ class RecurrentStack(FeedbackLayer):
     def _padded_dtypes(self, x: Tensor, hx: Any) -> tuple[torch.dtype, ...] | None:
         """The dtypes of a padded batch under autocast on a CPU, which must not depend on lengths; otherwise None."""
         compute_dtype = autocast_dtype(x) if x.is_cpu else None
-        if compute_dtype is None:
+        if compute_dtype is None or x.dtype == torch.float64:  # autocast does not cast float64
             return None
         state = x if hx is None else self._as_state(hx)[-1]
         return self.feedback_cell.autocast_dtypes(compute_dtype, state.dtype, False)

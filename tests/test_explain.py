@@ -2,8 +2,10 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import tables
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,6 +60,57 @@ def test_nothing_is_saved_where_nothing_requires_a_gradient() -> None:
     assert frozen.kept_bytes == 0
     assert "nothing saved for the backward pass" in str(frozen)
     assert sf.explain(layer, x.requires_grad_()).kept_bytes == saved
+
+
+def saved_by(layer: nn.Module, x: torch.Tensor | nn.utils.rnn.PackedSequence) -> int:
+    """Bytes of the memory that autograd saves in a call, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    saved: dict[int, int] = {}
+    alive = []  # or a later tensor takes the memory of an earlier one
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(size for place, size in saved.items() if place not in weights)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    "make", [sf.RNN, sf.GRU, sf.LSTM, partial(sf.LSTM, proj_size=4), partial(sf.SLSTM, num_heads=2)]
+)
+def test_the_bytes_are_those_that_autograd_saves(
+    make: Callable[..., nn.Module], layers: int, directions: int, autocast: bool, backend: str
+) -> None:
+    if backend == "cpu" and not kernels.available():
+        pytest.skip(f"no kernels: {kernels.unavailable()}")
+    layer, x = (
+        make(16, 32, num_layers=layers, bidirectional=directions == 2, feedback="jacobian"),
+        torch.randn(300, 2, 16),
+    )
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([300, 250]))
+    with tables.only(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for given in (x, packed):
+            found = sf.explain(layer, given).kept_bytes
+            assert found is not None
+            assert found == pytest.approx(saved_by(layer, given), rel=0.02)  # the small initial states
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_input_after_dropout_is_saved_too(backend: str) -> None:
+    if backend == "cpu" and not kernels.available():
+        pytest.skip(f"no kernels: {kernels.unavailable()}")
+    layer, x = sf.GRU(I, H, 3, dropout=0.5, feedback="dsf"), torch.zeros(T, B, I)
+    with tables.only(backend):
+        trained = sf.explain(layer, x).kept_bytes
+        evaluated = sf.explain(layer.eval(), x).kept_bytes
+    assert trained - evaluated == 2 * 4 * T * B * H
 
 
 def test_an_input_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

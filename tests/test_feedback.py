@@ -5,11 +5,15 @@ import math
 import pickle
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
 import statefeed as sf
+from statefeed.feedback import DIAGONALS, Linearization, TimeVarying
 
 pytestmark = pytest.mark.filterwarnings("ignore:feedback .* adds corrections")
 
@@ -279,3 +283,33 @@ def test_other_rules_do_not_warn(rule):
 def test_a_schedule_is_not_a_rule():
     with pytest.raises(TypeError, match=r"got Schedule: apply a schedule in the training loop, schedule\.apply"):
         sf.GRU(2, 3, feedback=sf.Schedule("dsf@0.3/bptt"))
+
+
+@dataclass(frozen=True)
+class RowsOf(TimeVarying):
+    """The rows of another time-varying rule, as a user's rule takes them."""
+
+    rule: TimeVarying
+
+    def rows(self, at: Linearization) -> Sequence[torch.Tensor]:
+        return self.rule.rows(at)
+
+    def __str__(self) -> str:
+        return f"rows of {self.rule}"
+
+
+@pytest.mark.parametrize("corrections", [0, 2])
+@pytest.mark.parametrize("name", ["gate", "jacobian"])
+@pytest.mark.parametrize(
+    "make",
+    [sf.GRU, sf.LSTM, partial(sf.LSTM, proj_size=2), sf.SLSTM, partial(sf.SLSTM, num_heads=2)],
+    ids=["gru", "lstm", "lstm_projected", "slstm", "slstm_heads"],
+)
+def test_the_rows_of_a_time_varying_rule_are_its_diagonal(make: Callable, name: str, corrections: int) -> None:
+    torch.manual_seed(0)
+    layer = make(3, 4, bidirectional=True, dtype=torch.float64)
+    x, found = torch.randn(6, 2, 3, dtype=torch.float64), []
+    for rule in (DIAGONALS[name](), RowsOf(DIAGONALS[name]())):
+        layer.feedback = sf.Feedback(rule, corrections)
+        found.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(*found)

@@ -165,6 +165,15 @@ def test_patterns_and_contradictions(load: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
+@pytest.mark.parametrize("patterns", [{"exclude": "decoder"}, {"include": ["enc*"]}])
+def test_a_schedule_leaves_excluded_layers_unchanged(load: Any, name: str, patterns: dict[str, Any]) -> None:
+    callback, model = load(name, **{name: Callback}).SwapCallback(schedule="dsf@0.5/bptt", **patterns), Model()
+    seen = LightningTrainer(4, callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
+    half = len(seen) // 2
+    assert seen == [["dsf", "gate+1"]] * half + [["bptt", "gate+1"]] * half
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_without_its_package_a_callback_raises_with_the_install_command(load: Any, name: str) -> None:
     with pytest.raises(ImportError, match=rf'pip install "statefeed\[{name}\]"'):
         load(name)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import statefeed as sf
 
@@ -51,6 +52,30 @@ def test_the_first_pass_under_fitted_is_exact_after_another_learned_rule(kind, x
     gradients(alone, x)
     assert torch.equal(layer.diagonal, alone.diagonal)
     assert layer.diagonal_updates.tolist() == [5]
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "fitted"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_pass_that_overflows_is_not_counted(kind, rule, x):
+    layer = MAKERS[kind](rule)
+    alone = copy.deepcopy(layer)
+    gradients(layer, torch.full_like(x, torch.nan))
+    assert layer.diagonal_updates.tolist() == [0]
+    for other in (layer, alone):
+        torch.manual_seed(1)  # Recurrent draws signs
+        gradients(other, x)
+    assert alone.diagonal.any()
+    assert torch.equal(layer.diagonal, alone.diagonal)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_an_exact_pass_runs_once_over_time(bidirectional, x):
+    """Two products for each of W_ih and W_hh, as BPTT has, and one each for the gates."""
+    layer = sf.GRU(3, 8, bidirectional=bidirectional, feedback="fitted")
+    y, _ = layer(x.requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 40 * 4 * 3 * 8 * (3 + 8) * (2 if bidirectional else 1)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -90,7 +90,7 @@ def test_newton_is_the_sequential_forward_pass():
 
 
 @pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
-@pytest.mark.parametrize("rule", ["bptt", "dsf", "gate+2"])
+@pytest.mark.parametrize("rule", ["bptt", "dsf", "gate+2", "jacobian", "jacobian+2"])
 def test_explain_counts_the_products(rule):
     _, ours = layers(rule)
     x = torch.randn(30, 3, 4, requires_grad=True)

@@ -82,6 +82,32 @@ def test_nothing_divides_by_the_diagonal(method, varying, value):
     assert_same(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("method", ["auto", "prefix", "sequential"])
+def test_a_product_that_overflows_leaves_states_of_zero_at_zero(method, varying, reverse, dtype):
+    """3^81 is above the largest float32, and most steps have a state of zero, as the padding of a short sequence."""
+    for length in (200, 1_001):
+        x, a, _ = problem((length, 2, 3), varying, torch.promote_types(dtype, DOUBLE))
+        a = torch.full_like(a, -3.0)
+        if varying:
+            a[20::40] = 0.0
+        active = range(5) if reverse else range(length - 5, length)
+        x = torch.zeros_like(x).index_copy(0, torch.tensor(active), x[: len(active)])
+        found = sf.diagonal_scan(x.to(dtype), a.to(dtype), reverse=reverse, method=method)
+        torch.testing.assert_close(found, oracles.scan(x, a, reverse).to(dtype), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["auto", "prefix", "sequential"])
+@pytest.mark.parametrize("name", ["x", "a"])
+def test_nan_is_not_hidden_where_states_are_zero(method, name):
+    x, a = torch.zeros(64, 1, 1), torch.full((64, 1, 1), 2.0)
+    {"x": x, "a": a}[name][20] = math.nan
+    found = sf.diagonal_scan(x, a, method=method).flatten()
+    assert torch.equal(found.isnan(), torch.arange(64) >= 20)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("method", "varying"), ALLOWED)
 def test_strided_slices_are_supported(method, varying, reverse):

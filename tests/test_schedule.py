@@ -17,6 +17,11 @@ def test_the_rule_at_a_fraction() -> None:
     assert str(schedule) == "dsf@0.25/gate@0.5/gate+1"
 
 
+def test_a_schedule_prints_its_fractions_exactly() -> None:
+    spelling = "dsf@0.12345678/gate@0.12345679/bptt"
+    assert str(sf.Schedule(spelling)) == spelling
+
+
 @pytest.mark.parametrize("rule", ["jacobian+2", 0.5, None, torch.full((3,), 0.5), sf.Feedback("gate")])
 def test_a_single_rule_is_used_throughout(rule: object) -> None:
     schedule = sf.Schedule(rule)

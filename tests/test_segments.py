@@ -133,3 +133,16 @@ def test_packed_input_raises() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, I)])
     with pytest.raises(ValueError, match="PackedSequence"):
         sf.GRU(I, H)(packed, lengths=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("make", [sf.RNN, sf.GRU, sf.LSTM, sf.SLSTM])
+@pytest.mark.parametrize("rule", ["bptt", "dsf"])
+def test_lengths_keep_float64_under_autocast_as_a_dense_batch_does(make: type, rule: str) -> None:
+    torch.manual_seed(0)
+    layer, x = make(I, H, feedback=rule, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in ({"lengths": torch.full((B,), T)}, {"resets": torch.zeros(T, B, dtype=torch.bool)}):
+            y, final = layer(x, **given)
+            torch.testing.assert_close(y, expected)
+            assert all(s.dtype == torch.float64 for s in (final if isinstance(final, tuple) else (final,)))

@@ -122,14 +122,19 @@ class Description(NamedTuple):
         backward: the kernels of the backward pass.
         why: why the backend supports the layer.
         saves_gates: whether the gates are saved for the backward pass, ``Cell.saved_values`` per row and unit.
+        saves_states: whether the parts of the state besides h are saved for the backward pass.
         recomputes_gates: whether the backward pass recomputes the gates, which costs two products.
+        recomputes_jacobian: whether every round of corrections recomputes diag(J), which costs a product if the cell
+            projects h.
     """
 
     forward: str
     backward: str
     why: str
     saves_gates: bool = False
+    saves_states: bool = False
     recomputes_gates: bool = False
+    recomputes_jacobian: bool = False
 
 
 class Backend(NamedTuple):

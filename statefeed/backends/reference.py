@@ -30,7 +30,7 @@ from statefeed.backends.protocol import (
     in_order,
 )
 from statefeed.cells.protocol import Cell, Preactivations, State, Step, projected_w_hh
-from statefeed.feedback.protocol import KernelRule
+from statefeed.feedback.protocol import EXACT, KernelRule
 from statefeed.layout import Layout, shift_left
 from statefeed.scan import diagonal_scan
 
@@ -210,6 +210,18 @@ def state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: K
         return _state_gradients(problem, done, upstream, rule)
 
 
+def parameter_gradients(
+    problem: Problem, done: Forward, upstream: Upstream, found: StateGradients, needs_x: bool
+) -> Gradients:
+    """The gradients that follow from a result of ``state_gradients`` with the same arguments."""
+
+    def run(problem: Problem, done: Forward, *_: Any) -> Gradients:
+        with _autocast(problem):
+            return _parameter_gradients(problem, done, *found, needs_x)
+
+    return backward_in_order(run, problem, done, upstream, EXACT, needs_x)
+
+
 def _state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
     cell, layout = problem.cell, problem.layout
     at = _saved(problem, done).at
@@ -358,6 +370,7 @@ def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
         forward="torch's layer without autograd" if cell.torch_forward is not None else loop,
         backward=loop if exact else "one scan and products over all steps, in PyTorch",
         why="no kernels support the layer",
+        saves_states=cell.torch_forward is None,
         recomputes_gates=cell.gates > 1,
     )
 

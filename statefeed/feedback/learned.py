@@ -22,11 +22,12 @@ class Calibrated(Learned):
 
     def observe(self, state: LearnedState, mean_jacobian: Callable[[], Tensor]) -> Tensor:
         if state.training:
-            state.updates.add_(1)
-            weight = state.updates.to(state.diagonal.dtype).reciprocal().clamp(min=_WEIGHT)
             mean = mean_jacobian().to(state.diagonal.dtype)
-            # Skip a batch whose mean overflows: a NaN would persist in the average.
-            state.diagonal.lerp_(torch.where(mean.isfinite(), mean, state.diagonal), weight)
+            # Neither use nor count a batch whose mean overflows: a NaN would persist in the average.
+            finite = mean.isfinite().all()
+            state.updates.add_(finite)
+            weight = state.updates.clamp(min=1).to(state.diagonal.dtype).reciprocal().clamp(min=_WEIGHT)
+            state.diagonal.lerp_(torch.where(finite, mean, state.diagonal), weight)
         return state.diagonal
 
     def __str__(self) -> str:

@@ -86,11 +86,13 @@ class Diagonal(ABC):
     Attributes:
         exact: whether the gradient is exact, with the full Jacobian.
         learned: whether a layer must store a ``LearnedState`` for it.
+        is_jacobian: whether it is diag(J[t]), which costs products if the cell projects h.
         largest: largest absolute value if known in advance, else 0; large values cause a warning about corrections.
     """
 
     exact: bool = False
     learned: bool = False
+    is_jacobian: bool = False
 
     @property
     def largest(self) -> float:

@@ -31,7 +31,8 @@ class Gate(TimeVarying):
         output = w.shape[1] if cell.projects else None
         widths = cell.state_widths(len(w) // cell.gates, output)[: cell.gradient_parts]
         parts = cell.direct_path(at.at)
-        return [w.new_zeros(width) if p is None else p for p, width in zip(parts, widths, strict=True)]
+        count = next(len(p) for p in parts if p is not None)
+        return [w.new_zeros(count, width) if p is None else p for p, width in zip(parts, widths, strict=True)]
 
     def resolve(self, context: Context) -> KernelRule:
         return KernelRule("direct")
@@ -43,6 +44,8 @@ class Gate(TimeVarying):
 @dataclass(frozen=True)
 class Jacobian(TimeVarying):
     """Diagonal of the Jacobian, diag(J[t]); for an LSTM dh/dh' at fixed c', and f on c."""
+
+    is_jacobian = True
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         return None  # statefeed.Recurrent estimates it

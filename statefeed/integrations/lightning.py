@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 import statefeed as sf
 
 
@@ -35,7 +37,8 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
 
     Args:
         feedback: the rule, in any spelling of ``Feedback``; exact for torch's layers if None.
-        schedule: rules that change during training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        schedule: rules of the swapped layers that change during training, in place of ``feedback``: a ``Schedule`` or
+            its spelling.
         monitor: a ``Monitor``, called before every optimizer step with the LightningModule; its values are logged.
         include: patterns of layer names, as for ``swap``.
         exclude: patterns of layer names to leave unchanged.
@@ -87,10 +90,11 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        if self.schedule is not None:
+        if self.schedule is not None and self.report is not None:
+            layers = nn.ModuleList(pl_module.get_submodule(name) for name in self.report.swapped)
             # With several optimizers global_step counts the steps of each.
             fraction = trainer.global_step / trainer.estimated_stepping_batches
-            self.schedule.apply(pl_module, min(fraction, 1.0))
+            self.schedule.apply(layers, min(fraction, 1.0))
         if self.monitor is not None:
             pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 import statefeed as sf
 
 try:
@@ -24,7 +26,8 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         feedback: the rule, in any spelling of ``Feedback``; if None, torch's layers become exact and statefeed layers
             keep their rule.
-        schedule: rules that change during training, in place of ``feedback``: a ``Schedule`` or its spelling.
+        schedule: rules of the swapped layers that change during training, in place of ``feedback``: a ``Schedule`` or
+            its spelling.
         monitor: a ``Monitor``, called before every optimizer step with the model; its values are in
             ``trainer.state.log_history``.
         include: patterns of layer names, as for ``swap``.
@@ -67,8 +70,9 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         self.report = sf.swap(model, self.feedback, include=self.include, exclude=self.exclude)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.schedule is not None:
-            self.schedule.apply(model, min(state.global_step / state.max_steps, 1.0))
+        if self.schedule is not None and self.report is not None:
+            layers = nn.ModuleList(model.get_submodule(name) for name in self.report.swapped)
+            self.schedule.apply(layers, min(state.global_step / state.max_steps, 1.0))
         if self.monitor is not None:
             numbers = self.monitor(model, state.global_step)
             if numbers:

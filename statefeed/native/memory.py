@@ -37,7 +37,7 @@ _requested = _checked = 0  # bytes so far, and at the last check for unused bloc
 
 def empty(rows: int, width: int, like: Tensor) -> Tensor:
     """An uninitialized (rows, width) tensor with the dtype of ``like``; its memory is reused after it is freed."""
-    if not _is_ordinary(like):
+    if not is_ordinary(like):
         return like.new_empty(rows, width)
     count = rows * width
     size = count * like.element_size()
@@ -51,11 +51,11 @@ def empty(rows: int, width: int, like: Tensor) -> Tensor:
 
 def count_unsaved(like: Tensor, values: int) -> None:
     """Count what a call would save with autograd, as a number of tensors like this one, to free unused blocks."""
-    if _is_ordinary(like) and blocks:
+    if is_ordinary(like) and blocks:
         _count(values * like.nbytes)
 
 
-def _is_ordinary(like: Tensor) -> bool:
+def is_ordinary(like: Tensor) -> bool:
     """Whether a tensor has memory, and no trace, mode or subclass of tensors replaces it."""
     return not (
         torch.compiler.is_compiling()

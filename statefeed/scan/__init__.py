@@ -39,7 +39,8 @@ def diagonal_scan(
             - ``"prefix"``: odd-even prefix sum, 2 log2(T) dependent steps, work O(T).
             - ``"fft"``: a convolution with (1, a, a^2, ...), stationary ``a`` only, work O(T log T), computed in double
               precision. For diagonals up to 1, T up to 65,536 and float32 inputs of unit variance, its largest error
-              is no larger than that of the prefix sum (``tests/test_scan.py`` checks this).
+              is no larger than that of the prefix sum (``tests/test_scan.py`` checks this). Every output is NaN where
+              a^T overflows in double precision.
             - ``"auto"``: ``"prefix"`` for every diagonal. The error of an output then depends only on the steps that
               contribute to it, and ``"prefix"`` was the fastest of the three at every length measured
               (``statefeed bench scan``). On a CUDA device, real inputs use one Triton kernel: a loop over time within

@@ -96,7 +96,7 @@ def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     why = f"all tensors are {x.dtype} on the cpu"
     if torch.is_autocast_enabled("cpu"):
         why += ", products in bfloat16 under autocast"
-    return Description(kernels, kernels, why, saves_gates=True)
+    return Description(kernels, kernels, why, saves_gates=True, recomputes_jacobian=True)
 
 
 BACKEND = Backend(

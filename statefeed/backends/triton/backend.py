@@ -182,7 +182,8 @@ def describe(cell: Cell, x: Tensor, exact: bool) -> Description:
     else:
         products = f"float32 products run in {'TF32' if setting == 'tf32' else 'float32'}, as {by} set"
     why = f"all tensors are {x.dtype} on the GPU; {products}"
-    return Description(forward, backward, why, recomputes_gates=recomputes)
+    saves_states = cell.torch_forward is None
+    return Description(forward, backward, why, saves_states=saves_states, recomputes_gates=recomputes)
 
 
 BACKEND = Backend(
