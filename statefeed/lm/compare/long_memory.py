@@ -35,17 +35,22 @@ def as_score(value: float | None, metric: str) -> float:
 def cases(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
     """The records grouped by cell and rule, the best rule of a cell first.
 
+    A seed that was run again, with more learning rates, counts once, and the rates of both runs were tried.
+
     Args:
-        records: of one task and one length.
+        records: of one task and one length, the later of two with the same seed last.
 
     Returns:
         Records by cell and rule. A rule is better if it was solved by a larger part of its seeds, then if it was solved
         sooner, then by its score.
     """
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    found: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
     for record in records:
-        found[record["cell"], record["variant"]].append(record)
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], *_order(item[1]))))
+        seeds = found[record["cell"], record["variant"]]
+        before = seeds.get(record["seed"], {})
+        seeds[record["seed"]] = {**record, "rates": {**before.get("rates", {}), **record.get("rates", {})}}
+    runs = {case: list(seeds.values()) for case, seeds in found.items()}
+    return dict(sorted(runs.items(), key=lambda item: (item[0][0], *_order(item[1]))))
 
 
 def _order(runs: Sequence[Record]) -> tuple[float, float, float]:

@@ -322,9 +322,9 @@ def test_the_adding_problem_is_shown_by_cell_and_rule_over_the_seeds(tmp_path: P
         ("gru", "log_spaced(200)@0.6/bptt"): [(0.001, 700, 20.0), (0.002, 900, 24.0), (0.05, None, None)],
     }
     lines = [
-        {**record, "cell": cell, "variant": rule, "error": error, "learnt": step, "cpu_seconds": seconds}
+        {**record, "cell": cell, "variant": rule, "seed": seed, "error": error, "learnt": step, "cpu_seconds": seconds}
         for (cell, rule), runs in found.items()
-        for error, step, seconds in runs
+        for seed, (error, step, seconds) in enumerate(runs)
     ]
     (tmp_path / "adding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = markdown.page(read([tmp_path]))
@@ -341,10 +341,19 @@ def test_every_task_of_long_memory_has_one_table_best_rule_first(tmp_path: Path)
     solved, late, edge, diverged = (0.95, 700, 20.0), (1.0, 1400, 41.0), (0.5, None, None), (None, None, None)
     found = {"dsf": [edge, diverged, edge], "bptt": [solved, late, edge], "0.9": [solved, solved, edge]}
     lines = [
-        {**record, "bench": bench, "T": T, "variant": rule, "accuracy": accuracy, "learnt": step, "cpu_seconds": time}
+        {
+            **record,
+            "bench": bench,
+            "T": T,
+            "variant": rule,
+            "seed": seed,
+            "accuracy": accuracy,
+            "learnt": step,
+            "cpu_seconds": time,
+        }
         for bench, T in (("digits", 1024), ("recall", 200))
         for rule, runs in found.items()
-        for accuracy, step, time in runs
+        for seed, (accuracy, step, time) in enumerate(runs)
     ]
     lines.append({**lines[-1], "bench": "adding", "error": None, "lr": 0.002, "learnt": None})
     del lines[-1]["accuracy"]
@@ -361,3 +370,16 @@ def test_every_task_of_long_memory_has_one_table_best_rule_first(tmp_path: Path)
         assert below[4:7] == rows
     assert "| gru `0.9` | 0.002 (edge) | inf (inf to inf) | 0 of 1 | - | - |" in text.splitlines()
     assert benchmarks.section(read([tmp_path]).benchmarks)
+
+
+def test_a_seed_that_was_run_again_counts_once_and_all_its_rates_were_tried(tmp_path: Path) -> None:
+    record = {"bench": "adding", "T": 200, "H": 64, "steps": 1500, "lr": 0.064, **common(), "repeats": 3}
+    record |= {"cell": "lstm", "variant": "bptt", "cpu_seconds": 2.0}
+    first = [
+        {**record, "seed": k, "rates": {"0.032": 0.1, "0.064": 0.05}, "error": 0.2, "learnt": None} for k in (1, 2)
+    ]
+    again = [
+        {**record, "seed": k, "rates": {"0.064": 0.05, "0.128": None}, "error": 0.001, "learnt": 300} for k in (1, 2)
+    ]
+    (tmp_path / "adding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*first, *again]))
+    assert "| lstm `bptt` | 0.064 | 0.0010 (0.0010 to 0.0010) | 2 of 2 | 300 | 2 |" in markdown.page(read([tmp_path]))
