@@ -9,6 +9,7 @@ import torch
 from statefeed.bench import long_memory
 from statefeed.bench.adding import Adding
 from statefeed.bench.long_memory import Evaluation, Run
+from statefeed.bench.long_memory_cells import LAYERS
 from statefeed.bench.long_memory_options import AddingOptions, RecallOptions
 from statefeed.bench.recall import Recall
 
@@ -121,3 +122,16 @@ def test_an_output_that_is_not_finite_has_no_score(monkeypatch, task, key):
 def test_a_task_is_solved_from_its_bound_on(task, solved, unsolved):
     assert task.is_solved(solved)
     assert not task.is_solved(unsolved)
+
+
+def test_the_forget_gates_of_an_lstm_begin_open():
+    options = AddingOptions(cells="lstm,lstm-forget-1", length=6, steps=1)
+    assert options.cells.split(",") == ["lstm", "lstm-forget-1"]
+    torch.manual_seed(0)
+    usual = LAYERS["lstm"](2, 3)
+    torch.manual_seed(0)
+    open_gates = LAYERS["lstm-forget-1"](2, 3)
+    for name, value in usual.named_parameters():
+        if name.startswith("bias"):
+            value.data[3:6] = 1.0 if name == "bias_ih_l0" else 0.0
+        assert torch.equal(open_gates.get_parameter(name), value), name

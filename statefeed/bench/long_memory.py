@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import statefeed as sf
 from statefeed.bench.adding import Adding
 from statefeed.bench.digits import Digits
-from statefeed.bench.long_memory_options import CELLS, LongMemoryOptions, rates_of, schedules_of
+from statefeed.bench.long_memory_cells import LAYERS
+from statefeed.bench.long_memory_options import LongMemoryOptions, rates_of, schedules_of
 from statefeed.bench.long_memory_task import Task
 from statefeed.bench.measure import machine_line
 from statefeed.bench.options import names
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
     def __init__(self, cell: str, width: int, task: Task) -> None:
         super().__init__()
-        self.layer = getattr(sf, cell.upper())(task.inputs, width)
+        self.layer = LAYERS[cell](task.inputs, width)
         self.head = nn.Linear(width, task.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def run(options: LongMemoryOptions) -> Iterator[dict[str, Any]]:
     if options.smoke:
         options = dataclasses.replace(options, length=options.smoke_length, steps=4, width=8)
     task = TASKS[options.task](options.length)
-    for cell in names("cells", options.cells, CELLS):
+    for cell in names("cells", options.cells, tuple(LAYERS)):
         for rule in schedules_of(cell, options):
             rate, scores = best_rate(cell, rule, task, options)
             for seed in range(1, options.rounds + 1):

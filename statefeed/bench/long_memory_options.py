@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import statefeed as sf
+from statefeed.bench.long_memory_cells import LAYERS
 from statefeed.bench.options import OptionError, Options, names, option, rules_of
 
-CELLS = ("rnn", "gru", "lstm")
 DIGIT_LENGTHS = (64, 256, 1024)  # pixels of a digit of 8 x 8, and enlarged to 16 x 16 and 32 x 32
 _OUTPUT = "JSONL file of the records, overwritten; the figure is written next to it"
 _RULES = "feedback rules and schedules, separated by commas; gate is skipped for an rnn, which has no gate"
@@ -29,7 +29,9 @@ class LongMemoryOptions(Options):
     smoke_length: ClassVar[int] = 6
 
     repeats: int = option(5, "seeds of the initial weights and the sequences, at least 3")
-    cells: str = option("gru", f"among {', '.join(CELLS)}, separated by commas")
+    cells: str = option(
+        "gru", f"among {', '.join(LAYERS)}, separated by commas; lstm-forget-1 has a forget-gate bias of 1"
+    )
     rules: str = option(_default_rules(200), _RULES)
     length: int = option(200, "steps of a sequence, at least 2")
     width: int = option(64, "units of the cell")
@@ -47,7 +49,7 @@ class LongMemoryOptions(Options):
                 raise OptionError(f"{name} must be at least {fewest}, got {getattr(self, name)}")
         if not all(0 < rate < float("inf") for rate in rates_of(self)):
             raise OptionError(f"rates must be finite and above 0, got {self.rates!r}")
-        for cell in names("cells", self.cells, CELLS):
+        for cell in names("cells", self.cells, tuple(LAYERS)):
             if not schedules_of(cell, self):
                 raise OptionError(f"rules must include one that an {cell} supports, got {self.rules!r}: it has no gate")
 
