@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from statefeed.conversions import conversion, converted
@@ -106,7 +107,7 @@ def swap(
     Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
-        TypeError: the first argument is not a module.
+        TypeError: the first argument is not a module, or a pattern is no string.
         ValueError: an unknown rule, or a pattern that matches no recurrent layer.
         RuntimeError: the class of a layer raised an error during the conversion. No layer is changed then.
 
@@ -125,7 +126,7 @@ def swap(
     """
     check_model(model, "swap(model, feedback)")
     rule = as_feedback("bptt" if feedback is None else feedback)
-    include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     layers: dict[str, Any] = {
         name: m
         for name, m in model.named_modules()
@@ -253,6 +254,13 @@ def _remove_hooks(module: nn.Module) -> None:
         del hooks[key]
 
 
+def _patterns(option: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{option} must be a shell pattern of layer names, or several, got {names!r}")
+    return found
+
+
 def _check_patterns(option: str, patterns: tuple[str, ...], layers: Iterable[str]) -> None:
     for pattern in patterns:
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in layers):
@@ -312,6 +320,8 @@ def _changed_by_others(module: nn.Module, what: str) -> str | None:
         return (
             f"its forward was replaced on the object, as accelerate's hooks do: {what} before that, or remove the hooks"
         )
+    if any(is_lazy(p) for p in module.parameters()):
+        return f"its parameters are not initialized, and its class changes when they are: {what} after the first call"
     # Both create a new class for the object, and find its original class by position among the bases.
     if parametrize.is_parametrized(module):
         return f"it is parametrized: {what} before you parametrize or shard"

@@ -390,6 +390,37 @@ def test_a_registry_of_subclasses_has_the_class_of_the_user() -> None:
     assert registry == [Layer]
 
 
+class Lazy(nn.modules.lazy.LazyModuleMixin, nn.GRU):
+    """Finds its input size, and becomes a plain GRU, in its first call."""
+
+    cls_to_become = nn.GRU
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(1, hidden_size)
+        self.weight_ih_l0 = nn.UninitializedParameter()
+
+    def initialize_parameters(self, x: torch.Tensor) -> None:
+        self.input_size = x.shape[-1]
+        self.weight_ih_l0.materialize((3 * self.hidden_size, self.input_size))
+        nn.init.normal_(self.weight_ih_l0)
+
+
+def test_an_uninitialized_layer_is_swapped_after_its_first_call() -> None:
+    model, x = nn.ModuleList([Lazy(4), nn.GRU(3, 4)]), torch.randn(6, 2, 3)
+    assert "after the first call" in sf.swap(model, "dsf").kept["0"]
+    model[0](x)
+    assert list(sf.swap(model, "dsf").swapped) == ["0", "1"]
+    model[0](x)[0].sum().backward()
+    assert type(model[0]) is sf.GRU
+
+
+@pytest.mark.parametrize("names", [None, [0], nn.GRU, [nn.GRU]])
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_is_no_string_is_an_error(option: str, names: Any) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be a shell pattern of layer names, or several, got"):
+        sf.swap(nn.GRU(3, 4), **{option: names})
+
+
 # Layers that others have changed --------------------------------------------------------------------------------------
 
 
