@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,21 @@ def joined_class(theirs: type, bases: tuple[type, ...], new: Callable[..., nn.Mo
         "__reduce_ex__": __reduce_ex__,
         "plain_class": theirs,
     }
-    made: Any = types.new_class(theirs.__name__, bases, exec_body=lambda body: body.update(namespace))
+    with _unregistered(theirs):
+        made: Any = types.new_class(theirs.__name__, bases, exec_body=lambda body: body.update(namespace))
     _JOINED[bases] = made
     return made
+
+
+@contextmanager
+def _unregistered(theirs: type) -> Iterator[None]:
+    """Context in which a subclass does not run ``__init_subclass__``, by which a registry would replace the user's."""
+    own = vars(theirs).get("__init_subclass__")
+    type.__setattr__(theirs, "__init_subclass__", classmethod(lambda cls, **arguments: None))
+    try:
+        yield
+    finally:
+        if own is None:
+            type.__delattr__(theirs, "__init_subclass__")
+        else:
+            type.__setattr__(theirs, "__init_subclass__", own)

@@ -315,6 +315,8 @@ def _learned_dtype(dtype: torch.dtype) -> torch.dtype:
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """A learned tensor after a function of ``_apply``, without a loss of precision."""
     moved = fn(tensor)
+    if tensor.is_meta and not moved.is_meta:  # ``to_empty`` leaves any values, and no state_dict replaces them
+        return torch.zeros(moved.shape, dtype=tensor.dtype, device=moved.device)
     if not moved.is_floating_point() or moved.dtype == _learned_dtype(moved.dtype):
         return moved
     return tensor.to(device=moved.device, dtype=_learned_dtype(moved.dtype))

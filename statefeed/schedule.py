@@ -75,7 +75,11 @@ class Schedule:
             raise ValueError(
                 f"fraction must be the completed part of training, between 0 and 1, got {fraction}: pass step / steps"
             )
-        return next((rule for until, rule in self.stages if fraction < until), self.stages[-1][1])
+        return self._from(fraction)[0]
+
+    def _from(self, fraction: float) -> list[Feedback]:
+        """The rules that are used from a fraction on."""
+        return [rule for until, rule in self.stages[:-1] if fraction < until] + [self.stages[-1][1]]
 
     def apply(self, model: nn.Module, fraction: float) -> bool:
         """Set the rule of every statefeed layer in a model.
@@ -89,8 +93,8 @@ class Schedule:
 
         Raises:
             TypeError: the first argument is not a module.
-            ValueError: the fraction is not between 0 and 1, or a layer does not support the rule; then no layer is
-                changed.
+            ValueError: the fraction is not between 0 and 1, or a layer does not support the rule or a later one of the
+                schedule; then no layer is changed.
 
         Warns:
             UserWarning: the model has no statefeed layer; once per schedule.
@@ -103,10 +107,12 @@ class Schedule:
             self._warned = True
             warn("the model has no statefeed layer: call sf.swap(model) first")
         layers = [m for m in every_layer if m.feedback is not rule]
-        for layer in layers:
-            reason = layer.unsupported_rule(rule)
-            if reason is not None:
-                raise ValueError(reason)
+        # Also the later rules: training must not end in the middle. A layer may have the first rule already.
+        for layer in every_layer if fraction == 0 else layers:
+            for later in self._from(fraction):
+                reason = layer.unsupported_rule(later)
+                if reason is not None:
+                    raise ValueError(reason)
         changed = False
         for layer in layers:
             changed |= layer.feedback != rule

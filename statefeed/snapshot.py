@@ -98,8 +98,10 @@ def _mapping_restorer(mapping: dict[Any, Any]) -> Callable[[], None]:
     was = dict(mapping)
 
     def undo() -> None:
-        mapping.clear()
-        mapping.update(was)
+        # Mappings that cannot be changed, or not by these methods, are common: write only if the contents changed.
+        if not _same((*mapping, *mapping.values()), (*was, *was.values())):
+            mapping.clear()
+            mapping.update(was)
 
     return undo
 
@@ -108,7 +110,13 @@ def _sequence_restorer(sequence: list[Any] | deque[Any]) -> Callable[[], None]:
     was = list(sequence)
 
     def undo() -> None:
-        sequence.clear()
-        sequence.extend(was)
+        if not _same(tuple(sequence), tuple(was)):
+            sequence.clear()
+            sequence.extend(was)
 
     return undo
+
+
+def _same(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether two tuples have the same objects, which tensors cannot be asked by ``==``."""
+    return len(values) == len(others) and all(value is other for value, other in zip(values, others, strict=True))

@@ -41,16 +41,18 @@ def unsupported_subclass(module: nn.Module) -> str | None:
     reason = _bypass(name, theirs)
     if reason is not None:
         return reason
-    defined = set().union(*(vars(k) for k in theirs), vars(module), *(d for d in _registered(module)))
-    for method in ("__reduce__", "__reduce_ex__"):
-        if any(method in vars(k) for k in theirs):
-            return f"{name} defines {method}, by which its objects would be copied and pickled without a rule"
+    # Bases after torch's count too: ours would be before them in the method resolution order.
+    others = [k for k in kind.__mro__ if k not in base.__mro__]
+    defined = set().union(*(vars(k) for k in others), vars(module), *(d for d in _registered(module)))
+    for method in ("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__"):
+        if any(method in vars(k) for k in others):
+            return f"{name} defines {method}, by which its objects would be copied or pickled without a rule"
     clash = sorted(defined & _names_of(OURS[base]))
     if clash:
         return f"{name} defines an attribute {clash[0]!r}, which statefeed's layer needs"
     try:
         joined(kind)
-    except TypeError as error:
+    except Exception as error:  # also of a metaclass of the user's
         return f"{name} cannot be joined with statefeed's class: {error}"
     return None
 

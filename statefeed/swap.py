@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from statefeed.conversions import conversion, converted
 from statefeed.feedback import Feedback, FeedbackLike, as_feedback
 from statefeed.mixin import FeedbackLayer
 from statefeed.model_argument import SWAP_IS_IN_PLACE, check_model
+from statefeed.revert import layer_named, reverted_on_error, set_class
 from statefeed.subclass import OURS, joined, torchs_class, unsupported_subclass
 from statefeed.user_warning import warn
 
@@ -105,8 +107,9 @@ def swap(
     Gradient: exact by default; otherwise that of the rule, from the next forward pass on.
 
     Raises:
-        TypeError: the first argument is not a module.
+        TypeError: the first argument is not a module, or a pattern is no string.
         ValueError: an unknown rule, or a pattern that matches no recurrent layer.
+        RuntimeError: the class of a layer raised an error during the conversion. No layer is changed then.
 
     Warns:
         UserWarning: no layer was converted, and the model has torch.nn's, or has none.
@@ -123,7 +126,7 @@ def swap(
     """
     check_model(model, "swap(model, feedback)")
     rule = as_feedback("bptt" if feedback is None else feedback)
-    include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     layers: dict[str, Any] = {
         name: m
         for name, m in model.named_modules()
@@ -132,24 +135,25 @@ def swap(
     _check_patterns("include", include, layers)
     _check_patterns("exclude", exclude, layers)
     report = SwapReport({}, {}, dict(_outside(model)))
+    chosen: dict[str, Any] = {}
     for name, module in layers.items():
         reason = _reason_to_keep(name, module, rule, include, exclude)
         if reason is None and feedback is None and isinstance(module, FeedbackLayer):
             exact = "" if module.feedback.exact else '; feedback="bptt" makes it exact'
             reason = f"already a statefeed layer, with feedback {str(module.feedback)!r}{exact}"
             report._ours.append(name)
-            if not dry_run:
-                _record_first_call(module, name, report)
-        if reason is not None:
+        if reason is None:
+            chosen[name] = module
+        else:
             report.kept[name] = reason
-            continue
-        if not dry_run:
-            if _is_class_forward(module):
-                del module.forward
-            module.__class__ = _our_class(module)
-            module.feedback = rule
-            _record_first_call(module, name, report)
-        report.swapped[name] = _described(module, rule)
+    if not dry_run:
+        with reverted_on_error(chosen.values()):
+            for name, module in chosen.items():
+                with layer_named("swap", name):
+                    _convert(module, rule)
+        for name in (*chosen, *report._ours):
+            _record_first_call(layers[name], name, report)
+    report.swapped.update({name: _described(module, rule) for name, module in chosen.items()})
     ours = any(isinstance(m, FeedbackLayer) for m in model.modules())
     if not dry_run and not report.swapped and (not ours or any(_is_torchs(m) for m in layers.values())):
         warn(f"swap changed nothing: {report}")
@@ -170,6 +174,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: the argument is not a module.
+        RuntimeError: the class of a layer raised an error during the conversion. No layer is changed then.
 
     Warns:
         UserWarning: for every statefeed layer that could not be restored, with the reason.
@@ -183,27 +188,40 @@ def restore(model: nn.Module) -> nn.Module:
         True
     """
     check_model(model, "restore(model)")
-    for name, module in model.named_modules():
-        if not isinstance(module, FeedbackLayer):
-            continue
-        kind = type(module)
-        plain = _TORCHS.get(kind) or vars(kind).get("plain_class")
-        reason = _changed_by_others(module, "restore")
-        if reason is None and plain is None:
-            reason = (
-                f"{kind.__module__}.{kind.__qualname__} is defined on statefeed's layers, and torch has no such layer"
-            )
-        if reason is not None:
-            warn(f"restore left {name or '(the model)'}: {reason}")
-            continue
-        if _is_class_forward(module):
-            del module.forward
-        module.remove_feedback()
-        _remove_hooks(module)
-        module.__class__ = plain  # type: ignore[assignment]
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FeedbackLayer)}
+    with reverted_on_error(layers.values()):
+        for name, module in layers.items():
+            kind = type(module)
+            plain = _TORCHS.get(kind) or vars(kind).get("plain_class")
+            reason = _changed_by_others(module, "restore")
+            if reason is None and plain is None:
+                reason = (
+                    f"{kind.__module__}.{kind.__qualname__} is defined on statefeed's layers, and torch has no such "
+                    "layer"
+                )
+            if reason is not None:
+                warn(f"restore left {name or '(the model)'}: {reason}")
+                continue
+            with layer_named("restore", name):
+                _convert_back(module, plain)
     return model
+
+
+def _convert(module: Any, rule: Feedback) -> None:
+    if _is_class_forward(module):
+        del module.forward
+    set_class(module, _our_class(module))
+    module.feedback = rule
+
+
+def _convert_back(module: FeedbackLayer, plain: Any) -> None:
+    if _is_class_forward(module):
+        del module.forward
+    module.remove_feedback()
+    _remove_hooks(module)
+    set_class(module, plain)
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()
 
 
 class _FirstCall:
@@ -234,6 +252,13 @@ def _remove_hooks(module: nn.Module) -> None:
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _FirstCall)]:
         del hooks[key]
+
+
+def _patterns(option: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{option} must be a shell pattern of layer names, or several, got {names!r}")
+    return found
 
 
 def _check_patterns(option: str, patterns: tuple[str, ...], layers: Iterable[str]) -> None:
@@ -282,11 +307,11 @@ def _reason_to_keep(
     if reason is not None:
         return reason
     # Only statefeed's class can check a rule, so the module is given that class during the check.
-    module.__class__ = _our_class(module)
+    set_class(module, _our_class(module))
     try:
         return module.unsupported_reason(rule)  # type: ignore[operator, no-any-return]
     finally:
-        module.__class__ = kind
+        set_class(module, kind)
 
 
 def _changed_by_others(module: nn.Module, what: str) -> str | None:
@@ -295,6 +320,8 @@ def _changed_by_others(module: nn.Module, what: str) -> str | None:
         return (
             f"its forward was replaced on the object, as accelerate's hooks do: {what} before that, or remove the hooks"
         )
+    if any(is_lazy(p) for p in module.parameters()):
+        return f"its parameters are not initialized, and its class changes when they are: {what} after the first call"
     # Both create a new class for the object, and find its original class by position among the bases.
     if parametrize.is_parametrized(module):
         return f"it is parametrized: {what} before you parametrize or shard"

@@ -122,7 +122,9 @@ def seconds_of(layer: RecurrentStack, x: Tensor | PackedSequence) -> float:
     differentiated = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     start = clock(leaf)
     with torch.enable_grad():
-        y, _ = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
+        result = layer(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf)
+        # A subclass may return its outputs alone; PackedSequence is a tuple too.
+        y = result if isinstance(result, (Tensor, PackedSequence)) else result[0]
         total = (y.data if isinstance(y, PackedSequence) else y).sum()
     torch.autograd.grad(total, differentiated)
     return clock(leaf) - start

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.fx.immutable_collections import immutable_list
 
 import statefeed as sf
 
@@ -390,3 +391,17 @@ def test_the_exact_pass_in_eval_mode_runs_in_training_mode_without_dropout(monke
     assert modes == [(True, 0.0)]
     assert (layer.training, layer.dropout, str(layer.feedback)) == (False, 0.5, "dsf")
     assert 0 < found.total.cosine < 1
+
+
+def test_a_model_may_have_collections_that_cannot_be_changed(x):
+    class Output(dict):
+        """As the outputs of transformers models, and the configurations of diffusers."""
+
+        def update(self, *arguments):
+            raise TypeError("an output cannot be updated")
+
+    model = nn.Sequential(sf.GRU(x.shape[-1], 4, feedback="dsf", dtype=x.dtype))
+    model.last_output, model.sizes = Output(hidden=x), immutable_list([1, 2])
+    sf.alignment(model, lambda model, x: model(x)[0].square().sum(), x)
+    assert model.last_output["hidden"] is x
+    assert model.sizes == [1, 2]

@@ -310,3 +310,18 @@ def test_bptt_runs_through_the_kernels() -> None:
         layer(torch.zeros(T, B, I))[0].sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert "statefeed::layer_backward" in names
+
+
+def test_times_of_a_subclass_that_returns_its_outputs_alone() -> None:
+    class Outputs(nn.GRU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, _ = super().forward(x)
+            return y
+
+    layer = Outputs(I, H)
+    sf.swap(layer, "dsf")
+    assert [timing.rule for timing in sf.explain(layer, torch.zeros(T, B, I), timed=True).timings] == [
+        "dsf",
+        "bptt",
+        "torch",
+    ]

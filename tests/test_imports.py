@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module or folder may import those of the levels above it in this list; a new one needs its level here.
 LEVELS = [
-    {"user_warning", "model_argument", "agreement", "saved_tensors", "joined_class"},
+    {"user_warning", "model_argument", "agreement", "saved_tensors", "joined_class", "revert"},
     {"native", "busy"},
     {"layout", "scan"},
     {"cells"},

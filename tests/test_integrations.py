@@ -78,18 +78,31 @@ def monitor(every: int) -> sf.Monitor:
 
 
 class LightningTrainer:
-    """Calls the hooks in the order of lightning.pytorch.Trainer, two batches an optimizer step."""
+    """Calls the hooks in the order of lightning.pytorch.Trainer: epochs of 4 batches, two batches an optimizer step."""
 
-    def __init__(self, steps: float, callback: Any, optimizers: int = 1) -> None:
-        self.estimated_stepping_batches, self.callback, self.global_step = steps, callback, 0
+    def __init__(
+        self, callback: Any, epochs: int = 2, max_steps: int = -1, length: float = 4, optimizers: int = 1
+    ) -> None:
+        self.callback, self.global_step, self.current_epoch = callback, 0, 0
+        self.max_epochs, self.max_steps, self.num_training_batches = epochs, max_steps, length
         self.optimizers = optimizers  # a step of each counts
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Steps of one optimizer, as Lightning estimates them: -1 if only epochs of unknown length limit them."""
+        if self.max_epochs == -1:
+            return float("inf") if self.max_steps == -1 else self.max_steps
+        if self.num_training_batches == float("inf"):
+            return self.max_steps
+        steps = self.num_training_batches // 2 * self.max_epochs
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
 
     def fit(self, model: Model) -> list[list[str]]:
         self.callback.on_fit_start(self, model)
         seen = []
         for batch in range(8):
-            self.global_step = batch // 2 * self.optimizers
-            self.callback.on_train_batch_start(self, model, None, batch)
+            self.current_epoch, self.global_step = batch // 4, batch // 2 * self.optimizers
+            self.callback.on_train_batch_start(self, model, None, batch % 4)
             seen.append(rules(model))
         return seen
 
@@ -117,25 +130,59 @@ def test_the_lightning_callback_is_one_of_every_installed_package(load: Any, pac
 def test_lightning_swaps_at_fit_start_and_leaves_a_rule_that_was_set(load: Any) -> None:
     callback, model = load("lightning", lightning=Callback).SwapCallback(), Model()
     assert callback.report is None
-    assert LightningTrainer(4, callback).fit(model) == [["bptt", "gate+1"]] * 8
+    assert LightningTrainer(callback).fit(model) == [["bptt", "gate+1"]] * 8
     assert list(callback.report.swapped) == ["encoder"]
-    assert LightningTrainer(4, callback).fit(model)[-1] == ["bptt", "gate+1"]
+    assert LightningTrainer(callback).fit(model)[-1] == ["bptt", "gate+1"]
 
 
 def test_lightning_schedule_and_monitor_count_optimizer_steps(load: Any) -> None:
     watch = monitor(every=2)
     callback = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian", monitor=watch)
     model = Model()
-    assert LightningTrainer(4, callback).fit(model) == [["dsf", "dsf"]] * 4 + [["jacobian", "jacobian"]] * 4
+    assert LightningTrainer(callback).fit(model) == [["dsf", "dsf"]] * 4 + [["jacobian", "jacobian"]] * 4
     assert [step for step, _ in watch.history] == [0, 2]
     assert [bool(numbers) for numbers in model.logged] == [True, False, True, False]
-    with pytest.raises(ValueError, match="max_steps or max_epochs"):
-        LightningTrainer(float("inf"), callback).fit(Model())
+
+
+@pytest.mark.parametrize("limits", [{"epochs": -1}, {"length": float("inf")}])
+def test_a_schedule_without_a_length_of_training_is_an_error_at_fit_start(load: Any, limits: dict[str, Any]) -> None:
+    callback, model = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian"), Model()
+    with pytest.raises(ValueError, match="set max_steps of the Trainer, or max_epochs if the dataset has a length"):
+        LightningTrainer(callback, **limits).fit(model)
+    assert rules(model) == ["None", "gate+1"]
+    seen = LightningTrainer(callback, max_steps=4, **limits).fit(model)
+    assert seen == [["dsf", "dsf"]] * 4 + [["jacobian", "jacobian"]] * 4
+
+
+@pytest.mark.parametrize("optimizers", [1, 2, 3])
+def test_a_schedule_of_epochs_does_not_depend_on_the_number_of_optimizers(load: Any, optimizers: int) -> None:
+    callback = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian")
+    seen = LightningTrainer(callback, optimizers=optimizers).fit(Model())
+    assert seen == [["dsf", "dsf"]] * 4 + [["jacobian", "jacobian"]] * 4
 
 
 def test_a_schedule_stays_at_its_end(load: Any) -> None:
     callback = load("lightning", lightning=Callback).SwapCallback(schedule="dsf@0.5/jacobian")
-    assert LightningTrainer(4, callback, 2).fit(Model()) == [["dsf", "dsf"]] * 2 + [["jacobian", "jacobian"]] * 6
+    seen = LightningTrainer(callback, max_steps=4, optimizers=2).fit(Model())
+    assert seen == [["dsf", "dsf"]] * 2 + [["jacobian", "jacobian"]] * 6
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_a_later_rule_that_a_layer_does_not_support_is_an_error_at_the_first_step(load: Any, name: str) -> None:
+    callback, model = load(name, **{name: Callback}).SwapCallback(schedule="dsf@0.5/gate"), Model()
+    model.encoder = nn.RNN(2, 3)
+    with pytest.raises(ValueError, match='"gate" needs a direct path'):
+        LightningTrainer(callback).fit(model) if name == "lightning" else hf_train(callback, model)
+    assert rules(model) == ["dsf", "dsf"]
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_a_second_training_has_the_same_patterns(load: Any, name: str) -> None:
+    callback = load(name, **{name: Callback}).SwapCallback("dsf", exclude=iter(["decoder"]))
+    for _ in range(2):
+        model = Model()
+        seen = LightningTrainer(callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
+        assert seen[-1] == ["dsf", "gate+1"]
 
 
 def test_transformers_swaps_schedules_and_logs(load: Any) -> None:
@@ -160,7 +207,7 @@ def test_patterns_and_contradictions(load: Any, name: str) -> None:
     with pytest.raises(ValueError, match="did you mean"):
         module.SwapCallback("DSF")
     callback = module.SwapCallback("dsf", exclude="decoder")
-    seen = LightningTrainer(4, callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
+    seen = LightningTrainer(callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
     assert seen[-1] == ["dsf", "gate+1"]
 
 
@@ -168,7 +215,7 @@ def test_patterns_and_contradictions(load: Any, name: str) -> None:
 @pytest.mark.parametrize("patterns", [{"exclude": "decoder"}, {"include": ["enc*"]}])
 def test_a_schedule_leaves_excluded_layers_unchanged(load: Any, name: str, patterns: dict[str, Any]) -> None:
     callback, model = load(name, **{name: Callback}).SwapCallback(schedule="dsf@0.5/bptt", **patterns), Model()
-    seen = LightningTrainer(4, callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
+    seen = LightningTrainer(callback).fit(model) if name == "lightning" else hf_train(callback, model)[0]
     half = len(seen) // 2
     assert seen == [["dsf", "gate+1"]] * half + [["bptt", "gate+1"]] * half
 

@@ -177,3 +177,14 @@ def test_every_layer_of_reduced_precision_trains_under_a_learned_rule(rule, kind
     for f, e in zip(found, expected, strict=True):
         assert f.dtype == dtype
         torch.testing.assert_close(f.float(), e, rtol=0, atol=0.1 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "fitted"])
+def test_a_layer_from_the_meta_device_learns_from_zeros(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = sf.GRU(3, 4, device="meta", feedback=rule)
+    layer.feedback = "calibrated" if rule == "fitted" else "fitted"  # the tensors of both, current and stored
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, 7, **options))
+    layer.to_empty(device="cpu")
+    assert (layer.weight_hh_l0 == 7).all()
+    for tensors in layer.learned_by_rule().values():
+        assert all((tensor == 0).all() for tensor in tensors.values())

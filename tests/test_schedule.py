@@ -52,3 +52,13 @@ def test_apply_changes_every_layer_once() -> None:
 def test_unsupported_uses_raise(spelling: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sf.Schedule(spelling)
+
+
+def test_a_later_rule_that_a_layer_does_not_support_raises_at_the_first_step() -> None:
+    model = nn.ModuleList([sf.GRU(2, 3, feedback="dsf"), sf.RNN(2, 3, feedback="dsf")])
+    for spelling in ("dsf@0.5/gate", "jacobian@0.5/gate@0.6/bptt"):
+        with pytest.raises(ValueError, match="direct path"):
+            sf.Schedule(spelling).apply(model, 0.0)
+        assert [str(layer.feedback) for layer in model] == ["dsf", "dsf"]
+    # An earlier rule does not matter to a training that continues.
+    assert sf.Schedule("gate@0.5/bptt").apply(model, 0.7)

@@ -6,7 +6,7 @@ import pickle
 import warnings
 from abc import ABC
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -259,7 +259,38 @@ class OwnReduce(nn.GRU):
         return OwnReduce, (self.input_size, self.hidden_size)
 
 
+class OwnCopy(nn.GRU):
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.GRU:
+        return type(self)(self.input_size, self.hidden_size)
+
+
+class Names:
+    """A base after torch's, which statefeed's class would be before."""
+
+    feedback = "an attribute of a base after torch's"
+
+
+class AttributeOfALaterBase(nn.GRU, Names):
+    pass
+
+
 class NotOfACell(nn.RNNBase):
+    pass
+
+
+class Counts(type):
+    """A metaclass that allows each name once."""
+
+    names: ClassVar[set[str]] = set()
+
+    def __new__(cls, name: str, *arguments: Any) -> Any:
+        if name in cls.names:
+            raise LookupError(f"{name} exists already")
+        cls.names.add(name)
+        return super().__new__(cls, name, *arguments)
+
+
+class OfAMetaclass(nn.GRU, metaclass=Counts):
     pass
 
 
@@ -271,10 +302,24 @@ class NotOfACell(nn.RNNBase):
         (lambda: CallsByName(3, 4), "CallsByName.forward calls nn.GRU.forward by name"),
         (lambda: OwnLoop(3, 4), "OwnLoop overrides forward"),
         (lambda: OwnAttribute(3, 4), "OwnAttribute defines an attribute 'feedback'"),
+        (lambda: AttributeOfALaterBase(3, 4), "AttributeOfALaterBase defines an attribute 'feedback'"),
         (lambda: OwnReduce(3, 4), "OwnReduce defines __reduce__"),
+        (lambda: OwnCopy(3, 4), "OwnCopy defines __deepcopy__"),
+        (lambda: OfAMetaclass(3, 4), "OfAMetaclass cannot be joined with statefeed's class: OfAMetaclass exists"),
         (lambda: NotOfACell("GRU", 3, 4), "NotOfACell is a subclass of torch.nn.RNNBase"),
     ],
-    ids=["torch._VF", "_VF", "GRU.forward", "loop", "attribute", "reduce", "RNNBase"],
+    ids=[
+        "torch._VF",
+        "_VF",
+        "GRU.forward",
+        "loop",
+        "attribute",
+        "later base",
+        "reduce",
+        "copy",
+        "metaclass",
+        "RNNBase",
+    ],
 )
 def test_a_subclass_that_bypasses_the_layer_is_left_unchanged(make: Callable[[], nn.RNNBase], reason: str) -> None:
     model = nn.ModuleList([make(), nn.GRU(3, 4)])
@@ -283,6 +328,97 @@ def test_a_subclass_that_bypasses_the_layer_is_left_unchanged(make: Callable[[],
     assert reason in report.kept["0"]
     assert type(model[0]) is kind
     assert list(report.swapped) == ["1"]
+
+
+class Frozen(nn.GRU):
+    """Allows no attribute to be set or deleted after its construction."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.frozen = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "frozen" in vars(self) and vars(self)["frozen"]:
+            raise AttributeError(f"{name} is frozen")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if vars(self)["frozen"]:
+            raise AttributeError(f"{name} is frozen")
+        super().__delattr__(name)
+
+
+def test_swap_and_restore_change_all_layers_or_none() -> None:
+    model = nn.ModuleList([nn.GRU(3, 4), sf.GRU(4, 4, feedback="calibrated"), Frozen(4, 4)])
+
+    def state() -> list[Any]:
+        return [[type(m), sorted(vars(m)), len(m._forward_pre_hooks), str(getattr(m, "feedback", None))] for m in model]
+
+    before = state()
+    with pytest.raises(RuntimeError, match="swap left the model unchanged, because the layer 2 raised AttributeError"):
+        sf.swap(model, "fitted")
+    assert state() == before
+    assert list(model[1].learned_by_rule()) == ["calibrated"]
+    vars(model[2])["frozen"] = False
+    sf.swap(model, "fitted")
+    vars(model[2])["frozen"] = True
+    before = state()
+    with pytest.raises(RuntimeError, match="restore left the model unchanged, because the layer 2 raised AttributeE"):
+        sf.restore(model)
+    assert state() == before
+    x = torch.randn(6, 2, 4)
+    model[2](x)[0].sum().backward()
+    vars(model[2])["frozen"] = False
+    assert [type(m) for m in sf.restore(model)] == [nn.GRU, nn.GRU, Frozen]
+
+
+def test_a_registry_of_subclasses_has_the_class_of_the_user() -> None:
+    registry: list[type] = []
+
+    class Registered:
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            registry.append(cls)
+
+    class Layer(Registered, nn.GRU):
+        pass
+
+    layer = Layer(3, 4)
+    sf.swap(layer, dry_run=True)
+    sf.swap(layer)
+    assert isinstance(layer, sf.GRU)
+    assert registry == [Layer]
+
+
+class Lazy(nn.modules.lazy.LazyModuleMixin, nn.GRU):
+    """Finds its input size, and becomes a plain GRU, in its first call."""
+
+    cls_to_become = nn.GRU
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(1, hidden_size)
+        self.weight_ih_l0 = nn.UninitializedParameter()
+
+    def initialize_parameters(self, x: torch.Tensor) -> None:
+        self.input_size = x.shape[-1]
+        self.weight_ih_l0.materialize((3 * self.hidden_size, self.input_size))
+        nn.init.normal_(self.weight_ih_l0)
+
+
+def test_an_uninitialized_layer_is_swapped_after_its_first_call() -> None:
+    model, x = nn.ModuleList([Lazy(4), nn.GRU(3, 4)]), torch.randn(6, 2, 3)
+    assert "after the first call" in sf.swap(model, "dsf").kept["0"]
+    model[0](x)
+    assert list(sf.swap(model, "dsf").swapped) == ["0", "1"]
+    model[0](x)[0].sum().backward()
+    assert type(model[0]) is sf.GRU
+
+
+@pytest.mark.parametrize("names", [None, [0], nn.GRU, [nn.GRU]])
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_is_no_string_is_an_error(option: str, names: Any) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be a shell pattern of layer names, or several, got"):
+        sf.swap(nn.GRU(3, 4), **{option: names})
 
 
 # Layers that others have changed --------------------------------------------------------------------------------------

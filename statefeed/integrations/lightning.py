@@ -51,7 +51,8 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
     Raises:
         ImportError: the module is imported and lightning is not installed.
         ValueError: both a rule and a schedule, an unknown rule, a pattern that matches no layer, or, when fitting
-            starts, a schedule without a limit of steps or epochs.
+            starts, a schedule without a limit of steps, or of epochs of a dataset with a length; or before the first
+            step, a rule of the schedule that a swapped layer does not support.
 
     Cost: none per step without a monitor.
 
@@ -75,13 +76,19 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
         self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
         rule = feedback if self.schedule is None else self.schedule.at(0.0)
         self.feedback = rule if rule is None or isinstance(rule, sf.Feedback) else sf.Feedback(rule)
-        self.monitor, self.include, self.exclude = monitor, include, exclude
+        self.monitor = monitor
+        # Tuples, because a second fit cannot read an iterator again.
+        self.include, self.exclude = (names if isinstance(names, str) else tuple(names) for names in (include, exclude))
         self.report: sf.SwapReport | None = None
         self._last_step = -1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.schedule is not None and not math.isfinite(trainer.estimated_stepping_batches):
-            raise ValueError("a schedule needs the length of training: set max_steps or max_epochs of the Trainer")
+        # Without a limit the number is infinite, and -1 if the limit is epochs of a dataset without a length.
+        if self.schedule is not None and not 0 <= trainer.estimated_stepping_batches < math.inf:
+            raise ValueError(
+                "a schedule needs the length of training: set max_steps of the Trainer, or max_epochs if the dataset "
+                "has a length"
+            )
         self.report = sf.swap(pl_module, self.feedback, include=self.include, exclude=self.exclude)
         self._last_step = -1
 
@@ -92,12 +99,22 @@ class SwapCallback(*_callback_classes()):  # type: ignore[misc]
         self._last_step = trainer.global_step
         if self.schedule is not None and self.report is not None:
             layers = nn.ModuleList(pl_module.get_submodule(name) for name in self.report.swapped)
-            # With several optimizers global_step counts the steps of each.
-            fraction = trainer.global_step / trainer.estimated_stepping_batches
-            self.schedule.apply(layers, min(fraction, 1.0))
+            self.schedule.apply(layers, _fraction(trainer, batch_idx))
         if self.monitor is not None:
             pl_module.log_dict(self.monitor(pl_module, trainer.global_step))
 
     def __getstate__(self) -> dict[str, Any]:
         # darts pickles the callback with the model; the report refers to the layers of this process.
         return {**vars(self), "report": None}
+
+
+def _fraction(trainer: Any, batch_idx: int) -> float:
+    """The completed fraction of training, by the limit that is nearer."""
+    steps, epochs = 0.0, 0.0
+    if trainer.max_steps > 0:
+        steps = trainer.global_step / trainer.max_steps
+    # Not by steps: with manual optimization an epoch has any number of them.
+    if trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        batches = trainer.num_training_batches
+        epochs = (trainer.current_epoch * batches + batch_idx) / (trainer.max_epochs * batches)
+    return min(max(steps, epochs), 1.0)

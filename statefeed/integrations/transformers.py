@@ -40,7 +40,8 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ImportError: the module is imported and transformers is not installed.
-        ValueError: both a rule and a schedule, an unknown rule, or a pattern that matches no layer.
+        ValueError: both a rule and a schedule, an unknown rule, a pattern that matches no layer, or, before the first
+            step, a rule of the schedule that a swapped layer does not support.
 
     Cost: none per step without a monitor.
 
@@ -63,7 +64,9 @@ class SwapCallback(TrainerCallback):  # type: ignore[misc]
         self.schedule = sf.Schedule(schedule) if isinstance(schedule, str) else schedule
         rule = feedback if self.schedule is None else self.schedule.at(0.0)
         self.feedback = rule if rule is None or isinstance(rule, sf.Feedback) else sf.Feedback(rule)
-        self.monitor, self.include, self.exclude = monitor, include, exclude
+        self.monitor = monitor
+        # Tuples, because a second training cannot read an iterator again.
+        self.include, self.exclude = (names if isinstance(names, str) else tuple(names) for names in (include, exclude))
         self.report: sf.SwapReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
