@@ -97,7 +97,7 @@ class Context(NamedTuple):
 class Diagonal(ABC):
     """Base class of the diagonals that approximate the state Jacobian; immutable, and compared by value.
 
-    ``str`` returns its spelling.
+    ``str`` returns its spelling, under which a layer stores what a learned diagonal has learned.
 
     Attributes:
         exact: whether the gradient is exact, with the full Jacobian.
@@ -138,6 +138,10 @@ class Diagonal(ABC):
     @abstractmethod
     def resolve(self, context: Context) -> KernelRule:
         """The rule in the form that backends receive, without corrections."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The spelling: the name in the table of rules, with the number of a rule that takes one."""
 
 
 class Stationary(Diagonal):

@@ -305,6 +305,8 @@ def _diagonal(value: object) -> Diagonal:
     hint = ""
     if type(value).__name__ == "Schedule":
         hint = ": apply a schedule in the training loop, schedule.apply(model, step / steps)"
+    if isinstance(value, type) and issubclass(value, Diagonal):
+        hint = f": give an instance, {value.__name__}(...)"
     raise TypeError(f"feedback must be {spellings()}, got {type(value).__name__}{hint}")
 
 
