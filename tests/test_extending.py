@@ -27,6 +27,8 @@ from statefeed.conversions import CONVERSIONS
 from statefeed.feedback import DIAGONALS
 from statefeed.lm import config, identity, recipe
 from statefeed.lm.errors import UsageError
+from statefeed.lm.model.blocks import BLOCKS, LAYERS
+from statefeed.scan import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
 
@@ -649,6 +651,39 @@ def test_the_new_recipe_option_is_a_flag_and_a_key_that_is_checked(page, tmp_pat
         recipe.build(recipe.parse(recipe.parser("train"), ["--train.smoothing=2"]))
 
 
+def test_the_new_sequence_layer_and_block_are_options_of_the_trainer(page):
+    built = recipe.build(recipe.parse(recipe.parser("train"), page["flags"]))
+    assert built.model.cell == "mgu"
+    assert "block: double" in built.to_yaml()
+    assert identity.rule("mgu", "smoothed(0.9)+1") == "smoothed(0.9)+1"
+    block, x = page["model"].blocks[0].eval(), torch.randn(T, B, 8)
+    assert_same({"y": block(x, None, None)[0]}, {"y": x + 2 * block.rnn(x)[0]}, 1e-5)
+    with pytest.raises(UsageError, match=r"model\.block.*dubble"):
+        recipe.parse(recipe.parser("train"), ["--model.block=dubble"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_new_scan_has_both_directions_and_the_gradient(page, reverse):
+    x, initial = random(T, B, I, seed=1).requires_grad_(), random(B, I, seed=2).requires_grad_()
+    a = torch.tensor([0.0, 0.9, -0.5], dtype=torch.float64, requires_grad=True)
+
+    def scan(*arguments):
+        return sf.diagonal_scan(arguments[0], arguments[1], reverse, arguments[2], "triangular")
+
+    y, states = initial, []
+    for x_t in x.flip(0) if reverse else x:
+        y = a * y + x_t
+        states.append(y)
+    assert_same({"y": scan(x, a, initial)}, {"y": torch.stack(states[::-1] if reverse else states)})
+    assert torch.autograd.gradcheck(scan, (x, a, initial))
+    with pytest.raises(ValueError, match="needs a stationary diagonal"):
+        scan(x, torch.ones_like(x), initial)
+    with pytest.raises(
+        ValueError, match=r'one of "auto", "sequential", "prefix", "fft", "triangular", got \'blocks\'$'
+    ):
+        sf.diagonal_scan(x, a, method="blocks")
+
+
 def test_the_page_prints_what_its_comments_say(page):
     commented = re.findall(r"^print\(.*\)  # (.*)$", TEXTS["extending"], re.MULTILINE)
     assert commented
@@ -656,11 +691,14 @@ def test_the_page_prints_what_its_comments_say(page):
 
 
 def test_the_tables_are_restored():
-    before = [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)]
+    every = (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, METHODS, config.SECTIONS, config.RECURRENT, LAYERS, BLOCKS)
+    before = [list(table) for table in every]
     with tables.restored():
         run_blocks("extending")
         assert {"mgu"} <= set(CELLS)
         assert {"halves", "latest", "damped"} <= set(DIAGONALS)
         assert next(iter(BACKENDS)) == "counting"
         assert any("LoopRNN" in name for name in CONVERSIONS)
-    assert [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)] == before
+        assert "mgu" in LAYERS
+        assert "triangular" in METHODS
+    assert [list(table) for table in every] == before
