@@ -82,6 +82,8 @@ class CellLayer(RecurrentStack):
         feedback: FeedbackLike = "bptt",
     ) -> None:
         super().__init__()
+        if not hasattr(type(self), "cell"):
+            raise TypeError(f'{type(self).__name__} must set the class attribute cell, as in cell = CELLS["mgu"]')
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype)
         check_keyword_only(type(self).__name__, arguments)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):

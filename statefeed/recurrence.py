@@ -345,4 +345,5 @@ def _direction(call: _Call, k: int, problem: Problem, done: Forward, upstream: U
 def _linearization(problem: Problem, done: Forward) -> Linearization:
     weights = problem.named_weights
     w_hh = projected_w_hh(weights.w_hh, weights.w_hr)
-    return Linearization(problem.cell, reference.linearize(problem, done), w_hh)
+    at = reference.linearize(problem, done)
+    return Linearization(problem.cell, at, w_hh, problem.sizes, problem.layout, problem.reverse)

@@ -315,8 +315,7 @@ class RecurrentStack(FeedbackLayer):
         parts = len(states)
         if parts > 1 and not unbatched:
             kind = "pair" if parts == 2 else "tuple"
-            cell = self.feedback_cell.name.partition("_")[0].upper()
-            expected = f"hx of an {cell} must be a {kind} ({', '.join(states)})"
+            expected = f"hx of {type(self).__name__} must be a {kind} ({', '.join(states)})"
             if isinstance(hx, Tensor):
                 raise TypeError(f"{expected}, got one tensor of shape {tuple(hx.shape)}")
             if len(hx) != parts:

@@ -27,6 +27,8 @@ from statefeed.conversions import CONVERSIONS
 from statefeed.feedback import DIAGONALS
 from statefeed.lm import config, identity, recipe
 from statefeed.lm.errors import UsageError
+from statefeed.lm.model.blocks import BLOCKS, LAYERS
+from statefeed.scan import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the initial state", "ignore:feedback .* adds corrections")
 
@@ -200,7 +202,7 @@ def compare_with_autograd(made, form="dense"):
 
 # A cell ---------------------------------------------------------------------------------------------------------------
 
-EXACT = ["bptt", f"jacobian+{T}", f"gate+{T}", f"0.5+{T}", f"damped(0.9)+{T}", f"latest+{T}"]
+EXACT = ["bptt", f"jacobian+{T}", f"gate+{T}", f"0.5+{T}", f"damped(0.9)+{T}", f"smoothed(0.9)+{T}", f"latest+{T}"]
 
 
 @pytest.mark.parametrize("form", ["dense", "packed", "lengths", "batch_first"])
@@ -243,6 +245,14 @@ def states_of(step, w, x, initial):
     return torch.stack(states)
 
 
+def smoothed(diagonal):
+    """The running mean over time with weight 0.1, from zero."""
+    D = [torch.zeros_like(diagonal[0])]
+    for now in diagonal:
+        D.append(0.9 * D[-1] + 0.1 * now)
+    return torch.stack(D[1:])
+
+
 def of_the_equations(made, rule, corrections):
     """Gradients of one layer from the scan over D, the corrections and the local gradients, by the oracle's loops."""
     step, w = STEPS[made.cell.name], oracles.weights_of(dict(made.state_dict()), "_l0")
@@ -255,6 +265,7 @@ def of_the_equations(made, rule, corrections):
     D = {
         "jacobian": lambda: diagonal,
         "damped(0.9)": lambda: 0.9 * diagonal,
+        "smoothed(0.9)": lambda: smoothed(diagonal),
         "latest": lambda: diagonal.mean((0, 1)),
         "halves(0.5)": lambda: torch.cat([torch.zeros(H // 2), torch.full((H // 2,), 0.5)]),
         "dsf": lambda: torch.linspace(0, 1, H, dtype=torch.float64),
@@ -277,11 +288,41 @@ def of_the_layer(made):
 
 
 @pytest.mark.parametrize("corrections", [0, 1])
-@pytest.mark.parametrize("rule", ["dsf", "jacobian", "halves(0.5)", "latest", "damped(0.9)"])
+@pytest.mark.parametrize("rule", ["dsf", "jacobian", "halves(0.5)", "latest", "damped(0.9)", "smoothed(0.9)"])
 def test_a_new_cell_follows_the_equations_of_every_rule(page, rule, corrections):
     made = layer(page, "mgu", feedback=f"{rule}+{corrections}")
     made.diagonal_size = H
     assert_same(of_the_layer(made), of_the_equations(made, rule, corrections))
+
+
+def test_a_rule_over_time_follows_the_direction_and_the_lengths(page):
+    both = layer(page, "mgu", bidirectional=True, feedback="smoothed(0.9)")
+    one = layer(page, "mgu", feedback="smoothed(0.9)")
+    one.load_state_dict({f"{name}_l0": getattr(both, f"{name}_l0_reverse") for name in both.cell.weight_names(True)})
+    x, lengths = random(T, B, I, seed=1), [4, 6, 1]
+    packed, _ = both(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    packed.data[:, H:].square().sum().backward()
+    for b, length in enumerate(lengths):
+        one(x[:length, b].flip(0))[0].square().sum().backward()
+    found = {name: getattr(both, f"{name}_l0_reverse").grad for name in both.cell.weight_names(True)}
+    assert_same(found, {name: getattr(one, f"{name}_l0").grad for name in found})
+
+
+def test_a_rule_of_a_wrong_shape_is_an_error(page):
+    def backward(made):
+        made(torch.randn(2, 2, I))[0].sum().backward()
+
+    short = type("Short", (page["Halves"],), {"vector": lambda self, size, dtype, device: torch.zeros(size - 1)})(0.5)
+    for made in (page["MGU"](I, H, feedback=short), sf.GRU(I, H, feedback=short)):
+        with pytest.raises(
+            ValueError, match=r'^feedback "halves\(0\.5\)" must compute one value .* 4 here, got \(3,\)$'
+        ):
+            backward(made)
+    one = type("One", (page["Damped"],), {"rows": lambda self, at: at.cell.jacobian_diagonal(at.at, at.w_hh)[:1]})(0.5)
+    with pytest.raises(
+        ValueError, match=r"^rows of .* must have the shapes \[\(4, 4\), \(4, 4\)\] or None, got \[\(4, 4\)\]$"
+    ):
+        backward(sf.LSTM(I, H, feedback=one))
 
 
 def test_a_wrong_diagonal_is_found(page):
@@ -610,6 +651,39 @@ def test_the_new_recipe_option_is_a_flag_and_a_key_that_is_checked(page, tmp_pat
         recipe.build(recipe.parse(recipe.parser("train"), ["--train.smoothing=2"]))
 
 
+def test_the_new_sequence_layer_and_block_are_options_of_the_trainer(page):
+    built = recipe.build(recipe.parse(recipe.parser("train"), page["flags"]))
+    assert built.model.cell == "mgu"
+    assert "block: double" in built.to_yaml()
+    assert identity.rule("mgu", "smoothed(0.9)+1") == "smoothed(0.9)+1"
+    block, x = page["model"].blocks[0].eval(), torch.randn(T, B, 8)
+    assert_same({"y": block(x, None, None)[0]}, {"y": x + 2 * block.rnn(x)[0]}, 1e-5)
+    with pytest.raises(UsageError, match=r"model\.block.*dubble"):
+        recipe.parse(recipe.parser("train"), ["--model.block=dubble"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_new_scan_has_both_directions_and_the_gradient(page, reverse):
+    x, initial = random(T, B, I, seed=1).requires_grad_(), random(B, I, seed=2).requires_grad_()
+    a = torch.tensor([0.0, 0.9, -0.5], dtype=torch.float64, requires_grad=True)
+
+    def scan(*arguments):
+        return sf.diagonal_scan(arguments[0], arguments[1], reverse, arguments[2], "triangular")
+
+    y, states = initial, []
+    for x_t in x.flip(0) if reverse else x:
+        y = a * y + x_t
+        states.append(y)
+    assert_same({"y": scan(x, a, initial)}, {"y": torch.stack(states[::-1] if reverse else states)})
+    assert torch.autograd.gradcheck(scan, (x, a, initial))
+    with pytest.raises(ValueError, match="needs a stationary diagonal"):
+        scan(x, torch.ones_like(x), initial)
+    with pytest.raises(
+        ValueError, match=r'one of "auto", "sequential", "prefix", "fft", "triangular", got \'blocks\'$'
+    ):
+        sf.diagonal_scan(x, a, method="blocks")
+
+
 def test_the_page_prints_what_its_comments_say(page):
     commented = re.findall(r"^print\(.*\)  # (.*)$", TEXTS["extending"], re.MULTILINE)
     assert commented
@@ -617,11 +691,14 @@ def test_the_page_prints_what_its_comments_say(page):
 
 
 def test_the_tables_are_restored():
-    before = [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)]
+    every = (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, METHODS, config.SECTIONS, config.RECURRENT, LAYERS, BLOCKS)
+    before = [list(table) for table in every]
     with tables.restored():
         run_blocks("extending")
         assert {"mgu"} <= set(CELLS)
         assert {"halves", "latest", "damped"} <= set(DIAGONALS)
         assert next(iter(BACKENDS)) == "counting"
         assert any("LoopRNN" in name for name in CONVERSIONS)
-    assert [list(table) for table in (CELLS, DIAGONALS, BACKENDS, CONVERSIONS, config.SECTIONS)] == before
+        assert "mgu" in LAYERS
+        assert "triangular" in METHODS
+    assert [list(table) for table in every] == before

@@ -307,7 +307,7 @@ def test_the_state_of_an_lstm_is_a_pair():
     for call in (lambda made: made(x, (h, h, h)), lambda made: made(x, torch.stack([h, h]))):
         with pytest.raises((RuntimeError, TypeError), match=r".+") as refused:
             call(theirs)
-        with pytest.raises(refused.type, match=r"^hx of an LSTM must be a pair \(h, c\), got [^\n]+$"):
+        with pytest.raises(refused.type, match=r"^hx of LSTM must be a pair \(h, c\), got [^\n]+$"):
             call(ours)
     assert torch.equal(ours(x, [h, h])[0], ours(x, (h, h))[0])
 

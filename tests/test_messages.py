@@ -150,3 +150,26 @@ def test_a_scan_of_other_tensors_runs_in_forward_mode():
     with forward_ad.dual_level():
         forward_ad.make_dual(x, x)
         torch.testing.assert_close(sf.diagonal_scan(x, a), sf.diagonal_scan(x, a, method="sequential"))
+
+
+def test_what_a_user_adds_is_checked_where_it_is_made():
+    class Unnamed(Stationary):
+        def vector(self, size, dtype, device):
+            return torch.zeros(size)
+
+    class NoCell(CellLayer):
+        pass
+
+    class TwoParts(CellLayer):
+        cell = CELLS["lstm"]
+
+    with pytest.raises(TypeError, match=r"abstract method '?__str__"):
+        Unnamed()
+    with pytest.raises(TypeError, match=r"^feedback must be .*, got ABCMeta: give an instance, Halves\(\.\.\.\)$"):
+        sf.GRU(3, 4, feedback=Halves)
+    with pytest.raises(TypeError, match=r"^NoCell must set the class attribute cell, "):
+        NoCell(3, 4)
+    with pytest.raises(TypeError, match=r"^hx of TwoParts must be a pair \(h, c\), got one tensor"):
+        TwoParts(3, 4)(torch.zeros(2, 1, 3), torch.zeros(1, 1, 4))
+    with pytest.raises(ValueError, match=r", 8 here \(h, c joined\), "):
+        TwoParts(3, 4, feedback=torch.zeros(4))

@@ -297,6 +297,9 @@ def test_a_rule_that_reads_the_linearized_cell():
         def rows(self, at):
             return at.cell.jacobian_diagonal(at.at, at.w_hh)
 
+        def __str__(self):
+            return "rows"
+
     state = initial_state(1, started=True)
     found, expected = (of_the_layer(layer("slstm", num_heads=2, feedback=r), state) for r in (Rows(), "jacobian"))
     assert_same(found, expected)

@@ -24,14 +24,13 @@ from statefeed.backends.protocol import (
     Gradients,
     Problem,
     Upstream,
-    Weights,
     backward_in_order,
     forward_in_order,
     in_order,
 )
 from statefeed.cells.protocol import Cell, Preactivations, State, Step, projected_w_hh
 from statefeed.feedback.protocol import EXACT, KernelRule
-from statefeed.layout import Layout, shift_left
+from statefeed.layout import shift_left
 from statefeed.scan import diagonal_scan
 
 
@@ -223,15 +222,13 @@ def parameter_gradients(
 
 
 def _state_gradients(problem: Problem, done: Forward, upstream: Upstream, rule: KernelRule) -> StateGradients:
-    cell, layout = problem.cell, problem.layout
-    at = _saved(problem, done).at
+    layout, at = problem.layout, _saved(problem, done).at
     dtype = _sum_dtype(done.y.dtype)
     e = [layout.scatter_final(g.to(dtype)) for g in upstream.final]
     e[0] = e[0] + layout.grid(upstream.y.to(dtype))
-    weights = problem.named_weights
     if rule.name == "exact":
-        return _exact(cell, at, e, weights, layout)
-    return _feedback_scan(cell, _diagonals(problem, at, rule, dtype), rule.corrections, at, e, weights, layout)
+        return _exact(problem, at, e)
+    return _feedback_scan(problem, at, e, _diagonals(problem, at, rule, dtype), rule.corrections)
 
 
 def _at_unprojected(delta: State, w_hr: Tensor | None) -> State:
@@ -281,10 +278,9 @@ def _diagonals(problem: Problem, at: Any, rule: KernelRule, dtype: torch.dtype) 
     return tuple(torch.split(rule.diagonal.to(dtype), list(sizes), -1))
 
 
-def _feedback_scan(
-    cell: Cell, D: State, corrections: int, at: Any, e: list[Tensor], weights: Weights, layout: Layout
-) -> StateGradients:
+def _feedback_scan(problem: Problem, at: Any, e: list[Tensor], D: State, corrections: int) -> StateGradients:
     """One scan per correction and part of the state; h first, because other parts receive gradients through h."""
+    cell, layout, weights = problem.cell, problem.layout, problem.named_weights
 
     def scan(residual: list[Tensor] | None) -> State:
         delta: State = ()
@@ -319,8 +315,9 @@ def _residual(direct_path: Tensor | None, D: Tensor, delta: Tensor) -> Tensor:
     return -D * delta if direct_path is None else (direct_path - D) * delta
 
 
-def _exact(cell: Cell, at: Any, e: list[Tensor], weights: Weights, layout: Layout) -> StateGradients:
+def _exact(problem: Problem, at: Any, e: list[Tensor]) -> StateGradients:
     """Exact BPTT, one step at a time."""
+    cell, layout, weights = problem.cell, problem.layout, problem.named_weights
     parts = [layout.steps(part) for part in at]
     grad_next = [torch.zeros_like(grid[-1]) for grid in e]
     deltas, grads_prev = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statefeed.cells.check import check_cell
 from statefeed.cells.gru import GRU
 from statefeed.cells.lstm import LSTM
 from statefeed.cells.lstm_projected import LSTMProjected
@@ -13,4 +14,4 @@ CELLS: dict[str, Cell] = {
     cell.name: cell for cell in (GRU(), LSTM(), LSTMProjected(), RNNTanh(), RNNRelu(), SLSTM(), SLSTMExp())
 }
 
-__all__ = ["CELLS", "Cell", "State", "Step"]
+__all__ = ["CELLS", "Cell", "State", "Step", "check_cell"]

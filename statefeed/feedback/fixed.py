@@ -105,7 +105,7 @@ class Given(Stationary):
             return None
         per_layer = "" if cell is None else f", or a row of them for every layer and direction, {rows} here"
         parts = () if cell is None else cell.states[: cell.gradient_parts]
-        counted = f" ({cell.name.upper()}: {', '.join(parts)} joined)" if cell is not None and len(parts) > 1 else ""
+        counted = f" ({', '.join(parts)} joined)" if len(parts) > 1 else ""
         return (
             f"the feedback diagonal must have one value per unit of the state, {size} here{counted}{per_layer}, got "
             f"{tuple(self.values.shape)}"

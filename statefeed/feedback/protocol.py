@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from statefeed.cells.protocol import Cell
+from statefeed.layout import Layout
 
 
 class KernelRule(NamedTuple):
@@ -37,11 +38,26 @@ class Linearization(NamedTuple):
         cell: the cell.
         at: the NamedTuple that ``cell.linearize`` returned, rows in natural time order.
         w_hh: recurrent weights as ``cell.jacobian_diagonal`` takes them.
+        sizes: width of every part of the state with a gradient.
+        layout: positions of the rows in time.
+        reverse: whether the direction runs from the last step to the first.
     """
 
     cell: Cell
     at: Any
     w_hh: Tensor
+    sizes: tuple[int, ...]
+    layout: Layout
+    reverse: bool
+
+    def over_time(self, rows: Tensor) -> Tensor:
+        """Rows (N, width) as (T, B, width) in the order of processing, zero after the end of a sequence."""
+        return self.layout.grid(self.layout.reverse(rows) if self.reverse else rows)
+
+    def as_rows(self, grid: Tensor) -> Tensor:
+        """Rows (N, width) of a grid (T, B, width); the inverse of ``over_time``."""
+        rows = self.layout.rows(grid)
+        return self.layout.reverse(rows) if self.reverse else rows
 
 
 class LearnedState(NamedTuple):
@@ -81,7 +97,7 @@ class Context(NamedTuple):
 class Diagonal(ABC):
     """Base class of the diagonals that approximate the state Jacobian; immutable, and compared by value.
 
-    ``str`` returns its spelling.
+    ``str`` returns its spelling, under which a layer stores what a learned diagonal has learned.
 
     Attributes:
         exact: whether the gradient is exact, with the full Jacobian.
@@ -123,6 +139,10 @@ class Diagonal(ABC):
     def resolve(self, context: Context) -> KernelRule:
         """The rule in the form that backends receive, without corrections."""
 
+    @abstractmethod
+    def __str__(self) -> str:
+        """The spelling: the name in the table of rules, with the number of a rule that takes one."""
+
 
 class Stationary(Diagonal):
     """Base class of fixed diagonals; a subclass defines ``vector``."""
@@ -147,11 +167,19 @@ class TimeVarying(Diagonal):
         return None
 
     @abstractmethod
-    def rows(self, at: Linearization) -> Sequence[Tensor]:
-        """D of every row, (N, width) for every part of the state."""
+    def rows(self, at: Linearization) -> Sequence[Tensor | None]:
+        """D of every row, (N, width) for every part of the state with a gradient; None means zero."""
 
     def resolve(self, context: Context) -> KernelRule:
-        return KernelRule("per_row", torch.cat(list(self.rows(context.linearize())), -1).to(context.dtype))
+        at = context.linearize()
+        parts, count = self.rows(at), len(at.at[0])
+        got = [None if part is None else tuple(part.shape) for part in parts]
+        expected = [(count, size) for size in at.sizes]
+        if len(got) != len(expected) or any(g not in (None, e) for g, e in zip(got, expected, strict=True)):
+            raise ValueError(f'rows of feedback "{self}" must have the shapes {expected} or None, got {got}')
+        zeros = (at.w_hh.new_zeros(shape) for shape in expected)
+        filled = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
+        return KernelRule("per_row", torch.cat(filled, -1).to(context.dtype))
 
 
 class Learned(Diagonal):

@@ -26,13 +26,8 @@ class Gate(TimeVarying):
             )
         return super().unsupported_reason(cell, size, rows)
 
-    def rows(self, at: Linearization) -> Sequence[Tensor]:
-        cell, w = at.cell, at.w_hh
-        output = w.shape[1] if cell.projects else None
-        widths = cell.state_widths(len(w) // cell.gates, output)[: cell.gradient_parts]
-        parts = cell.direct_path(at.at)
-        count = next(len(p) for p in parts if p is not None)
-        return [w.new_zeros(count, width) if p is None else p for p, width in zip(parts, widths, strict=True)]
+    def rows(self, at: Linearization) -> Sequence[Tensor | None]:
+        return at.cell.direct_path(at.at)
 
     def resolve(self, context: Context) -> KernelRule:
         return KernelRule("direct")

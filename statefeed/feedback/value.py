@@ -220,8 +220,17 @@ class Feedback:
 
         Returns:
             The rule of one layer and direction for one backward pass.
+
+        Raises:
+            ValueError: a user-defined diagonal has not one value per unit of the state.
         """
-        return self.diagonal.resolve(context)._replace(corrections=self.corrections)
+        rule = self.diagonal.resolve(context)
+        if rule.diagonal is not None and rule.diagonal.shape[-1:] != (context.size,):
+            raise ValueError(
+                f'feedback "{self.diagonal}" must compute one value per unit of the state, {context.size} here, got '
+                f"{tuple(rule.diagonal.shape)}"
+            )
+        return rule._replace(corrections=self.corrections)
 
     def unsupported_reason(self, cell: Cell | None, size: int, rows: int) -> str | None:
         """Why a layer does not support this rule.
@@ -296,6 +305,8 @@ def _diagonal(value: object) -> Diagonal:
     hint = ""
     if type(value).__name__ == "Schedule":
         hint = ": apply a schedule in the training loop, schedule.apply(model, step / steps)"
+    if isinstance(value, type) and issubclass(value, Diagonal):
+        hint = f": give an instance, {value.__name__}(...)"
     raise TypeError(f"feedback must be {spellings()}, got {type(value).__name__}{hint}")
 
 

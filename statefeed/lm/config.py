@@ -13,7 +13,7 @@ from statefeed.lm.errors import require
 T = TypeVar("T")
 Identity: TypeAlias = Literal["task", "run", "place"]
 
-RECURRENT = ("rnn", "gru", "lstm", "slstm")  # the cells that have a feedback rule
+RECURRENT = ["rnn", "gru", "lstm", "slstm"]  # the cells that have a feedback rule
 
 
 def option(default: T, help: str, identity: Identity = "task") -> T:

@@ -12,7 +12,12 @@ from torch.autograd import forward_ad
 from statefeed import native as kernels
 from statefeed.scan import fft, prefix, sequential
 
-METHODS = {"sequential": sequential.scan, "prefix": prefix.scan, "fft": fft.scan}
+# Every method runs (x, a, initial) forward in time; the reverse direction is the same scan on flipped inputs.
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "sequential": sequential.scan,
+    "prefix": prefix.scan,
+    "fft": fft.scan,
+}
 
 
 def diagonal_scan(
@@ -123,8 +128,6 @@ def _solve(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, method: 
 
             return triton.scan(x, a, initial, reverse)
         method = "prefix"
-    if method == "sequential":
-        return sequential.scan(x, a, initial, reverse)
     if not reverse:
         return METHODS[method](x, a, initial)
     return METHODS[method](x.flip(0), a if a.dim() == 1 else a.flip(0), initial).flip(0)
@@ -155,9 +158,5 @@ def _check(x: Tensor, a: Tensor, initial: Tensor | None, method: str) -> None:
             f"initial must have the shape of one step of x, {tuple(x.shape[1:])}, got {tuple(initial.shape)}"
         )
     if method not in ("auto", *METHODS):
-        raise ValueError(f'method must be "auto", "sequential", "prefix" or "fft", got {method!r}')
-    if method == "fft" and a.dim() != 1:
-        raise ValueError(
-            f'method "fft" needs a stationary diagonal of shape ({x.shape[-1]},), got a of shape {tuple(a.shape)}; '
-            'use "prefix"'
-        )
+        names = ", ".join(f'"{name}"' for name in ("auto", *METHODS))
+        raise ValueError(f"method must be one of {names}, got {method!r}")

@@ -19,7 +19,15 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
 
     Returns:
         y, the shape of x.
+
+    Raises:
+        ValueError: a depends on the step.
     """
+    if a.dim() != 1:
+        raise ValueError(
+            f'method "fft" needs a stationary diagonal of shape ({x.shape[-1]},), got a of shape {tuple(a.shape)}; '
+            'use "prefix"'
+        )
     T = len(x)
     if not x.numel():
         return x.clone()

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 
-def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool = False) -> Tensor:
+def scan(x: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
     """Run the recurrence one step at a time.
 
     Args:
         x: (T, ..., S).
         a: (S,) or the shape of x.
         initial: y[-1], the shape of x[0], or None for zero.
-        reverse: from the last step to the first; ``initial`` is y[T].
 
     Returns:
         y, the shape of x.
@@ -21,7 +20,7 @@ def scan(x: Tensor, a: Tensor, initial: Tensor | None, reverse: bool = False) ->
     y = torch.empty_like(x)
     steps = [a] * len(x) if a.dim() == 1 else list(a)
     state = initial
-    for t in reversed(range(len(x))) if reverse else range(len(x)):
+    for t in range(len(x)):
         if state is None:
             y[t] = x[t]
         else:

@@ -61,8 +61,7 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
     return work
 
 
-def report(arguments: Sequence[str]) -> Callable[[], None]:
-    """`statefeed report`; returns the work that is left to do."""
+def _report_parser() -> ArgumentParser:
     flags = ArgumentParser(prog="statefeed report", exit_on_error=False, allow_abbrev=False)
     flags.add_argument(
         "paths",
@@ -88,7 +87,14 @@ def report(arguments: Sequence[str]) -> Callable[[], None]:
     flags.add_argument("--records", type=str | None, default=None, help="write the runs into this new JSONL file, too")
     flags.add_argument("--baseline", type=str, default="bptt", help=_BASELINE)
     flags.add_argument("--within", type=float | None, default=None, help=_WITHIN)
-    values = recipes.parse(flags, arguments)
+    return flags
+
+
+def report(arguments: Sequence[str]) -> Callable[[], None]:
+    """`statefeed report`; returns the work that is left to do."""
+    values = recipes.parse(_report_parser(), arguments)
+    pages = [f"--{name}" for name in ("markdown", "summary", "verdicts") if getattr(values, name) is not None]
+    require(len(pages) <= 1, "only one of --markdown, --summary and --verdicts may be given", " and ".join(pages))
     _check_within(values.within)
     output = recipes.expand(values.markdown or values.summary or values.verdicts or values.output)
     folder = None if values.figures is None else recipes.expand(values.figures)

@@ -17,31 +17,25 @@ from statefeed.lm.model import baselines
 State: TypeAlias = Any  # the state of one block: a tensor or a tuple of tensors, each (., B, .)
 
 
-def _layer(recipe: config.Model, inputs: int | None = None) -> nn.Module:
-    """The sequence layer of a block: (x (T, B, I), state) to (y (T, B, H), state); recurrent layers accept packed x.
-
-    Args:
-        recipe: the model section of a recipe.
-        inputs: I, for recurrent layers; None for the width H.
-    """
-    width = recipe.width
+def recurrent(kind: Callable[..., sf.FeedbackLayer], recipe: config.Model, inputs: int, **options: int) -> nn.Module:
+    """A recurrent layer with the width, the rule at the start of training and the forward method of a recipe."""
     rule = sf.Schedule(recipe.feedback).at(0.0)
+    layer = kind(inputs, recipe.width, feedback=rule, **options)
+    layer.forward_method = recipe.forward
+    return layer
 
-    def recurrent(kind: Callable[..., sf.FeedbackLayer], **options: int) -> nn.Module:
-        layer = kind(inputs or width, width, feedback=rule, **options)
-        layer.forward_method = recipe.forward
-        return layer
 
-    kinds: dict[str, Callable[[], nn.Module]] = {
-        "rnn": lambda: recurrent(sf.RNN),
-        "gru": lambda: recurrent(sf.GRU),
-        "lstm": lambda: recurrent(sf.LSTM),
-        "slstm": lambda: recurrent(sf.SLSTM, num_heads=recipe.heads),
-        "transformer": lambda: baselines.Attention(width, recipe.heads, recipe.window),
-        "s4d": lambda: baselines.S4D(width, recipe.modes),
-        "mingru": lambda: baselines.MinGRU(width),
-    }
-    return kinds[recipe.cell]()
+# The sequence layer of every model.cell, made from the model section of a recipe and I. It maps (x (T, B, I), state) to
+# (y (T, B, H), state). Recurrent layers accept packed x and any I, the others only I = H.
+LAYERS: dict[str, Callable[[config.Model, int], nn.Module]] = {
+    "rnn": lambda recipe, inputs: recurrent(sf.RNN, recipe, inputs),
+    "gru": lambda recipe, inputs: recurrent(sf.GRU, recipe, inputs),
+    "lstm": lambda recipe, inputs: recurrent(sf.LSTM, recipe, inputs),
+    "slstm": lambda recipe, inputs: recurrent(sf.SLSTM, recipe, inputs, num_heads=recipe.heads),
+    "transformer": lambda recipe, _: baselines.Attention(recipe.width, recipe.heads, recipe.window),
+    "s4d": lambda recipe, _: baselines.S4D(recipe.width, recipe.modes),
+    "mingru": lambda recipe, _: baselines.MinGRU(recipe.width),
+}
 
 
 def _through(layer: nn.Module, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
@@ -72,7 +66,7 @@ class StackedBlock(Block):
 
     def __init__(self, recipe: config.Model) -> None:
         super().__init__()
-        self.rnn = _layer(recipe)
+        self.rnn = LAYERS[recipe.cell](recipe, recipe.width)
         self.dropout = nn.Dropout(recipe.dropout)
 
     def forward(self, x: Tensor, state: State, packing: PackedSequence | None) -> tuple[Tensor, State]:
@@ -97,7 +91,7 @@ class PreNormBlock(Block):
         super().__init__()
         width = recipe.width
         self.rnn_norm = nn.LayerNorm(width)
-        self.rnn = _layer(recipe)
+        self.rnn = LAYERS[recipe.cell](recipe, recipe.width)
         self.linear = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 4 * width)  # the names of both are keys of saved weights
@@ -167,7 +161,7 @@ class XLSTMBlock(Block):
         hidden = 8 * math.ceil(width / 6)
         self.rnn_norm = nn.LayerNorm(width)
         self.convolution = CausalConvolution(width, recipe.convolution) if recipe.convolution else None
-        self.rnn = _layer(recipe, 2 * width if recipe.convolution else width)
+        self.rnn = LAYERS[recipe.cell](recipe, 2 * width if recipe.convolution else width)
         self.head_norm = nn.GroupNorm(recipe.heads, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * hidden)

@@ -70,3 +70,10 @@ def test_a_run_of_a_rule_that_does_not_exist_is_left_out(runs: Path, capsys: pyt
     out, err = capsys.readouterr()
     assert ": 1 runs, " in out
     assert f"left out: {config} cannot be read: feedback must be " in err
+
+
+def test_two_kinds_of_pages_are_an_error(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [f"--markdown={tmp_path / 'a.md'}", f"--verdicts={tmp_path / 'b.md'}"]
+    assert cli.main(["report", str(runs / "good"), *pages]) == 2
+    assert "only one of --markdown, --summary and --verdicts" in capsys.readouterr().err
+    assert not (tmp_path / "a.md").exists()
