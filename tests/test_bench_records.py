@@ -84,6 +84,6 @@ def test_an_output_that_is_a_folder_raises_before_anything_is_measured(
 ) -> None:
     for name in ("records.jsonl", "records.png"):
         (tmp_path / name).mkdir()
-        assert bench.main(["scan", "--smoke", f"--output={tmp_path / 'records.jsonl'}"]) == 2
+        assert main(["scan", "--smoke", f"--output={tmp_path / 'records.jsonl'}"]) == 2
         assert f"but {str(tmp_path / name)!r} is a folder" in capsys.readouterr().err
         (tmp_path / name).rmdir()
