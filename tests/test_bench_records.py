@@ -77,3 +77,13 @@ def test_a_second_run_reports_that_it_replaces_records(tmp_path: Path, capsys: p
         assert main(flags) == 0
         printed.append("the first record replaces those in" in capsys.readouterr().err)
     assert printed == [False, True]
+
+
+def test_an_output_that_is_a_folder_raises_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("records.jsonl", "records.png"):
+        (tmp_path / name).mkdir()
+        assert main(["scan", "--smoke", f"--output={tmp_path / 'records.jsonl'}"]) == 2
+        assert f"but {str(tmp_path / name)!r} is a folder" in capsys.readouterr().err
+        (tmp_path / name).rmdir()

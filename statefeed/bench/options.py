@@ -83,9 +83,15 @@ class Shape(NamedTuple):
 
 
 def check_folder(output: Path) -> None:
-    """Raise an ``OptionError``, before anything is measured, if the folder of the records does not exist."""
+    """Raise an ``OptionError``, before anything is measured, if the folder of the records does not exist.
+
+    Also if the records or the figure next to them have the name of a folder.
+    """
     if not output.parent.is_dir():
         raise OptionError(f"output must be in an existing folder, got {str(output)!r}")
+    for path in (output, output.with_suffix(".png")):
+        if path.is_dir():
+            raise OptionError(f"output must name files that can be written, but {str(path)!r} is a folder")
 
 
 def names(flag: str, text: str, allowed: tuple[str, ...]) -> list[str]:

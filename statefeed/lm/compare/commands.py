@@ -51,8 +51,12 @@ def compare(arguments: Sequence[str]) -> Callable[[], None]:
         from statefeed.lm.compare.plan import plan
         from statefeed.lm.compare.sources import COMPARISON
         from statefeed.lm.compare.verdicts import terms
+        from statefeed.lm.run.distributed import job_size
         from statefeed.lm.run.folder import check_apart
 
+        require(
+            job_size() == 1, "statefeed compare starts its runs itself: start it without torchrun", "several processes"
+        )
         planned = plan(config, values.feedback, values.seeds, values.lr, folder)
         asked = terms(values.baseline, values.within)
         check_apart(config.data, folder, [COMPARISON])

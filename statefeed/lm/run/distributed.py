@@ -17,6 +17,26 @@ from statefeed.lm.model import LanguageModel, State
 from statefeed.lm.model.learned import learned_state
 from statefeed.lm.run.device import resolve_device
 
+_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def job_size() -> int:
+    """Number of processes of the job, from torchrun's environment variables; 1 without them.
+
+    Raises:
+        UsageError: WORLD_SIZE describes several processes, and another variable of torchrun is missing.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    require(size.isdecimal() and int(size) > 0, "WORLD_SIZE in the environment must be a number of processes", size)
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    require(
+        int(size) == 1 or not missing,
+        f"WORLD_SIZE={size} in the environment needs the other variables of torchrun: start the job with torchrun, or "
+        "unset WORLD_SIZE",
+        f"no {', '.join(missing)}",
+    )
+    return int(size)
+
 
 class Group:
     """The processes that `torchrun` started, or this process alone.
@@ -42,9 +62,10 @@ class Group:
         """Context manager of the group that torchrun's environment variables describe: NCCL on GPUs, otherwise gloo.
 
         Raises:
-            UsageError: the device is not available, or there are fewer GPUs than processes.
+            UsageError: the device is not available, there are fewer GPUs than processes, or the environment describes
+                a job that torchrun did not start.
         """
-        size, device = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(recipe.device)
+        size, device = job_size(), resolve_device(recipe.device)
         if size == 1:
             yield cls(device=device)
             return

@@ -13,7 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 
+from statefeed.lm.compare.commands import compare
+from statefeed.lm.config import Train
 from statefeed.lm.data.batches import IGNORED, Batch
+from statefeed.lm.errors import UsageError
 from statefeed.lm.run import tensor_file
 from statefeed.lm.run.distributed import Group, shard_batch
 
@@ -158,6 +161,35 @@ def test_a_batch_that_cannot_be_split_raises(flags: list[str], tmp_path: Path) -
         == 1
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "got no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "must be a number of processes, got two"),
+        ({"WORLD_SIZE": "0"}, "must be a number of processes, got 0"),
+    ],
+)
+def test_an_incomplete_environment_raises(
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=sentence), Group.join(Train()):
+        pass
+
+
+def test_compare_refuses_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    work = compare(["--feedback=bptt", f"--out={tmp_path / 'runs'}"])
+    with pytest.raises(UsageError, match="start it without torchrun"):
+        work()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_every_sequence_is_read_once() -> None:
