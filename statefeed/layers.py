@@ -147,7 +147,7 @@ class RecurrentLayer(RecurrentStack, nn.RNNBase):
             x, batch_sizes, sorted_indices = input, None, None
         state = None if hx is None else permute(self._as_state(hx), sorted_indices)
         weights = [self._weights_of(layer) for layer in range(self.num_layers)]
-        on_cpu = all(w.is_cpu for layer_weights in weights for w in layer_weights)
+        on_cpu = all(w.device.type == "cpu" for layer_weights in weights for w in layer_weights)
         if not on_cpu or not self._fits(x, state, sequences, batch_sizes):
             return self._torch_path(input, hx)
         if steps == 1 and not self.proj_size and (self.mode != "LSTM" or is_faster_as_a_cell(x, sequences)):

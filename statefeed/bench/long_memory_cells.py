@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 import statefeed as sf
 
 
 def _lstm_that_remembers(inputs: int, width: int) -> sf.LSTM:
     """An LSTM whose forget gates begin open, with a bias of 1 (Jozefowicz, Zaremba and Sutskever, 2015)."""
     layer = sf.LSTM(inputs, width)
-    with torch.no_grad():
-        for name, value in (("bias_ih_l0", 1.0), ("bias_hh_l0", 0.0)):
-            layer.get_parameter(name)[width : 2 * width] = value
+    for name, value in (("bias_ih_l0", 1.0), ("bias_hh_l0", 0.0)):
+        layer.get_parameter(name).data[width : 2 * width] = value
     return layer
 
 
+# Functions, because a class is imported with torch, and the options are checked without it.
 LAYERS: dict[str, Callable[[int, int], sf.FeedbackLayer]] = {
-    "rnn": sf.RNN,
-    "gru": sf.GRU,
-    "lstm": sf.LSTM,
+    "rnn": lambda inputs, width: sf.RNN(inputs, width),
+    "gru": lambda inputs, width: sf.GRU(inputs, width),
+    "lstm": lambda inputs, width: sf.LSTM(inputs, width),
     "lstm-forget-1": _lstm_that_remembers,
 }

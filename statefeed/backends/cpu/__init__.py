@@ -28,7 +28,7 @@ def unsupported_reason(cell: Cell, tensors: Sequence[Tensor], exact: bool) -> st
     x, *others = tensors
     dtypes = {t.dtype for t in others}
     # With one tensor on meta the dispatcher would run the fakes of the operators, which compute nothing.
-    if not all(t.is_cpu for t in tensors):
+    if any(t.device.type != "cpu" for t in tensors):
         return f"there is no fused kernel for {' and '.join(sorted({t.device.type for t in tensors}))}"
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
