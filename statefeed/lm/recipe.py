@@ -168,7 +168,7 @@ def beside(folder: str, suffix: str) -> Path:
     """The folder beside another, with the same name and a suffix; the other may be `.` or `..`, or end in a slash.
 
     Raises:
-        UsageError: the other is the root of the file system, beside which there is none.
+        UsageError: the other is the root of the file system.
 
     >>> beside("runs/a/", "-2").as_posix()
     'runs/a-2'
