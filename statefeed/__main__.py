@@ -26,7 +26,7 @@ def main() -> None:
 
         sys.exit(bench.main(sys.argv[2:], cli.configure_process))
     code = cli.main(sys.argv[1:], cli.configure_process)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # Everything is saved. Threads of torch.distributed may outlive the group, and abort the process while Python
         # ends, after which torchrun would call the job failed.
         sys.stdout.flush()

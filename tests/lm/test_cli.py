@@ -182,7 +182,10 @@ def test_a_closed_output_is_not_an_error(command: list[str], run: Path) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_in_a_subprocess(here: Path) -> None:
+@pytest.mark.parametrize("size", [None, "two"])
+def test_in_a_subprocess(here: Path, monkeypatch: pytest.MonkeyPatch, size: str | None) -> None:
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
     done = subprocess.run(
         [sys.executable, "-m", "statefeed", "train", "nowhere.yaml"], capture_output=True, text=True, check=False
     )
